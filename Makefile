@@ -1,0 +1,108 @@
+# The commands of lap_ext. Each sets up all that it needs (Python >= 3.10, a C++ compiler and make are enough) in .venv
+# and build/, and repeats only what has changed.
+# SPDX-License-Identifier: MIT
+PYTHON ?= python3
+TORCH ?= torch==2.13.0#  what pip is given for torch, e.g. make test TORCH="torch==2.11.0"
+FUZZ_SECONDS ?= 20
+DEMO_ARGS ?=#  see: make demo DEMO_ARGS=--help
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+export MAX_JOBS
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+TORCH_STAMP := $(STAMPS)/torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CPP_SOURCES = $(shell find csrc tests/cpp -type f ! -name doctest.h)
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml lap_ext/__init__.py
+
+.PHONY: help demo test test-py test-cpp asan tsan fuzz bench dev check abi format clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # pip in one environment; the compilers use MAX_JOBS
+
+help:
+	@echo "make demo      train, prune by lookahead and by magnitude, compare (table and plot in demo-out/)"
+	@echo "make test      C++ tests on every SIMD level, then pytest (test-cpp, test-py: one of them)"
+	@echo "make asan      C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer; make tsan: ThreadSanitizer"
+	@echo "make fuzz      fuzz the selection for FUZZ_SECONDS=$(FUZZ_SECONDS)"
+	@echo "make bench     benchmarks: table, JSON and plot"
+	@echo "make dev       everything for development; make check: what CI checks; make format: puts the style right"
+	@echo "make clean     removes .venv, build and the built libraries"
+
+demo: $(STAMPS)/demo
+	$(BIN)/python -m lap_ext.demo $(DEMO_ARGS)
+
+test: test-cpp
+	@$(MAKE) --no-print-directory test-py
+
+test-py: $(STAMPS)/test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+dev: $(STAMPS)/dev
+
+# --- C++ without Python or torch: cmake and ninja come from pip, so they need not be installed ---------------------------
+CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -S .
+CTEST = $(BIN)/ctest --output-on-failure --test-dir
+# ThreadSanitizer of older compilers stops on kernels that randomize addresses more than it knows
+NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+test-cpp: $(STAMPS)/tools
+	$(CMAKE) -B build/cpp -DLAP_TESTS=ON >build/cpp.log || { cat build/cpp.log; exit 1; }
+	$(BIN)/cmake --build build/cpp --parallel $(MAX_JOBS)
+	$(CTEST) build/cpp
+
+asan: $(STAMPS)/tools
+	$(CMAKE) -B build/asan -DLAP_TESTS=ON -DLAP_SANITIZE=address,undefined >build/asan.log || { cat build/asan.log; exit 1; }
+	$(BIN)/cmake --build build/asan --parallel $(MAX_JOBS)
+	$(CTEST) build/asan
+
+tsan: $(STAMPS)/tools
+	$(CMAKE) -B build/tsan -DLAP_TESTS=ON -DLAP_SANITIZE=thread >build/tsan.log || { cat build/tsan.log; exit 1; }
+	$(BIN)/cmake --build build/tsan --parallel $(MAX_JOBS)
+	$(NO_ASLR) $(CTEST) build/tsan
+
+fuzz: $(STAMPS)/tools
+	$(CMAKE) -B build/fuzz -DLAP_FUZZ=ON -DLAP_SANITIZE=address,undefined >build/fuzz.log || { cat build/fuzz.log; exit 1; }
+	$(BIN)/cmake --build build/fuzz --parallel $(MAX_JOBS)
+	build/fuzz/lap_fuzz -max_total_time=$(FUZZ_SECONDS)
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+check: $(STAMPS)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# --- set-up: one stamp a step -----------------------------------------------------------------------------------------
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "lap_ext needs Python >= 3.10: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) build && touch $@
+
+$(STAMPS)/tools: $(STAMPS)/venv
+	$(PIP) "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.22" ninja
+	@touch $@
+
+# torch first and alone: no later step may choose another one
+$(TORCH_STAMP): $(STAMPS)/venv
+	$(PIP) '$(strip $(TORCH))'
+	@rm -f $(STAMPS)/torch-* && touch $@
+
+# The package in place (so that tests run against the checkout) with the extra named by the stamp: demo, test, bench, dev
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/tools $(TORCH_STAMP) $(NATIVE_SOURCES)
+	LAP_EXT_BUILD=require $(PIP) --no-build-isolation --editable '.[$(@F)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info lap_ext/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find lap_ext tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT
+// What the two CPU bindings share beyond check.h: results of the core turned into errors.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../cpu/select.h"
+#include "check.h"
+
+namespace lap::bind {
+
+// Runs energy_of(scale, energy) and checks its result: finite, and not vanished. Squares of doubles
+// below 2^-537 vanish: a channel of nonzero weights with (nearly) no energy would pass for a dead
+// one, so such channels are computed again enlarged.
+template <typename Energy>
+void checked_energy(const cpu::Strided& x, int64_t channels, bool check_finite,
+                    const std::string& name, double* energy, const Energy& energy_of) {
+  constexpr const char* kOp = "factors";
+  constexpr double kSmall = 0x1p-900;
+  constexpr double kScale = 0x1p500;
+  energy_of(1.0, energy);
+  if (!check_finite) return;
+  const auto is_finite = [](double e) { return e - e == 0; };
+  const auto is_small = [](double e) { return e < kSmall; };
+  if (!std::all_of(energy, energy + channels, is_finite)) {
+    const cpu::NotFinite found = cpu::find_not_finite(x, false);
+    if (found.count > 0) fail_not_finite(kOp, name, found.count, found.first);
+    fail_energy(kOp, name);
+  }
+  if (x.dtype != cpu::DType::f64 || std::none_of(energy, energy + channels, is_small)) return;
+  std::vector<double> enlarged(channels);
+  energy_of(kScale, enlarged.data());
+  for (int64_t c = 0; c < channels; ++c) {
+    if (is_small(energy[c]) && enlarged[c] > 0) fail_energy(kOp, name);
+  }
+}
+
+// Raises for the first tensor of scores that holds a NaN.
+inline void raise_nan(const char* op, const std::vector<cpu::Source>& sources) {
+  for (size_t t = 0; t < sources.size(); ++t) {
+    const cpu::NotFinite found = cpu::find_not_finite(sources[t].x, true);
+    const std::string name = sources.size() == 1 ? "scores" : "scores[" + std::to_string(t) + "]";
+    if (found.count > 0) fail_nan(op, name, found.count, found.first);
+  }
+}
+
+inline void check_rank(const std::vector<cpu::Source>& sources, int64_t k) {
+  int64_t n = 0;
+  for (const cpu::Source& source : sources) n += source.x.size;
+  if (k < 1 || k > n) {
+    fail("kth_largest", "expected 1 <= k <= " + std::to_string(n) +
+                            " (the number of scores), got " + std::to_string(k) + ".");
+  }
+}
+
+}  // namespace lap::bind

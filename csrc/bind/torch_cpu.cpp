@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT
+// The CPU kernels as operators of torch (LibTorch stable ABI: one build for torch 2.11 and later).
+// Schemas stand in lap_ext/ops.py. Here: tensors to pointers, results allocated, errors raised.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../cpu/memory.h"
+#include "../cpu/norms.h"
+#include "../cpu/score.h"
+#include "../cpu/select.h"
+#include "check.h"
+#include "energy.h"
+
+namespace {
+
+using lap::cpu::DType;
+using lap::cpu::Layout;
+using lap::cpu::Pool;
+using lap::cpu::Source;
+using lap::cpu::Strided;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace bind = lap::bind;
+
+DType dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      bind::fail(op, "expected float32, float64, float16 or bfloat16.");
+  }
+}
+
+Pool torch_pool() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int workers, const std::function<void(int)>& body) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+            });
+          }};
+}
+
+// A view of the elements in C order; `holder` keeps a copy alive where there are too many strides.
+Strided strided(const char* op, const Tensor& x, Tensor* holder) {
+  const DType dtype = dtype_of(op, x);
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  Strided out;
+  if (!lap::cpu::make_strided(x.const_data_ptr(), dtype, static_cast<int>(x.dim()), sizes.data(),
+                              strides.data(), &out)) {
+    *holder = torch::stable::contiguous(x);
+    return strided(op, *holder, holder);
+  }
+  return out;
+}
+
+// One weight with its norms: pointers into tensors that outlive it.
+struct Weight {
+  Tensor w, in_norm, out_norm;
+  Strided x;
+  Layout layout;
+  const double* row_norm;
+  const double* col_norm;
+
+  Weight(const char* op, const Tensor& weight, const Tensor& in, const Tensor& out, int64_t groups,
+         bool transposed, bool check_finite)
+      : w(weight), in_norm(torch::stable::contiguous(in)), out_norm(torch::stable::contiguous(out)) {
+    if (in.scalar_type() != ScalarType::Double || out.scalar_type() != ScalarType::Double) {
+      bind::fail(op, "expected in_norm and out_norm of float64.");
+    }
+    x = strided(op, weight, &w);
+    const bind::WeightShape shape = bind::weight_shape(
+        op, weight.sizes(), weight.dim(), in.numel(), out.numel(), groups, transposed);
+    layout = {shape.rows, shape.cols, shape.window, shape.groups};
+    const double* in_data = in_norm.const_data_ptr<double>();
+    const double* out_data = out_norm.const_data_ptr<double>();
+    if (check_finite) {
+      bind::check_norms(op, "in_norm", in_data, in.numel());
+      bind::check_norms(op, "out_norm", out_data, out.numel());
+    }
+    row_norm = transposed ? in_data : out_data;
+    col_norm = transposed ? out_data : in_data;
+  }
+};
+
+Tensor new_mask(const Tensor& like) {
+  Tensor mask = torch::stable::new_empty(like, like.sizes(), ScalarType::Bool);
+  lap::cpu::prefer_large_pages(mask.mutable_data_ptr(), mask.numel());
+  return mask;
+}
+
+const uint8_t* eligible_of(const char* op, const Tensor& mask, const Tensor& like) {
+  if (mask.scalar_type() != ScalarType::Bool || mask.numel() != like.numel() ||
+      !mask.is_contiguous()) {
+    bind::fail(op, "expected a contiguous bool mask with as many elements as the weights.");
+  }
+  return static_cast<const uint8_t*>(mask.const_data_ptr());
+}
+
+// channels energies as a float64 tensor beside weight
+template <typename Energy>
+Tensor energy_tensor(const Tensor& weight, const Strided& x, int64_t channels, bool check_finite,
+                     const std::string& name, const Energy& energy_of) {
+  Tensor out = torch::stable::new_empty(weight, {channels}, ScalarType::Double);
+  bind::checked_energy(x, channels, check_finite, name, out.mutable_data_ptr<double>(), energy_of);
+  return out;
+}
+
+Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& name) {
+  if (weight.dim() < 1) bind::fail("factors", "expected at least 1 dimension.");
+  Tensor holder = weight;
+  const Strided x = strided("factors", weight, &holder);
+  const int64_t rows = weight.sizes()[0];
+  const Pool pool = torch_pool();
+  return energy_tensor(weight, x, rows, check_finite, name, [&](double scale, double* energy) {
+    lap::cpu::row_energy(x, rows, scale, pool, energy);
+  });
+}
+
+Tensor col_energy(const Tensor& weight, int64_t groups, bool check_finite,
+                  const std::string& name) {
+  if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
+  Tensor holder = weight;
+  const Strided x = strided("factors", weight, &holder);
+  const auto sizes = weight.sizes();
+  const bind::WeightShape shape = bind::weight_shape(
+      "factors", sizes, weight.dim(), sizes[1] * groups, sizes[0], groups, false);
+  const Layout layout = {shape.rows, shape.cols, shape.window, shape.groups};
+  const Pool pool = torch_pool();
+  return energy_tensor(weight, x, groups * shape.cols, check_finite, name,
+                       [&](double scale, double* energy) {
+                         lap::cpu::col_energy(x, layout, scale, pool, energy);
+                       });
+}
+
+Tensor score(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t groups,
+             bool transposed, bool check_finite) {
+  const Weight weight("score", w, in_norm, out_norm, groups, transposed, check_finite);
+  const bool wide = weight.x.dtype == DType::f64;
+  Tensor out =
+      torch::stable::new_empty(w, w.sizes(), wide ? ScalarType::Double : ScalarType::Float);
+  lap::cpu::prefer_large_pages(out.mutable_data_ptr(), out.numel() * (wide ? 8 : 4));
+  if (!lap::cpu::score(weight.x, weight.layout, weight.row_norm, weight.col_norm, check_finite,
+                       torch_pool(), out.mutable_data_ptr())) {
+    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
+    bind::fail_not_finite("score", "w", found.count, found.first);
+  }
+  return out;
+}
+
+Tensor select_mask(const char* op, const Weight& weight, int64_t keep,
+                   const std::optional<Tensor>& eligible, bool check_finite) {
+  if (keep < 0) bind::fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
+  Tensor mask = new_mask(weight.w);
+  Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
+  if (eligible) source.eligible = eligible_of(op, *eligible, weight.w);
+  source.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  const lap::cpu::Selection selection =
+      lap::cpu::select({source}, keep, check_finite, torch_pool());
+  if (selection.outcome == lap::cpu::Outcome::not_finite) {
+    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
+    bind::fail_not_finite(op, "w", found.count, found.first);
+  }
+  if (selection.outcome == lap::cpu::Outcome::range) bind::fail_range(op);
+  return mask;
+}
+
+Tensor mask(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
+            const std::optional<Tensor>& mask, int64_t groups, bool transposed, bool check_finite) {
+  const Weight weight("mask", w, in_norm, out_norm, groups, transposed, check_finite);
+  return select_mask("mask", weight, keep, mask, check_finite);
+}
+
+// The threshold is known only after all of w is read, so w is written in a pass of its own.
+Tensor prune_(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
+              const std::optional<Tensor>& mask, int64_t groups, bool transposed,
+              bool check_finite) {
+  const Weight weight("prune_", w, in_norm, out_norm, groups, transposed, check_finite);
+  Tensor kept = select_mask("prune_", weight, keep, mask, check_finite);
+  Strided target = weight.x;
+  if (w.const_data_ptr() != target.data) bind::fail("prune_", "expected w of at most 8 strides.");
+  target.data = w.mutable_data_ptr();
+  lap::cpu::zero_dropped(target, static_cast<const uint8_t*>(kept.const_data_ptr()), torch_pool());
+  return kept;
+}
+
+// The sources of a list of scores; `held` keeps copies alive.
+std::vector<Source> score_sources(const char* op, const std::vector<Tensor>& scores,
+                                  std::vector<Tensor>* held) {
+  std::vector<Source> sources;
+  held->reserve(scores.size());
+  for (const Tensor& s : scores) {
+    if (s.scalar_type() != scores[0].scalar_type()) bind::fail(op, "expected scores of one dtype.");
+    held->push_back(s);
+    Source source;
+    source.x = strided(op, s, &held->back());
+    sources.push_back(source);
+  }
+  return sources;
+}
+
+std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores, int64_t keep,
+                              const std::vector<Tensor>& masks, bool check_finite) {
+  if (keep < 0) bind::fail("topk_mask", "expected keep >= 0, got " + std::to_string(keep) + ".");
+  if (!masks.empty() && masks.size() != scores.size()) {
+    bind::fail("topk_mask", "expected one mask per tensor of scores, or none.");
+  }
+  std::vector<Tensor> held;
+  std::vector<Source> sources = score_sources("topk_mask", scores, &held);
+  std::vector<Tensor> out;
+  for (size_t t = 0; t < scores.size(); ++t) {
+    out.push_back(new_mask(scores[t]));
+    sources[t].mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
+    if (!masks.empty()) sources[t].eligible = eligible_of("topk_mask", masks[t], scores[t]);
+  }
+  const lap::cpu::Selection selection = lap::cpu::select(sources, keep, check_finite, torch_pool());
+  if (selection.outcome != lap::cpu::Outcome::ok) bind::raise_nan("topk_mask", sources);
+  return out;
+}
+
+Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_finite) {
+  std::vector<Tensor> held;
+  const std::vector<Source> sources = score_sources("kth_largest", scores, &held);
+  bind::check_rank(sources, k);
+  const lap::cpu::Selection selection = lap::cpu::select(sources, k, check_finite, torch_pool());
+  if (selection.outcome != lap::cpu::Outcome::ok) bind::raise_nan("kth_largest", sources);
+  const bool wide = sources[0].x.dtype == DType::f64;
+  Tensor out =
+      torch::stable::new_empty(scores[0], {}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) {
+    *out.mutable_data_ptr<double>() = selection.threshold;
+  } else {
+    *out.mutable_data_ptr<float>() = static_cast<float>(selection.threshold);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
+  m.impl("row_energy", TORCH_BOX(&row_energy));
+  m.impl("col_energy", TORCH_BOX(&col_energy));
+  m.impl("score", TORCH_BOX(&score));
+  m.impl("mask", TORCH_BOX(&mask));
+  m.impl("prune_", TORCH_BOX(&prune_));
+  m.impl("topk_mask", TORCH_BOX(&topk_mask));
+  m.impl("kth_largest", TORCH_BOX(&kth_largest));
+}
+
+extern "C" __attribute__((visibility("default"))) const char* lap_ext_isa() {
+  return lap::cpu::kernels().name;
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// The inner loops, compiled once per instruction set from kernels.inc and chosen when the library
+// loads. LAP_EXT_ISA=baseline|v3|v4 forces a level (an unknown or unsupported one is an error), so
+// that every level is tested on one machine. All levels give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/key.h"
+#include "weight.h"
+
+namespace lap::cpu {
+
+// Keys above high are kept, keys below low dropped, those between are candidates.
+template <typename Key>
+struct Decision {
+  Key low;
+  Key high;
+};
+
+// Where classify puts the weights it cannot decide: their keys, and their offsets in the chunk.
+// There must be room for as many as it is given, and for kSpareCandidates that it may write in vain.
+constexpr int kSpareCandidates = 2;
+template <typename Key>
+struct Candidates {
+  Key* keys;
+  uint16_t* offsets;
+  int64_t count;
+};
+
+// What turns the elements of one dtype into keys. Each returns the largest |x| as a key, by which
+// an infinity or a NaN is noticed.
+template <typename Key>
+struct KeyKernels {
+  using Float = typename KeyTraits<Key>::Float;
+
+  // keys[j] = key(|w[j]| * (row_norm * col_norm[j]))
+  Key (*weights)(const void* w, const Float* col_norm, Float row_norm, int64_t n, Key* keys);
+
+  // keys[j] = key of a score that may be negative
+  Key (*scores)(const void* scores, int64_t n, Key* keys);
+
+  // The keys of weights (of scores), decided at once: mask[j] = key > high; candidates get base + j
+  // need room (see above); *above grows by the number kept.
+  Key (*classify_weights)(const void* w, const Float* col_norm, Float row_norm, int64_t n,
+                          const Decision<Key>& to, int64_t base, uint8_t* mask,
+                          Candidates<Key>* candidates, int64_t* above);
+  Key (*classify_scores)(const void* scores, int64_t n, const Decision<Key>& to, int64_t base,
+                         uint8_t* mask, Candidates<Key>* candidates, int64_t* above);
+
+  // true when a product of nonzero factors came out at or below the smallest normal number
+  bool (*underflows)(const void* w, const Float* col_norm, Float row_norm, int64_t n);
+};
+
+// What decides ready keys, whatever they were made from.
+template <typename Key>
+struct DecideKernels {
+  // keys[j] = kNever where eligible[j] is 0
+  void (*restrict_to)(const uint8_t* eligible, int64_t n, Key* keys);
+
+  void (*classify)(const Key* keys, int64_t n, const Decision<Key>& to, int64_t base, uint8_t* mask,
+                   Candidates<Key>* candidates, int64_t* above);
+
+  // mask[j] = 1 above the threshold, 2 at it, 0 below. Returns how many are above; adds to ties.
+  int64_t (*mark_ties)(const Key* keys, int64_t n, Key threshold, uint8_t* mask, int64_t* ties);
+};
+
+struct Kernels {
+  const char* name;
+
+  KeyKernels<int32_t> narrow[kDTypes];  // float products; empty for f64
+  KeyKernels<int64_t> wide[kDTypes];    // 24-bit products in double; plain double for f64
+  DecideKernels<int32_t> decide32;
+  DecideKernels<int64_t> decide64;
+
+  // out[j] = |w[j]| * (row_norm * col_norm[j]), as float (double for f64). The wide form multiplies
+  // by scale twice at the end, so that any power of two can be undone. Returns the largest |w|.
+  int32_t (*score[kDTypes])(const void* w, const float* col_norm, float row_norm, int64_t n,
+                            float* out);
+  int64_t (*wide_score[kDTypes])(const void* w, const double* col_norm, double row_norm,
+                                 double scale, int64_t n, void* out);
+
+  // Sum of the squares of scale * x, over at most kSegment elements, in the order of math/sums.h.
+  double (*row_segment[kDTypes])(const void* x, int64_t n, double scale);
+
+  // sums[m] += (scale * x[m])^2 for each of n columns
+  void (*add_squares[kDTypes])(const void* x, int64_t n, double scale, double* sums);
+};
+
+const Kernels& kernels();
+
+}  // namespace lap::cpu

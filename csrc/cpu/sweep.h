@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT
+// The passes over all keys that select.cpp is made of. Each reads the weights once, in chunks that
+// workers draw from a counter; none depends on the order in which chunks are taken.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "keys.h"
+#include "parallel.h"
+
+namespace lap::cpu {
+
+// Some candidates of one chunk, in order of position.
+template <typename Key>
+struct Run {
+  int64_t chunk;
+  const Key* keys;
+  const uint16_t* offsets;  // from the chunk's first element
+  int64_t count;
+};
+
+template <typename Key>
+struct Swept {
+  int64_t above = 0;        // keys above Decision::high
+  int64_t candidates = 0;   // keys from low to high
+  Key top = 0;              // largest |x|
+  bool overflow = false;    // more candidates than there is room for: the rest means nothing
+  std::vector<Run<Key>> runs;
+};
+
+template <typename Key>
+struct Marked {
+  int64_t above = 0;
+  int64_t ties = 0;
+  Key top = 0;
+  std::vector<int64_t> chunk_ties;  // in order of the chunks
+};
+
+struct Chunk {
+  int source;
+  int64_t begin;  // within the source
+  int64_t end;
+};
+
+template <typename Key>
+class Sweeper {
+ public:
+  Sweeper(std::vector<Keys<Key>> keys, const Pool& pool);
+
+  int64_t size() const { return size_; }
+  bool raw_scores() const { return keys_.empty() || keys_[0].source().row_norm == nullptr; }
+
+  // Keys at m hashed positions, one in each of m equal stretches.
+  std::vector<Key> sample(int64_t m) const;
+
+  // Writes the masks (zero for candidates) and collects the candidates.
+  Swept<Key> sweep(const Decision<Key>& to);
+
+  // Writes 1 above the threshold, 2 at it, 0 below.
+  Marked<Key> mark_ties(Key threshold);
+
+  // Turns the first `ties` marks in order into 1, the rest into 0.
+  void settle_ties(const std::vector<int64_t>& chunk_ties, int64_t ties);
+
+  // counts[b] = keys with (biased(key) - low) >> shift == b, for 0 <= b < 2^11
+  std::vector<int64_t> histogram(typename std::make_unsigned<Key>::type low, int shift);
+
+  // The largest |x|, nothing written.
+  Key top();
+
+  // True when some product of nonzero factors left the normal range.
+  bool underflows();
+
+  const Chunk& chunk(int64_t c) const { return chunks_[c]; }
+  uint8_t* mask_of(const Chunk& chunk) const;
+  const Pool& pool() const { return pool_; }
+  int64_t capacity() const;  // candidates that there is room for
+
+ private:
+  // block(worker, chunk number, first element in the chunk, n, scratch) -> largest |x| as a key,
+  // once per block of kBlock elements; returns the largest of all. Stops early once stop is true.
+  template <typename Block>
+  Key for_each_block(const std::atomic<bool>& stop, const Block& block);
+
+  // The same with the block's keys made: block(worker, chunk number, first element, n, keys)
+  template <typename Block>
+  Key for_each_keys(const Block& block);
+
+  std::vector<Keys<Key>> keys_;
+  const Pool& pool_;
+  std::vector<Chunk> chunks_;
+  std::vector<int64_t> first_;  // position of each source's element 0 among all
+  int64_t size_ = 0;
+  int64_t bytes_ = 0;
+  std::unique_ptr<char[]> room_;  // candidates' slabs, kept for the next sweep
+};
+
+// Keys as unsigned numbers in the same order.
+template <typename Key>
+typename std::make_unsigned<Key>::type biased(Key key) {
+  using Unsigned = typename std::make_unsigned<Key>::type;
+  return static_cast<Unsigned>(key) ^ (Unsigned{1} << (KeyTraits<Key>::kBits - 1));
+}
+template <typename Key>
+Key unbiased(typename std::make_unsigned<Key>::type bits) {
+  using Unsigned = typename std::make_unsigned<Key>::type;
+  return static_cast<Key>(bits ^ (Unsigned{1} << (KeyTraits<Key>::kBits - 1)));
+}
+
+constexpr int kHistogramBits = 11;
+constexpr int64_t kBins = 1 << kHistogramBits;
+
+extern template class Sweeper<int32_t>;
+extern template class Sweeper<int64_t>;
+
+}  // namespace lap::cpu

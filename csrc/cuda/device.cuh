@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT
+// What every kernel shares: block sizes, launching, exact division, reductions of a block.
+// Under LAP_EMULATED the same sources compile with g++ and run on emulated threads (tests/cpp).
+#pragma once
+
+#include "../math/half.h"
+#include "../math/key.h"
+#include "../math/score.h"
+#include "launch.h"
+
+#if defined(LAP_EMULATED)
+#define LAP_UNROLL
+#define LAP_SHARED(type, name) LAP_EMULATED_SHARED(type, name)
+#else
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+#define LAP_UNROLL _Pragma("unroll")
+#define LAP_SHARED(type, name) __shared__ type name
+#endif
+
+namespace lap::cuda {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffff;
+#if defined(LAP_EMULATED)  // small, so that small tests cross every boundary
+constexpr int kThreads = 64;
+constexpr int kLoneThreads = 128;
+#else
+constexpr int kThreads = 256;
+constexpr int kLoneThreads = 1024;  // of a block that works alone
+#endif
+constexpr int kBlocksPerProcessor = 8;  // of kThreads: 2048 threads, all that fit
+
+using Count = unsigned long long;  // what 64-bit atomics take
+
+__device__ inline int lane_id() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+
+// --- launching --------------------------------------------------------------------------------
+
+inline cudaError_t processors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Blocks for `work` blocks' worth of work: no more than the device holds at once (kernels stride).
+inline cudaError_t grid_for(int64_t work, unsigned* blocks) {
+  int count = 0;
+  const cudaError_t error = processors(&count);
+  const int64_t most = int64_t{count} * kBlocksPerProcessor;
+  *blocks = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
+  return error;
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream,
+                   const Args&... args) {
+#if defined(LAP_EMULATED)
+  emulator::launch(blocks, threads, stream, [&] { kernel(args...); });
+#else
+  kernel<<<blocks, threads, 0, stream>>>(args...);
+#endif
+  return cudaGetLastError();
+}
+
+// All blocks are on the device at once, so that grid_sync() works; at most `work` of them.
+template <typename Param>
+cudaError_t launch_together(void (*kernel)(Param), int64_t work, cudaStream_t stream, Param param) {
+  int processor_count = 0;
+  cudaError_t error = processors(&processor_count);
+  if (error != cudaSuccess) return error;
+  int per_processor = 0;
+#if defined(LAP_EMULATED)
+  per_processor = 1;
+#else
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0);
+  if (error != cudaSuccess) return error;
+#endif
+  const int64_t most = int64_t{processor_count} * per_processor;
+  const unsigned blocks = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
+#if defined(LAP_EMULATED)
+  emulator::launch_together(blocks, kThreads, stream, [&] { kernel(param); });
+  return cudaGetLastError();
+#else
+  void* params[] = {&param};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
+                                     dim3(kThreads), params, 0, stream);
+#endif
+}
+
+__device__ inline void grid_sync() {
+#if defined(LAP_EMULATED)
+  emulator::grid_sync();
+#else
+  cooperative_groups::this_grid().sync();
+#endif
+}
+
+// Calls run(T{}) with the element type of dtype.
+template <typename Run>
+cudaError_t with_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::f32:
+      return run(float{});
+    case DType::f16:
+      return run(Half{});
+    case DType::bf16:
+      return run(BFloat16{});
+    case DType::f64:
+      return run(double{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// --- workspace --------------------------------------------------------------------------------
+
+// Cuts a workspace into aligned pieces; with a null base it only measures.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    constexpr size_t kAlignment = 256;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// --- arithmetic -------------------------------------------------------------------------------
+
+// n / d for 0 <= n < 2^63 without a division (Granlund and Montgomery 1994):
+//   l = ceil(log2 d);  m = floor(2^64 (2^l - d) / d) + 1;  n / d = (high64(m n) + n) >> l
+struct Divider {
+  uint64_t divisor = 1;
+  uint64_t multiplier = 1;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(static_cast<uint64_t>(d)) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    const unsigned __int128 over = (uint64_t{1} << shift) - divisor;
+    multiplier = static_cast<uint64_t>((over << 64) / divisor) + 1;
+  }
+  __device__ int64_t quotient(int64_t n) const {
+    const uint64_t x = static_cast<uint64_t>(n);
+    return static_cast<int64_t>((__umul64hi(multiplier, x) + x) >> shift);
+  }
+};
+
+// --- a block's reductions: every thread of the block calls them --------------------------------
+
+constexpr int kMostWarps = 32;
+
+template <typename T>
+struct WarpValues {
+  T values[kMostWarps];
+};
+
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
+  return value;  // in lane 0
+}
+
+// Sum of the values of the threads before this one; *total is the sum of all.
+template <typename T>
+__device__ T block_exclusive_sum(T value, T* total) {
+  LAP_SHARED(WarpValues<T>, warps);
+  const int lane = lane_id();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  T inclusive = value;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  __syncthreads();  // the previous call's readers are done
+  if (lane == kWarp - 1) warps.values[warp] = inclusive;
+  __syncthreads();
+  T before = 0;
+  *total = 0;
+  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) {
+    if (i == warp) before = *total;
+    *total += warps.values[i];
+  }
+  return before + inclusive - value;
+}
+
+// Notes bad values of one tensor; reached only when there are some.
+__device__ inline void note_bad(Count* bad_count, Count* first_inverted, int count,
+                                int64_t first_index) {
+  atomicAdd(bad_count, static_cast<Count>(count));
+  atomicMax(first_inverted, ~static_cast<Count>(first_index));
+}
+
+__device__ inline bool is_finite(float x) {
+  return score_key(x) < KeyTraits<int32_t>::kInfinity;
+}
+__device__ inline bool is_finite(double x) {
+  return score_key(x) < KeyTraits<int64_t>::kInfinity;
+}
+
+}  // namespace lap::cuda

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+// Exact selection by digits (radix select), by all blocks of a grid together.
+//
+// Wanted: the bound that has exactly `keep` elements before it in the order (rank, position).
+// Read rank, then position, as digits of kRadixBits bits, the most significant first:
+//
+//   1. every block counts, in shared memory, the next digit of the elements whose earlier digits
+//      equal the prefix found so far; the counts are added to a histogram in global memory
+//   2. grid_sync()
+//   3. every block scans the histogram: the digit in which the keep-th element lies joins the
+//      prefix, and keep drops by the number of elements with lower digits
+//   4. if all elements with this prefix are wanted, the bound is known; else back to 1
+//
+// The digits of the position come after those of the rank: this settles ties, lowest index first,
+// and needs one reading of the tiles (later digits touch only the tiles the prefix leaves).
+// Counts are integers, so neither the order of atomics nor of candidates can change the result.
+// Three histograms take turns: while one is filled, block 0 clears the next; a histogram is cleared
+// after the grid_sync() that ended its last reading.
+#pragma once
+
+#include "ranks.cuh"
+
+namespace lap::cuda {
+
+#if defined(LAP_EMULATED)
+constexpr int kRadixBits = 8;
+#else
+constexpr int kRadixBits = 11;  // 3 readings for 32-bit keys; 8 KB of counters a block
+#endif
+constexpr int kBins = 1 << kRadixBits;
+constexpr int kTurns = 3;
+
+struct LocalHistogram {
+  uint32_t counts[kBins];
+};
+struct Histograms {
+  Count counts[kTurns][kBins];
+};
+
+// The elements kept: rank < bound.rank, or rank == bound.rank and position < bound.position.
+template <typename Rank>
+struct Bound {
+  Rank rank;
+  uint64_t position;
+
+  __device__ bool keeps(Rank r, uint64_t p) const {
+    return r < rank || (r == rank && p < position);
+  }
+};
+
+// The digits known so far; *_rest are the bits not known yet.
+template <typename Rank>
+struct Prefix {
+  Rank rank = 0;
+  Rank rank_rest = static_cast<Rank>(~Rank{0});
+  uint64_t position = 0;
+  uint64_t position_rest = ~uint64_t{0};
+
+  __device__ bool matches(Rank r, uint64_t p) const {
+    return (r & ~rank_rest) == rank && (p & ~position_rest) == position;
+  }
+  __device__ bool may_lie_in(uint64_t first, uint64_t last) const {
+    return first <= (position | position_rest) && position <= last;
+  }
+};
+
+// Where a digit lies.
+struct Digit {
+  int shift;
+  int width;
+  bool of_rank;
+
+  template <typename Rank>
+  __device__ uint32_t of(Rank r, uint64_t p) const {
+    const uint64_t word = of_rank ? static_cast<uint64_t>(r) : p;
+    return static_cast<uint32_t>(word >> shift) & ((1u << width) - 1);
+  }
+};
+
+struct Bin {
+  uint32_t digit;
+  Count before;  // elements with lower digits
+  Count inside;
+  Count total;
+};
+
+// Counts digits; a run of equal digits costs one atomic, so that all-equal data is no worst case.
+class DigitCounter {
+ public:
+  __device__ explicit DigitCounter(LocalHistogram* histogram) : histogram_(histogram) {}
+  __device__ void add(uint32_t digit) {
+    if (digit != digit_) flush();
+    digit_ = digit;
+    ++run_;
+  }
+  __device__ void flush() {
+    if (run_ != 0) atomicAdd(&histogram_->counts[digit_], run_);
+    run_ = 0;
+  }
+
+ private:
+  LocalHistogram* histogram_;
+  uint32_t digit_ = 0;
+  uint32_t run_ = 0;
+};
+
+// The bin that holds the keep-th element, 1 <= keep <= total, in every thread of the block.
+// count(b): the histogram.
+template <typename CountOf>
+__device__ Bin find_bin(Count keep, const CountOf& count) {
+  LAP_SHARED(Bin, found);
+  const int per_thread = (kBins + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+  const int begin = static_cast<int>(threadIdx.x) * per_thread;
+  const int end = begin + per_thread < kBins ? begin + per_thread : kBins;
+  Count mine = 0;
+  for (int b = begin; b < end; ++b) mine += count(b);
+  Count total = 0;
+  Count before = block_exclusive_sum(mine, &total);
+  if (before < keep && keep <= before + mine) {
+    for (int b = begin; b < end; ++b) {
+      const Count inside = count(b);
+      if (keep <= before + inside) {
+        found = {static_cast<uint32_t>(b), before, inside, total};
+        break;
+      }
+      before += inside;
+    }
+  } else if (threadIdx.x == 0 && keep > total) {
+    found = {kBins - 1, 0, 0, total};
+  }
+  __syncthreads();
+  return found;
+}
+
+template <typename Rank>
+struct Selected {
+  Bound<Rank> bound;
+  bool ranked;  // false: nothing or everything is kept, whatever the order
+};
+
+struct Request {
+  Count keep;
+  int position_bits;  // positions are below 2^position_bits
+  bool exact;         // the bound's rank must be that of the last element kept (1 <= keep <= all)
+};
+
+// All threads of all blocks call select() alike. Elements: for_each(prefix, visit) calls
+// visit(rank, position) for this thread's share of the elements that may match the prefix; none
+// has rank kWorst.
+template <typename Key>
+class GridSelector {
+ public:
+  using Rank = typename RankTraits<Key>::Rank;
+
+  // turn: how many digits this grid has counted so far
+  __device__ GridSelector(Histograms* histograms, LocalHistogram* local, int* turn)
+      : histograms_(histograms), local_(local), turn_(*turn) {}
+
+  template <typename Elements>
+  __device__ Selected<Rank> select(const Elements& elements, const Request& request) {
+    constexpr Rank kWorst = RankTraits<Key>::kWorst;
+    if (request.keep == 0) return {{0, 0}, false};
+    Count keep = request.keep;
+    Prefix<Rank> prefix;
+    for (int shift = KeyTraits<Key>::kBits; shift > 0;) {
+      const int width = shift < kRadixBits ? shift : kRadixBits;
+      const bool start = shift == KeyTraits<Key>::kBits;
+      shift -= width;
+      const Bin bin = count(elements, prefix, {shift, width, true}, keep);
+      if (start && !request.exact && keep >= bin.total) return {{kWorst, 0}, false};
+      keep -= bin.before;
+      prefix.rank |= static_cast<Rank>(static_cast<Rank>(bin.digit) << shift);
+      prefix.rank_rest = static_cast<Rank>((Rank{1} << shift) - 1);
+      const Rank last = prefix.rank | prefix.rank_rest;
+      // A bound looser than the last kept rank must not look doubtful where that rank is not.
+      const bool clear = shift == 0 || last < RankTraits<Key>::kDoubtful;
+      if (!request.exact && keep == bin.inside && clear) {
+        return {{last == kWorst ? last - 1 : last, ~uint64_t{0}}, true};
+      }
+    }
+    if (request.exact) return {{prefix.rank, ~uint64_t{0}}, true};
+    return {{prefix.rank, last_position(elements, prefix, keep, request.position_bits) + 1}, true};
+  }
+
+ private:
+  // Position of the keep-th of the elements that match the prefix.
+  template <typename Elements>
+  __device__ uint64_t last_position(const Elements& elements, Prefix<Rank> prefix, Count keep,
+                                    int position_bits) {
+    for (int shift = position_bits; shift > 0;) {
+      const int width = shift < kRadixBits ? shift : kRadixBits;
+      shift -= width;
+      const Bin bin = count(elements, prefix, {shift, width, false}, keep);
+      keep -= bin.before;
+      prefix.position |= static_cast<uint64_t>(bin.digit) << shift;
+      prefix.position_rest = (uint64_t{1} << shift) - 1;
+      if (keep == bin.inside) break;
+    }
+    return position_bits == 0 ? 0 : prefix.position | prefix.position_rest;
+  }
+
+  // Steps 1 to 3 above.
+  template <typename Elements>
+  __device__ Bin count(const Elements& elements, const Prefix<Rank>& prefix, Digit digit,
+                       Count keep) {
+    for (int b = threadIdx.x; b < kBins; b += blockDim.x) local_->counts[b] = 0;
+    __syncthreads();
+    DigitCounter counter(local_);
+    elements.for_each(prefix, [&](Rank rank, uint64_t position) {
+      if (prefix.matches(rank, position)) counter.add(digit.of(rank, position));
+    });
+    counter.flush();
+    __syncthreads();
+    Count* filled = histograms_->counts[turn_ % kTurns];
+    Count* next = histograms_->counts[(turn_ + 1) % kTurns];
+    for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
+      if (local_->counts[b] != 0) atomicAdd(filled + b, Count{local_->counts[b]});
+      if (blockIdx.x == 0) next[b] = 0;
+    }
+    ++turn_;
+    grid_sync();
+    return find_bin(keep, [&](int b) { return filled[b]; });
+  }
+
+  Histograms* histograms_;
+  LocalHistogram* local_;
+  int& turn_;
+};
+
+}  // namespace lap::cuda

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+// The norms as the score kernels need them: rounded to the score's precision and scaled by powers
+// of two so that each vector's largest lies in [0.5, 1). Products cannot overflow then, and the
+// scale drops out of every comparison.
+#pragma once
+
+#include "device.cuh"
+
+namespace lap::cuda {
+
+// Where one layer's scaled norms lie in a workspace.
+struct ScaledNorms {
+  double* row;        // [rows]
+  double* col;        // [groups * cols]
+  float* row_narrow;  // the same numbers as floats: exact while they are normal
+  float* col_narrow;
+  int64_t rows;
+  int64_t channels;  // groups * cols
+};
+
+struct Scale {
+  int exponent;  // true product = stored product * 2^exponent
+  int narrow;    // every product of nonzero norms is normal in the score's own type
+  int wide;      // ... in double
+};
+
+inline ScaledNorms take_scaled_norms(Carver* carver, const Weight& w) {
+  const int64_t channels = w.groups * w.cols;
+  ScaledNorms norms = {};
+  norms.row = carver->take<double>(w.rows);
+  norms.col = carver->take<double>(channels);
+  norms.row_narrow = carver->take<float>(w.rows);
+  norms.col_narrow = carver->take<float>(channels);
+  norms.rows = w.rows;
+  norms.channels = channels;
+  return norms;
+}
+
+// Largest and smallest entry that is positive and finite; zero when there is none.
+struct NormRange {
+  double largest;
+  double smallest;
+};
+
+__device__ inline NormRange widest(NormRange a, NormRange b) {
+  if (b.largest == 0) return a;
+  if (a.largest == 0) return b;
+  return {a.largest > b.largest ? a.largest : b.largest,
+          a.smallest < b.smallest ? a.smallest : b.smallest};
+}
+
+// The range of norm [n], in every thread of the block.
+__device__ inline NormRange block_range(const double* norm, int64_t n) {
+  LAP_SHARED(WarpValues<NormRange>, warps);
+  NormRange range = {0, 0};
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const double x = norm[i];
+    if (x > 0 && is_finite(x)) range = widest(range, {x, x});  // inf and NaN stay what they are
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const double largest = __shfl_down_sync(kAllLanes, range.largest, step);
+    const double smallest = __shfl_down_sync(kAllLanes, range.smallest, step);
+    range = widest(range, {largest, smallest});
+  }
+  __syncthreads();  // the previous call's readers are done
+  if (lane_id() == 0) warps.values[threadIdx.x / kWarp] = range;
+  __syncthreads();
+  range = warps.values[0];
+  for (int i = 1; i < static_cast<int>(blockDim.x) / kWarp; ++i) {
+    range = widest(range, warps.values[i]);
+  }
+  return range;
+}
+
+__device__ inline int exponent_of(double x) {
+  int exponent = 0;
+  if (x != 0) frexp(x, &exponent);
+  return exponent;  // x = m * 2^exponent, m in [0.5, 1)
+}
+
+__device__ inline void block_scale(const double* norm, int64_t n, int exponent, bool rounded,
+                                   double* wide, float* narrow) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    double x = ldexp(norm[i], -exponent);
+    const bool normal = is_finite(x) && score_key(x) >= KeyTraits<int64_t>::kSmallestNormal;
+    if (rounded && normal) x = round24(x);
+    wide[i] = x;
+    narrow[i] = static_cast<float>(x);
+  }
+}
+
+// One block writes `out` and returns the scale, the same in every thread. rounded: 24 bits (float
+// scores), else 53.
+__device__ inline Scale block_scale_norms(const Norms& norms, bool rounded,
+                                          const ScaledNorms& out) {
+  const NormRange row = block_range(norms.row, out.rows);
+  const NormRange col = block_range(norms.col, out.channels);
+  const int row_exponent = exponent_of(row.largest);
+  const int col_exponent = exponent_of(col.largest);
+  block_scale(norms.row, out.rows, row_exponent, rounded, out.row, out.row_narrow);
+  block_scale(norms.col, out.channels, col_exponent, rounded, out.col, out.col_narrow);
+  double least = 1;  // smallest product of two nonzero entries
+  if (row.largest > 0 && col.largest > 0) {
+    least = product(ldexp(row.smallest, -row_exponent), ldexp(col.smallest, -col_exponent));
+  }
+  // Rounding can lower the smallest product by two ulp: a margin of 4.
+  const bool wide = least >= 4 * 0x1p-1022;
+  const bool narrow = rounded ? least >= 4 * 0x1p-126 : wide;
+  return {row_exponent + col_exponent, narrow, wide};
+}
+
+}  // namespace lap::cuda

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+// The selection's launchers and its first kernel: see select.cuh. Tensors are described to the
+// device in kernel parameters, kSourcesPerLaunch at a time: a copy from pageable host memory could
+// not be captured in a CUDA graph.
+#include "select.cuh"
+
+#include <algorithm>
+#include <cmath>
+
+#include "select_kernels.cuh"
+
+namespace lap::cuda {
+namespace {
+
+__device__ void describe(Source* sources, const SourceBatch& batch) {
+  for (int i = threadIdx.x; i < batch.count; i += blockDim.x) {
+    sources[batch.begin + i] = batch.sources[i];
+  }
+}
+
+// Further sources than prepare_kernel takes. Thread: one source.
+__global__ void describe_kernel(Source* sources, SourceBatch batch) {
+  describe(sources, batch);
+}
+
+// Step 1. One block: clears the state, describes the first sources, scales the norms, and sets the
+// interval where no sample is taken. Reads 8 bytes per row and column.
+__global__ void __launch_bounds__(kLoneThreads) prepare_kernel(SelectArgs args, SourceBatch batch) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
+  for (size_t i = threadIdx.x; i < sizeof(State) / sizeof(uint32_t); i += blockDim.x) words[i] = 0;
+  describe(args.sources, batch);
+  Scale scale = {0, 1, 1};
+  if (args.norms.row != nullptr) scale = block_scale_norms(args.norms, args.rounded, args.scaled);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const uint64_t worst = args.wide_keys ? ~uint64_t{0} : uint64_t{0xffffffff};
+  State& state = *args.state;
+  state.scale = scale;
+  state.status.out_of_range = !scale.narrow && !scale.wide;
+  if (args.plan == Plan::all) state.first = worst;
+  if (args.plan == Plan::all || args.plan == Plan::candidates) state.last = worst - 1;
+}
+
+struct Buffers {
+  int64_t size = 0;  // elements of all sources
+  int64_t room = 0;
+  int sample_bits = 0;
+};
+
+Buffers plan_buffers(const Ranked* sources, int count) {
+  Buffers plan;
+  for (int i = 0; i < count; ++i) plan.size += sources[i].size;
+  plan.room = std::max(kLeastRoom, plan.size / kRoomShare);
+  plan.sample_bits = kLeastSampleBits;
+  while (plan.sample_bits < kMostSampleBits && (int64_t{32} << plan.sample_bits) <= plan.size) {
+    ++plan.sample_bits;
+  }
+  return plan;
+}
+
+// Cuts the workspace; weight is null for raw scores. Returns the bytes used.
+size_t carve(void* workspace, const Buffers& plan, int count, DType dtype, const Weight* weight,
+             SelectArgs* args) {
+  Carver carver(workspace);
+  args->state = carver.take<State>(1);
+  args->sources = carver.take<Source>(count);
+  if (weight != nullptr) args->scaled = take_scaled_norms(&carver, *weight);
+  const int64_t rank_size = dtype == DType::f64 ? 8 : 4;
+  args->sample = carver.take<char>(rank_size << plan.sample_bits);
+  args->ranks = carver.take<char>(rank_size * plan.room);
+  args->positions = carver.take<int64_t>(plan.room);
+  return carver.used();
+}
+
+void plan_interval(int64_t keep, const Buffers& buffers, SelectArgs* args) {
+  const bool threshold_wanted = args->value != nullptr;
+  args->sample_bits = buffers.sample_bits;
+  if (keep <= 0) {
+    args->plan = Plan::none;
+  } else if (keep >= buffers.size && !threshold_wanted) {
+    args->plan = Plan::all;
+  } else if (buffers.size <= buffers.room) {
+    args->plan = Plan::candidates;
+  } else {
+    args->plan = Plan::sample;
+    const double kept = static_cast<double>(keep) / static_cast<double>(buffers.size);
+    const double center = kept * static_cast<double>(int64_t{1} << buffers.sample_bits);
+    const double margin = kDeviations * std::sqrt(center * (1 - kept)) + 2;
+    args->first_place = static_cast<int64_t>(std::floor(center - margin));
+    args->last_place = static_cast<int64_t>(std::ceil(center + margin));
+  }
+}
+
+// Launches prepare_kernel, and describe_kernel for what it does not take.
+cudaError_t launch_prepare(const Ranked* ranked, int count, DType dtype, SelectArgs* args,
+                           cudaStream_t stream) {
+  SourceBatch batch = {};
+  bool prepared = false;
+  int64_t first = 0;
+  for (int i = 0; i <= count; ++i) {
+    if (batch.count == kSourcesPerLaunch || (i == count && (batch.count != 0 || !prepared))) {
+      const cudaError_t error =
+          prepared ? launch(describe_kernel, 1, kSourcesPerLaunch, stream, args->sources, batch)
+                   : launch(prepare_kernel, 1, kLoneThreads, stream, *args, batch);
+      if (error != cudaSuccess) return error;
+      prepared = true;
+      batch.begin = i;
+      batch.count = 0;
+    }
+    if (i == count) break;
+    const Ranked& r = ranked[i];
+    const bool aligned = aligned_for_vectors(r.data, item_size(dtype), r.eligible, r.mask);
+    batch.sources[batch.count++] = {r.data, r.eligible,  r.mask, r.size, first,
+                                    args->tiles, 0, 0, aligned};
+    first += r.size;
+    args->tiles += ceil_div(r.size, kTile);
+  }
+  return cudaSuccess;
+}
+
+int bits_of(int64_t x) {
+  int bits = 0;
+  while (x >> bits) ++bits;
+  return bits;
+}
+
+cudaError_t launch_select(const Ranked* ranked, int count, DType dtype, const Weight* weight,
+                          const Norms& norms, int64_t keep, bool check_finite, void* value,
+                          void* workspace, cudaStream_t stream) {
+  SelectArgs args = {};
+  const Buffers buffers = plan_buffers(ranked, count);
+  carve(workspace, buffers, count, dtype, weight, &args);
+  if (buffers.size == 0) return cudaMemsetAsync(args.state, 0, sizeof(Status), stream);
+  args.count = count;
+  args.size = buffers.size;
+  args.norms = norms;
+  if (weight != nullptr) args.places = Places(*weight);
+  args.rounded = dtype != DType::f64;
+  args.wide_keys = dtype == DType::f64;
+  args.room = buffers.room;
+  args.keep = keep < 0 ? 0 : static_cast<Count>(keep);
+  args.position_bits = bits_of(buffers.size - 1);
+  args.check = check_finite;
+  args.value = value;
+  plan_interval(keep, buffers, &args);
+  const cudaError_t error = launch_prepare(ranked, count, dtype, &args, stream);
+  if (error != cudaSuccess) return error;
+  return weight != nullptr ? launch_weight_steps(dtype, args, stream)
+                           : launch_score_steps(dtype, args, stream);
+}
+
+}  // namespace
+
+size_t mask_workspace(const Weight& w) {
+  SelectArgs args = {};
+  const Ranked ranked = {w.data, w.size(), nullptr, nullptr};
+  return carve(nullptr, plan_buffers(&ranked, 1), 1, w.dtype, &w, &args);
+}
+
+cudaError_t launch_mask(const Weight& w, const Norms& norms, const uint8_t* eligible, int64_t keep,
+                        bool check_finite, uint8_t* mask, void* workspace, cudaStream_t stream) {
+  const Ranked ranked = {w.data, w.size(), eligible, mask};
+  return launch_select(&ranked, 1, w.dtype, &w, norms, keep, check_finite, nullptr, workspace,
+                       stream);
+}
+
+size_t topk_mask_workspace(const Ranked* scores, int count, DType dtype) {
+  SelectArgs args = {};
+  return carve(nullptr, plan_buffers(scores, count), count, dtype, nullptr, &args);
+}
+
+cudaError_t launch_topk_mask(const Ranked* scores, int count, DType dtype, int64_t keep,
+                             bool check_finite, void* workspace, cudaStream_t stream) {
+  return launch_select(scores, count, dtype, nullptr, {}, keep, check_finite, nullptr, workspace,
+                       stream);
+}
+
+cudaError_t launch_kth_largest(const Ranked* scores, int count, DType dtype, int64_t k,
+                               bool check_finite, void* value, void* workspace,
+                               cudaStream_t stream) {
+  return launch_select(scores, count, dtype, nullptr, {}, k, check_finite, value, workspace,
+                       stream);
+}
+
+}  // namespace lap::cuda

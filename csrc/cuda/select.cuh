@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+// Exact selection of the best `keep` of all elements of one or several tensors; no score is stored.
+//
+//   1. prepare_kernel  one block: describes the tensors in the workspace, scales the norms
+//   2. sample_kernel   ranks at hashed positions; the last block to finish sets an interval
+//                      [first, last] of ranks that should hold the bound, 3.5 standard deviations
+//                      wide on each side
+//   3. scan_kernel     the one reading of all elements: better than the interval -> mask 1, else
+//                      mask 0; the few inside are appended to a buffer as (rank, position)
+//   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, and their
+//                      mask bytes. If the sample misled or the buffer overflowed: the bound among
+//                      all elements, and all masks again. If underflow could have decided: the same
+//                      with WIDE ranks (math/score.h).
+//
+// Which branch is taken is read from the State on the device. The buffer's order depends on timing;
+// nothing else does, and digits are counted without regard to order: the result is deterministic.
+//
+//   bytes per element, steps 2-4:  sizeof(T) read, 1 written (+ 1 read with an eligible mask)
+//                                  + about 0.4 for the buffer; if misled 3 to 5 readings more
+#pragma once
+
+#include "radix.cuh"
+
+namespace lap::cuda {
+
+#if defined(LAP_EMULATED)
+constexpr int64_t kLeastRoom = 512;
+constexpr int kLeastSampleBits = 7;
+constexpr int kMostSampleBits = 9;
+#else
+constexpr int64_t kLeastRoom = 1 << 16;  // candidates there is always room for
+constexpr int kLeastSampleBits = 12;
+constexpr int kMostSampleBits = 16;
+#endif
+constexpr int64_t kRoomShare = 64;     // room for n / 64 candidates: 3/16 byte per element
+constexpr double kDeviations = 3.5;    // misleads once in 2000 times, holds 1.4 % of n at most
+constexpr int kSourcesPerLaunch = 32;  // 72 bytes each, of the 4 KB that parameters may have
+
+struct State {
+  Status status;
+  Scale scale;
+  uint64_t first;  // the interval of ranks
+  uint64_t last;
+  Count sure;        // elements better than the interval
+  Count candidates;  // elements in it
+  uint32_t underflow;
+  uint32_t wide_underflow;
+  uint32_t sampled;  // blocks that have sampled
+  Histograms histograms;
+};
+
+struct SourceBatch {
+  Source sources[kSourcesPerLaunch];
+  int begin;  // number of sources[0] in the list
+  int count;
+};
+
+// How the interval is found.
+enum class Plan {
+  none,        // keep 0: no element is sure, none a candidate
+  all,         // keep >= size: every eligible element is sure
+  candidates,  // few elements: every eligible one is a candidate
+  sample,      // from 2^sample_bits ranks
+};
+
+struct SelectArgs {
+  State* state;
+  Source* sources;  // [count]
+  int count;
+  int64_t size;   // elements of all
+  int64_t tiles;  // of all
+  Norms norms;    // weights only, as the next two
+  ScaledNorms scaled;
+  Places places;
+  bool rounded;    // float scores: 24 bits
+  bool wide_keys;  // 64-bit keys from the start: double
+  Plan plan;
+  int sample_bits;
+  int64_t first_place;  // places in the sample, best first, that set the interval;
+  int64_t last_place;   // below 0 and from 2^sample_bits on: open on that side
+  void* sample;         // [2^sample_bits] ranks
+  void* ranks;          // [room] candidates
+  int64_t* positions;   // [room]
+  int64_t room;
+  Count keep;
+  int position_bits;
+  bool check;
+  void* value;  // [1] kth_largest only: where the threshold goes
+};
+
+}  // namespace lap::cuda

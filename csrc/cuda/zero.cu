@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT
+// The second half of prune_: w = +0.0 where the mask is 0. A kernel of its own, because no weight
+// may change before all of them have been read, ranked and found finite.
+#include "tile.cuh"
+
+namespace lap::cuda {
+namespace {
+
+struct ZeroArgs {
+  void* w;
+  const uint8_t* mask;  // [size], C order
+  int64_t size;
+  bool aligned;
+  const Status* status;  // null: not asked to check
+  int dims;              // strided weights only
+  Divider shape[kMaxDims];
+  int64_t stride[kMaxDims];
+};
+
+__device__ bool may_write(const Status* status) {
+  return status == nullptr || (status->bad_count == 0 && status->out_of_range == 0);
+}
+
+// Contiguous w. Thread: kPerThread elements of a tile; bytes per element: 1 read, sizeof(T) written
+// for a dropped one. w is not read. Elements are independent: deterministic.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) zero_kernel(ZeroArgs args) {
+  constexpr int V = kVector<T>;
+  if (!may_write(args.status)) return;
+  T* w = static_cast<T*>(args.w);
+  const int64_t tiles = ceil_div(args.size, kTile);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t begin = tile * kTile;
+    const bool whole = args.aligned && begin + kTile <= args.size;
+    const uint32_t kept = load_bytes<T>(args.mask, begin, args.size, whole);
+    LAP_UNROLL
+    for (int v = 0; v < kPerThread / V; ++v) {
+      const int64_t first = begin + offset_of<T>(v * V);
+      const uint32_t bits = (kept >> (v * V)) & ((1u << V) - 1);
+      if (whole && bits == 0) {
+        *reinterpret_cast<uint4*>(w + first) = uint4{0, 0, 0, 0};
+        continue;
+      }
+      LAP_UNROLL
+      for (int j = 0; j < V; ++j) {
+        if (!((bits >> j) & 1) && (whole || first + j < args.size)) w[first + j] = T{};
+      }
+    }
+  }
+}
+
+// Any strides. Thread: one element of the flat C order; bytes as above, in whatever sectors the
+// strides reach.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) zero_strided_kernel(ZeroArgs args) {
+  if (!may_write(args.status)) return;
+  T* w = static_cast<T*>(args.w);
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < args.size; i += step) {
+    if (args.mask[i] != 0) continue;
+    int64_t rest = i;
+    int64_t offset = 0;
+    LAP_UNROLL
+    for (int d = kMaxDims - 1; d >= 0; --d) {
+      if (d >= args.dims) continue;
+      const int64_t above = args.shape[d].quotient(rest);
+      offset += (rest - above * static_cast<int64_t>(args.shape[d].divisor)) * args.stride[d];
+      rest = above;
+    }
+    w[offset] = T{};
+  }
+}
+
+bool contiguous(const Strided& w) {
+  int64_t expected = 1;
+  for (int d = w.dims - 1; d >= 0; --d) {
+    if (w.shape[d] != 1 && w.stride[d] != expected) return false;
+    expected *= w.shape[d];
+  }
+  return true;
+}
+
+}  // namespace
+
+cudaError_t launch_zero_dropped(const Strided& w, const uint8_t* mask, bool check_finite,
+                                const void* mask_workspace, cudaStream_t stream) {
+  if (w.size == 0) return cudaSuccess;
+  ZeroArgs args = {};
+  args.w = w.data;
+  args.mask = mask;
+  args.size = w.size;
+  args.aligned = aligned_for_vectors(w.data, item_size(w.dtype), mask, nullptr);
+  args.status = check_finite ? static_cast<const Status*>(mask_workspace) : nullptr;
+  args.dims = w.dims;
+  for (int d = 0; d < w.dims; ++d) {
+    args.shape[d] = Divider(w.shape[d]);
+    args.stride[d] = w.stride[d];
+  }
+  const bool straight = contiguous(w);
+  unsigned blocks = 0;
+  const cudaError_t error = grid_for(ceil_div(w.size, straight ? kTile : kThreads), &blocks);
+  if (error != cudaSuccess) return error;
+  return with_type(w.dtype, [&](auto type) {
+    using T = decltype(type);
+    return launch(straight ? zero_kernel<T> : zero_strided_kernel<T>, blocks, kThreads, stream,
+                  args);
+  });
+}
+
+}  // namespace lap::cuda

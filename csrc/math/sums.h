@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT
+// The order in which squares are added, fixed so that every ISA, thread count, memory layout and
+// device gives the same bits. All sums are double; x * x is rounded once, then added (no FMA).
+//
+//   rows:    element j of a row (logical C order) goes to segment j / kSegment and, in it, to lane
+//            j % kLanes. A lane adds its squares in rising j, from 0. lane[l] += lane[l + h] for
+//            h = 16, 8, 4, 2, 1. The row's total adds its segments in order, from 0.
+//   columns: column m = (channel, window position) adds its rows in segments of kSegmentRows, each
+//            from 0 in rising order; the total adds the segments in order, from 0. A channel's
+//            energy adds its window positions in order, from 0.
+#pragma once
+
+namespace lap {
+
+constexpr int kSegment = 1024;    // elements of a row that one pass of the lanes covers
+constexpr int kLanes = 32;        // one warp, or eight AVX2 registers of doubles
+constexpr int kSegmentRows = 64;  // rows that one partial sum of a column covers
+
+}  // namespace lap

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Lookahead pruning: exact scores and masks for the weights of a neural network.
+
+    score[o, i, ...] = |w[o, i, ...]| * ||w_prev[i]||_F * ||w_next[:, o]||_F
+
+Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020.
+Names are imported when first used, so that lap_ext.numpy works without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lap_ext.api import bn_scale as bn_scale
+    from lap_ext.api import factors as factors
+    from lap_ext.api import mask as mask
+    from lap_ext.api import prune_ as prune_
+    from lap_ext.api import score as score
+    from lap_ext.from_factors import mask_from_factors as mask_from_factors
+    from lap_ext.from_factors import prune_from_factors_ as prune_from_factors_
+    from lap_ext.from_factors import score_from_factors as score_from_factors
+    from lap_ext.neighbors import IDENTITY as IDENTITY
+    from lap_ext.neighbors import Neighbor as Neighbor
+    from lap_ext.ops import info as info
+    from lap_ext.ranking import kth_largest as kth_largest
+    from lap_ext.ranking import topk_mask as topk_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IDENTITY",
+    "Neighbor",
+    "__version__",
+    "bn_scale",
+    "factors",
+    "info",
+    "kth_largest",
+    "mask",
+    "mask_from_factors",
+    "prune_",
+    "prune_from_factors_",
+    "score",
+    "score_from_factors",
+    "topk_mask",
+]
+
+_HOME = {  # the others live in api.py
+    "IDENTITY": "neighbors",
+    "Neighbor": "neighbors",
+    "info": "ops",
+    "kth_largest": "ranking",
+    "mask_from_factors": "from_factors",
+    "prune_from_factors_": "from_factors",
+    "score_from_factors": "from_factors",
+    "topk_mask": "ranking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lap_ext' has no attribute {name!r}")
+    value = getattr(import_module(f"lap_ext.{_HOME.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

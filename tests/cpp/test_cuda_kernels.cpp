@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+// The CUDA sources compiled for the emulator, as one unit.
+#define LAP_EMULATED
+#include "../../csrc/cuda/norms.cu"
+#include "../../csrc/cuda/score.cu"
+#include "../../csrc/cuda/select.cu"
+#include "../../csrc/cuda/select_scores.cu"
+#include "../../csrc/cuda/select_weights.cu"
+#include "../../csrc/cuda/zero.cu"

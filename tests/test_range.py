@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Underflow and overflow never decide a mask; a score is the exact product, converted once.
+
+The oracle has no limit on exponents. Powers of two in the norms change no mask at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import cases
+import oracle
+import pytest
+import torch
+from conftest import each_dtype
+from torch import Tensor
+
+import lap_ext
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def norms(n: int, spread: int) -> Tensor:
+    """Float64 norms with exponents in [-spread, spread]."""
+    return torch.rand(n, dtype=torch.float64) * torch.pow(
+        torch.tensor(2.0, dtype=torch.float64), torch.randint(-spread, spread + 1, (n,))
+    )
+
+
+def check_mask(w: Tensor, ins: Tensor, outs: Tensor, device: str) -> None:
+    """All sparsities against the oracle."""
+    order = oracle.rank_order(oracle.exact_score(w, ins, outs))
+    for keep in (1, w.numel() // 10, w.numel() // 2, w.numel() * 9 // 10, w.numel() - 1):
+        got = lap_ext.mask_from_factors(
+            w.to(device), ins.to(device), outs.to(device), keep=keep
+        )
+        assert torch.equal(got.cpu(), oracle.first_of(order, keep, w.shape)), keep
+
+
+@each_dtype
+@pytest.mark.parametrize("powers", [(-140, 0), (-140, -140), (-75, -74), (120, 0), (120, 120)])
+def test_power_of_two_in_the_norms(
+    powers: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    w, ins, outs = cases.random_layer(cases.Shape("", (67, 129)), dtype)
+    expected = lap_ext.mask_from_factors(w, ins, outs, 0.8)
+    got = lap_ext.mask_from_factors(
+        w.to(device), ins.to(device) * 2.0 ** powers[0], outs.to(device) * 2.0 ** powers[1], 0.8
+    )
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("power", [-149, -140, -126, -60, 60, 100, 119])
+def test_power_of_two_in_the_weights(power: int, device: str) -> None:
+    """Weights of 8 bits stay exact down to denormals."""
+    w = torch.randint(-255, 256, (50, 90)).float()
+    ins, outs = torch.rand(90, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
+    expected = lap_ext.mask_from_factors(w, ins, outs, 0.7)
+    for norm_power in (-140, 0, 120):
+        scaled = (w.double() * 2.0**power).float()
+        assert torch.equal(scaled.double(), w.double() * 2.0**power)
+        got = lap_ext.mask_from_factors(
+            scaled.to(device), ins.to(device) * 2.0**norm_power, outs.to(device), 0.7
+        )
+        assert torch.equal(got.cpu(), expected), norm_power
+
+
+@pytest.mark.parametrize("neighbor_power", [-70, -100, -126, 60, 126])
+def test_power_of_two_in_the_neighbors(neighbor_power: int, device: str) -> None:
+    """Through float32 neighbors, whose squares leave float32's range."""
+    w_prev = torch.randint(-8, 9, (30, 20)).float()
+    w, w_next = torch.randn(40, 30), torch.randint(-8, 9, (25, 40)).float()
+    expected = lap_ext.mask(w_prev, w, w_next, 0.9)
+    scaled = [x.to(device) * 2.0**neighbor_power for x in (w_prev, w_next)]
+    assert torch.equal(lap_ext.mask(scaled[0], w.to(device), scaled[1], 0.9).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("spread", [10, 40, 63, 100, 150, 200])
+def test_mixed_ranges(spread: int, dtype: torch.dtype, device: str) -> None:
+    """Products of factors from far below to far above what float32 holds, in one layer."""
+    w = torch.randn(70, 110, dtype=torch.float64).to(dtype)
+    check_mask(w, norms(110, spread), norms(70, spread), device)
+
+
+@pytest.mark.parametrize("name", ["wide", "denormal", "tiny", "huge", "zeros_60"])
+def test_hostile_weights_and_mixed_ranges(name: str, device: str) -> None:
+    w = cases.hostile(name, 64 * 257, torch.float32).view(64, 257)
+    for spread in (0, 60, 130):
+        check_mask(w, norms(257, spread), norms(64, spread), device)
+
+
+def test_large_and_wide(device: str) -> None:
+    """The second selection, on wide keys, above the size of the sampled plan."""
+    w = torch.randn(1024, 1300) * torch.pow(2.0, torch.randint(-60, 60, (1024, 1300)).float())
+    check_mask(w, norms(1300, 100), norms(1024, 100), device)
+
+
+def test_a_smaller_product_never_wins(device: str) -> None:
+    """In plain float32 both products are 0 and the lower index would win."""
+    w = torch.tensor([[1.0, 2.0]], device=device)
+    ins = torch.full((2,), 2.0**-100, dtype=torch.float64, device=device)
+    big = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
+    outs = torch.tensor([2.0**-100], dtype=torch.float64, device=device)
+    assert lap_ext.mask_from_factors(w, ins, outs, keep=1).tolist() == [[False, True]]
+    outs = torch.tensor([2.0**-100, 1.0], dtype=torch.float64, device=device)
+    got = lap_ext.mask_from_factors(big, ins, outs, keep=3)
+    assert got.tolist() == [[False, True], [True, True]]
+
+
+def test_float16_tiny(device: str) -> None:
+    """The smallest halves: their squares are 0 in half precision, not here."""
+    w = (torch.arange(1, 41).view(5, 8) * 2.0**-24).half()
+    w_prev = (torch.arange(1, 17).view(8, 2) * 2.0**-24).half()
+    w_next = (torch.arange(1, 11).view(2, 5) * 2.0**-24).half()
+    ins, outs = oracle.row_energy(w_prev).sqrt(), oracle.col_energy(w_next).sqrt()
+    exact = oracle.exact_score(w, ins, outs)
+    args = [x.to(device) for x in (w_prev, w, w_next)]
+    assert torch.equal(lap_ext.score(*args).cpu(), oracle.to_float(exact))
+    for keep in range(41):
+        assert torch.equal(lap_ext.mask(*args, keep=keep).cpu(), oracle.rank_mask(exact, keep))
+
+
+@each_dtype
+@pytest.mark.parametrize("powers", list(itertools.product([-200, -140, 0, 130], [-90, 0, 100])))
+def test_score_is_converted_once(
+    powers: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    """Denormal, 0 or inf where the exact score lies there, even if a factor alone leaves."""
+    w, ins, outs = cases.random_layer(cases.Shape("", (33, 65)), dtype)
+    ins, outs = ins * 2.0 ** powers[0], outs * 2.0 ** powers[1]
+    if dtype == torch.float32:
+        w = w * torch.pow(2.0, torch.randint(-100, 100, w.shape).float())
+    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    assert torch.equal(got.cpu(), oracle.to_float(oracle.exact_score(w, ins, outs)))
+
+
+def test_denormal_scores(device: str) -> None:
+    """Round to 24 bits, then to the denormal: every case of both roundings."""
+    w = (0x3F800000 | torch.randint(0, 1 << 23, (64, 1024), dtype=torch.int32)).view(torch.float32)
+    ins = torch.rand(1024, dtype=torch.float64) * 2.0**-130
+    outs = 1 + torch.rand(64, dtype=torch.float64)
+    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    assert torch.equal(got.cpu(), oracle.to_float(oracle.exact_score(w, ins, outs)))
+
+
+def test_float64_is_exact_or_an_error(device: str) -> None:
+    """float64 has no wider keys: within the range exact, beyond it a ValueError."""
+    w = torch.randn(20, 30, dtype=torch.float64)
+    check_mask(w, norms(30, 200), norms(20, 200), device)
+    ins = torch.full((30,), 1e-300, dtype=torch.float64, device=device)
+    ins[0] = 1e300
+    with pytest.raises(ValueError, match="mask_from_factors: .*float64's range"):
+        lap_ext.mask_from_factors(w.to(device), ins, ins[:20].clone(), keep=590)
