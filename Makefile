@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 export MAX_JOBS
+# OpenMP threads that wait by spinning make training 20 times slower where another program has a core
+demo test-py: export OMP_WAIT_POLICY ?= passive
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,6 +79,10 @@ check: $(STAMPS)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+# the libraries use nothing of torch but its stable ABI: one build loads on every torch >= 2.11
+abi: $(STAMPS)/dev
+	$(BIN)/torch-abi-audit lap_ext --check torch
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix-only

@@ -53,8 +53,14 @@ class NumpyBackend:
         return np.ones(n)
 
     def as_float64(self, x: Any, name: str) -> Array:
-        """A scale as float64, contiguous."""
-        return np.ascontiguousarray(floating(self.function, name, x), dtype=np.float64)
+        """A finite scale as float64, contiguous."""
+        scale = np.ascontiguousarray(floating(self.function, name, x), dtype=np.float64)
+        finite = np.isfinite(scale).ravel()
+        if self.check_finite and not finite.all():
+            at = int(finite.argmin())
+            value = float(scale.ravel()[at])
+            raise ValueError(check.not_finite_scale(self.function, name, value, at))
+        return scale
 
     def repeat(self, x: Array, times: int) -> Array:
         """Each entry of x [n] repeated, [n * times]."""

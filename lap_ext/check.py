@@ -46,7 +46,9 @@ def keep_count(function: str, sparsity: Number | None, keep: SupportsIndex | Non
     if keep is not None:
         return _keep(function, keep)
     assert sparsity is not None
-    if isinstance(sparsity, bool) or not hasattr(sparsity, "as_integer_ratio"):
+    if isinstance(sparsity, float):
+        sparsity = float(sparsity)  # under torch.compile this makes a symbol a number
+    elif isinstance(sparsity, bool) or not hasattr(sparsity, "as_integer_ratio"):
         raise TypeError(
             f"{function}: expected sparsity to be a number (the fraction removed), "
             f"got {type(sparsity).__name__}."
@@ -88,6 +90,8 @@ def rank(function: str, k: SupportsIndex, n: int) -> int:
             f"got {type(k).__name__}."
         )
     count = k if isinstance(k, int) else operator.index(k)
+    if n == 0:
+        raise ValueError(f"{function}: expected scores with one element or more, got none.")
     if not 1 <= count <= n:
         raise ValueError(
             f"{function}: expected 1 <= k <= {n} (k counts from the largest of all {n} scores), "
@@ -108,8 +112,10 @@ def floating(function: str, name: str, dtype: str) -> None:
         cure = "Convert it to float32 first."
     elif name.startswith("scores"):
         cure = "Convert to a floating-point dtype first."
+    article = "" if name == "scores" else "a "
     raise TypeError(
-        f"{function}: expected a floating-point {name} (float32, float64, float16 or bfloat16), "
+        f"{function}: expected {article}floating-point {name} (float32, float64, float16 or "
+        f"bfloat16), "
         f"got {dtype}. {cure}"
     )
 
@@ -120,8 +126,8 @@ def one_of_a_kind(function: str, what: str, kinds: Sequence[str]) -> None:
         if kind != kinds[0]:
             error = TypeError if what == "dtype" else ValueError
             raise error(
-                f"{function}: expected all scores on one {what} (they are ranked together), "
-                f"got scores[0] with {what} {kinds[0]} and scores[{t}] with {kind}. "
+                f"{function}: expected all scores to share one {what} (they are ranked together), "
+                f"got {kinds[0]} for scores[0] and {kind} for scores[{t}]. "
                 "Move or convert them first."
             )
 
@@ -226,6 +232,11 @@ def renamed(function: str, error: Exception) -> Exception | None:
     return type(error)(f"{function}{found}{rest}") if found else None
 
 
+def not_finite_scale(function: str, name: str, value: float, index: int) -> str:
+    """Message: a scale is inf or NaN."""
+    return f"{function}: expected finite entries in {name}, got {value} at index {index}."
+
+
 def lost_norm(function: str, name: str) -> str:
     """Message: squares were finite until they were scaled or added."""
     return (
@@ -240,6 +251,6 @@ def writable(function: str, name: str, shape: Shape, strides: Sequence[int]) -> 
     if may_overlap(shape, strides):
         raise ValueError(
             f"{function}: expected {name} whose elements do not share memory (it is changed in "
-            f"place), got shape {list(shape)} with strides {list(strides)}. Pass {name}.clone() "
-            "made contiguous."
+            f"place), got shape {list(shape)} with strides {list(strides)}. Make a contiguous "
+            "copy first."
         )

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def load_digits() -> Digits:
 def new_net(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -163,14 +164,14 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
     Returns:
         The accuracies.
     """
-    sizes = [o * i for i, o in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
+    sizes = [o * i for i, o in pairwise(WIDTHS)]
     kept = [sum(n * (1 - s) for n, s in zip(sizes, sparsities(t), strict=True)) for t in ROUNDS]
     results = Results([Level(100 * k / sum(sizes)) for k in kept])
     for seed in range(seeds):
         torch.manual_seed(seed)
         net = new_net()
         at = f"seed {seed + 1} of {seeds}"
-        train(net, digits, TRAIN_STEPS, seed, on_step=lambda at=at: on_step(f"{at}: dense"))
+        train(net, digits, TRAIN_STEPS, seed, on_step=partial(on_step, f"{at}: dense"))
         results.dense.append(accuracy(net, digits))
         dense = {name: value.clone() for name, value in net.state_dict().items()}
         for rounds, level in zip(ROUNDS, results.levels, strict=True):
@@ -185,7 +186,7 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
                         weight.mul_(mask)
                 level.pruned[method].append(accuracy(net, digits))
                 text = f"{at}: {level.kept:.2f} % kept, {method}"
-                train(net, digits, steps, seed, masks, on_step=lambda text=text: on_step(text))
+                train(net, digits, steps, seed, masks, on_step=partial(on_step, text))
                 level.tuned[method].append(accuracy(net, digits))
     return results
 
@@ -195,22 +196,32 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def show(values: Sequence[float]) -> str:
+    """The mean, with the deviation where there are several seeds."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {spread(values):.1f}" if len(values) > 1 else mean
+
+
+def measured(seeds: int) -> str:
+    """What the numbers are."""
+    return f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def print_table(results: Results) -> None:
     """Prints all accuracies, and in one sentence what came out."""
     from rich.console import Console
     from rich.table import Table
 
     def cells(accuracies: dict[str, list[float]]) -> Iterator[str]:
-        best = max(statistics.mean(accuracies[method]) for method in METHODS)
-        for method in METHODS:
-            mean = statistics.mean(accuracies[method])
-            text = f"{mean:.1f} ± {spread(accuracies[method]):.1f}"
-            yield f"[bold]{text}[/]" if mean == best else text
+        means = [statistics.mean(accuracies[method]) for method in METHODS]
+        for method, mean in zip(METHODS, means, strict=True):
+            text = show(accuracies[method])
+            yield f"[bold]{text}[/]" if mean == max(means) > min(means) else text
 
     seeds = len(results.dense)
-    title = f"Test accuracy in %, mean ± deviation over {seeds} seed{'s'[: seeds > 1]}"
-    dense = f"dense: {statistics.mean(results.dense):.1f} ± {spread(results.dense):.1f}"
-    table = Table(title=title, caption=dense, title_style="bold", header_style="")
+    title = f"Test accuracy in %, {measured(seeds)}"
+    caption = f"dense: {show(results.dense)}"
+    table = Table(title=title, caption=caption, title_style="bold", header_style="")
     table.add_column("kept %", justify="right")
     for stage in ("pruned", "fine-tuned"):
         for method in METHODS:
@@ -235,7 +246,6 @@ def print_table(results: Results) -> None:
 
 def draw(results: Results, path: Path) -> None:
     """Draws accuracy against kept weights, before and after fine-tuning."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -245,7 +255,6 @@ def draw(results: Results, path: Path) -> None:
         "after fine-tuning": [level.tuned for level in results.levels],
     }
     styles = {"magnitude": ("#d95f02", "s"), "lookahead": ("#1b6ca8", "o")}
-    mpl.rcParams["svg.hashsalt"] = "lap_ext"  # the same picture is the same file
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(stages), sharey=True)
     for panel, (stage, levels) in zip(panels, stages.items(), strict=True):
@@ -267,12 +276,12 @@ def draw(results: Results, path: Path) -> None:
         panel.grid(axis="y", color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy (%)")
-    panels[-1].legend(frameon=False, loc="lower left")
-    figure.suptitle(f"Digits, fully connected {'-'.join(map(str, WIDTHS))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    panels[0].legend(frameon=False, loc="center right")
+    net = "-".join(map(str, WIDTHS))
+    figure.suptitle(f"Digits, fully connected {net}, {measured(len(results.dense))}")
     beside = path.with_name(f".{path.name}.new")  # a reader never sees half a picture
     figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -307,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = [TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn(), Remaining()]
     print(lap_ext.info())
     try:
+        options.out.mkdir(parents=True, exist_ok=True)  # fails now, not after a minute of training
         with Progress(*columns) as progress:
             task = progress.add_task("", total=total_steps(options.seeds, options.steps))
             results = run(
@@ -320,8 +330,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(results, picture)
         print(f"plot: {picture}")
     except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
+        print("Stopped; no plot was written.", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"The plot cannot be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -62,6 +62,8 @@ def load() -> None:
         _state.fallback = "LAP_EXT_NATIVE=0"
         return
     _state.cpu = _load(_CPU)
+    if _state.cpu:
+        _isa()
     if torch.cuda.is_available():
         _state.cuda = _load(_CUDA)
 
@@ -115,4 +117,11 @@ def info() -> Info:
 def _isa() -> str:
     level = ctypes.CDLL(str(_FOLDER / _CPU)).lap_ext_isa
     level.argtypes, level.restype = [], ctypes.c_char_p
-    return level().decode()
+    name = level()
+    if name is None:
+        asked = os.environ.get("LAP_EXT_ISA")
+        raise ImportError(
+            f"lap_ext: expected LAP_EXT_ISA to be baseline, v3 or v4 and supported by this CPU, "
+            f"got {asked!r}. Unset it to use the best level."
+        )
+    return name.decode()

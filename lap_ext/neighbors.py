@@ -77,6 +77,7 @@ class Side:
     channels: int  # of w on this side
     w_shape: tuple[int, ...]
     w_channels: str  # how the user reads them off w, as in "w.shape[1]"
+    w_plain: bool  # neither groups nor transposed were given for w
 
     @property
     def producer(self) -> bool:
@@ -92,7 +93,8 @@ def side_of(
     producer = name == "w_prev"
     by_row = producer == transposed
     text = "w.shape[0]" if by_row else f"w.shape[1]{' * groups' if groups > 1 else ''}"
-    return Side(function, name, channels[0 if producer else 1], w_shape, text)
+    plain = groups == 1 and not transposed
+    return Side(function, name, channels[0 if producer else 1], w_shape, text, plain)
 
 
 def squared_norms(side: Side, neighbors: Any, backend: Backend) -> Any:
@@ -221,19 +223,16 @@ def _no_meeting(side: Side, name: str, neighbor: Neighbor, c: int) -> str:
 
 def _cure(side: Side, name: str, neighbor: Neighbor, c: int) -> str:
     shape, n = tuple(neighbor.weight.shape), side.channels
-    many = len(shape) > 2
-    plain = neighbor.groups == 1 and not neighbor.transposed
-    if plain and many and not side.producer and c and n % c == 0 and shape[0] % (n // c) == 0:
-        return f"A depthwise or grouped neighbor needs Neighbor(weight, groups={n // c})."
-    if plain and (shape[1] if side.producer else shape[0]) == n:
-        return "A transposed convolution needs Neighbor(weight, transposed=True)."
-    if plain and many and side.producer and shape[1] and n % shape[1] == 0:
-        return (
-            "A transposed grouped convolution needs Neighbor(weight, groups=..., transposed=True)."
-        )
+    if neighbor.groups == 1 and not neighbor.transposed and len(shape) > 2:
+        if not side.producer and c and n % c == 0 and shape[0] % (n // c) == 0:
+            return f"A depthwise or grouped neighbor needs Neighbor(weight, groups={n // c})."
+        if shape[1 if side.producer else 0] == n:
+            return "A transposed convolution needs Neighbor(weight, transposed=True)."
+    if side.w_plain and len(side.w_shape) > 2:
+        if side.producer and n and c % n == 0 and side.w_shape[0] % (c // n) == 0:
+            return f"If w is depthwise or grouped, pass groups={c // n}."
+        if side.w_shape[0 if side.producer else 1] == c:
+            return "If w is the weight of a transposed convolution, pass transposed=True."
     if c and n and (c % n == 0 or n % c == 0):
-        return (
-            "Unequal counts meet only where a convolution and a linear weight are joined by a "
-            "flatten."
-        )
+        return "Unequal counts meet only where a flatten joins a convolution and a linear weight."
     return f"Check that {name} is the layer next to w."

@@ -36,7 +36,7 @@ __all__ = [
 
 SEGMENT, LANES, SEGMENT_ROWS = 1024, 32, 64  # csrc/math/sums.h
 _CHUNK = 1 << 18  # elements widened to float64 at a time: 2 MiB
-_LOST = 2.0**-900  # a float64 energy below this may have lost squares to underflow
+_LOST = 2.0**-1000  # a float64 energy below this may have lost squares to underflow
 
 
 def row_energy(weight: Tensor, check_finite: bool, name: str) -> Tensor:
@@ -68,9 +68,9 @@ def _add_segments(total: Tensor, part: Tensor, factor: float) -> None:
     padding = -part.shape[1] % SEGMENT  # + 0.0 changes no sum of squares
     squares = torch.nn.functional.pad(squares, (0, padding))
     squares = squares.view(part.shape[0], -1, SEGMENT // LANES, LANES)  # [r, segment, step, lane]
-    lanes = squares[:, :, 0]
+    lanes = squares[:, :, 0].clone()
     for step in range(1, min(SEGMENT // LANES, -(-part.shape[1] // LANES))):
-        lanes = lanes + squares[:, :, step]
+        lanes += squares[:, :, step]
     half = LANES // 2
     while half:
         lanes = lanes[:, :, :half] + lanes[:, :, half : 2 * half]
@@ -103,9 +103,9 @@ def _col_energy(weight: Tensor, groups: int, factor: float) -> Tensor:
         part = columns[:, top : top + height].to(torch.float64) * factor
         squares = torch.nn.functional.pad(part.square(), (0, 0, 0, -part.shape[1] % SEGMENT_ROWS))
         squares = squares.view(groups, -1, SEGMENT_ROWS, channels * window)
-        sums = squares[:, :, 0]  # [G, segment, C * K]
+        sums = squares[:, :, 0].clone()  # [G, segment, C * K]
         for row in range(1, min(SEGMENT_ROWS, part.shape[1])):
-            sums = sums + squares[:, :, row]
+            sums += squares[:, :, row]
         for segment in range(sums.shape[1]):
             total += sums[:, segment]
     taps = total.view(groups * channels, window)
@@ -126,13 +126,8 @@ def score(
         _require_valid(w, in_norm, out_norm, "score")
     dtype = _score_dtype(w)
     rows, cols = _roles(in_norm, out_norm, transposed)
-    tiny = torch.finfo(dtype).tiny
     if _plain(rows, cols, dtype):
-        factor = _outer(rows.to(dtype), cols.to(dtype), w, groups)
-        out = _times(w, factor, dtype).abs_()
-        small = out < tiny
-        if not (small.any() and (small & (w != 0) & (factor != 0)).any()):
-            return out
+        return _times(w, _outer(rows.to(dtype), cols.to(dtype), w, groups), dtype).abs_()
     return _unbounded_score(w, rows, cols, groups, dtype)
 
 
@@ -148,11 +143,6 @@ def _plain(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> bool:
         and high < info.max / 2
         and high_row * high_col < info.max / 2
     )
-
-
-def _least(rows: Tensor, cols: Tensor) -> float:
-    """Smallest product of two nonzero norms."""
-    return _extremes(rows)[0] * _extremes(cols)[0]
 
 
 def _extremes(norm: Tensor) -> tuple[float, float]:
@@ -173,7 +163,7 @@ def _unbounded_score(
     factor_m = _outer(_round(row_m, dtype), _round(col_m, dtype), w, groups)
     factor_e = _outer(row_e, col_e, w, groups, torch.add)
     w_m, w_e = torch.frexp(w.to(torch.float64).abs())
-    s_m = _round(w_m * _round(factor_m, dtype), dtype)
+    s_m = w_m * _round(factor_m, dtype)  # exact for float32: at most 48 bits
     s_e = w_e + factor_e
     # in two steps, the first of which stays normal: the result is rounded once
     first = s_e.clamp(-900, 900)
@@ -230,13 +220,14 @@ def _mask(
     op: str,
 ) -> Tensor:
     dtype = _score_dtype(w)
-    rows, cols = (
-        _round(_scaled_to_one(norm), dtype) for norm in _roles(in_norm, out_norm, transposed)
+    (rows, least_row), (cols, least_col) = (
+        _scaled_to_one(norm) for norm in _roles(in_norm, out_norm, transposed)
     )
+    rows, cols = _round(rows, dtype), _round(cols, dtype)
     eligible = w.numel() if mask is None else int(mask.count_nonzero())
     sure = not 0 < keep < eligible  # the scores do not matter
     for kind in dict.fromkeys((dtype, torch.float64)):
-        if sure or _least(rows, cols) >= 4 * torch.finfo(kind).tiny:
+        if sure or least_row * least_col >= 4 * torch.finfo(kind).tiny:
             kept = _select(w, rows, cols, keep, mask, groups, dtype, kind)
             if kept is not None:
                 return kept
@@ -346,11 +337,15 @@ def _times(w: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(w, factor, out=out)
 
 
-def _scaled_to_one(norm: Tensor) -> Tensor:
-    """Norm times the power of two that brings its largest entry into [0.5, 1)."""
-    exponent = math.frexp(_extremes(norm)[1])[1]
+def _scaled_to_one(norm: Tensor) -> tuple[Tensor, float]:
+    """Norm times the power of two that brings its largest entry into [0.5, 1); its least nonzero.
+
+    An entry 2^-1074 times the largest becomes 0; the least, then 0 too, tells.
+    """
+    low, high = _extremes(norm)
+    exponent = math.frexp(high)[1]
     half = -exponent // 2
-    return norm * 2.0**half * 2.0 ** (-exponent - half)
+    return norm * 2.0**half * 2.0 ** (-exponent - half), math.ldexp(low, -exponent)
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SAMPLE = 1 << 15
+_SAMPLE = (1 << 12, 1 << 15)  # least and most keys of the sample, 1/64 of all between
 _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 _SMALL = 1 << 17  # fewer keys are not worth a sample
 
@@ -130,6 +130,8 @@ def _kth_key(keys: list[Tensor], k: int) -> int:
     if total >= _SMALL:
         low, high = _bracket(keys, k, total)
         above = sum(int((key > high).count_nonzero()) for key in keys)
+        if low == high and above < k <= above + sum(int((key == low).count_nonzero()) for key in keys):
+            return low
         inside = torch.cat([key[(key >= low) & (key <= high)] for key in keys])
     if inside is None or not above < k <= above + inside.numel():
         above, inside = 0, torch.cat([key.view(-1) for key in keys])  # small, or a misled sample
@@ -138,7 +140,7 @@ def _kth_key(keys: list[Tensor], k: int) -> int:
 
 def _bracket(keys: list[Tensor], k: int, total: int) -> tuple[int, int]:
     """Keys that probably enclose the k-th largest, from a sample of every step-th key."""
-    step = total // _SAMPLE | 1
+    step = total // min(max(_SAMPLE[0], total >> 6), _SAMPLE[1]) | 1
     sample = torch.cat([key.view(-1)[::step] for key in keys]).sort(descending=True).values
     size = sample.numel()
     part = k / total

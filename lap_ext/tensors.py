@@ -94,7 +94,7 @@ def norms(
         side = side_of(function, name, tuple(w.shape), groups, transposed)
         squares = squared_norms(side, neighbors, backend)
         norm = squares if neighbors is None else squares.sqrt()
-        if check_finite and needs_check(neighbors) and _lost(norm):
+        if check_finite and needs_check(neighbors) and _not_finite(norm):
             raise ValueError(check.lost_norm(function, name))
         found.append(norm)
     return found[0], found[1]
@@ -125,21 +125,26 @@ class TorchBackend:
         return torch.ones(n, dtype=torch.float64, device=self.w.device)
 
     def as_float64(self, x: Any, name: str) -> Tensor:
-        """A scale as float64, contiguous."""
+        """A finite scale as float64, contiguous."""
         x = floating(self.function, name, x)
         _beside(self.function, name, x, "w", self.w)
-        return x.to(torch.float64).contiguous()
+        scale = x.to(torch.float64).contiguous()
+        if self.check_finite and _not_finite(scale):
+            at = int(scale.flatten().isfinite().to(torch.uint8).argmin())
+            value = float(scale.flatten()[at])
+            raise ValueError(check.not_finite_scale(self.function, name, value, at))
+        return scale
 
     def repeat(self, x: Tensor, times: int) -> Tensor:
         """Each entry of x [n] repeated, [n * times]."""
         return x.repeat_interleave(times)
 
 
-def _lost(norm: Tensor) -> bool:
-    """Whether a norm is inf or NaN, where that can be seen: not while tracing, not on meta."""
-    if torch.compiler.is_compiling() or norm.is_meta or isinstance(norm, FakeTensor):
+def _not_finite(x: Tensor) -> bool:
+    """Whether an entry is inf or NaN, where that can be seen: not while tracing, not on meta."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
-    return not bool(norm.isfinite().all())
+    return not bool(x.isfinite().all())
 
 
 def _tensor(function: str, name: str, x: Any) -> None:

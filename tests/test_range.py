@@ -65,7 +65,7 @@ def test_power_of_two_in_the_weights(power: int, device: str) -> None:
         assert torch.equal(got.cpu(), expected), norm_power
 
 
-@pytest.mark.parametrize("neighbor_power", [-70, -100, -126, 60, 126])
+@pytest.mark.parametrize("neighbor_power", [-70, -100, -126, 60, 120])
 def test_power_of_two_in_the_neighbors(neighbor_power: int, device: str) -> None:
     """Through float32 neighbors, whose squares leave float32's range."""
     w_prev = torch.randint(-8, 9, (30, 20)).float()

@@ -18,7 +18,7 @@ template <typename Energy>
 void checked_energy(const cpu::Strided& x, int64_t channels, bool check_finite,
                     const std::string& name, double* energy, const Energy& energy_of) {
   constexpr const char* kOp = "factors";
-  constexpr double kSmall = 0x1p-900;
+  constexpr double kSmall = 0x1p-1000;
   constexpr double kScale = 0x1p500;
   energy_of(1.0, energy);
   if (!check_finite) return;

@@ -228,6 +228,7 @@ double kth_largest(const std::vector<py::array>& scores, int64_t k, bool check_f
 }  // namespace
 
 PYBIND11_MODULE(_np, m) {
+  lap::cpu::kernels();  // an unusable LAP_EXT_ISA fails the import
   m.doc() = "The CPU core of lap_ext for NumPy arrays; see lap_ext.numpy.";
   m.def("row_energy", &row_energy);
   m.def("col_energy", &col_energy);

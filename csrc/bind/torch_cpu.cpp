@@ -258,6 +258,7 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("kth_largest", TORCH_BOX(&kth_largest));
 }
 
+// The SIMD level in use; nothing when LAP_EXT_ISA asks for one that this CPU lacks.
 extern "C" __attribute__((visibility("default"))) const char* lap_ext_isa() {
-  return lap::cpu::kernels().name;
+  return lap::cpu::level_is_usable() ? lap::cpu::kernels().name : nullptr;
 }

@@ -12,8 +12,11 @@
 #include "../math/score.h"
 #include "../math/sums.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LAP_X86_LEVELS 1  // clang spells target pragmas otherwise: it builds the baseline only
 #include <immintrin.h>
+#else
+#define LAP_X86_LEVELS 0
 #endif
 
 namespace lap::cpu {
@@ -24,7 +27,7 @@ namespace baseline {
 #undef LAP_PACK
 }  // namespace baseline
 
-#if defined(__x86_64__)
+#if LAP_X86_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
@@ -47,7 +50,7 @@ namespace v4 {
 namespace {
 
 bool supported(const std::string& level) {
-#if defined(__x86_64__)
+#if LAP_X86_LEVELS
   __builtin_cpu_init();
   if (level == "v3") return __builtin_cpu_supports("x86-64-v3");
   if (level == "v4") return __builtin_cpu_supports("x86-64-v4");
@@ -55,19 +58,24 @@ bool supported(const std::string& level) {
   return level == "baseline";
 }
 
-Kernels choose() {
+// The level asked for, or the best; none when this CPU lacks what was asked for.
+std::string chosen_level() {
   const char* asked = std::getenv("LAP_EXT_ISA");
-  std::string level = asked ? asked : "";
-  if (level.empty()) level = supported("v4") ? "v4" : supported("v3") ? "v3" : "baseline";
-  if (!supported(level)) {
-    throw std::runtime_error("lap_ext: expected LAP_EXT_ISA to be baseline, v3 or v4 and supported "
-                             "by this CPU, got '" + level + "'. Unset it to use the best level.");
-  }
-#if defined(__x86_64__)
+  const std::string level = asked == nullptr ? "" : asked;
+  if (level.empty()) return supported("v4") ? "v4" : supported("v3") ? "v3" : "baseline";
+  return supported(level) ? level : "";
+}
+
+Kernels choose() {
+  const std::string level = chosen_level();
+#if LAP_X86_LEVELS
   if (level == "v4") return v4::make("v4");
   if (level == "v3") return v3::make("v3");
 #endif
-  return baseline::make("baseline");
+  if (level == "baseline") return baseline::make("baseline");
+  throw std::runtime_error(
+      "lap_ext: expected LAP_EXT_ISA to be baseline, v3 or v4, and a level that this CPU has. "
+      "Unset it to use the best.");
 }
 
 }  // namespace
@@ -75,6 +83,10 @@ Kernels choose() {
 const Kernels& kernels() {
   static const Kernels chosen = choose();
   return chosen;
+}
+
+bool level_is_usable() {
+  return !chosen_level().empty();
 }
 
 }  // namespace lap::cpu

@@ -87,6 +87,8 @@ struct Kernels {
   void (*add_squares[kDTypes])(const void* x, int64_t n, double scale, double* sums);
 };
 
+// Throws std::runtime_error when LAP_EXT_ISA names what this CPU lacks: ask level_is_usable first.
 const Kernels& kernels();
+bool level_is_usable();
 
 }  // namespace lap::cpu

@@ -86,6 +86,7 @@ void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, 
 void col_energy(const Strided& x, const Layout& layout, double scale, const Pool& pool,
                 double* energy) {
   const int64_t width = layout.row_size();
+  std::fill(energy, energy + layout.groups * layout.cols, 0.0);
   if (width == 0) return;
   const int64_t rows = layout.rows / layout.groups;  // rows of one group
   const int64_t wanted = ceil_div(width, int64_t{2} * pool.threads);
@@ -99,7 +100,6 @@ void col_energy(const Strided& x, const Layout& layout, double scale, const Pool
                 totals.data() + group * width + begin);
   });
   for (int64_t c = 0; c < layout.groups * layout.cols; ++c) {
-    energy[c] = 0;
     for (int64_t k = 0; k < layout.window; ++k) energy[c] += totals[c * layout.window + k];
   }
 }

@@ -285,8 +285,9 @@ std::optional<Selection> select_by(const std::vector<Source>& sources, int64_t k
   std::optional<std::vector<Keys<Key>>> keys = make_keys<Key>(sources);
   if (!keys) return std::nullopt;
   Selector<Key> selector(std::move(*keys), check_finite, pool);
-  const bool masks = !sources.empty() && sources[0].mask != nullptr;
-  if (masks && (keep == 0 || keep == eligible)) {
+  const bool masks = std::any_of(sources.begin(), sources.end(),
+                                 [](const Source& source) { return source.mask != nullptr; });
+  if (keep == 0 || (keep == eligible && masks)) {
     if (!selector.finite()) return Selection{Outcome::not_finite, 0};
     for (const Source& source : sources) fill_mask(source, keep != 0, pool);
     return Selection{};

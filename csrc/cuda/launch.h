@@ -32,7 +32,11 @@ struct Status {
   unsigned long long first_inverted;  // ~(flat index of the first of them)
   uint32_t source_inverted;           // ~(number of that tensor in its list)
   uint32_t out_of_range;              // products leave the range of double where it matters
+  // Norms that are not finite or below zero: ~(index of the first in Norms::row, in Norms::col).
+  unsigned long long norm_inverted[2];
 
+  bool bad_norm(int which) const { return norm_inverted[which] != 0; }
+  int64_t first_norm(int which) const { return static_cast<int64_t>(~norm_inverted[which]); }
   int64_t first() const { return static_cast<int64_t>(~first_inverted); }
   int source() const { return static_cast<int>(~source_inverted); }
 };

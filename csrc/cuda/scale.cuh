@@ -49,13 +49,17 @@ __device__ inline NormRange widest(NormRange a, NormRange b) {
           a.smallest < b.smallest ? a.smallest : b.smallest};
 }
 
-// The range of norm [n], in every thread of the block.
-__device__ inline NormRange block_range(const double* norm, int64_t n) {
+// The range of norm [n], in every thread of the block. bad_inverted (null: no check) receives the
+// first index of a norm that is not finite or below zero.
+__device__ inline NormRange block_range(const double* norm, int64_t n, Count* bad_inverted) {
   LAP_SHARED(WarpValues<NormRange>, warps);
   NormRange range = {0, 0};
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     const double x = norm[i];
     if (x > 0 && is_finite(x)) range = widest(range, {x, x});  // inf and NaN stay what they are
+    if (bad_inverted != nullptr && !(x >= 0 && is_finite(x))) {
+      atomicMax(bad_inverted, ~static_cast<Count>(i));
+    }
   }
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const double largest = __shfl_down_sync(kAllLanes, range.largest, step);
@@ -90,11 +94,12 @@ __device__ inline void block_scale(const double* norm, int64_t n, int exponent, 
 }
 
 // One block writes `out` and returns the scale, the same in every thread. rounded: 24 bits (float
-// scores), else 53.
-__device__ inline Scale block_scale_norms(const Norms& norms, bool rounded,
-                                          const ScaledNorms& out) {
-  const NormRange row = block_range(norms.row, out.rows);
-  const NormRange col = block_range(norms.col, out.channels);
+// scores), else 53. status: null for no check of the norms.
+__device__ inline Scale block_scale_norms(const Norms& norms, bool rounded, const ScaledNorms& out,
+                                          Status* status) {
+  Count* bad = status == nullptr ? nullptr : status->norm_inverted;
+  const NormRange row = block_range(norms.row, out.rows, bad);
+  const NormRange col = block_range(norms.col, out.channels, bad == nullptr ? bad : bad + 1);
   const int row_exponent = exponent_of(row.largest);
   const int col_exponent = exponent_of(col.largest);
   block_scale(norms.row, out.rows, row_exponent, rounded, out.row, out.row_narrow);

@@ -28,10 +28,11 @@ struct ScaleArgs {
   ScaledNorms scaled;
   bool rounded;
   Scale* scale;
+  Status* status;
 };
 
 __global__ void __launch_bounds__(kLoneThreads) scale_kernel(ScaleArgs args) {
-  const Scale scale = block_scale_norms(args.norms, args.rounded, args.scaled);
+  const Scale scale = block_scale_norms(args.norms, args.rounded, args.scaled, args.status);
   if (threadIdx.x == 0) *args.scale = scale;
 }
 
@@ -153,14 +154,15 @@ cudaError_t launch_score(const Weight& w, const Norms& norms, bool check_finite,
   const ScaledNorms scaled = take_scaled_norms(&carver, w);
   cudaError_t error = cudaMemsetAsync(status, 0, sizeof(Status), stream);
   if (error != cudaSuccess || w.size() == 0) return error;
-  const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale};
+  Status* checked = check_finite ? status : nullptr;
+  const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, checked};
   error = launch(scale_kernel, 1, kLoneThreads, stream, scale_args);
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
   const ScoreArgs args = {w.data, w.size(), aligned,
                           norms,  scaled,   Places(w),
-                          scale,  out,      check_finite ? status : nullptr};
+                          scale,  out,      checked};
   unsigned blocks = 0;
   error = grid_for(ceil_div(w.size(), kTile), &blocks);
   if (error != cudaSuccess) return error;

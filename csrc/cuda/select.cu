@@ -29,9 +29,12 @@ __global__ void __launch_bounds__(kLoneThreads) prepare_kernel(SelectArgs args, 
   uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
   for (size_t i = threadIdx.x; i < sizeof(State) / sizeof(uint32_t); i += blockDim.x) words[i] = 0;
   describe(args.sources, batch);
-  Scale scale = {0, 1, 1};
-  if (args.norms.row != nullptr) scale = block_scale_norms(args.norms, args.rounded, args.scaled);
   __syncthreads();
+  Scale scale = {0, 1, 1};
+  if (args.norms.row != nullptr) {
+    Status* status = args.check ? &args.state->status : nullptr;
+    scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
+  }
   if (threadIdx.x != 0) return;
   const uint64_t worst = args.wide_keys ? ~uint64_t{0} : uint64_t{0xffffffff};
   State& state = *args.state;

@@ -27,12 +27,13 @@ namespace lap::cuda {
 constexpr int64_t kLeastRoom = 512;
 constexpr int kLeastSampleBits = 7;
 constexpr int kMostSampleBits = 9;
+constexpr int64_t kRoomShare = 3;
 #else
 constexpr int64_t kLeastRoom = 1 << 16;  // candidates there is always room for
 constexpr int kLeastSampleBits = 12;
 constexpr int kMostSampleBits = 16;
+constexpr int64_t kRoomShare = 64;  // room for n / 64 candidates: 3/16 byte per element
 #endif
-constexpr int64_t kRoomShare = 64;     // room for n / 64 candidates: 3/16 byte per element
 constexpr double kDeviations = 3.5;    // misleads once in 2000 times, holds 1.4 % of n at most
 constexpr int kSourcesPerLaunch = 32;  // 72 bytes each, of the 4 KB that parameters may have
 

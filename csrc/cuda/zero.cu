@@ -18,7 +18,8 @@ struct ZeroArgs {
 };
 
 __device__ bool may_write(const Status* status) {
-  return status == nullptr || (status->bad_count == 0 && status->out_of_range == 0);
+  return status == nullptr || (status->bad_count == 0 && status->out_of_range == 0 &&
+                               status->norm_inverted[0] == 0 && status->norm_inverted[1] == 0);
 }
 
 // Contiguous w. Thread: kPerThread elements of a tile; bytes per element: 1 read, sizeof(T) written

@@ -51,6 +51,7 @@ inline uint16_t to_half(double x) {  // truncates; within half's range
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return 0x7e00;
   if (std::isinf(x)) return static_cast<uint16_t>(sign | 0x7c00);
+  if (x == 0) return sign;
   int exponent = 0;
   const double m = std::frexp(std::fabs(x), &exponent);
   if (exponent < -13) return static_cast<uint16_t>(sign | int(std::ldexp(std::fabs(x), 24)));
