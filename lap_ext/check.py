@@ -48,7 +48,7 @@ def keep_count(function: str, sparsity: Number | None, keep: SupportsIndex | Non
     assert sparsity is not None
     if isinstance(sparsity, float):
         sparsity = float(sparsity)  # under torch.compile this makes a symbol a number
-    elif isinstance(sparsity, bool) or not hasattr(sparsity, "as_integer_ratio"):
+    elif not _is_number(sparsity):
         raise TypeError(
             f"{function}: expected sparsity to be a number (the fraction removed), "
             f"got {type(sparsity).__name__}."
@@ -60,6 +60,10 @@ def keep_count(function: str, sparsity: Number | None, keep: SupportsIndex | Non
         )
     above, below = sparsity.as_integer_ratio()
     return (2 * (below - above) * n + below) // (2 * below)
+
+
+def _is_number(x: object) -> bool:
+    return hasattr(x, "as_integer_ratio") and not isinstance(x, bool)
 
 
 def _keep(function: str, keep: SupportsIndex) -> int:

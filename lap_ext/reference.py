@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 SEGMENT, LANES, SEGMENT_ROWS = 1024, 32, 64  # csrc/math/sums.h
-_CHUNK = 1 << 18  # elements widened to float64 at a time: 2 MiB
+_CHUNK = 1 << 17  # elements widened to float64 at a time: 1 MiB
 _LOST = 2.0**-1000  # a float64 energy below this may have lost squares to underflow
 
 
@@ -64,19 +64,35 @@ def _row_energy(weight: Tensor, factor: float) -> Tensor:
 
 def _add_segments(total: Tensor, part: Tensor, factor: float) -> None:
     """Adds the segments of part [r, l] to total [r], in order."""
-    squares = (part.to(torch.float64) * factor).square()
-    padding = -part.shape[1] % SEGMENT  # + 0.0 changes no sum of squares
-    squares = torch.nn.functional.pad(squares, (0, padding))
-    squares = squares.view(part.shape[0], -1, SEGMENT // LANES, LANES)  # [r, segment, step, lane]
-    lanes = squares[:, :, 0].clone()
-    for step in range(1, min(SEGMENT // LANES, -(-part.shape[1] // LANES))):
+    height, length = part.shape
+    segments = max(1, -(-length // SEGMENT))
+    steps = -(-length // (segments * LANES)) if segments == 1 else SEGMENT // LANES
+    squares = _squares(part, segments * steps * LANES, factor)
+    squares = squares.view(height, segments, steps, LANES)
+    lanes = squares[:, :, 0].clone()  # [r, segment, lane]
+    for step in range(1, steps):
         lanes += squares[:, :, step]
     half = LANES // 2
     while half:
         lanes = lanes[:, :, :half] + lanes[:, :, half : 2 * half]
         half //= 2
-    for segment in range(lanes.shape[1]):
+    for segment in range(segments):
         total += lanes[:, segment, 0]
+
+
+def _squares(part: Tensor, size: int, factor: float) -> Tensor:
+    """Squares of factor * part [a, l, *rest] in float64, [a, size, *rest]: zeros from l on.
+
+    Adding + 0.0 changes no sum of squares.
+    """
+    out = torch.empty(part.shape[0], size, *part.shape[2:], dtype=torch.float64, device=part.device)
+    length = part.shape[1]
+    out[:, length:] = 0.0
+    values = out[:, :length]
+    values.copy_(part)
+    if factor != 1.0:
+        values *= factor
+    return out.mul_(out)
 
 
 def col_energy(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
@@ -91,28 +107,33 @@ def col_energy(weight: Tensor, groups: int, check_finite: bool, name: str) -> Te
 
 def _col_energy(weight: Tensor, groups: int, factor: float) -> Tensor:
     channels, window = weight.shape[1], weight.shape[2:].numel()
-    rows = weight.shape[0] // groups
-    columns = weight.reshape(groups, rows, channels * window)  # [G, N, C * K]
-    total = torch.zeros(
-        groups, channels * window, dtype=torch.float64, device=weight.device
-    )  # [G, C * K]
-    if total.numel() == 0:
-        return total.new_zeros(groups * channels)
-    height = SEGMENT_ROWS * max(1, _CHUNK // (SEGMENT_ROWS * total.numel()))
+    rows, width = weight.shape[0] // groups, channels * window
+    columns = weight.reshape(groups, rows, width)  # [G, N, C * K]
+    total = torch.zeros(groups, width, dtype=torch.float64, device=weight.device)
+    tile = min(width, max(LANES, _CHUNK // (SEGMENT_ROWS * groups)))
+    height = SEGMENT_ROWS * max(1, _CHUNK // max(SEGMENT_ROWS * groups * tile, 1))
     for top in range(0, rows, height):
-        part = columns[:, top : top + height].to(torch.float64) * factor
-        squares = torch.nn.functional.pad(part.square(), (0, 0, 0, -part.shape[1] % SEGMENT_ROWS))
-        squares = squares.view(groups, -1, SEGMENT_ROWS, channels * window)
-        sums = squares[:, :, 0].clone()  # [G, segment, C * K]
-        for row in range(1, min(SEGMENT_ROWS, part.shape[1])):
-            sums += squares[:, :, row]
-        for segment in range(sums.shape[1]):
-            total += sums[:, segment]
+        for left in range(0, width, max(tile, 1)):
+            part = columns[:, top : top + height, left : left + tile]
+            _add_row_segments(total[:, left : left + tile], part, factor)
     taps = total.view(groups * channels, window)
-    energy = torch.zeros_like(taps[:, 0])
+    energy = taps.new_zeros(groups * channels)
     for tap in range(window):
         energy += taps[:, tap]
     return energy
+
+
+def _add_row_segments(total: Tensor, part: Tensor, factor: float) -> None:
+    """Adds the segments of rows of part [G, n, m] to total [G, m], in order."""
+    groups, rows, width = part.shape
+    segments = -(-rows // SEGMENT_ROWS)
+    squares = _squares(part, segments * SEGMENT_ROWS, factor)
+    squares = squares.view(groups, segments, SEGMENT_ROWS, width)
+    sums = squares[:, :, 0].clone()  # [G, segment, m]
+    for row in range(1, min(SEGMENT_ROWS, rows)):
+        sums += squares[:, :, row]
+    for segment in range(segments):
+        total += sums[:, segment]
 
 
 def score(

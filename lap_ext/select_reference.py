@@ -130,7 +130,9 @@ def _kth_key(keys: list[Tensor], k: int) -> int:
     if total >= _SMALL:
         low, high = _bracket(keys, k, total)
         above = sum(int((key > high).count_nonzero()) for key in keys)
-        if low == high and above < k <= above + sum(int((key == low).count_nonzero()) for key in keys):
+        if low == high and above < k <= above + sum(
+            int((key == low).count_nonzero()) for key in keys
+        ):
             return low
         inside = torch.cat([key[(key >= low) & (key <= high)] for key in keys])
     if inside is None or not above < k <= above + inside.numel():

@@ -25,7 +25,7 @@ TOLERANCE = {
     torch.bfloat16: 4.01 * 2.0**-24,
     torch.float64: 64 * 2.0**-53,
 }
-SCORE_DTYPE = {dtype: torch.float32 for dtype in DTYPES} | {torch.float64: torch.float64}
+SCORE_DTYPE = dict.fromkeys(DTYPES, torch.float32) | {torch.float64: torch.float64}
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

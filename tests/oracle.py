@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ZERO_EXPONENT = -(1 << 40)  # below the exponent of every nonzero score
@@ -53,17 +52,12 @@ def expand_norms(
     groups: int,
     transposed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The factor of each weight, by loops over its first two indices: two arrays of `shape`."""
-    ins, outs = np.empty(shape[:2]), np.empty(shape[:2])
-    rows, cols = shape[:2]
-    for r in range(rows):
-        for c in range(cols):
-            across = (r // (rows // groups)) * cols + c  # the channel on the other side
-            ins[r, c] = in_norm[r if transposed else across]
-            outs[r, c] = out_norm[across if transposed else r]
-    tail = (1,) * (len(shape) - 2)
-    full = [np.broadcast_to(x.reshape(*shape[:2], *tail), shape) for x in (ins, outs)]
-    return full[0], full[1]
+    """The factor of each weight: two arrays of `shape`."""
+    r, c, *_ = np.ogrid[tuple(slice(0, n) for n in shape)]
+    per_group = max(shape[0] // groups, 1)
+    across = (r // per_group) * shape[1] + c  # the channel on the other side
+    ins, outs = (r, across) if transposed else (across, r)
+    return np.broadcast_to(in_norm[ins], shape), np.broadcast_to(out_norm[outs], shape)
 
 
 def exact_score(
@@ -187,7 +181,9 @@ def unroll(layer: Layer, size: tuple[int, ...]) -> Tensor:
     weight = layer.weight.double()
     if weight.dim() == 2:
         return weight
-    convolve = getattr(F, f"conv{'_transpose' if layer.transposed else ''}{len(size)}d")
+    convolve = getattr(
+        torch.nn.functional, f"conv{'_transpose' if layer.transposed else ''}{len(size)}d"
+    )
     channels = weight.shape[0] if layer.transposed else weight.shape[1] * layer.groups
     units = torch.eye(channels * math.prod(size), dtype=torch.float64)
     out = convolve(units.reshape(-1, channels, *size), weight, groups=layer.groups)

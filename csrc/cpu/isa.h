@@ -65,6 +65,8 @@ struct DecideKernels {
   int64_t (*mark_ties)(const Key* keys, int64_t n, Key threshold, uint8_t* mask, int64_t* ties);
 };
 
+constexpr int kRowsAtOnce = 4;
+
 struct Kernels {
   const char* name;
 
@@ -83,8 +85,8 @@ struct Kernels {
   // Sum of the squares of scale * x, over at most kSegment elements, in the order of math/sums.h.
   double (*row_segment[kDTypes])(const void* x, int64_t n, double scale);
 
-  // sums[m] += (scale * x[m])^2 for each of n columns
-  void (*add_squares[kDTypes])(const void* x, int64_t n, double scale, double* sums);
+  // sums[m] += (scale * rows[r][m])^2 for r = 0, 1, .. kRowsAtOnce - 1, for each of n columns
+  void (*add_squares[kDTypes])(const void* const* rows, int64_t n, double scale, double* sums);
 };
 
 // Throws std::runtime_error when LAP_EXT_ISA names what this CPU lacks: ask level_is_usable first.

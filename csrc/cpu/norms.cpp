@@ -19,16 +19,21 @@ constexpr int64_t kRowsPerEntry = 32;  // rows a table entry must serve to be ex
 
 void column_tile(const Strided& x, int64_t first_row, int64_t rows, int64_t width, int64_t begin,
                  int64_t n, double scale, double* totals) {
-  const Kernels& kernel = kernels();
-  const auto add_squares = kernel.add_squares[static_cast<int>(x.dtype)];
-  double gathered[kMaxTile];
+  const auto add_squares = kernels().add_squares[static_cast<int>(x.dtype)];
+  static constexpr double kZeros[kMaxTile] = {};  // rows that make up the last few: add nothing
+  double gathered[kRowsAtOnce][kMaxTile];
   double segment[kMaxTile];
   std::fill(totals, totals + n, 0.0);
   for (int64_t start = 0; start < rows; start += kSegmentRows) {
     const int64_t stop = std::min<int64_t>(rows, start + kSegmentRows);
     std::fill(segment, segment + n, 0.0);
-    for (int64_t r = first_row + start; r < first_row + stop; ++r) {
-      add_squares(elements(x, r * width + begin, n, gathered), n, scale, segment);
+    for (int64_t r = start; r < stop; r += kRowsAtOnce) {
+      const void* at[kRowsAtOnce];
+      for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+        const int64_t element = (first_row + r + i) * width + begin;
+        at[i] = r + i < stop ? elements(x, element, n, gathered[i]) : kZeros;
+      }
+      add_squares(at, n, scale, segment);
     }
     for (int64_t m = 0; m < n; ++m) totals[m] += segment[m];
   }

@@ -56,12 +56,17 @@ inline cudaError_t grid_for(int64_t work, unsigned* blocks) {
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Params...),
+                   unsigned blocks,
+                   int threads,
+                   cudaStream_t stream,
                    const Args&... args) {
 #if defined(LAP_EMULATED)
   emulator::launch(blocks, threads, stream, [&] { kernel(args...); });
 #else
+  // clang-format off: it takes <<< for two operators
   kernel<<<blocks, threads, 0, stream>>>(args...);
+  // clang-format on
 #endif
   return cudaGetLastError();
 }
@@ -196,7 +201,9 @@ __device__ T block_exclusive_sum(T value, T* total) {
 }
 
 // Notes bad values of one tensor; reached only when there are some.
-__device__ inline void note_bad(Count* bad_count, Count* first_inverted, int count,
+__device__ inline void note_bad(Count* bad_count,
+                                Count* first_inverted,
+                                int count,
                                 int64_t first_index) {
   atomicAdd(bad_count, static_cast<Count>(count));
   atomicMax(first_inverted, ~static_cast<Count>(first_index));

@@ -81,45 +81,68 @@ struct Strided {
 
 // energy[r] = sum over row r of (x * scale)^2, in the order of math/sums.h.
 size_t row_energy_workspace(const Weight& x);
-cudaError_t launch_row_energy(const Weight& x, double scale, bool check_finite,
+cudaError_t launch_row_energy(const Weight& x,
+                              double scale,
+                              bool check_finite,
                               double* energy,  // [rows] out
-                              void* workspace, cudaStream_t stream);
+                              void* workspace,
+                              cudaStream_t stream);
 
 // energy[g * cols + c] = sum over rows r of group g and window k of (x[r, c, k] * scale)^2.
 size_t col_energy_workspace(const Weight& x);
-cudaError_t launch_col_energy(const Weight& x, double scale, bool check_finite,
+cudaError_t launch_col_energy(const Weight& x,
+                              double scale,
+                              bool check_finite,
                               double* energy,  // [groups * cols] out
-                              void* workspace, cudaStream_t stream);
+                              void* workspace,
+                              cudaStream_t stream);
 
 // out[r, c, k] = |w[r, c, k]| * (row[r] * col[group(r) * cols + c])
 size_t score_workspace(const Weight& w);
-cudaError_t launch_score(const Weight& w, const Norms& norms, bool check_finite,
+cudaError_t launch_score(const Weight& w,
+                         const Norms& norms,
+                         bool check_finite,
                          void* out,  // [rows, cols, window] out, float (double for f64)
-                         void* workspace, cudaStream_t stream);
+                         void* workspace,
+                         cudaStream_t stream);
 
 // mask = 1 for exactly min(keep, eligible) weights of the largest scores; ties: lower index first.
 size_t mask_workspace(const Weight& w);
-cudaError_t launch_mask(const Weight& w, const Norms& norms,
+cudaError_t launch_mask(const Weight& w,
+                        const Norms& norms,
                         const uint8_t* eligible,  // [rows, cols, window] or null
-                        int64_t keep, bool check_finite,
+                        int64_t keep,
+                        bool check_finite,
                         uint8_t* mask,  // [rows, cols, window] out
-                        void* workspace, cudaStream_t stream);
+                        void* workspace,
+                        cudaStream_t stream);
 
 // w = +0.0 where mask is 0: the second half of prune_. mask_workspace is launch_mask's: with
 // check_finite set nothing is written if that run found anything wrong.
-cudaError_t launch_zero_dropped(const Strided& w, const uint8_t* mask, bool check_finite,
-                                const void* mask_workspace, cudaStream_t stream);
+cudaError_t launch_zero_dropped(const Strided& w,
+                                const uint8_t* mask,
+                                bool check_finite,
+                                const void* mask_workspace,
+                                cudaStream_t stream);
 
 // One ranking over a list of score tensors of one dtype: each one's mask is written.
 size_t topk_mask_workspace(const Ranked* scores, int count, DType dtype);
 cudaError_t launch_topk_mask(const Ranked* scores,  // [count], host memory, read before returning
-                             int count, DType dtype, int64_t keep, bool check_finite,
-                             void* workspace, cudaStream_t stream);
+                             int count,
+                             DType dtype,
+                             int64_t keep,
+                             bool check_finite,
+                             void* workspace,
+                             cudaStream_t stream);
 
 // value = the k-th largest, 1 <= k <= all elements; same workspace as topk_mask.
 cudaError_t launch_kth_largest(const Ranked* scores,  // [count], host memory
-                               int count, DType dtype, int64_t k, bool check_finite,
+                               int count,
+                               DType dtype,
+                               int64_t k,
+                               bool check_finite,
                                void* value,  // [1] out, float (double for f64)
-                               void* workspace, cudaStream_t stream);
+                               void* workspace,
+                               cudaStream_t stream);
 
 }  // namespace lap::cuda

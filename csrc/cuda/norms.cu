@@ -47,8 +47,13 @@ __device__ double add_square(double sum, T x, double scale) {
 
 // Adds first[0], first[stride], ... (count of them, at most kInFlight) and looks for bad ones.
 template <typename T>
-__device__ double add_squares(double sum, const T* x, int64_t first, int64_t stride, int count,
-                              double scale, Status* status) {
+__device__ double add_squares(double sum,
+                              const T* x,
+                              int64_t first,
+                              int64_t stride,
+                              int count,
+                              double scale,
+                              Status* status) {
   T values[kInFlight];
   LAP_UNROLL
   for (int i = 0; i < kInFlight; ++i) values[i] = i < count ? x[first + i * stride] : T{};
@@ -146,9 +151,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // energy[g, c] = total[g, c, 0] + total[g, c, 1] + ... Thread: one channel of one group.
-__global__ void __launch_bounds__(kThreads)
-    col_window_kernel(const double* partial, int64_t channels, int64_t segments, int64_t window,
-                      Divider by_cols, double* energy) {
+__global__ void __launch_bounds__(kThreads) col_window_kernel(const double* partial,
+                                                              int64_t channels,
+                                                              int64_t segments,
+                                                              int64_t window,
+                                                              Divider by_cols,
+                                                              double* energy) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   const int64_t cols = static_cast<int64_t>(by_cols.divisor);
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < channels; i += stride) {
@@ -168,7 +176,9 @@ int64_t col_segments(const Weight& x) {
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch_over(int64_t threads, void (*kernel)(Params...), cudaStream_t stream,
+cudaError_t launch_over(int64_t threads,
+                        void (*kernel)(Params...),
+                        cudaStream_t stream,
                         const Args&... args) {
   unsigned blocks = 0;
   const cudaError_t error = grid_for(ceil_div(threads, kThreads), &blocks);
@@ -184,8 +194,12 @@ size_t row_energy_workspace(const Weight& x) {
   return carver.used();
 }
 
-cudaError_t launch_row_energy(const Weight& x, double scale, bool check_finite, double* energy,
-                              void* workspace, cudaStream_t stream) {
+cudaError_t launch_row_energy(const Weight& x,
+                              double scale,
+                              bool check_finite,
+                              double* energy,
+                              void* workspace,
+                              cudaStream_t stream) {
   Carver carver(workspace);
   Status* status = carver.take<Status>(1);
   double* partial = carver.take<double>(x.rows * row_segments(x));
@@ -214,8 +228,12 @@ size_t col_energy_workspace(const Weight& x) {
   return carver.used();
 }
 
-cudaError_t launch_col_energy(const Weight& x, double scale, bool check_finite, double* energy,
-                              void* workspace, cudaStream_t stream) {
+cudaError_t launch_col_energy(const Weight& x,
+                              double scale,
+                              bool check_finite,
+                              double* energy,
+                              void* workspace,
+                              cudaStream_t stream) {
   Carver carver(workspace);
   const int64_t segments = col_segments(x);
   const int64_t width = x.row_size();

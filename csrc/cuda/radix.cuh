@@ -185,8 +185,8 @@ class GridSelector {
  private:
   // Position of the keep-th of the elements that match the prefix.
   template <typename Elements>
-  __device__ uint64_t last_position(const Elements& elements, Prefix<Rank> prefix, Count keep,
-                                    int position_bits) {
+  __device__ uint64_t
+  last_position(const Elements& elements, Prefix<Rank> prefix, Count keep, int position_bits) {
     for (int shift = position_bits; shift > 0;) {
       const int width = shift < kRadixBits ? shift : kRadixBits;
       shift -= width;
@@ -201,8 +201,8 @@ class GridSelector {
 
   // Steps 1 to 3 above.
   template <typename Elements>
-  __device__ Bin count(const Elements& elements, const Prefix<Rank>& prefix, Digit digit,
-                       Count keep) {
+  __device__ Bin
+  count(const Elements& elements, const Prefix<Rank>& prefix, Digit digit, Count keep) {
     for (int b = threadIdx.x; b < kBins; b += blockDim.x) local_->counts[b] = 0;
     __syncthreads();
     DigitCounter counter(local_);

@@ -157,13 +157,15 @@ __device__ inline Tile tile_at(const Source* sources, int count, int64_t number)
 // rank[j] of the thread's elements, kWorst for those that do not exist or are not eligible.
 // Returns the set of bad values among all that exist.
 template <typename T, typename Ranks>
-__device__ uint32_t load_ranks(const Ranks& ranks, const Tile& tile,
-                               typename Ranks::Rank (&rank)[kPerThread], bool* underflow) {
+__device__ uint32_t load_ranks(const Ranks& ranks,
+                               const Tile& tile,
+                               typename Ranks::Rank (&rank)[kPerThread],
+                               bool* underflow) {
   constexpr int V = kVector<T>;
   const Source& source = *tile.source;
   T x[kPerThread];
-  const uint32_t present = load_values(static_cast<const T*>(source.data), tile.begin, source.size,
-                                       tile.whole, x);
+  const uint32_t present =
+      load_values(static_cast<const T*>(source.data), tile.begin, source.size, tile.whole, x);
   uint32_t live = present;
   if (source.eligible != nullptr) {
     live &= load_bytes<T>(source.eligible, tile.begin, source.size, tile.whole);

@@ -82,8 +82,8 @@ __device__ inline int exponent_of(double x) {
   return exponent;  // x = m * 2^exponent, m in [0.5, 1)
 }
 
-__device__ inline void block_scale(const double* norm, int64_t n, int exponent, bool rounded,
-                                   double* wide, float* narrow) {
+__device__ inline void block_scale(
+    const double* norm, int64_t n, int exponent, bool rounded, double* wide, float* narrow) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     double x = ldexp(norm[i], -exponent);
     const bool normal = is_finite(x) && score_key(x) >= KeyTraits<int64_t>::kSmallestNormal;
@@ -95,7 +95,9 @@ __device__ inline void block_scale(const double* norm, int64_t n, int exponent, 
 
 // One block writes `out` and returns the scale, the same in every thread. rounded: 24 bits (float
 // scores), else 53. status: null for no check of the norms.
-__device__ inline Scale block_scale_norms(const Norms& norms, bool rounded, const ScaledNorms& out,
+__device__ inline Scale block_scale_norms(const Norms& norms,
+                                          bool rounded,
+                                          const ScaledNorms& out,
                                           Status* status) {
   Count* bad = status == nullptr ? nullptr : status->norm_inverted;
   const NormRange row = block_range(norms.row, out.rows, bad);

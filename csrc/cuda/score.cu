@@ -87,8 +87,11 @@ struct NormsIn<double> {
 };
 
 template <typename Float>
-__device__ Float score_at(Float w, const Place& place, const NormsIn<Float>& scaled,
-                          const FastScale<Float>& scale, const Norms& norms) {
+__device__ Float score_at(Float w,
+                          const Place& place,
+                          const NormsIn<Float>& scaled,
+                          const FastScale<Float>& scale,
+                          const Norms& norms) {
   constexpr Float kSmallestNormal = sizeof(Float) == 4 ? 0x1p-126 : 0x1p-1022;
   const Float factor = product(scaled.row[place.row], scaled.col[place.channel()]);
   const Float s = product(magnitude(w), factor);
@@ -146,8 +149,12 @@ size_t score_workspace(const Weight& w) {
   return carver.used();
 }
 
-cudaError_t launch_score(const Weight& w, const Norms& norms, bool check_finite, void* out,
-                         void* workspace, cudaStream_t stream) {
+cudaError_t launch_score(const Weight& w,
+                         const Norms& norms,
+                         bool check_finite,
+                         void* out,
+                         void* workspace,
+                         cudaStream_t stream) {
   Carver carver(workspace);
   Status* status = carver.take<Status>(1);
   Scale* scale = carver.take<Scale>(1);
@@ -160,9 +167,7 @@ cudaError_t launch_score(const Weight& w, const Norms& norms, bool check_finite,
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  const ScoreArgs args = {w.data, w.size(), aligned,
-                          norms,  scaled,   Places(w),
-                          scale,  out,      checked};
+  const ScoreArgs args = {w.data, w.size(), aligned, norms, scaled, Places(w), scale, out, checked};
   unsigned blocks = 0;
   error = grid_for(ceil_div(w.size(), kTile), &blocks);
   if (error != cudaSuccess) return error;

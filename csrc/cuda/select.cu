@@ -2,11 +2,10 @@
 // The selection's launchers and its first kernel: see select.cuh. Tensors are described to the
 // device in kernel parameters, kSourcesPerLaunch at a time: a copy from pageable host memory could
 // not be captured in a CUDA graph.
-#include "select.cuh"
-
 #include <algorithm>
 #include <cmath>
 
+#include "select.cuh"
 #include "select_kernels.cuh"
 
 namespace lap::cuda {
@@ -62,7 +61,11 @@ Buffers plan_buffers(const Ranked* sources, int count) {
 }
 
 // Cuts the workspace; weight is null for raw scores. Returns the bytes used.
-size_t carve(void* workspace, const Buffers& plan, int count, DType dtype, const Weight* weight,
+size_t carve(void* workspace,
+             const Buffers& plan,
+             int count,
+             DType dtype,
+             const Weight* weight,
              SelectArgs* args) {
   Carver carver(workspace);
   args->state = carver.take<State>(1);
@@ -95,8 +98,8 @@ void plan_interval(int64_t keep, const Buffers& buffers, SelectArgs* args) {
 }
 
 // Launches prepare_kernel, and describe_kernel for what it does not take.
-cudaError_t launch_prepare(const Ranked* ranked, int count, DType dtype, SelectArgs* args,
-                           cudaStream_t stream) {
+cudaError_t launch_prepare(
+    const Ranked* ranked, int count, DType dtype, SelectArgs* args, cudaStream_t stream) {
   SourceBatch batch = {};
   bool prepared = false;
   int64_t first = 0;
@@ -113,8 +116,8 @@ cudaError_t launch_prepare(const Ranked* ranked, int count, DType dtype, SelectA
     if (i == count) break;
     const Ranked& r = ranked[i];
     const bool aligned = aligned_for_vectors(r.data, item_size(dtype), r.eligible, r.mask);
-    batch.sources[batch.count++] = {r.data, r.eligible,  r.mask, r.size, first,
-                                    args->tiles, 0, 0, aligned};
+    batch.sources[batch.count++] = {r.data,      r.eligible, r.mask, r.size, first,
+                                    args->tiles, 0,          0,      aligned};
     first += r.size;
     args->tiles += ceil_div(r.size, kTile);
   }
@@ -127,9 +130,16 @@ int bits_of(int64_t x) {
   return bits;
 }
 
-cudaError_t launch_select(const Ranked* ranked, int count, DType dtype, const Weight* weight,
-                          const Norms& norms, int64_t keep, bool check_finite, void* value,
-                          void* workspace, cudaStream_t stream) {
+cudaError_t launch_select(const Ranked* ranked,
+                          int count,
+                          DType dtype,
+                          const Weight* weight,
+                          const Norms& norms,
+                          int64_t keep,
+                          bool check_finite,
+                          void* value,
+                          void* workspace,
+                          cudaStream_t stream) {
   SelectArgs args = {};
   const Buffers buffers = plan_buffers(ranked, count);
   carve(workspace, buffers, count, dtype, weight, &args);
@@ -160,8 +170,14 @@ size_t mask_workspace(const Weight& w) {
   return carve(nullptr, plan_buffers(&ranked, 1), 1, w.dtype, &w, &args);
 }
 
-cudaError_t launch_mask(const Weight& w, const Norms& norms, const uint8_t* eligible, int64_t keep,
-                        bool check_finite, uint8_t* mask, void* workspace, cudaStream_t stream) {
+cudaError_t launch_mask(const Weight& w,
+                        const Norms& norms,
+                        const uint8_t* eligible,
+                        int64_t keep,
+                        bool check_finite,
+                        uint8_t* mask,
+                        void* workspace,
+                        cudaStream_t stream) {
   const Ranked ranked = {w.data, w.size(), eligible, mask};
   return launch_select(&ranked, 1, w.dtype, &w, norms, keep, check_finite, nullptr, workspace,
                        stream);
@@ -172,14 +188,24 @@ size_t topk_mask_workspace(const Ranked* scores, int count, DType dtype) {
   return carve(nullptr, plan_buffers(scores, count), count, dtype, nullptr, &args);
 }
 
-cudaError_t launch_topk_mask(const Ranked* scores, int count, DType dtype, int64_t keep,
-                             bool check_finite, void* workspace, cudaStream_t stream) {
+cudaError_t launch_topk_mask(const Ranked* scores,
+                             int count,
+                             DType dtype,
+                             int64_t keep,
+                             bool check_finite,
+                             void* workspace,
+                             cudaStream_t stream) {
   return launch_select(scores, count, dtype, nullptr, {}, keep, check_finite, nullptr, workspace,
                        stream);
 }
 
-cudaError_t launch_kth_largest(const Ranked* scores, int count, DType dtype, int64_t k,
-                               bool check_finite, void* value, void* workspace,
+cudaError_t launch_kth_largest(const Ranked* scores,
+                               int count,
+                               DType dtype,
+                               int64_t k,
+                               bool check_finite,
+                               void* value,
+                               void* workspace,
                                cudaStream_t stream) {
   return launch_select(scores, count, dtype, nullptr, {}, k, check_finite, value, workspace,
                        stream);

@@ -25,7 +25,9 @@ __device__ inline int64_t sample_position(uint32_t i, int bits, int64_t size) {
 
 // The leading bits of the sample's rank at a place (0: the best). One block.
 template <typename Rank>
-__device__ Prefix<Rank> prefix_at(const Rank* sample, int size, int64_t place,
+__device__ Prefix<Rank> prefix_at(const Rank* sample,
+                                  int size,
+                                  int64_t place,
                                   LocalHistogram* local) {
   constexpr int kBits = static_cast<int>(sizeof(Rank)) * 8;
   Prefix<Rank> prefix;
@@ -104,8 +106,12 @@ struct AppendCursor {
 };
 
 template <typename T, typename Rank>
-__device__ void append(const SelectArgs& args, const Tile& tile, uint32_t open,
-                       const Rank (&rank)[kPerThread], AppendCursor* cursor, int turn) {
+__device__ void append(const SelectArgs& args,
+                       const Tile& tile,
+                       uint32_t open,
+                       const Rank (&rank)[kPerThread],
+                       AppendCursor* cursor,
+                       int turn) {
   const uint32_t mine = static_cast<uint32_t>(__popc(open));
   uint32_t inclusive = mine;
   for (int step = 1; step < kWarp; step *= 2) {
@@ -255,7 +261,8 @@ __device__ void write_masks(const Elements& everything, const Bound<Rank>& bound
 
 // Mask bytes of the candidates that the bound keeps.
 template <typename Rank>
-__device__ void mark(const SelectArgs& args, const Candidates<Rank>& candidates,
+__device__ void mark(const SelectArgs& args,
+                     const Candidates<Rank>& candidates,
                      const Bound<Rank>& bound) {
   candidates.for_each(Prefix<Rank>{}, [&](Rank rank, uint64_t position) {
     if (!bound.keeps(rank, position)) return;
@@ -293,7 +300,9 @@ __device__ void write_value(const SelectArgs& args, typename RankTraits<Key>::Ra
 
 // The narrow half of step 4; false: wide ranks must decide (nothing final is written then).
 template <typename T, typename Ranks, bool kHasWide>
-__device__ bool finish(const SelectArgs& args, const Request& request, LocalHistogram* local,
+__device__ bool finish(const SelectArgs& args,
+                       const Request& request,
+                       LocalHistogram* local,
                        int* turn) {
   using Key = typename Ranks::Key;
   using Rank = typename Ranks::Rank;
@@ -324,7 +333,9 @@ __device__ bool finish(const SelectArgs& args, const Request& request, LocalHist
 }
 
 template <typename T>
-__device__ void finish_wide(const SelectArgs& args, const Request& request, LocalHistogram* local,
+__device__ void finish_wide(const SelectArgs& args,
+                            const Request& request,
+                            LocalHistogram* local,
                             int* turn) {
   using Ranks = WeightRanks<T, int64_t>;
   State& state = *args.state;
@@ -367,8 +378,8 @@ cudaError_t launch_steps(const SelectArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (args.plan == Plan::sample) {
     const int64_t blocks = ceil_div(int64_t{1} << args.sample_bits, kLoneThreads);
-    error = launch(sample_kernel<T, Ranks>, static_cast<unsigned>(blocks), kLoneThreads, stream,
-                   args);
+    error =
+        launch(sample_kernel<T, Ranks>, static_cast<unsigned>(blocks), kLoneThreads, stream, args);
     if (error != cudaSuccess) return error;
   }
   unsigned blocks = 0;

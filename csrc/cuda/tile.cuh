@@ -47,7 +47,9 @@ __device__ int64_t offset_of(int j) {
   return (int64_t{j / V} * kThreads + threadIdx.x) * V + j % V;
 }
 
-inline bool aligned_for_vectors(const void* data, int64_t item, const uint8_t* eligible,
+inline bool aligned_for_vectors(const void* data,
+                                int64_t item,
+                                const uint8_t* eligible,
                                 const uint8_t* mask) {
   const uint64_t bytes = 16 / static_cast<uint64_t>(item);
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
@@ -58,8 +60,8 @@ inline bool aligned_for_vectors(const void* data, int64_t item, const uint8_t* e
 // x[j] = data[begin + offset_of(j)]; returns the set of those that exist. `whole`: the tile is
 // full and the tensor aligned.
 template <typename T>
-__device__ uint32_t load_values(const T* data, int64_t begin, int64_t size, bool whole,
-                                T (&x)[kPerThread]) {
+__device__ uint32_t
+load_values(const T* data, int64_t begin, int64_t size, bool whole, T (&x)[kPerThread]) {
   constexpr int V = kVector<T>;
   if (whole) {
     LAP_UNROLL
@@ -122,8 +124,7 @@ __device__ uint32_t load_bytes(const uint8_t* bytes, int64_t begin, int64_t size
 
 // bytes[...] = 1 for the elements of the set, 0 for the others.
 template <typename T>
-__device__ void store_bytes(uint8_t* bytes, int64_t begin, int64_t size, bool whole,
-                            uint32_t set) {
+__device__ void store_bytes(uint8_t* bytes, int64_t begin, int64_t size, bool whole, uint32_t set) {
   constexpr int V = kVector<T>;
   if (whole) {
     LAP_UNROLL

@@ -83,8 +83,11 @@ bool contiguous(const Strided& w) {
 
 }  // namespace
 
-cudaError_t launch_zero_dropped(const Strided& w, const uint8_t* mask, bool check_finite,
-                                const void* mask_workspace, cudaStream_t stream) {
+cudaError_t launch_zero_dropped(const Strided& w,
+                                const uint8_t* mask,
+                                bool check_finite,
+                                const void* mask_workspace,
+                                cudaStream_t stream) {
   if (w.size == 0) return cudaSuccess;
   ZeroArgs args = {};
   args.w = w.data;

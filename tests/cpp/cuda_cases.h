@@ -114,13 +114,23 @@ inline std::vector<double> normal(int64_t n, unsigned seed, double scale = 1) {
   return values;
 }
 
-inline std::vector<double> spread(int64_t n, unsigned seed, double low_exponent,
+inline std::vector<double> spread(int64_t n,
+                                  unsigned seed,
+                                  double low_exponent,
                                   double high_exponent) {
   std::mt19937_64 random(seed);
   std::uniform_real_distribution<double> exponent(low_exponent, high_exponent);
   std::vector<double> values(n);
   for (double& x : values) x = std::exp2(exponent(random));
   return values;
+}
+
+inline std::vector<uint8_t> random_bytes(int64_t n, unsigned seed, double share) {
+  std::mt19937 random(seed);
+  std::bernoulli_distribution coin(share);
+  std::vector<uint8_t> bytes(n);
+  for (uint8_t& b : bytes) b = coin(random);
+  return bytes;
 }
 
 // --- the oracle -------------------------------------------------------------------------------
@@ -131,9 +141,7 @@ struct Exact {
   bool operator>(const Exact& o) const {
     return exponent != o.exponent ? exponent > o.exponent : mantissa > o.mantissa;
   }
-  bool operator==(const Exact& o) const {
-    return exponent == o.exponent && mantissa == o.mantissa;
-  }
+  bool operator==(const Exact& o) const { return exponent == o.exponent && mantissa == o.mantissa; }
 };
 constexpr int64_t kZero = -(int64_t{1} << 40);
 
@@ -176,9 +184,9 @@ inline std::vector<Exact> exact_scores(const Layer& layer, const Tensor& w) {
     const int64_t group = r / (layer.rows / layer.groups);
     for (int64_t c = 0; c < layer.cols; ++c) {
       for (int64_t k = 0; k < layer.window; ++k) {
-        const Exact factor = times(exact(layer.row_norm[r], is_double),
-                                   exact(layer.col_norm[group * layer.cols + c], is_double),
-                                   is_double);
+        const Exact factor =
+            times(exact(layer.row_norm[r], is_double),
+                  exact(layer.col_norm[group * layer.cols + c], is_double), is_double);
         const double x = w[(r * layer.cols + c) * layer.window + k];
         scores.push_back(times(exact(x, is_double), factor, is_double));
       }
@@ -189,7 +197,8 @@ inline std::vector<Exact> exact_scores(const Layer& layer, const Tensor& w) {
 
 // The best `keep` of scores, as bytes. Score: anything with > (greater first).
 template <typename Score>
-std::vector<uint8_t> best(const std::vector<Score>& scores, int64_t keep,
+std::vector<uint8_t> best(const std::vector<Score>& scores,
+                          int64_t keep,
                           const std::vector<uint8_t>& eligible) {
   std::vector<int64_t> order;
   for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) {

@@ -60,8 +60,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   layer.dtype = static_cast<layers::DType>(bytes.take(1) % lap::cpu::kDTypes);
   const int64_t groups = 1 + static_cast<int64_t>(bytes.take(1) % 3);
   layer.layout = {groups * static_cast<int64_t>(1 + bytes.take(1) % 40),
-                  static_cast<int64_t>(1 + bytes.take(2) % 300),
-                  static_cast<int64_t>(1 + bytes.take(1) % 9), groups};
+                  static_cast<int64_t>(1 + bytes.take(1) % 120),
+                  static_cast<int64_t>(1 + bytes.take(1) % 5), groups};
   const int64_t n = layer.layout.rows * layer.layout.row_size();
   const int64_t keep = static_cast<int64_t>(bytes.take(4)) % (n + 2);
   const int kind = static_cast<int>(bytes.take(1) % 4);

@@ -66,7 +66,9 @@ Status status_of(Buffer& workspace) {
 }
 
 template <typename Launch>
-std::vector<double> energies(int64_t count, size_t workspace_bytes, const Launch& launch,
+std::vector<double> energies(int64_t count,
+                             size_t workspace_bytes,
+                             const Launch& launch,
                              Status* status = nullptr) {
   Buffer workspace(workspace_bytes);
   Buffer energy(count * sizeof(double));
@@ -79,7 +81,8 @@ std::vector<double> energies(int64_t count, size_t workspace_bytes, const Launch
 
 // A score as the exact one converts to the score's type.
 double converted(const cases::Exact& s, bool is_double) {
-  const int exponent = static_cast<int>(std::max<int64_t>(-3000, std::min<int64_t>(3000, s.exponent)));
+  const int exponent =
+      static_cast<int>(std::max<int64_t>(-3000, std::min<int64_t>(3000, s.exponent)));
   const double x = std::ldexp(s.mantissa, exponent);
   return is_double ? x : static_cast<float>(x);
 }
@@ -214,15 +217,21 @@ TEST_CASE("non-finite weights are counted, the first one found") {
     Tensor x(dtype, values);
     const Weight shape = {x.data.as(), dtype, 40, 20, 3, 1};
     Status row = {};
-    energies(40, row_energy_workspace(shape), [&](double* e, void* space) {
-      return launch_row_energy(shape, 1, true, e, space, nullptr);
-    }, &row);
+    energies(
+        40, row_energy_workspace(shape),
+        [&](double* e, void* space) {
+          return launch_row_energy(shape, 1, true, e, space, nullptr);
+        },
+        &row);
     CHECK(row.bad_count == 4);
     CHECK(row.first() == 777);
     Status col = {};
-    energies(20, col_energy_workspace(shape), [&](double* e, void* space) {
-      return launch_col_energy(shape, 1, true, e, space, nullptr);
-    }, &col);
+    energies(
+        20, col_energy_workspace(shape),
+        [&](double* e, void* space) {
+          return launch_col_energy(shape, 1, true, e, space, nullptr);
+        },
+        &col);
     CHECK(col.bad_count == 4);
     CHECK(col.first() == 777);
     Buffer workspace(score_workspace(shape));
@@ -263,9 +272,11 @@ TEST_CASE("scores are the exact ones, converted") {
     std::vector<double> values = cases::spread(30 * 50, 9, -14, 14);
     values[100] = -0.0;
     check_score({dtype, 30, 50, 1, 1, row, cases::spread(50, 6, -60, 60)}, values);
-    check_score({dtype, 30, 50, 1, 1, cases::spread(30, 8, -1060, 1000),
-                 cases::spread(50, 6, -1060, 1000)}, values);
-    check_score({dtype, 30, 50, 1, 1, cases::spread(30, 8, -64, -60), cases::spread(50, 6, -64, -60)},
-                values);
+    check_score(
+        {dtype, 30, 50, 1, 1, cases::spread(30, 8, -1060, 1000), cases::spread(50, 6, -1060, 1000)},
+        values);
+    check_score(
+        {dtype, 30, 50, 1, 1, cases::spread(30, 8, -64, -60), cases::spread(50, 6, -64, -60)},
+        values);
   }
 }

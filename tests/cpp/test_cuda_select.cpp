@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// mask, topk_mask and kth_largest by the CUDA kernels on emulated threads, against a stable sort of
+// mask by the CUDA kernels on emulated threads, against a stable sort of
 // exact scores. Tiles, sample and buffers are small there (device.cuh, select.cuh), so that a few
 // thousand elements take every path; tests that aim at one path assert that it was taken.
 #include "cuda_cases.h"
@@ -31,14 +31,17 @@ Result run_mask(const Layer& layer, Tensor& w, int64_t keep, const Options& opti
   Buffer mask(layer.size());
   Buffer eligible(options.eligible.size());
   std::copy(options.eligible.begin(), options.eligible.end(), eligible.as<uint8_t>());
-  CHECK(launch_mask(weight, layer.norms(), options.eligible.empty() ? nullptr : eligible.as<uint8_t>(),
-                    keep, options.check, mask.as<uint8_t>(), workspace.as(),
-                    nullptr) == cudaSuccess);
+  CHECK(launch_mask(weight, layer.norms(),
+                    options.eligible.empty() ? nullptr : eligible.as<uint8_t>(), keep,
+                    options.check, mask.as<uint8_t>(), workspace.as(), nullptr) == cudaSuccess);
   return {Bytes(mask.as<uint8_t>(), mask.as<uint8_t>() + layer.size()), workspace.at<State>(0)};
 }
 
-State check_mask(const Layer& layer, const std::vector<double>& values, int64_t keep,
-                 const Options& options = {}, size_t shift = 0) {
+State check_mask(const Layer& layer,
+                 const std::vector<double>& values,
+                 int64_t keep,
+                 const Options& options = {},
+                 size_t shift = 0) {
   Tensor w(layer.dtype, values, shift);
   const Result result = run_mask(layer, w, keep, options);
   CHECK(result.state.status.bad_count == 0);
@@ -68,71 +71,6 @@ int64_t room_of(int64_t n) {
   return std::max(kLeastRoom, n / kRoomShare);
 }
 
-Bytes random_bytes(int64_t n, unsigned seed, double share) {
-  std::mt19937 random(seed);
-  std::bernoulli_distribution coin(share);
-  Bytes bytes(n);
-  for (uint8_t& b : bytes) b = coin(random);
-  return bytes;
-}
-
-struct ListResult {
-  std::vector<Bytes> masks;
-  State state;
-  double value = 0;
-};
-
-// topk_mask, or kth_largest when `threshold` is set
-ListResult run_list(std::vector<Tensor>& scores, int64_t keep, const std::vector<Bytes>& eligible,
-                    bool check, bool threshold) {
-  std::vector<Ranked> ranked;
-  std::vector<Buffer> masks;
-  for (const Tensor& t : scores) masks.emplace_back(t.size);
-  for (size_t i = 0; i < scores.size(); ++i) {
-    const uint8_t* may = eligible.empty() ? nullptr : eligible[i].data();
-    uint8_t* mask = threshold ? nullptr : masks[i].as<uint8_t>();
-    ranked.push_back({scores[i].data.as(), scores[i].size, may, mask});
-  }
-  const int count = static_cast<int>(ranked.size());
-  const DType dtype = scores.empty() ? DType::f32 : scores[0].dtype;
-  Buffer workspace(topk_mask_workspace(ranked.data(), count, dtype));
-  Buffer value(8);
-  ListResult result;
-  if (threshold) {
-    CHECK(launch_kth_largest(ranked.data(), count, dtype, keep, check, value.as(), workspace.as(),
-                             nullptr) == cudaSuccess);
-    result.value = dtype == DType::f64 ? value.at<double>(0) : value.at<float>(0);
-  } else {
-    CHECK(launch_topk_mask(ranked.data(), count, dtype, keep, check, workspace.as(), nullptr) ==
-          cudaSuccess);
-    for (size_t i = 0; i < scores.size(); ++i) {
-      result.masks.emplace_back(masks[i].as<uint8_t>(), masks[i].as<uint8_t>() + scores[i].size);
-    }
-  }
-  std::memcpy(static_cast<void*>(&result.state), workspace.as(), sizeof(Status));
-  return result;
-}
-
-// Both functions on a list against a stable sort of the values (-0.0 == 0.0).
-void check_list(std::vector<Tensor>& scores, int64_t keep, const std::vector<Bytes>& eligible = {}) {
-  std::vector<double> all;
-  Bytes may;
-  for (const Tensor& t : scores) {
-    for (int64_t i = 0; i < t.size; ++i) all.push_back(t[i]);
-  }
-  for (const Bytes& e : eligible) may.insert(may.end(), e.begin(), e.end());
-  const Bytes expected = cases::best(all, keep, may);
-  const ListResult result = run_list(scores, keep, eligible, true, false);
-  Bytes found;
-  for (const Bytes& m : result.masks) found.insert(found.end(), m.begin(), m.end());
-  CHECK_MESSAGE(found == expected, "n " << all.size() << ", keep " << keep);
-  const int64_t n = static_cast<int64_t>(all.size());
-  if (keep < 1 || keep > n || !eligible.empty()) return;
-  const ListResult threshold = run_list(scores, keep, {}, true, true);
-  std::sort(all.begin(), all.end(), std::greater<double>());
-  CHECK(threshold.value == all[keep - 1]);
-}
-
 }  // namespace
 
 TEST_CASE("hand-worked: two rows, two columns") {
@@ -153,8 +91,8 @@ TEST_CASE("every dtype, shape, alignment and keep") {
       for (const int64_t keep : {0, 1, 7, 299, 300}) {  // few: all are candidates
         check_mask(plain(dtype, 30, 10), cases::normal(300, 22), keep, {}, shift);
       }
-      const Layer grouped = {dtype, 24, 5, 27, 6, cases::spread(24, 1, -2, 2),
-                             cases::spread(30, 2, -2, 2)};
+      const Layer grouped = {
+          dtype, 24, 5, 27, 6, cases::spread(24, 1, -2, 2), cases::spread(30, 2, -2, 2)};
       check_mask(grouped, cases::normal(24 * 5 * 27, 23), 1000, {}, shift);
     }
     check_mask(ones(dtype, 1), {0.5}, 1);
@@ -189,7 +127,8 @@ TEST_CASE("equal scores: the lower index is kept") {
     check_mask(ones(dtype, 400), std::vector<double>(400, 0.5), 123);
     std::vector<double> few_values = cases::normal(5000, 6);
     for (double& x : few_values) x = std::round(x * 4) / 4;
-    for (const int64_t keep : {10, 700, 2500, 4990}) check_mask(ones(dtype, 5000), few_values, keep);
+    for (const int64_t keep : {10, 700, 2500, 4990})
+      check_mask(ones(dtype, 5000), few_values, keep);
   }
 }
 
@@ -214,7 +153,7 @@ TEST_CASE("only eligible weights are kept, however few survive") {
   for (const DType dtype : cases::kDTypes) {
     for (const double share : {0.0, 0.02, 0.5, 1.0}) {
       for (const int64_t keep : {0, 40, 1800, 4000, 5000}) {
-        const Options options = {true, random_bytes(4000, 9, share)};
+        const Options options = {true, cases::random_bytes(4000, 9, share)};
         check_mask(plain(dtype, 40, 100), cases::normal(4000, 8), keep, options);
         check_mask(ones(dtype, 4000), std::vector<double>(4000, 1.0), keep, options);
       }
@@ -228,28 +167,50 @@ TEST_CASE("underflow does not decide") {
   values[17] = 0;
   for (const DType dtype : floats) {
     // products of the norms span 2^-300: wide ranks from the start
-    const Layer far = {dtype, 40, 100, 1, 1, cases::spread(40, 1, -150, 0),
-                       cases::spread(100, 2, -150, 0)};
+    const Layer far = {
+        dtype, 40, 100, 1, 1, cases::spread(40, 1, -150, 0), cases::spread(100, 2, -150, 0)};
     for (const int64_t keep : {1, 2000, 3900, 3999}) {
       const State state = check_mask(far, values, keep);
       CHECK(state.scale.narrow == 0);
     }
-    check_mask(far, values, 1500, {true, random_bytes(4000, 2, 0.5)});
+    check_mask(far, values, 1500, {true, cases::random_bytes(4000, 2, 0.5)});
   }
   // the norms are fine, the weights are tiny: wide ranks once the threshold is known to be
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    const Layer near = {dtype, 40, 100, 1, 1, cases::spread(40, 1, -20, 0),
-                        cases::spread(100, 2, -20, 0)};
+    const Layer near = {
+        dtype, 40, 100, 1, 1, cases::spread(40, 1, -20, 0), cases::spread(100, 2, -20, 0)};
     const std::vector<double> tiny = cases::spread(4000, 3, -140, -100);
     for (const int64_t keep : {100, 2500, 3900, 3999}) {
       CHECK(check_mask(near, tiny, keep).scale.narrow == 1);
     }
-    check_mask(near, cases::spread(300, 3, -140, -100).size() ? tiny : tiny, 3000);
   }
   // large norms do not overflow
-  const Layer large = {DType::f32, 40, 100, 1, 1, cases::spread(40, 1, 100, 300),
-                       cases::spread(100, 2, 100, 300)};
+  const Layer large = {
+      DType::f32, 40, 100, 1, 1, cases::spread(40, 1, 100, 300), cases::spread(100, 2, 100, 300)};
   check_mask(large, values, 1234);
+}
+
+TEST_CASE("norms that are equal in 24 bits give equal scores, in wide ranks too") {
+  std::vector<double> col(4000);
+  for (int64_t c = 0; c < 4000; ++c) col[c] = c % 2 ? 1.0 : 1.0 + 0x1p-24;
+  col[3999] = 0x1p-200;  // wide
+  const Layer layer = {DType::f32, 1,     4000, 1,
+                       1,          {1.5}, col};  // 1.5 * (1 + 2^-24) alone would round up
+  CHECK(check_mask(layer, std::vector<double>(4000, 1.0), 1001).scale.narrow == 0);
+}
+
+TEST_CASE("norms must be finite and not negative") {
+  Tensor w(DType::f32, cases::normal(4000, 61));
+  Layer layer = plain(DType::f32, 40, 100);
+  layer.col_norm[70] = -1;
+  layer.col_norm[90] = NAN;
+  const Status col = run_mask(layer, w, 2000).state.status;
+  CHECK(!col.bad_norm(0));
+  CHECK(col.bad_norm(1));
+  CHECK(col.first_norm(1) == 70);
+  layer.row_norm[39] = INFINITY;
+  CHECK(run_mask(layer, w, 2000).state.status.first_norm(0) == 39);
+  CHECK(!run_mask(layer, w, 2000, {false, {}}).state.status.bad_norm(1));
 }
 
 TEST_CASE("denormal weights") {
@@ -261,13 +222,13 @@ TEST_CASE("denormal weights") {
 
 TEST_CASE("double scores beyond double's range are reported, and only those") {
   const std::vector<double> values = cases::spread(4000, 3, -10, 2);
-  const Layer far = {DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -900, 0),
-                     cases::spread(100, 2, -900, 0)};
+  const Layer far = {
+      DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -900, 0), cases::spread(100, 2, -900, 0)};
   Tensor w(DType::f64, values);
   CHECK(run_mask(far, w, 2000).state.status.out_of_range == 1);
   CHECK(run_mask(far, w, 2000).mask.size() == 4000);
-  const Layer near = {DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -300, 0),
-                      cases::spread(100, 2, -300, 0)};
+  const Layer near = {
+      DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -300, 0), cases::spread(100, 2, -300, 0)};
   check_mask(near, values, 2000);
   Tensor tiny(DType::f64, cases::spread(4000, 3, -1070, -400));
   CHECK(run_mask(near, tiny, 3990).state.status.out_of_range == 1);
@@ -285,62 +246,14 @@ TEST_CASE("a sample that misleads costs time, not correctness") {
       const State state = check_mask(ones(dtype, n), values, 3000);
       CHECK(fell_back(state, 3000, room_of(n)));
     }
-    std::vector<Tensor> list;
-    list.emplace_back(DType::f32, values);
-    check_list(list, 3000);
   }
 }
 
-TEST_CASE("lists: one ranking over all tensors, empty ones among them") {
-  for (const DType dtype : cases::kDTypes) {
-    for (const double grid : {0.0, 0.5}) {  // plain numbers, and heavy ties
-      std::vector<Tensor> scores;
-      std::vector<Bytes> eligible;
-      unsigned seed = 40;
-      for (const int64_t n : {0, 1500, 0, 1, 1024, 700, 0, 2048, 3, 0}) {
-        std::vector<double> values = cases::normal(n, ++seed);
-        for (double& x : values) x = grid > 0 ? std::round(x / grid) * grid : x;
-        scores.emplace_back(dtype, values, seed % 2);
-        eligible.push_back(random_bytes(n, seed, 0.4));
-      }
-      const int64_t all = 1500 + 1 + 1024 + 700 + 2048 + 3;
-      for (const int64_t keep : {int64_t{0}, int64_t{1}, int64_t{2600}, all - 1, all, all + 5}) {
-        check_list(scores, keep);
-        check_list(scores, keep, eligible);
-      }
-    }
-  }
-}
-
-TEST_CASE("many tensors") {
-  std::vector<Tensor> scores;
-  for (int i = 0; i < 100; ++i) scores.emplace_back(DType::f32, cases::normal(i % 7 * 20, i));
-  for (const int64_t keep : {1, 3000}) check_list(scores, keep);
-}
-
-TEST_CASE("raw scores may be negative and infinite") {
-  for (const DType dtype : cases::kDTypes) {
-    std::vector<double> values = cases::normal(3000, 50);
-    values[5] = INFINITY;
-    values[2900] = INFINITY;
-    values[100] = -INFINITY;
-    values[200] = -0.0;
-    values[201] = 0.0;
-    std::vector<Tensor> scores;
-    scores.emplace_back(dtype, values);
-    for (const int64_t keep : {1, 2, 3, 1500, 2999, 3000}) check_list(scores, keep);
-  }
-}
-
-TEST_CASE("no tensors, no elements") {
-  std::vector<Tensor> none;
-  check_list(none, 3);
-  none.emplace_back(DType::f32, std::vector<double>{});
-  check_list(none, 3);
+TEST_CASE("no weights") {
   CHECK(check_mask({DType::f32, 0, 4, 1, 1, {}, {1, 1, 1, 1}}, {}, 2).status.bad_count == 0);
 }
 
-TEST_CASE("non-finite weights and NaN scores are found; unchecked ones still give exactly keep") {
+TEST_CASE("non-finite weights are found; unchecked ones still give exactly keep") {
   for (const DType dtype : cases::kDTypes) {
     std::vector<double> values = cases::normal(4000, 60);
     values[1234] = NAN;
@@ -359,15 +272,6 @@ TEST_CASE("non-finite weights and NaN scores are found; unchecked ones still giv
       CHECK(std::count(result.mask.begin(), result.mask.end(), 1) == keep);
       if (keep >= 3) CHECK(result.mask[1234] + result.mask[999] + result.mask[3999] == 3);
     }
-    std::vector<Tensor> scores;
-    scores.emplace_back(dtype, cases::normal(2000, 1));
-    scores.emplace_back(dtype, values);
-    scores.emplace_back(dtype, std::vector<double>(5, NAN));
-    const Status status = run_list(scores, 100, {}, true, false).state.status;
-    CHECK(status.bad_count == 1);  // of the first tensor that has any; infinite scores are fine
-    CHECK(status.source() == 1);
-    CHECK(status.first() == 1234);
-    CHECK(run_list(scores, 100, {}, false, false).state.status.bad_count == 0);
   }
   std::vector<double> norm(100, 1.0);  // non-finite norms, unchecked
   norm[3] = INFINITY;

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""score (norms of the neighbors included) and score_from_factors (norms given).
+
+score_from_factors moves what w.clone() moves; score also reads both neighbors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import lap_ext
+from benchmarks import cases, checks, rivals
+from benchmarks.rows import Bench, Contest, Target, nbytes
+
+AT_MOST = 1.2  # times w.clone()
+
+
+def run(bench: Bench) -> None:
+    """All layers; sparsity does not matter here."""
+    compiled = _compiled(bench)
+    for layer in cases.layers(bench.quick):
+        weights = layer.make(bench.device)
+        w = weights[1]
+        norms = lap_ext.factors(*weights)
+        from_factors = partial(lap_ext.score_from_factors, w, *norms)
+        checks.equal(lap_ext.score(*weights), from_factors())
+        clone = Contest("w.clone()", w.clone)
+        contests = [
+            clone,
+            Contest("eager formula", partial(rivals.eager_score, *weights), checks.close),
+            Contest("eager in place", partial(rivals.eager_score_in_place, *weights), checks.close),
+        ]
+        if compiled is not None:
+            contests.append(Contest("torch.compile", partial(compiled, *weights), checks.close))
+            compiled(*weights)
+        at_floor = [Target(1 / AT_MOST, ("w.clone()",))] if w.numel() >= cases.BIG else []
+        bench.measure(
+            "score",
+            layer.name,
+            "score",
+            partial(lap_ext.score, *weights),
+            contests,
+            n=w.numel(),
+            moved=(nbytes(*weights), nbytes(w)),
+            targets=at_floor,
+        )
+        bench.measure(
+            "score",
+            layer.name,
+            "score_from_factors",
+            from_factors,
+            [clone],
+            n=w.numel(),
+            moved=(nbytes(w), nbytes(w)),
+            targets=at_floor,
+        )
+
+
+def _compiled(bench: Bench) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The compiled formula, if there is a compiler (and time for it)."""
+    if bench.quick:
+        return None
+    compiled = rivals.compiled_score()
+    small = torch.ones(2, 2, device=bench.device)
+    try:
+        compiled(small, small, small)
+    except Exception as error:  # whatever the compiler's back end raises
+        bench.note(f"torch.compile was left out: {type(error).__name__}")
+        return None
+    return compiled

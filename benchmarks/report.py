@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""Results to a table on the terminal and to JSON; computes nothing.
+
+A file is written beside its place and renamed, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rows import Bench, MemoryRow, Rival, Row
+from benchmarks.timing import Stats
+
+HEAD = ("case", "call", "sparsity", "ms [quartiles]", "GB/s", "of limit", "rivals", "target")
+MEMORY_HEAD = ("case", "call", "sparsity", "w, MB", "extra, MB", "beside masks", "target")
+FLOORS = {"torch.gt", "w.clone()", "float32"}  # what ours is measured in units of
+
+
+def milliseconds(time: Stats) -> str:
+    """Median and quartiles in ms, three digits."""
+    middle, low, high = (f"{1e3 * x:.3g}" for x in (time.median, time.q1, time.q3))
+    return f"{middle} [{low}, {high}]"
+
+
+def versus(rival: Rival) -> str:
+    """How ours compares: times faster than a rival, or times the time of a floor."""
+    ratio = rival.ratio.median
+    if rival.name in FLOORS:
+        return f"{1 / ratio:.2f}x the time of {rival.name}"
+    return f"{rival.name} {ratio:.3g}x"
+
+
+def verdict(reached: bool | None) -> str:
+    """In a word."""
+    return "-" if reached is None else "reached" if reached else "MISSED"
+
+
+def targets(row: Row) -> str:
+    """Each target with its measured ratio."""
+    lines = []
+    for target in row.targets:
+        measured = target.measured(row.rivals)
+        if measured is not None:
+            word = verdict(measured >= target.ratio)
+            figure = f"{1 / measured:.2f}x" if target.ratio <= 1 else f"{measured:.3g}x"
+            lines.append(f"{word}: {figure} ({target})")
+    return "\n".join(lines) or "-"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of HEAD."""
+    return (
+        row.case,
+        row.call,
+        "-" if row.sparsity is None else f"{row.sparsity:g}",
+        milliseconds(row.time),
+        f"{row.bytes_per_s / 1e9:.3g}",
+        f"{row.of_limit:.0%}",
+        "\n".join(versus(rival) for rival in row.rivals),
+        targets(row),
+    )
+
+
+def memory_cells(row: MemoryRow) -> tuple[str, ...]:
+    """A row of MEMORY_HEAD."""
+    return (
+        row.case,
+        row.call,
+        f"{row.sparsity:g}",
+        f"{row.w_bytes / 1e6:.0f}",
+        f"{row.extra_bytes / 1e6:.1f}",
+        f"{row.beside_masks:+.1%} of w",
+        "-" if row.reached is None else f"{verdict(row.reached)}: <= {row.LEAVE:.0%}",
+    )
+
+
+def line(row: Row | MemoryRow) -> str:
+    """One line, printed as soon as the row is there."""
+    if isinstance(row, MemoryRow):
+        case, call, sparsity, _, extra, beside, target = memory_cells(row)
+        return f"memory: {case} · {call} · {sparsity} · {extra} MB · {beside} · {target}"
+    case, call, sparsity, time, rate, limit, rivals, _ = cells(row)
+    rivals = " · ".join(rivals.splitlines())
+    word = verdict(row.reached)
+    return (
+        f"{row.group}: {case} · {call} · {sparsity} · {time} ms · {rate} GB/s · "
+        f"{limit} of limit · {rivals} · {word}"
+    )
+
+
+def print_tables(bench: Bench, console: Console) -> None:
+    """All rows, a table a group."""
+    for group in dict.fromkeys(row.group for row in bench.rows):
+        rows = [cells(row) for row in bench.rows if row.group == group]
+        console.print(_table(group, HEAD, rows))
+    if bench.memory:
+        rows = [memory_cells(row) for row in bench.memory]
+        console.print(_table("memory", MEMORY_HEAD, rows))
+    every: list[Row | MemoryRow] = [*bench.rows, *bench.memory]
+    judged = [row.reached for row in every if row.reached is not None]
+    console.print(f"targets reached: {sum(judged)} of {len(judged)}")
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, show_lines=True)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def as_json(bench: Bench, facts: dict[str, Any]) -> dict[str, Any]:
+    """All that was measured; times in seconds, memory in bytes."""
+    return {
+        "machine": facts,
+        "quick": bench.quick,
+        "bandwidth": bench.bandwidth.measured(),
+        "notes": bench.notes,
+        "rows": [_row_json(row) for row in bench.rows],
+        "memory": [
+            {**asdict(row), "beside_masks": row.beside_masks, "reached": row.reached}
+            for row in bench.memory
+        ],
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    found = asdict(row)
+    found["targets"] = [
+        {**asdict(target), "text": str(target), "measured": target.measured(row.rivals)}
+        for target in row.targets
+    ]
+    found.update(bytes_per_s=row.bytes_per_s, of_limit=row.of_limit, reached=row.reached)
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, for diffs."""
+    replace(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets write make a file beside path, then puts it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

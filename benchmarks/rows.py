@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""What a run collects: rows of times against rivals, rows of memory, and the targets they have.
+
+    fraction of the memory limit = limit_s / time,
+    limit_s = bytes to read / read bandwidth + bytes to write / write bandwidth
+
+both measured in the same run on tensors of the same size (machine.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.machine import Bandwidth
+from benchmarks.timing import Call, Check, Stats, Timer
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A rival's call, the check of its result against ours, and its number of pairs at most."""
+
+    name: str
+    call: Call
+    check: Check | None = None
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The least rival / ours, against the fastest of the named rivals."""
+
+    ratio: float
+    against: tuple[str, ...]
+
+    def __str__(self) -> str:
+        name = (
+            self.against[0] if len(self.against) == 1 else "fastest of " + ", ".join(self.against)
+        )
+        if self.ratio < 1:
+            return f"<= {1 / self.ratio:.3g}x the time of {name}"
+        if self.ratio == 1:
+            return f"no slower than {name}"
+        return f">= {self.ratio:g}x faster than {name}"
+
+    def measured(self, rivals: Sequence[Rival]) -> float | None:
+        """The ratio that counts; None where no such rival was run."""
+        found = [rival.ratio.median for rival in rivals if rival.name in self.against]
+        return min(found) if found else None
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A rival's time, and how many times longer than ours that is, pair by pair."""
+
+    name: str
+    time: Stats
+    ratio: Stats
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of ours on one case."""
+
+    group: str
+    case: str
+    call: str
+    sparsity: float | None
+    n: int
+    time: Stats
+    read_bytes: int
+    write_bytes: int
+    limit_s: float
+    rivals: list[Rival]
+    targets: list[Target]
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes that must move, by the time."""
+        return (self.read_bytes + self.write_bytes) / self.time.median
+
+    @property
+    def of_limit(self) -> float:
+        """Fraction of the memory limit that is reached."""
+        return self.limit_s / self.time.median
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether every target is; None without one."""
+        ratios = [(target.measured(self.rivals), target.ratio) for target in self.targets]
+        judged = [measured >= least for measured, least in ratios if measured is not None]
+        return all(judged) if judged else None
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak memory of one call beyond what it was given, results included."""
+
+    case: str
+    call: str
+    sparsity: float
+    w_bytes: int
+    mask_bytes: int
+    extra_bytes: int
+    ours: bool
+
+    LEAVE = 0.05  # of w's bytes, beside the masks
+
+    @property
+    def beside_masks(self) -> float:
+        """Extra memory without the masks, as a fraction of w's bytes."""
+        return (self.extra_bytes - self.mask_bytes) / self.w_bytes
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is; rivals have none."""
+        return self.beside_masks <= self.LEAVE if self.ours else None
+
+
+@dataclass
+class Bench:
+    """A run: where, how long, and what was found. Groups add their rows to it."""
+
+    device: torch.device
+    quick: bool
+    timer: Timer
+    bandwidth: Bandwidth
+    on_row: Callable[[Row | MemoryRow], None]
+    on_note: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(
+        self,
+        group: str,
+        case: str,
+        call: str,
+        ours: Call,
+        contests: Sequence[Contest],
+        *,
+        n: int,
+        moved: tuple[int, int],
+        sparsity: float | None = None,
+        targets: Sequence[Target] = (),
+    ) -> None:
+        """Compares ours with every rival; moved: bytes (read, written) at the least."""
+        rivals, all_ours = [], []
+        for contest in contests:
+            pairs = self.timer.compare(ours, contest.call, contest.check, contest.pairs)
+            rivals.append(Rival(contest.name, Stats.of(pairs.rival), pairs.ratio))
+            all_ours += pairs.ours
+        limit = self.bandwidth.limit_s(*moved)
+        row = Row(
+            group,
+            case,
+            call,
+            sparsity,
+            n,
+            Stats.of(all_ours),
+            *moved,
+            limit,
+            rivals,
+            list(targets),
+        )
+        self.rows.append(row)
+        self.on_row(row)
+
+    def add_memory(self, row: MemoryRow) -> None:
+        """Adds a row of memory."""
+        self.memory.append(row)
+        self.on_row(row)
+
+    def note(self, text: str) -> None:
+        """Something the reader of the results must know."""
+        self.notes.append(text)
+        self.on_note(text)
+
+
+def nbytes(*tensors: Any) -> int:
+    """Bytes of all elements."""
+    return sum(x.numel() * x.element_size() for x in tensors)
