@@ -24,7 +24,7 @@ from benchmarks import (
     plot,
     report,
 )
-from benchmarks.checks import WrongResult
+from benchmarks.checks import WrongResultError
 from benchmarks.machine import Bandwidth
 from benchmarks.rows import Bench
 from benchmarks.timing import Timer
@@ -37,7 +37,9 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "size": bench_size.run,
     "memory": bench_memory.run,
 }
-BUDGET_S, QUICK_BUDGET_S = 1.5, 0.12  # for one comparison; three pairs at least
+BUDGET_S, QUICK_BUDGET_S = 1.0, 0.12  # for one comparison; three pairs at least
+BUSY = 0.7  # a load average that disturbs; two threads that wait for each other feel it most
+WIDTH = 160  # of the tables in a file or pipe
 RESULTS = machine.ROOT / "benchmarks" / "results"
 SCRATCH = machine.ROOT / "build" / "benchmarks"  # ignored by git
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     facts = machine.describe(device)
     console.print(f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores\n{lap_ext.info()}")
     timer = Timer(device, QUICK_BUDGET_S if args.quick else BUDGET_S)
@@ -90,11 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(
         device, args.quick, timer, Bandwidth(timer), lambda row: say(report.line(row)), say
     )
+    if facts["load"] is not None and facts["load"] > BUSY:
+        bench.note(f"load average {facts['load']:.1f} at the start: other programs had the cores")
     begin, wrong = time.perf_counter(), False
     try:
         for name in args.groups:
             GROUPS[name](bench)
-    except WrongResult as error:
+    except WrongResultError as error:
         last = bench.rows[-1] if bench.rows else None
         where = f" (after {last.case}, {last.call}, {last.sparsity})" if last else ""
         print(f"wrong result: {error}{where}", file=sys.stderr)

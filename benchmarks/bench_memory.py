@@ -6,7 +6,7 @@ from __future__ import annotations
 from benchmarks import cases, memory
 from benchmarks.rows import Bench, MemoryRow
 
-OURS = ("mask", "mask_from_factors", "topk_mask")
+OURS = ("mask", "topk_mask")
 
 
 def run(bench: Bench) -> None:
@@ -16,7 +16,8 @@ def run(bench: Bench) -> None:
     for calls, case in ((memory.LAYER_CALLS, layer), (memory.LIST_CALLS, scores)):
         for call in calls:
             ours = call in OURS
-            for sparsity in cases.SPARSITIES if ours else (cases.DEFAULT_SPARSITY,):
+            every = ours and not bench.quick  # a process takes seconds to start
+            for sparsity in cases.SPARSITIES if every else (cases.DEFAULT_SPARSITY,):
                 found = memory.measure(call, case, sparsity, bench.quick, str(bench.device))
                 bench.add_memory(
                     MemoryRow(

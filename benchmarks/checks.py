@@ -19,13 +19,13 @@ from benchmarks import rivals
 TOLERANCE = 1e-5  # relative; float32 norms of some million squares
 
 
-class WrongResult(Exception):
+class WrongResultError(Exception):
     """A result that is not what the definition says."""
 
 
 def require(condition: bool, text: str) -> None:
     if not condition:
-        raise WrongResult(text)
+        raise WrongResultError(text)
 
 
 def is_top(

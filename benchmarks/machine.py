@@ -77,6 +77,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "load": load(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -102,6 +103,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def load() -> float | None:
+    """Programs that wanted a core in the last minute, this one not counted at its start."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:

@@ -11,6 +11,7 @@ what preparing the inputs took. On CUDA: torch.cuda.max_memory_allocated.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import resource
@@ -34,7 +35,7 @@ _LAYER_RIVALS = {
     "kthvalue": rivals.kthvalue,
     "sort": rivals.sort,
 }
-LAYER_CALLS = ("mask", "mask_from_factors", *_LAYER_RIVALS, "public code")
+LAYER_CALLS = ("mask", *_LAYER_RIVALS, "public code")
 LIST_CALLS = ("topk_mask", "cat + kthvalue", "prune.global_unstructured")
 
 
@@ -59,9 +60,6 @@ def _layer_call(
     weights = w_prev, w, w_next
     if call == "mask":
         return partial(lap_ext.mask, *weights, keep=keep)
-    if call == "mask_from_factors":
-        norms = lap_ext.factors(*weights)
-        return partial(lap_ext.mask_from_factors, w, *norms, keep=keep)
     if call == "public code":
         return partial(rivals.public_code, *weights, keep)
     select = _LAYER_RIVALS[call]
@@ -105,6 +103,8 @@ def _status(field: str) -> int:
 def _extra(call: Callable[[], object], device: torch.device) -> int:
     """Runs the call once; its peak above what was in use before."""
     gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory would serve the call, unseen
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -49,7 +49,7 @@ def targets(row: Row) -> str:
     for target in row.targets:
         measured = target.measured(row.rivals)
         if measured is not None:
-            word = verdict(measured >= target.ratio)
+            word = verdict(measured >= target.least)
             figure = f"{1 / measured:.2f}x" if target.ratio <= 1 else f"{measured:.3g}x"
             lines.append(f"{word}: {figure} ({target})")
     return "\n".join(lines) or "-"

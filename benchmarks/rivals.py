@@ -56,7 +56,7 @@ def eager_score_in_place(w_prev: Tensor, w: Tensor, w_next: Tensor) -> Tensor:
 
 def compiled_score() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """torch.compile of eager_score; needs a C++ compiler at its first call."""
-    return torch.compile(eager_score, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(eager_score, dynamic=False)
 
 
 # --- selections ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 Call = Callable[[], Any]
 Check = Callable[[Any, Any], None]
 
-SLOW_S = 2.0  # such a call needs no warming up
+SLOW_S = 0.3  # from here on warming up is too little of a call to matter
 SAMPLE_S = 1e-3  # a sample lasts at least this long
 MIN_PAIRS = 3
 MAX_PAIRS = 41
@@ -60,7 +60,7 @@ class Pairs:
 
     @property
     def ratio(self) -> Stats:
-        """rival / ours, pair by pair."""
+        """The rival's time / ours, pair by pair."""
         return Stats.of([r / o for o, r in zip(self.ours, self.rival, strict=True)])
 
 

@@ -72,7 +72,7 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     np.random.seed(0)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # for the next test, whatever this one has set
 
 
 @pytest.fixture(params=DEVICES)

@@ -71,8 +71,8 @@ def test_score_and_mask(
 @pytest.mark.parametrize("name", list(cases.HOSTILE))
 def test_hostile_data(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    w = cases.hostile(name, 401 * 1009, torch.float32).view(401, 1009)
-    ins, outs = torch.rand(1009, dtype=torch.float64), torch.rand(401, dtype=torch.float64)
+    w = cases.hostile(name, 131 * 1009, torch.float32).view(131, 1009)
+    ins, outs = torch.rand(1009, dtype=torch.float64), torch.rand(131, dtype=torch.float64)
     both("score", "cpu", w, ins, outs, 1, False, True)
     for keep in (w.numel() // 100, w.numel() // 2):
         both("mask", "cpu", w, ins, outs, keep, None, 1, False, True)

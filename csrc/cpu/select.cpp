@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kDeviations = 3.7;      // on random data the sample misleads once in 5000 times
 constexpr double kMargin = 4;            // sample ranks added for small counts
-constexpr double kSampleFactor = 0.3;    // m = 0.3 n^(2/3) balances sampling against candidates
+constexpr double kSampleFactor = 0.35;   // m = 0.35 n^(2/3) balances sampling against candidates
 constexpr int64_t kLeastSample = 1024;
 constexpr int64_t kMostSample = int64_t{1} << 18;
 constexpr int64_t kPilot = 4096;         // of the sample, to find the part that matters
@@ -164,9 +164,8 @@ class Selector {
     for_each_chunk(pool, static_cast<int64_t>(runs.size()), [&](int worker, int64_t r) {
       int64_t* mine = counts[worker].data();
       for (int64_t j = 0; j < runs[r].count; ++j) {
-        const Unsigned<Key> bits = biased(runs[r].keys[j]);
-        const Unsigned<Key> bin = (bits - low) >> shift;
-        if (bits >= low && bin < static_cast<Unsigned<Key>>(kBins)) ++mine[bin];
+        const Unsigned<Key> bin = (biased(runs[r].keys[j]) - low) >> shift;
+        if (bin < static_cast<Unsigned<Key>>(kBins)) ++mine[bin];  // below low: wraps, far above
       }
     });
     for (size_t w = 1; w < counts.size(); ++w) {
@@ -186,17 +185,17 @@ class Selector {
 
   void settle(const std::vector<Run<Key>>& runs, Key threshold, int64_t wanted, int64_t ties) {
     const Pool& pool = sweeper_.pool();
+    const bool all = wanted == ties;
+    const Key dropped = all ? threshold - 1 : threshold;  // the largest key that may be dropped
     std::vector<std::vector<Place>> open(pool.threads);
     for_each_chunk(pool, static_cast<int64_t>(runs.size()), [&](int worker, int64_t r) {
       const Run<Key>& run = runs[r];
       uint8_t* mask = sweeper_.mask_of(sweeper_.chunk(run.chunk));
       if (mask == nullptr) return;
       for (int64_t j = 0; j < run.count; ++j) {
-        if (run.keys[j] > threshold || (run.keys[j] == threshold && wanted == ties)) {
-          mask[run.offsets[j]] = 1;
-        } else if (run.keys[j] == threshold) {
-          open[worker].push_back({run.chunk, run.offsets[j]});
-        }
+        mask[run.offsets[j]] = run.keys[j] > dropped;  // no branch: every second would be wrong
+        if (run.keys[j] != threshold || all) continue;
+        open[worker].push_back({run.chunk, run.offsets[j]});
       }
     });
     for (size_t w = 1; w < open.size(); ++w) {

@@ -27,8 +27,9 @@ constexpr int kThreads = 64;
 constexpr int kLoneThreads = 128;
 #else
 constexpr int kThreads = 256;
-constexpr int kLoneThreads = 1024;  // of a block that works alone
+constexpr int kLoneThreads = 512;  // of a block that works alone; 1024 would spill registers
 #endif
+constexpr int kResident = 2;  // blocks of a processor: 128 registers a thread, so nothing spills
 constexpr int kBlocksPerProcessor = 8;  // of kThreads: 2048 threads, all that fit
 
 using Count = unsigned long long;  // what 64-bit atomics take

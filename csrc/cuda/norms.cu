@@ -78,7 +78,7 @@ __device__ double add_squares(double sum,
 // partial[r, s] = squares of segment s of row r. Thread: one lane of one segment, elements
 // lane, lane + 32, ...; bytes per element: sizeof(T) read, 8 / 1024 written. No atomics.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) row_segment_kernel(RowArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) row_segment_kernel(RowArgs args) {
   const T* x = static_cast<const T*>(args.x);
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   const int lane = lane_id();
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) row_segment_kernel(RowArgs args) {
 }
 
 // energy[r] = partial[r, 0] + partial[r, 1] + ... Thread: one row. Reads 1/128 byte per element.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     row_total_kernel(const double* partial, int64_t rows, int64_t per_row, double* energy) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r < rows; r += stride) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
 // partial[g, s, m] = squares of 64 rows of column m. Thread: one column of one segment, so a warp
 // reads neighbors; bytes per element: sizeof(T) read, 8 / 64 written. No atomics.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) col_segment_kernel(ColArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) col_segment_kernel(ColArgs args) {
   const T* x = static_cast<const T*>(args.x);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < args.sums; i += stride) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) col_segment_kernel(ColArgs args) {
 
 // total[g, m] = partial[g, 0, m] + partial[g, 1, m] + ..., kept where partial[g, 0, m] was.
 // Thread: one column of one group. Reads 1/8 byte per element.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     col_total_kernel(double* partial, int64_t columns, int64_t segments, Divider by_width) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   const int64_t width = static_cast<int64_t>(by_width.divisor);
@@ -151,12 +151,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // energy[g, c] = total[g, c, 0] + total[g, c, 1] + ... Thread: one channel of one group.
-__global__ void __launch_bounds__(kThreads) col_window_kernel(const double* partial,
-                                                              int64_t channels,
-                                                              int64_t segments,
-                                                              int64_t window,
-                                                              Divider by_cols,
-                                                              double* energy) {
+__global__ void __launch_bounds__(kThreads, kResident) col_window_kernel(const double* partial,
+                                                                         int64_t channels,
+                                                                         int64_t segments,
+                                                                         int64_t window,
+                                                                         Divider by_cols,
+                                                                         double* energy) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   const int64_t cols = static_cast<int64_t>(by_cols.divisor);
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < channels; i += stride) {

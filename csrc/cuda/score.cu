@@ -105,7 +105,7 @@ __device__ Float score_at(Float w,
 // out = score of w. Thread: kPerThread elements of a tile, in vectors of 16 bytes; bytes per
 // element: sizeof(T) read, sizeof(Float) written. Elements are independent: deterministic.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) score_kernel(ScoreArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) score_kernel(ScoreArgs args) {
   using Float = decltype(widen(T{}));
   constexpr int V = kVector<T>;
   const NormsIn<Float> scaled(args.scaled);

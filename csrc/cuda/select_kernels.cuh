@@ -152,7 +152,7 @@ __device__ void note_bad_in(const SelectArgs& args, const Tile& tile, uint32_t b
 // Thread: kPerThread elements of a tile. Bytes per element: sizeof(T) read (+ 1 eligible), 1 mask
 // byte written, sizeof(rank) + 8 for a candidate.
 template <typename T, typename Ranks>
-__global__ void __launch_bounds__(kThreads) scan_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) scan_kernel(SelectArgs args) {
   using Rank = typename Ranks::Rank;
   LAP_SHARED(AppendCursor, cursor);
   const Ranks ranks(args.scaled, args.places);
@@ -352,7 +352,7 @@ __device__ void finish_wide(const SelectArgs& args,
 // Launched with all blocks on the device. Bytes: those of the candidates, about 4 times; in the
 // fallback each digit reads all elements once, and the masks are written once more.
 template <typename T, typename Ranks>
-__global__ void __launch_bounds__(kThreads) finish_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) finish_kernel(SelectArgs args) {
   constexpr bool kHasWide = Ranks::kWeights && sizeof(T) < 8;
   LAP_SHARED(LocalHistogram, local);
   State& state = *args.state;

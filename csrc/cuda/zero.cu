@@ -25,7 +25,7 @@ __device__ bool may_write(const Status* status) {
 // Contiguous w. Thread: kPerThread elements of a tile; bytes per element: 1 read, sizeof(T) written
 // for a dropped one. w is not read. Elements are independent: deterministic.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) zero_kernel(ZeroArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) zero_kernel(ZeroArgs args) {
   constexpr int V = kVector<T>;
   if (!may_write(args.status)) return;
   T* w = static_cast<T*>(args.w);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(ZeroArgs args) {
 // Any strides. Thread: one element of the flat C order; bytes as above, in whatever sectors the
 // strides reach.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) zero_strided_kernel(ZeroArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) zero_strided_kernel(ZeroArgs args) {
   if (!may_write(args.status)) return;
   T* w = static_cast<T*>(args.w);
   const int64_t step = int64_t{gridDim.x} * kThreads;
