@@ -53,25 +53,28 @@ CTEST = $(BIN)/ctest --output-on-failure --test-dir
 # ThreadSanitizer of older compilers stops on kernels that randomize addresses more than it knows
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
+# $(call build,FOLDER,OPTIONS,TARGET): configures (silent unless it fails) and builds
+define build
+$(CMAKE) -B build/$(1) $(2) >build/$(1).log || { cat build/$(1).log; exit 1; }
+$(BIN)/cmake --build build/$(1) --parallel $(MAX_JOBS) --target $(3)
+endef
+ASAN := -DLAP_TESTS=ON -DLAP_FUZZ=ON -DLAP_SANITIZE=address,undefined
+
 test-cpp: $(STAMPS)/tools
-	$(CMAKE) -B build/cpp -DLAP_TESTS=ON >build/cpp.log || { cat build/cpp.log; exit 1; }
-	$(BIN)/cmake --build build/cpp --parallel $(MAX_JOBS)
+	$(call build,cpp,-DLAP_TESTS=ON,all)
 	$(CTEST) build/cpp
 
 asan: $(STAMPS)/tools
-	$(CMAKE) -B build/asan -DLAP_TESTS=ON -DLAP_SANITIZE=address,undefined >build/asan.log || { cat build/asan.log; exit 1; }
-	$(BIN)/cmake --build build/asan --parallel $(MAX_JOBS)
+	$(call build,asan,$(ASAN),all)
 	$(CTEST) build/asan
 
 tsan: $(STAMPS)/tools
-	$(CMAKE) -B build/tsan -DLAP_TESTS=ON -DLAP_SANITIZE=thread >build/tsan.log || { cat build/tsan.log; exit 1; }
-	$(BIN)/cmake --build build/tsan --parallel $(MAX_JOBS)
+	$(call build,tsan,-DLAP_TESTS=ON -DLAP_SANITIZE=thread,all)
 	$(NO_ASLR) $(CTEST) build/tsan
 
 fuzz: $(STAMPS)/tools
-	$(CMAKE) -B build/fuzz -DLAP_FUZZ=ON -DLAP_SANITIZE=address,undefined >build/fuzz.log || { cat build/fuzz.log; exit 1; }
-	$(BIN)/cmake --build build/fuzz --parallel $(MAX_JOBS)
-	build/fuzz/lap_fuzz -max_total_time=$(FUZZ_SECONDS)
+	$(call build,asan,$(ASAN),lap_fuzz)
+	build/asan/lap_fuzz -max_total_time=$(FUZZ_SECONDS)
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 check: $(STAMPS)/dev

@@ -12,7 +12,7 @@ from benchmarks.rows import Row
 OURS = "lap_ext.mask_from_factors"
 FLOOR = "torch.gt, threshold known"
 STYLE: dict[str, dict[str, Any]] = {
-    OURS: {"color": "tab:blue", "marker": "o", "linewidth": 2.5, "zorder": 3},
+    OURS: {"color": "tab:red", "marker": "o", "linewidth": 2.5, "zorder": 3},
     FLOOR: {"color": "tab:gray", "marker": ".", "linestyle": "--"},
 }
 

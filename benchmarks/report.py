@@ -19,8 +19,8 @@ from rich.table import Table
 from benchmarks.rows import Bench, MemoryRow, Rival, Row
 from benchmarks.timing import Stats
 
-HEAD = ("case", "call", "sparsity", "ms [quartiles]", "GB/s", "of limit", "rivals", "target")
-MEMORY_HEAD = ("case", "call", "sparsity", "w, MB", "extra, MB", "beside masks", "target")
+HEAD = ("case", "call", "removed", "ms [quartiles]", "GB/s", "of limit", "rivals", "target")
+MEMORY_HEAD = ("case", "call", "removed", "w, MB", "extra, MB", "beside masks", "target")
 FLOORS = {"torch.gt", "w.clone()", "float32"}  # what ours is measured in units of
 
 
@@ -30,10 +30,10 @@ def milliseconds(time: Stats) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def versus(rival: Rival) -> str:
+def versus(rival: Rival, floor: bool = False) -> str:
     """How ours compares: times faster than a rival, or times the time of a floor."""
     ratio = rival.ratio.median
-    if rival.name in FLOORS:
+    if rival.name in FLOORS or floor:
         return f"{1 / ratio:.2f}x the time of {rival.name}"
     return f"{rival.name} {ratio:.3g}x"
 
@@ -47,11 +47,10 @@ def targets(row: Row) -> str:
     """Each target with its measured ratio."""
     lines = []
     for target in row.targets:
-        measured = target.measured(row.rivals)
-        if measured is not None:
-            word = verdict(measured >= target.least)
-            figure = f"{1 / measured:.2f}x" if target.ratio <= 1 else f"{measured:.3g}x"
-            lines.append(f"{word}: {figure} ({target})")
+        rival = target.decided_by(row.rivals)
+        if rival is not None:
+            word = verdict(rival.ratio.median >= target.least)
+            lines.append(f"{word}: {versus(rival, target.ratio <= 1)}, wanted {target}")
     return "\n".join(lines) or "-"
 
 
@@ -112,7 +111,7 @@ def print_tables(bench: Bench, console: Console) -> None:
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, show_lines=True)
     for name in head:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=min(len(name), 8))
     for row in rows:
         table.add_row(*row)
     return table

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lap_ext import check
-from lap_ext.neighbors import needs_check, side_of, squared_norms
+from lap_ext.neighbors import needs_check, norm_of, side_of
 
 try:
     from lap_ext import _np
@@ -66,6 +66,13 @@ class NumpyBackend:
         """Each entry of x [n] repeated, [n * times]."""
         return np.repeat(x, times)
 
+    def norm(self, energies: list[Array]) -> Array:
+        """Square root of the sum of the energies [n], added in order."""
+        total = energies[0]
+        for energy in energies[1:]:
+            total = total + energy
+        return np.sqrt(total)
+
 
 def norms(
     function: str,
@@ -81,7 +88,7 @@ def norms(
     found = []
     for name, neighbors in (("w_prev", w_prev), ("w_next", w_next)):
         side = side_of(function, name, w.shape, groups, transposed)
-        norm = np.sqrt(squared_norms(side, neighbors, backend))
+        norm = norm_of(side, neighbors, backend)
         if check_finite and needs_check(neighbors) and not np.isfinite(norm).all():
             raise ValueError(check.lost_norm(function, name))
         found.append(norm)

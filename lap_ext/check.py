@@ -22,6 +22,7 @@ Number = float | Fraction | Decimal  # a sparsity; int counts as float
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 _PERCENT = 100
+_MORE_THAN_MEMORY = 1 << 62  # elements: operators take 64-bit integers
 
 
 def keep_count(function: str, sparsity: Number | None, keep: SupportsIndex | None, n: int) -> int:
@@ -44,7 +45,8 @@ def keep_count(function: str, sparsity: Number | None, keep: SupportsIndex | Non
             f"kept), got {given}. Pass exactly one."
         )
     if keep is not None:
-        return _keep(function, keep)
+        count = _keep(function, keep)
+        return count if count < _MORE_THAN_MEMORY else n
     assert sparsity is not None
     if isinstance(sparsity, float):
         sparsity = float(sparsity)  # under torch.compile this makes a symbol a number

@@ -67,6 +67,9 @@ class Backend(Protocol):
     def repeat(self, x: Any, times: int) -> Any:
         """Each entry of x [n] repeated, [n * times]."""
 
+    def norm(self, energies: list[Any]) -> Any:
+        """Square root of the sum of the energies [n], added in order."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -97,25 +100,24 @@ def side_of(
     return Side(function, name, channels[0 if producer else 1], w_shape, text, plain)
 
 
-def squared_norms(side: Side, neighbors: Any, backend: Backend) -> Any:
-    """Squared norms over the channels of w, float64 [channels].
+def norm_of(side: Side, neighbors: Any, backend: Backend) -> Any:
+    """Norms over the channels of w, float64 [channels].
 
     neighbors: None, a weight, a Neighbor, or a list or tuple of these (their squares add in order).
     """
     if neighbors is None:
         return backend.ones(side.channels)
     if not isinstance(neighbors, (list, tuple)):
-        return _energy(side, side.name, _as_neighbor(neighbors), backend)
+        return backend.norm(_energies(side, side.name, _as_neighbor(neighbors), backend))
     if len(neighbors) == 0:
         raise ValueError(
             f"{side.function}: expected {side.name} to name one neighbor or more, got an empty "
             f"sequence. Pass None for a layer without one."
         )
-    total = None
+    energies: list[Any] = []
     for position, item in enumerate(neighbors):
-        energy = _energy(side, f"{side.name}[{position}]", _as_neighbor(item), backend)
-        total = energy if total is None else total + energy
-    return total
+        energies += _energies(side, f"{side.name}[{position}]", _as_neighbor(item), backend)
+    return backend.norm(energies)
 
 
 def needs_check(neighbors: Any) -> bool:
@@ -129,23 +131,23 @@ def _as_neighbor(item: Any) -> Neighbor:
     return item if isinstance(item, Neighbor) else Neighbor(item)
 
 
-def _energy(side: Side, name: str, neighbor: Neighbor, backend: Backend) -> Any:
-    """Squared norms of one neighbor, float64 [side.channels]."""
+def _energies(side: Side, name: str, neighbor: Neighbor, backend: Backend) -> list[Any]:
+    """Squared norms of one neighbor: float64 vectors [side.channels] that are to be added."""
     n = side.channels
     if neighbor.weight is None:
-        return _scaled(side, name, backend.ones(n), neighbor.scale, (n,), backend)
+        return [_scaled(side, name, backend.ones(n), neighbor.scale, (n,), backend)]
     backend.check_weight(name, neighbor.weight)
     c = _channels(side, name, neighbor)
     w_is_linear = len(side.w_shape) == 2
     is_linear = len(neighbor.weight.shape) == 2
     if c == n:
         energy = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return _scaled(side, name, energy, neighbor.scale, (n,), backend)
+        return [_scaled(side, name, energy, neighbor.scale, (n,), backend)]
     if c > n > 0 and c % n == 0 and is_linear and not w_is_linear and neighbor.groups == 1:
         return _from_fine(side, name, neighbor, c // n, backend)
     if n > c > 0 and n % c == 0 and w_is_linear and not is_linear:
         energy = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return _from_coarse(side, name, energy, neighbor.scale, n // c, backend)
+        return [_from_coarse(side, name, energy, neighbor.scale, n // c, backend)]
     raise ValueError(_no_meeting(side, name, neighbor, c))
 
 
@@ -177,7 +179,9 @@ def _from_coarse(
     return _scaled(side, name, backend.repeat(energy, positions), scale, lengths, backend)
 
 
-def _from_fine(side: Side, name: str, neighbor: Neighbor, positions: int, backend: Backend) -> Any:
+def _from_fine(
+    side: Side, name: str, neighbor: Neighbor, positions: int, backend: Backend
+) -> list[Any]:
     """Linear weight with n * positions features next to a convolution w [n channels]."""
     n, weight, scale = side.channels, neighbor.weight, neighbor.scale
     fine = n * positions
@@ -187,13 +191,10 @@ def _from_fine(side: Side, name: str, neighbor: Neighbor, positions: int, backen
         # the features become [n, positions]; the positions are summed with the other elements
         shape = (n, positions * rest) if by_row else (rest, n, positions)
         energy = _reduce(side, name, neighbor, weight.reshape(shape), backend)
-        return _scaled(side, name, energy, scale, (n, fine), backend)
+        return [_scaled(side, name, energy, scale, (n, fine), backend)]
     energy = _reduce(side, name, neighbor, weight, backend)
     energy = _scaled(side, name, energy, scale, (fine,), backend).reshape(n, positions)
-    total = energy[:, 0]
-    for position in range(1, positions):  # one order for every framework
-        total = total + energy[:, position]
-    return total
+    return [energy[:, position] for position in range(positions)]
 
 
 def _scaled(

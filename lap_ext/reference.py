@@ -4,8 +4,8 @@
 Written from the definition, bit for bit:
 
     energies  squares in float64, added in the fixed order of csrc/math/sums.h
-    score     c = round(in_norm * out_norm), s = round(|w| * c), each to 24 bits (53 for float64),
-              with an unbounded exponent
+    score     c = round(in_norm * out_norm), s = round(|w| * c), each to 24 bits (53 for float64);
+              the exponent is unbounded, except in the scores that score() returns
     rank      the larger key first; of equal keys the lower (tensor, flat C-order index)
 
 Plan of a score: norms are scaled by powers of two to at most 1, so that a plain float product
@@ -45,7 +45,7 @@ def row_energy(weight: Tensor, check_finite: bool, name: str) -> Tensor:
         _require_finite(weight, "factors", name)
     energy = _row_energy(weight, 1.0)
     if check_finite and weight.dtype == torch.float64:
-        _require_range(energy, lambda: _row_energy(weight, 2.0**500), name)
+        _require_range(energy, lambda: _row_energy(weight, 2.0**900), name)
     return energy
 
 
@@ -101,7 +101,7 @@ def col_energy(weight: Tensor, groups: int, check_finite: bool, name: str) -> Te
         _require_finite(weight, "factors", name)
     energy = _col_energy(weight, groups, 1.0)
     if check_finite and weight.dtype == torch.float64:
-        _require_range(energy, lambda: _col_energy(weight, groups, 2.0**500), name)
+        _require_range(energy, lambda: _col_energy(weight, groups, 2.0**900), name)
     return energy
 
 
@@ -136,10 +136,20 @@ def _add_row_segments(total: Tensor, part: Tensor, factor: float) -> None:
         total += sums[:, segment]
 
 
+def norm(energies: list[Tensor]) -> Tensor:
+    """sqrt(energies[0] + energies[1] + ...), each float64 [n], added in order."""
+    total = energies[0]
+    for energy in energies[1:]:
+        total = total + energy
+    return total.sqrt()
+
+
 def score(
     w: Tensor, in_norm: Tensor, out_norm: Tensor, groups: int, transposed: bool, check_finite: bool
 ) -> Tensor:
-    """|w| * (in_norm * out_norm), contiguous, float32 (float64 for float64 w).
+    """|w| * c, c = in_norm * out_norm rounded, contiguous, float32 (float64 for float64 w).
+
+    Rounded once: a denormal score is the nearest one.
 
     w [O, I / groups, *K] ([I, O / groups, *K] when transposed), in_norm [I], out_norm [O].
     """
@@ -179,17 +189,14 @@ def _extremes(norm: Tensor) -> tuple[float, float]:
 def _unbounded_score(
     w: Tensor, rows: Tensor, cols: Tensor, groups: int, dtype: torch.dtype
 ) -> Tensor:
-    """The score from mantissas and exponents kept apart, rounded to dtype once at the end."""
+    """The score from mantissas and exponents kept apart; only the last product leaves the range."""
     (row_m, row_e), (col_m, col_e) = torch.frexp(rows), torch.frexp(cols)
-    factor_m = _outer(_round(row_m, dtype), _round(col_m, dtype), w, groups)
-    factor_e = _outer(row_e, col_e, w, groups, torch.add)
+    factor_m = _round(_outer(_round(row_m, dtype), _round(col_m, dtype), w, groups), dtype)
     w_m, w_e = torch.frexp(w.to(torch.float64).abs())
-    s_m = w_m * _round(factor_m, dtype)  # exact for float32: at most 48 bits
-    s_e = w_e + factor_e
-    # in two steps, the first of which stays normal: the result is rounded once
-    first = s_e.clamp(-900, 900)
-    rest = (s_e - first).clamp(-1074, 1023)
-    out = torch.ldexp(torch.ldexp(s_m, first), rest)
+    exponent = (w_e + _outer(row_e, col_e, w, groups, torch.add)).clamp(-1200, 1200)
+    half = exponent // 2
+    # Both sides are normal, so their product is rounded once (float32: exact, then rounded once).
+    out = torch.ldexp(w_m, half) * torch.ldexp(factor_m, exponent - half)
     return out.to(dtype).contiguous()
 
 

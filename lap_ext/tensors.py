@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lap_ext import check, ops
-from lap_ext.neighbors import needs_check, side_of, squared_norms
+from lap_ext.neighbors import needs_check, norm_of, side_of
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -92,8 +92,7 @@ def norms(
     found = []
     for name, neighbors in (("w_prev", w_prev), ("w_next", w_next)):
         side = side_of(function, name, tuple(w.shape), groups, transposed)
-        squares = squared_norms(side, neighbors, backend)
-        norm = squares if neighbors is None else squares.sqrt()
+        norm = norm_of(side, neighbors, backend)
         if check_finite and needs_check(neighbors) and _not_finite(norm):
             raise ValueError(check.lost_norm(function, name))
         found.append(norm)
@@ -138,6 +137,10 @@ class TorchBackend:
     def repeat(self, x: Tensor, times: int) -> Tensor:
         """Each entry of x [n] repeated, [n * times]."""
         return x.repeat_interleave(times)
+
+    def norm(self, energies: list[Tensor]) -> Tensor:
+        """Square root of the sum of the energies [n], added in order."""
+        return ops.norm(energies)
 
 
 def _not_finite(x: Tensor) -> bool:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Independent oracles, written from the definition; this file never imports lap_ext.
 
-exact rank    score s = round(|w| * round(round(in) * round(out))) with 24 bits (53 for float64)
-              and an unbounded exponent, kept as (mantissa, exponent); sort by (s desc, index asc).
+exact rank    score s = round(|w| * c), c = round(round(in) * round(out)), with 24 bits (53 for
+              float64) and an unbounded exponent, as (mantissa, exponent); sort by (s desc, index).
+float score   the same |w| * c, rounded once to a float with its bounded exponent.
 energies      plain Python loops in the documented order of summation.
 operators     the three layers as one dense matrix product; zero weight(s); Frobenius norm of the
               change. A convolution is unrolled by applying it to the unit vectors.
@@ -60,6 +61,18 @@ def expand_norms(
     return np.broadcast_to(in_norm[ins], shape), np.broadcast_to(out_norm[outs], shape)
 
 
+def _operands(
+    w: Tensor, in_norm: Tensor, out_norm: Tensor, groups: int, transposed: bool
+) -> tuple[Exact, Exact]:
+    """|w| and the product of its two factors, both in the score's precision."""
+    real = np.float64 if w.dtype == torch.float64 else np.float32
+    ins, outs = expand_norms(
+        tuple(w.shape), in_norm.cpu().numpy(), out_norm.cpu().numpy(), groups, transposed
+    )
+    weight = w.detach().cpu().double().abs().numpy()
+    return _rounded(weight, real), _times(_rounded(ins, real), _rounded(outs, real))
+
+
 def exact_score(
     w: Tensor,  # [O, I/g, *K], transposed: [I, O/g, *K]
     in_norm: Tensor,  # float64 [I]
@@ -67,22 +80,24 @@ def exact_score(
     groups: int = 1,
     transposed: bool = False,
 ) -> Exact:
-    """The exact score of every weight, w's shape."""
-    real = np.float64 if w.dtype == torch.float64 else np.float32
-    weight = w.detach().cpu().double().abs().numpy()
-    ins, outs = expand_norms(
-        tuple(w.shape), in_norm.cpu().numpy(), out_norm.cpu().numpy(), groups, transposed
-    )
-    factor = _times(_rounded(ins, real), _rounded(outs, real))
-    return _times(_rounded(weight, real), factor)
+    """The score of every weight as it ranks, exponents unbounded; w's shape."""
+    return _times(*_operands(w, in_norm, out_norm, groups, transposed))
 
 
-def to_float(s: Exact) -> Tensor:
-    """An exact score converted to its float type: inf, denormal or 0 outside the range."""
-    e = np.clip(s.e, -2000, 2000).astype(np.int32)
+def float_score(
+    w: Tensor, in_norm: Tensor, out_norm: Tensor, groups: int = 1, transposed: bool = False
+) -> Tensor:
+    """The score as a float: the same product, rounded once; inf, denormal or 0 out of range."""
+    a, b = _operands(w, in_norm, out_norm, groups, transposed)
+    real, e = a.m.dtype, np.clip(a.e + b.e, -1200, 1200).astype(np.int32)
     with np.errstate(all="ignore"):
-        value = np.ldexp(s.m.astype(np.float64), e).astype(s.m.dtype)
-    return torch.from_numpy(np.ascontiguousarray(value))
+        product = np.ldexp(a.m.astype(np.float64) * b.m, e)  # float32: exact in double
+        value = np.ascontiguousarray(product.astype(real))
+    if real == np.float64:  # a double denormal has been rounded twice
+        for place in zip(*np.nonzero((value < 2.0**-1021) & (a.m * b.m > 0)), strict=True):
+            exact = Fraction(a.m[place]) * Fraction(b.m[place])
+            value[place] = float(exact * Fraction(2) ** int(a.e[place] + b.e[place]))
+    return torch.from_numpy(value)
 
 
 def rank_order(s: Exact) -> np.ndarray:

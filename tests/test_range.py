@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Underflow and overflow never decide a mask; a score is the exact product, converted once.
+"""Underflow and overflow never decide a mask; a score is the exact product, rounded once.
 
 The oracle has no limit on exponents. Powers of two in the norms change no mask at all.
 """
@@ -7,8 +7,11 @@ The oracle has no limit on exponents. Powers of two in the norms change no mask 
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 
 import cases
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -114,30 +117,30 @@ def test_float16_tiny(device: str) -> None:
     ins, outs = oracle.row_energy(w_prev).sqrt(), oracle.col_energy(w_next).sqrt()
     exact = oracle.exact_score(w, ins, outs)
     args = [x.to(device) for x in (w_prev, w, w_next)]
-    assert torch.equal(lap_ext.score(*args).cpu(), oracle.to_float(exact))
+    assert torch.equal(lap_ext.score(*args).cpu(), oracle.float_score(w, ins, outs))
     for keep in range(41):
         assert torch.equal(lap_ext.mask(*args, keep=keep).cpu(), oracle.rank_mask(exact, keep))
 
 
 @each_dtype
 @pytest.mark.parametrize("powers", list(itertools.product([-200, -140, 0, 130], [-90, 0, 100])))
-def test_score_is_converted_once(powers: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+def test_score_is_rounded_once(powers: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     """Denormal, 0 or inf where the exact score lies there, even if a factor alone leaves."""
     w, ins, outs = cases.random_layer(cases.Shape("", (33, 65)), dtype)
     ins, outs = ins * 2.0 ** powers[0], outs * 2.0 ** powers[1]
     if dtype == torch.float32:
         w = w * torch.pow(2.0, torch.randint(-100, 100, w.shape).float())
     got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
-    assert torch.equal(got.cpu(), oracle.to_float(oracle.exact_score(w, ins, outs)))
+    assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
 def test_denormal_scores(device: str) -> None:
-    """Round to 24 bits, then to the denormal: every case of both roundings."""
+    """Rounded once, from the exact product: not to 24 bits and then to a denormal."""
     w = (0x3F800000 | torch.randint(0, 1 << 23, (64, 1024), dtype=torch.int32)).view(torch.float32)
     ins = torch.rand(1024, dtype=torch.float64) * 2.0**-130
     outs = 1 + torch.rand(64, dtype=torch.float64)
     got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
-    assert torch.equal(got.cpu(), oracle.to_float(oracle.exact_score(w, ins, outs)))
+    assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
 def test_float64_is_exact_or_an_error(device: str) -> None:
@@ -167,3 +170,29 @@ def test_exact_or_an_error(spread: int, dtype: torch.dtype, device: str) -> None
             assert spread > 210, "4 * 210 powers of two are less than float64 spans"
             continue
         assert torch.equal(got.cpu(), oracle.first_of(order, keep, w.shape)), keep
+
+
+def test_float64_denormal_scores(device: str) -> None:
+    w = torch.rand(8, 40, dtype=torch.float64) + 0.5
+    ins = (torch.rand(40, dtype=torch.float64) + 0.5) * 2.0**-700
+    outs = (torch.rand(8, dtype=torch.float64) + 0.5) * 2.0**-340
+    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    expected = oracle.float_score(w, ins, outs)
+    assert torch.equal(got.cpu(), expected) and 0 < expected.max() < 2.0**-1022
+
+
+def test_the_oracle_rounds_once() -> None:
+    """The oracle itself against rational numbers, one by one."""
+    w = torch.randn(40, 50) * torch.pow(2.0, torch.randint(-140, 20, (40, 50)).float())
+    ins, outs = norms(50, 60), norms(40, 30)
+    got = oracle.float_score(w, ins, outs)
+    for o, i in itertools.product(range(0, 40, 3), range(0, 50, 7)):
+        c = ins[i].float().double() * outs[o].float().double()  # 24 bits each: exact
+        m, e = math.frexp(c.item())
+        exact = Fraction(float(np.float32(m))) * Fraction(2) ** e * Fraction(w[o, i].abs().item())
+        assert abs(Fraction(got[o, i].item()) - exact) <= Fraction(spacing(got[o, i])) / 2
+
+
+def spacing(x: Tensor) -> float:
+    """The distance of neighboring float32 numbers at x."""
+    return float(np.spacing(np.float32(x.item())))

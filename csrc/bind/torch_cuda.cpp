@@ -257,8 +257,7 @@ Tensor score(const Tensor& w,
   return out;
 }
 
-// mask and, where target is given, prune_: w is written after the selection, in a kernel that reads
-// the Status itself.
+// mask and, with target, prune_: its second kernel reads the Status on the device.
 Tensor select_mask(const Device& device,
                    const Weight& weight,
                    int64_t keep,
