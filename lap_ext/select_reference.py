@@ -25,11 +25,15 @@ def never(integer: torch.dtype) -> int:
     return torch.iinfo(integer).min
 
 
-def ordered_keys(scores: Tensor) -> Tensor:
-    """Int32 (int64 for float64) keys that sort as the scores do, contiguous; -0.0 equals +0.0."""
+def ordered_keys(scores: Tensor, without_nan: bool) -> Tensor:
+    """Int32 (int64 for float64) keys that sort as the scores do, contiguous; -0.0 equals +0.0.
+
+    A NaN, unless it is known that there is none, has the largest key.
+    """
     double = scores.dtype == torch.float64
     wide = scores.to(torch.float64 if double else torch.float32) + 0.0
-    return _flip(wide.contiguous().view(torch.int64 if double else torch.int32))
+    keys = _flip(wide.contiguous().view(torch.int64 if double else torch.int32))
+    return keys if without_nan else keys.masked_fill_(wide.isnan(), torch.iinfo(keys.dtype).max)
 
 
 def _flip(bits: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ def topk_mask(
     """
     if check_finite:
         _require_numbers(scores, "topk_mask")
-    keys = [ordered_keys(x) for x in scores]
+    keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     for key, mask in zip(keys, masks, strict=False):
         key.masked_fill_(~mask, never(key.dtype))
     return select(keys, keep)[0]
@@ -60,7 +64,7 @@ def kth_largest(scores: list[Tensor], k: int, check_finite: bool) -> Tensor:
     """
     if check_finite:
         _require_numbers(scores, "kth_largest")
-    keys = [ordered_keys(x) for x in scores]
+    keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     key = torch.tensor(_kth_key(keys, k), dtype=keys[0].dtype, device=scores[0].device)
     return _flip(key).view(torch.float64 if key.dtype == torch.int64 else torch.float32)
 

@@ -44,9 +44,7 @@ struct RankTraits {
 template <typename Key>
 __device__ typename RankTraits<Key>::Rank rank_of(Key key) {
   using Rank = typename RankTraits<Key>::Rank;
-  const Rank rank = static_cast<Rank>(key) ^ static_cast<Rank>(KeyTraits<Key>::kMagnitude);
-  // Only the NaN of all ones has kNever's key; it stays eligible.
-  return rank == RankTraits<Key>::kWorst ? rank - 1 : rank;
+  return static_cast<Rank>(key) ^ static_cast<Rank>(KeyTraits<Key>::kMagnitude);
 }
 
 // Ranks of raw scores.
