@@ -24,10 +24,15 @@ struct WeightShape {
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
 template <typename Sizes>
-WeightShape weight_shape(const char* op, const Sizes& sizes, int64_t dims, int64_t in_count,
-                         int64_t out_count, int64_t groups, bool transposed) {
-  if (dims < 2) fail(op, "expected w with at least 2 dimensions [O, I, *K], got " +
-                             std::to_string(dims) + ".");
+WeightShape weight_shape(const char* op,
+                         const Sizes& sizes,
+                         int64_t dims,
+                         int64_t in_count,
+                         int64_t out_count,
+                         int64_t groups,
+                         bool transposed) {
+  if (dims < 2)
+    fail(op, "expected w with at least 2 dimensions [O, I, *K], got " + std::to_string(dims) + ".");
   WeightShape shape = {sizes[0], sizes[1], 1, groups};
   for (int64_t d = 2; d < dims; ++d) shape.window *= sizes[d];
   if (groups < 1 || shape.rows % groups != 0) {
@@ -45,14 +50,18 @@ WeightShape weight_shape(const char* op, const Sizes& sizes, int64_t dims, int64
   return shape;
 }
 
-[[noreturn]] inline void fail_not_finite(const std::string& op, const std::string& name,
-                                         int64_t count, int64_t first) {
+[[noreturn]] inline void fail_not_finite(const std::string& op,
+                                         const std::string& name,
+                                         int64_t count,
+                                         int64_t first) {
   fail(op, "expected finite weights in " + name + ", got " + std::to_string(count) +
                " non-finite values, the first at flat index " + std::to_string(first) +
                ". Repair them, or pass check_finite=False to rank them as they come.");
 }
 
-[[noreturn]] inline void fail_nan(const std::string& op, const std::string& name, int64_t count,
+[[noreturn]] inline void fail_nan(const std::string& op,
+                                  const std::string& name,
+                                  int64_t count,
                                   int64_t first) {
   fail(op, "expected scores without NaN in " + name + ", got " + std::to_string(count) +
                " NaN values, the first at flat index " + std::to_string(first) +

@@ -15,8 +15,12 @@ namespace lap::bind {
 // below 2^-537 vanish: a channel of nonzero weights with (nearly) no energy would pass for a dead
 // one, so such channels are computed again enlarged.
 template <typename Energy>
-void checked_energy(const cpu::Strided& x, int64_t channels, bool check_finite,
-                    const std::string& name, double* energy, const Energy& energy_of) {
+void checked_energy(const cpu::Strided& x,
+                    int64_t channels,
+                    bool check_finite,
+                    const std::string& name,
+                    double* energy,
+                    const Energy& energy_of) {
   constexpr const char* kOp = "factors";
   constexpr double kSmall = 0x1p-1000;
   constexpr double kScale = 0x1p500;

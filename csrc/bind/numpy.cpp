@@ -41,8 +41,8 @@ DType dtype_of(const char* op, const py::array& x) {
   if (name == "float64") return DType::f64;
   if (name == "float16") return DType::f16;
   if (name == "bfloat16") return DType::bf16;
-  throw py::type_error(std::string(op) +
-                       ": expected float32, float64, float16 or bfloat16, got " + name + ".");
+  throw py::type_error(std::string(op) + ": expected float32, float64, float16 or bfloat16, got " +
+                       name + ".");
 }
 
 // A view of the elements in C order; `holder` keeps a copy alive where strides are not whole
@@ -78,8 +78,13 @@ struct Weight {
   const double* row_norm;
   const double* col_norm;
 
-  Weight(const char* op, const py::array& weight, const Doubles& in, const Doubles& out,
-         int64_t groups, bool transposed, bool check_finite)
+  Weight(const char* op,
+         const py::array& weight,
+         const Doubles& in,
+         const Doubles& out,
+         int64_t groups,
+         bool transposed,
+         bool check_finite)
       : w(weight), in_norm(in), out_norm(out), x(strided(op, weight, &w)) {
     const bind::WeightShape shape = bind::weight_shape(op, weight.shape(), weight.ndim(), in.size(),
                                                        out.size(), groups, transposed);
@@ -110,14 +115,15 @@ Doubles row_energy(const py::array& weight, bool check_finite, const std::string
   const Strided x = strided("factors", weight, &holder);
   const int64_t rows = weight.shape(0);
   Doubles out(rows);
-  bind::checked_energy(x, rows, check_finite, name, out.mutable_data(),
-                       [&](double scale, double* energy) {
-                         lap::cpu::row_energy(x, rows, scale, pool(), energy);
-                       });
+  bind::checked_energy(
+      x, rows, check_finite, name, out.mutable_data(),
+      [&](double scale, double* energy) { lap::cpu::row_energy(x, rows, scale, pool(), energy); });
   return out;
 }
 
-Doubles col_energy(const py::array& weight, int64_t groups, bool check_finite,
+Doubles col_energy(const py::array& weight,
+                   int64_t groups,
+                   bool check_finite,
                    const std::string& name) {
   if (weight.ndim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
   py::array holder = weight;
@@ -134,8 +140,12 @@ Doubles col_energy(const py::array& weight, int64_t groups, bool check_finite,
   return out;
 }
 
-py::array score(const py::array& w, const Doubles& in_norm, const Doubles& out_norm, int64_t groups,
-                bool transposed, bool check_finite) {
+py::array score(const py::array& w,
+                const Doubles& in_norm,
+                const Doubles& out_norm,
+                int64_t groups,
+                bool transposed,
+                bool check_finite) {
   const Weight weight("score", w, in_norm, out_norm, groups, transposed, check_finite);
   const bool wide = weight.x.dtype == DType::f64;
   py::array out(wide ? py::dtype::of<double>() : py::dtype::of<float>(), shape_of(w));
@@ -148,8 +158,11 @@ py::array score(const py::array& w, const Doubles& in_norm, const Doubles& out_n
   return out;
 }
 
-py::array_t<bool> select_mask(const char* op, const Weight& weight, int64_t keep,
-                              const std::optional<Mask>& eligible, bool check_finite) {
+py::array_t<bool> select_mask(const char* op,
+                              const Weight& weight,
+                              int64_t keep,
+                              const std::optional<Mask>& eligible,
+                              bool check_finite) {
   py::array_t<bool> mask = new_mask(weight.w);
   Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
   if (eligible) source.eligible = eligible_of(op, *eligible, weight.w);
@@ -163,15 +176,25 @@ py::array_t<bool> select_mask(const char* op, const Weight& weight, int64_t keep
   return mask;
 }
 
-py::array_t<bool> mask(const py::array& w, const Doubles& in_norm, const Doubles& out_norm,
-                       int64_t keep, const std::optional<Mask>& mask, int64_t groups,
-                       bool transposed, bool check_finite) {
+py::array_t<bool> mask(const py::array& w,
+                       const Doubles& in_norm,
+                       const Doubles& out_norm,
+                       int64_t keep,
+                       const std::optional<Mask>& mask,
+                       int64_t groups,
+                       bool transposed,
+                       bool check_finite) {
   const Weight weight("mask", w, in_norm, out_norm, groups, transposed, check_finite);
   return select_mask("mask", weight, keep, mask, check_finite);
 }
 
-py::array_t<bool> prune_(py::array w, const Doubles& in_norm, const Doubles& out_norm, int64_t keep,
-                         const std::optional<Mask>& mask, int64_t groups, bool transposed,
+py::array_t<bool> prune_(py::array w,
+                         const Doubles& in_norm,
+                         const Doubles& out_norm,
+                         int64_t keep,
+                         const std::optional<Mask>& mask,
+                         int64_t groups,
+                         bool transposed,
                          bool check_finite) {
   const Weight weight("prune_", w, in_norm, out_norm, groups, transposed, check_finite);
   py::array_t<bool> kept = select_mask("prune_", weight, keep, mask, check_finite);
@@ -182,7 +205,8 @@ py::array_t<bool> prune_(py::array w, const Doubles& in_norm, const Doubles& out
   return kept;
 }
 
-std::vector<Source> score_sources(const char* op, const std::vector<py::array>& scores,
+std::vector<Source> score_sources(const char* op,
+                                  const std::vector<py::array>& scores,
                                   std::vector<py::array>* held) {
   std::vector<Source> sources;
   held->reserve(scores.size());
@@ -198,8 +222,10 @@ std::vector<Source> score_sources(const char* op, const std::vector<py::array>& 
   return sources;
 }
 
-std::vector<py::array_t<bool>> topk_mask(const std::vector<py::array>& scores, int64_t keep,
-                                         const std::vector<Mask>& masks, bool check_finite) {
+std::vector<py::array_t<bool>> topk_mask(const std::vector<py::array>& scores,
+                                         int64_t keep,
+                                         const std::vector<Mask>& masks,
+                                         bool check_finite) {
   if (!masks.empty() && masks.size() != scores.size()) {
     bind::fail("topk_mask", "expected one mask per array of scores, or none.");
   }

@@ -73,15 +73,22 @@ struct Weight {
   const double* row_norm;
   const double* col_norm;
 
-  Weight(const char* op, const Tensor& weight, const Tensor& in, const Tensor& out, int64_t groups,
-         bool transposed, bool check_finite)
-      : w(weight), in_norm(torch::stable::contiguous(in)), out_norm(torch::stable::contiguous(out)) {
+  Weight(const char* op,
+         const Tensor& weight,
+         const Tensor& in,
+         const Tensor& out,
+         int64_t groups,
+         bool transposed,
+         bool check_finite)
+      : w(weight),
+        in_norm(torch::stable::contiguous(in)),
+        out_norm(torch::stable::contiguous(out)) {
     if (in.scalar_type() != ScalarType::Double || out.scalar_type() != ScalarType::Double) {
       bind::fail(op, "expected in_norm and out_norm of float64.");
     }
     x = strided(op, weight, &w);
-    const bind::WeightShape shape = bind::weight_shape(
-        op, weight.sizes(), weight.dim(), in.numel(), out.numel(), groups, transposed);
+    const bind::WeightShape shape = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
+                                                       out.numel(), groups, transposed);
     layout = {shape.rows, shape.cols, shape.window, shape.groups};
     const double* in_data = in_norm.const_data_ptr<double>();
     const double* out_data = out_norm.const_data_ptr<double>();
@@ -110,8 +117,12 @@ const uint8_t* eligible_of(const char* op, const Tensor& mask, const Tensor& lik
 
 // channels energies as a float64 tensor beside weight
 template <typename Energy>
-Tensor energy_tensor(const Tensor& weight, const Strided& x, int64_t channels, bool check_finite,
-                     const std::string& name, const Energy& energy_of) {
+Tensor energy_tensor(const Tensor& weight,
+                     const Strided& x,
+                     int64_t channels,
+                     bool check_finite,
+                     const std::string& name,
+                     const Energy& energy_of) {
   Tensor out = torch::stable::new_empty(weight, {channels}, ScalarType::Double);
   bind::checked_energy(x, channels, check_finite, name, out.mutable_data_ptr<double>(), energy_of);
   return out;
@@ -128,24 +139,29 @@ Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& na
   });
 }
 
-Tensor col_energy(const Tensor& weight, int64_t groups, bool check_finite,
+Tensor col_energy(const Tensor& weight,
+                  int64_t groups,
+                  bool check_finite,
                   const std::string& name) {
   if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
   Tensor holder = weight;
   const Strided x = strided("factors", weight, &holder);
   const auto sizes = weight.sizes();
-  const bind::WeightShape shape = bind::weight_shape(
-      "factors", sizes, weight.dim(), sizes[1] * groups, sizes[0], groups, false);
+  const bind::WeightShape shape = bind::weight_shape("factors", sizes, weight.dim(),
+                                                     sizes[1] * groups, sizes[0], groups, false);
   const Layout layout = {shape.rows, shape.cols, shape.window, shape.groups};
   const Pool pool = torch_pool();
-  return energy_tensor(weight, x, groups * shape.cols, check_finite, name,
-                       [&](double scale, double* energy) {
-                         lap::cpu::col_energy(x, layout, scale, pool, energy);
-                       });
+  return energy_tensor(
+      weight, x, groups * shape.cols, check_finite, name,
+      [&](double scale, double* energy) { lap::cpu::col_energy(x, layout, scale, pool, energy); });
 }
 
-Tensor score(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t groups,
-             bool transposed, bool check_finite) {
+Tensor score(const Tensor& w,
+             const Tensor& in_norm,
+             const Tensor& out_norm,
+             int64_t groups,
+             bool transposed,
+             bool check_finite) {
   const Weight weight("score", w, in_norm, out_norm, groups, transposed, check_finite);
   const bool wide = weight.x.dtype == DType::f64;
   Tensor out =
@@ -159,8 +175,11 @@ Tensor score(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int
   return out;
 }
 
-Tensor select_mask(const char* op, const Weight& weight, int64_t keep,
-                   const std::optional<Tensor>& eligible, bool check_finite) {
+Tensor select_mask(const char* op,
+                   const Weight& weight,
+                   int64_t keep,
+                   const std::optional<Tensor>& eligible,
+                   bool check_finite) {
   if (keep < 0) bind::fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
   Tensor mask = new_mask(weight.w);
   Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
@@ -176,15 +195,26 @@ Tensor select_mask(const char* op, const Weight& weight, int64_t keep,
   return mask;
 }
 
-Tensor mask(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
-            const std::optional<Tensor>& mask, int64_t groups, bool transposed, bool check_finite) {
+Tensor mask(const Tensor& w,
+            const Tensor& in_norm,
+            const Tensor& out_norm,
+            int64_t keep,
+            const std::optional<Tensor>& mask,
+            int64_t groups,
+            bool transposed,
+            bool check_finite) {
   const Weight weight("mask", w, in_norm, out_norm, groups, transposed, check_finite);
   return select_mask("mask", weight, keep, mask, check_finite);
 }
 
 // The threshold is known only after all of w is read, so w is written in a pass of its own.
-Tensor prune_(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, int64_t keep,
-              const std::optional<Tensor>& mask, int64_t groups, bool transposed,
+Tensor prune_(const Tensor& w,
+              const Tensor& in_norm,
+              const Tensor& out_norm,
+              int64_t keep,
+              const std::optional<Tensor>& mask,
+              int64_t groups,
+              bool transposed,
               bool check_finite) {
   const Weight weight("prune_", w, in_norm, out_norm, groups, transposed, check_finite);
   Tensor kept = select_mask("prune_", weight, keep, mask, check_finite);
@@ -196,7 +226,8 @@ Tensor prune_(const Tensor& w, const Tensor& in_norm, const Tensor& out_norm, in
 }
 
 // The sources of a list of scores; `held` keeps copies alive.
-std::vector<Source> score_sources(const char* op, const std::vector<Tensor>& scores,
+std::vector<Source> score_sources(const char* op,
+                                  const std::vector<Tensor>& scores,
                                   std::vector<Tensor>* held) {
   std::vector<Source> sources;
   held->reserve(scores.size());
@@ -210,8 +241,10 @@ std::vector<Source> score_sources(const char* op, const std::vector<Tensor>& sco
   return sources;
 }
 
-std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores, int64_t keep,
-                              const std::vector<Tensor>& masks, bool check_finite) {
+std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
+                              int64_t keep,
+                              const std::vector<Tensor>& masks,
+                              bool check_finite) {
   if (keep < 0) bind::fail("topk_mask", "expected keep >= 0, got " + std::to_string(keep) + ".");
   if (!masks.empty() && masks.size() != scores.size()) {
     bind::fail("topk_mask", "expected one mask per tensor of scores, or none.");

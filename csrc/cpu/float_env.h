@@ -29,7 +29,8 @@ class FloatEnv {
 
  private:
 #if defined(__SSE2__)
-  static constexpr uint32_t kMode = 0x8000 | 0x6000 | 0x0040;  // flush, rounding, denormals-are-zero
+  static constexpr uint32_t kMode =
+      0x8000 | 0x6000 | 0x0040;  // flush, rounding, denormals-are-zero
   uint32_t saved_;
 #endif
 };

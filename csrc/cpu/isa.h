@@ -19,7 +19,8 @@ struct Decision {
 };
 
 // Where classify puts the weights it cannot decide: their keys, and their offsets in the chunk.
-// There must be room for as many as it is given, and for kSpareCandidates that it may write in vain.
+// There must be room for as many as it is given, and for kSpareCandidates that it may write in
+// vain.
 constexpr int kSpareCandidates = 2;
 template <typename Key>
 struct Candidates {
@@ -42,11 +43,22 @@ struct KeyKernels {
 
   // The keys of weights (of scores), decided at once: mask[j] = key > high; candidates get base + j
   // need room (see above); *above grows by the number kept.
-  Key (*classify_weights)(const void* w, const Float* col_norm, Float row_norm, int64_t n,
-                          const Decision<Key>& to, int64_t base, uint8_t* mask,
-                          Candidates<Key>* candidates, int64_t* above);
-  Key (*classify_scores)(const void* scores, int64_t n, const Decision<Key>& to, int64_t base,
-                         uint8_t* mask, Candidates<Key>* candidates, int64_t* above);
+  Key (*classify_weights)(const void* w,
+                          const Float* col_norm,
+                          Float row_norm,
+                          int64_t n,
+                          const Decision<Key>& to,
+                          int64_t base,
+                          uint8_t* mask,
+                          Candidates<Key>* candidates,
+                          int64_t* above);
+  Key (*classify_scores)(const void* scores,
+                         int64_t n,
+                         const Decision<Key>& to,
+                         int64_t base,
+                         uint8_t* mask,
+                         Candidates<Key>* candidates,
+                         int64_t* above);
 
   // true when a product of nonzero factors came out at or below the smallest normal number
   bool (*underflows)(const void* w, const Float* col_norm, Float row_norm, int64_t n);
@@ -58,8 +70,13 @@ struct DecideKernels {
   // keys[j] = kNever where eligible[j] is 0
   void (*restrict_to)(const uint8_t* eligible, int64_t n, Key* keys);
 
-  void (*classify)(const Key* keys, int64_t n, const Decision<Key>& to, int64_t base, uint8_t* mask,
-                   Candidates<Key>* candidates, int64_t* above);
+  void (*classify)(const Key* keys,
+                   int64_t n,
+                   const Decision<Key>& to,
+                   int64_t base,
+                   uint8_t* mask,
+                   Candidates<Key>* candidates,
+                   int64_t* above);
 
   // mask[j] = 1 above the threshold, 2 at it, 0 below. Returns how many are above; adds to ties.
   int64_t (*mark_ties)(const Key* keys, int64_t n, Key threshold, uint8_t* mask, int64_t* ties);
@@ -77,10 +94,10 @@ struct Kernels {
 
   // out[j] = |w[j]| * (row_norm * col_norm[j]), as float (double for f64). The wide form multiplies
   // by scale twice at the end, so that any power of two can be undone. Returns the largest |w|.
-  int32_t (*score[kDTypes])(const void* w, const float* col_norm, float row_norm, int64_t n,
-                            float* out);
-  int64_t (*wide_score[kDTypes])(const void* w, const double* col_norm, double row_norm,
-                                 double scale, int64_t n, void* out);
+  int32_t (*score[kDTypes])(
+      const void* w, const float* col_norm, float row_norm, int64_t n, float* out);
+  int64_t (*wide_score[kDTypes])(
+      const void* w, const double* col_norm, double row_norm, double scale, int64_t n, void* out);
 
   // Sum of the squares of scale * x, over at most kSegment elements, in the order of math/sums.h.
   double (*row_segment[kDTypes])(const void* x, int64_t n, double scale);

@@ -53,8 +53,13 @@ Key Keys<Key>::fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const
 }
 
 template <typename Key>
-Key Keys<Key>::classify(int64_t begin, int64_t n, const Decision<Key>& to, int64_t base,
-                        Scratch* scratch, uint8_t* mask, Candidates<Key>* candidates,
+Key Keys<Key>::classify(int64_t begin,
+                        int64_t n,
+                        const Decision<Key>& to,
+                        int64_t base,
+                        Scratch* scratch,
+                        uint8_t* mask,
+                        Candidates<Key>* candidates,
                         int64_t* above) const {
   if (source_.eligible != nullptr) {
     Key keys[kBlock];
@@ -69,9 +74,8 @@ Key Keys<Key>::classify(int64_t begin, int64_t n, const Decision<Key>& to, int64
   Key top = 0;
   for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
                  [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
-                   const Key size =
-                       kernel_.classify_weights(x, col, row, count, to, base + first, mask + first,
-                                                candidates, above);
+                   const Key size = kernel_.classify_weights(x, col, row, count, to, base + first,
+                                                             mask + first, candidates, above);
                    top = std::max(top, size);
                  });
   return top;

@@ -32,8 +32,13 @@ struct Scratch {
 // Calls piece(x, col_norm, row_norm, first, count) for straight runs that cover elements
 // [begin, begin + n), n <= kBlock: col_norm runs along with x, row_norm is constant.
 template <typename Float, typename Piece>
-void for_each_piece(const Strided& x, const Layout& layout, const Norms<Float>& norms,
-                    int64_t begin, int64_t n, Scratch* scratch, const Piece& piece) {
+void for_each_piece(const Strided& x,
+                    const Layout& layout,
+                    const Norms<Float>& norms,
+                    int64_t begin,
+                    int64_t n,
+                    Scratch* scratch,
+                    const Piece& piece) {
   const char* data = static_cast<const char*>(elements(x, begin, n, scratch->gathered));
   const int64_t item = item_size(x.dtype);
   const int64_t row_size = layout.row_size();
@@ -78,8 +83,14 @@ class Keys {
   Key fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const;
 
   // Decides elements [begin, begin + n) as isa.h's classify does, offsets from base.
-  Key classify(int64_t begin, int64_t n, const Decision<Key>& to, int64_t base, Scratch* scratch,
-               uint8_t* mask, Candidates<Key>* candidates, int64_t* above) const;
+  Key classify(int64_t begin,
+               int64_t n,
+               const Decision<Key>& to,
+               int64_t base,
+               Scratch* scratch,
+               uint8_t* mask,
+               Candidates<Key>* candidates,
+               int64_t* above) const;
 
   // true when some product of nonzero factors in [begin, begin + n) left the normal range
   bool underflows(int64_t begin, int64_t n, Scratch* scratch) const;

@@ -17,8 +17,14 @@ constexpr int64_t kMaxTile = 1024;     // columns whose sums stay in the L1 cach
 constexpr int64_t kMinTile = 64;       // columns below which a row's piece wastes cache lines
 constexpr int64_t kRowsPerEntry = 32;  // rows a table entry must serve to be expanded: 3 % of w
 
-void column_tile(const Strided& x, int64_t first_row, int64_t rows, int64_t width, int64_t begin,
-                 int64_t n, double scale, double* totals) {
+void column_tile(const Strided& x,
+                 int64_t first_row,
+                 int64_t rows,
+                 int64_t width,
+                 int64_t begin,
+                 int64_t n,
+                 double scale,
+                 double* totals) {
   const auto add_squares = kernels().add_squares[static_cast<int>(x.dtype)];
   static constexpr double kZeros[kMaxTile] = {};  // rows that make up the last few: add nothing
   double gathered[kRowsAtOnce][kMaxTile];
@@ -88,8 +94,8 @@ void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, 
   });
 }
 
-void col_energy(const Strided& x, const Layout& layout, double scale, const Pool& pool,
-                double* energy) {
+void col_energy(
+    const Strided& x, const Layout& layout, double scale, const Pool& pool, double* energy) {
   const int64_t width = layout.row_size();
   std::fill(energy, energy + layout.groups * layout.cols, 0.0);
   if (width == 0) return;
@@ -110,7 +116,9 @@ void col_energy(const Strided& x, const Layout& layout, double scale, const Pool
 }
 
 template <typename Float>
-Norms<Float> scaled_norms(const double* row_norm, const double* col_norm, const Layout& layout,
+Norms<Float> scaled_norms(const double* row_norm,
+                          const double* col_norm,
+                          const Layout& layout,
                           bool rounded) {
   const int64_t cols = layout.groups * layout.cols;
   const Range row = range_of(row_norm, layout.rows);
@@ -120,8 +128,7 @@ Norms<Float> scaled_norms(const double* row_norm, const double* col_norm, const 
   Norms<Float> norms;
   norms.exponent = row_exponent + col_exponent;
   if (row.smallest > 0 && col.smallest > 0) {
-    norms.least =
-        std::ldexp(row.smallest, -row_exponent) * std::ldexp(col.smallest, -col_exponent);
+    norms.least = std::ldexp(row.smallest, -row_exponent) * std::ldexp(col.smallest, -col_exponent);
   }
   norms.expanded = layout.window > 1 && layout.rows / layout.groups >= kRowsPerEntry;
   const int64_t repeat = norms.expanded ? layout.window : 1;

@@ -13,8 +13,8 @@ namespace lap::cpu {
 void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, double* energy);
 
 // energy[g * cols + c] = sum over n and k of x[g * (rows / groups) + n, c, k]^2, likewise
-void col_energy(const Strided& x, const Layout& layout, double scale, const Pool& pool,
-                double* energy);
+void col_energy(
+    const Strided& x, const Layout& layout, double scale, const Pool& pool, double* energy);
 
 // The norms of one layer, scaled by powers of two so that the larger vector entries lie in
 // [0.5, 1): products cannot overflow and the scale drops out of every comparison.
@@ -32,7 +32,9 @@ struct Norms {
 
 // Rounds the norms to float's 24 bits when rounded is set (in Float = double: the wide form).
 template <typename Float>
-Norms<Float> scaled_norms(const double* row_norm, const double* col_norm, const Layout& layout,
+Norms<Float> scaled_norms(const double* row_norm,
+                          const double* col_norm,
+                          const Layout& layout,
                           bool rounded);
 
 extern template Norms<float> scaled_norms(const double*, const double*, const Layout&, bool);

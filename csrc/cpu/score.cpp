@@ -12,8 +12,11 @@ constexpr int64_t kChunk = int64_t{1} << 16;  // elements a worker takes at a ti
 // Calls piece(x, col_norm, row_norm, first, count) over all of w, in parallel; piece returns
 // whether its weights are finite.
 template <typename Float, typename Piece>
-bool for_all_pieces(const Strided& w, const Layout& layout, const Norms<Float>& norms,
-                    const Pool& pool, const Piece& piece) {
+bool for_all_pieces(const Strided& w,
+                    const Layout& layout,
+                    const Norms<Float>& norms,
+                    const Pool& pool,
+                    const Piece& piece) {
   std::atomic<bool> finite{true};
   for_each_chunk(pool, ceil_div(w.size, kChunk), [&](int, int64_t c) {
     Scratch scratch;
@@ -29,8 +32,8 @@ bool for_all_pieces(const Strided& w, const Layout& layout, const Norms<Float>& 
 }
 
 // Products of the unscaled norms are normal floats: plain float arithmetic.
-bool score_direct(const Strided& w, const Layout& layout, Norms<float> norms, const Pool& pool,
-                  float* out) {
+bool score_direct(
+    const Strided& w, const Layout& layout, Norms<float> norms, const Pool& pool, float* out) {
   const auto run = kernels().score[static_cast<int>(w.dtype)];
   for (float& norm : norms.row) norm = std::ldexp(norm, norms.exponent);
   return for_all_pieces(
@@ -42,8 +45,8 @@ bool score_direct(const Strided& w, const Layout& layout, Norms<float> norms, co
 
 // Scaled norms in double; the scale 2^exponent is multiplied back in two halves at the end, unless
 // the norms can carry it.
-bool score_wide(const Strided& w, const Layout& layout, Norms<double> norms, const Pool& pool,
-                char* out) {
+bool score_wide(
+    const Strided& w, const Layout& layout, Norms<double> norms, const Pool& pool, char* out) {
   const auto run = kernels().wide_score[static_cast<int>(w.dtype)];
   const int64_t item = w.dtype == DType::f64 ? 8 : 4;
   const int carried = norms.normal(norms.exponent) ? norms.exponent : norms.exponent % 2;
@@ -58,8 +61,13 @@ bool score_wide(const Strided& w, const Layout& layout, Norms<double> norms, con
 
 }  // namespace
 
-bool score(const Strided& w, const Layout& layout, const double* row_norm, const double* col_norm,
-           bool check_finite, const Pool& pool, void* out) {
+bool score(const Strided& w,
+           const Layout& layout,
+           const double* row_norm,
+           const double* col_norm,
+           bool check_finite,
+           const Pool& pool,
+           void* out) {
   bool finite = true;
   bool done = false;
   if (w.dtype != DType::f64) {

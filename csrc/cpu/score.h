@@ -8,7 +8,12 @@
 namespace lap::cpu {
 
 // out [size], contiguous. Returns false when check_finite is set and a weight is not finite.
-bool score(const Strided& w, const Layout& layout, const double* row_norm, const double* col_norm,
-           bool check_finite, const Pool& pool, void* out);
+bool score(const Strided& w,
+           const Layout& layout,
+           const double* row_norm,
+           const double* col_norm,
+           bool check_finite,
+           const Pool& pool,
+           void* out);
 
 }  // namespace lap::cpu

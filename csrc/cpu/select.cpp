@@ -9,14 +9,14 @@
 namespace lap::cpu {
 namespace {
 
-constexpr double kDeviations = 3.7;      // on random data the sample misleads once in 5000 times
-constexpr double kMargin = 4;            // sample ranks added for small counts
-constexpr double kSampleFactor = 0.35;   // m = 0.35 n^(2/3) balances sampling against candidates
+constexpr double kDeviations = 3.7;     // on random data the sample misleads once in 5000 times
+constexpr double kMargin = 4;           // sample ranks added for small counts
+constexpr double kSampleFactor = 0.35;  // m = 0.35 n^(2/3) balances sampling against candidates
 constexpr int64_t kLeastSample = 1024;
 constexpr int64_t kMostSample = int64_t{1} << 18;
-constexpr int64_t kPilot = 4096;         // of the sample, to find the part that matters
-constexpr int64_t kSmall = 4096;         // below, everything is a candidate
-constexpr double kRoomShare = 0.7;       // of the room that the expected candidates may fill
+constexpr int64_t kPilot = 4096;    // of the sample, to find the part that matters
+constexpr int64_t kSmall = 4096;    // below, everything is a candidate
+constexpr double kRoomShare = 0.7;  // of the room that the expected candidates may fill
 
 template <typename Key>
 using Unsigned = typename std::make_unsigned<Key>::type;
@@ -279,8 +279,11 @@ std::optional<std::vector<Keys<Key>>> make_keys(const std::vector<Source>& sourc
 
 // Nothing when the products underflow where it matters.
 template <typename Key>
-std::optional<Selection> select_by(const std::vector<Source>& sources, int64_t keep,
-                                   int64_t eligible, bool check_finite, const Pool& pool) {
+std::optional<Selection> select_by(const std::vector<Source>& sources,
+                                   int64_t keep,
+                                   int64_t eligible,
+                                   bool check_finite,
+                                   const Pool& pool) {
   std::optional<std::vector<Keys<Key>>> keys = make_keys<Key>(sources);
   if (!keys) return std::nullopt;
   Selector<Key> selector(std::move(*keys), check_finite, pool);
@@ -300,7 +303,9 @@ std::optional<Selection> select_by(const std::vector<Source>& sources, int64_t k
 
 }  // namespace
 
-Selection select(const std::vector<Source>& sources, int64_t keep, bool check_finite,
+Selection select(const std::vector<Source>& sources,
+                 int64_t keep,
+                 bool check_finite,
                  const Pool& pool) {
   int64_t eligible = 0;
   for (const Source& source : sources) eligible += count_eligible(source, pool);

@@ -34,7 +34,9 @@ struct Selection {
 };
 
 // Marks exactly min(keep, eligible) elements in the sources' masks.
-Selection select(const std::vector<Source>& sources, int64_t keep, bool check_finite,
+Selection select(const std::vector<Source>& sources,
+                 int64_t keep,
+                 bool check_finite,
                  const Pool& pool);
 
 // How many elements are not finite (raw scores: NaN), and the first one's flat index.

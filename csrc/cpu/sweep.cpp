@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kMaxChunk = int64_t{1} << 16;   // so that offsets in a chunk fit 16 bits
 constexpr int64_t kMinChunk = int64_t{1} << 14;   // below, drawing a chunk costs more than it does
 constexpr int64_t kChunksPerThread = 8;           // so that a slow core leaves work to the others
-constexpr int64_t kSlab = 8192;                   // candidates handed to a worker at a time
 constexpr int64_t kRoomPerMille = 45;             // candidates' bytes, of the weights' bytes
 constexpr int64_t kLeastRoom = int64_t{1} << 20;  // bytes
 constexpr int64_t kSampleBatch = 64;              // loads in flight
@@ -55,8 +54,7 @@ Sweeper<Key>::Sweeper(std::vector<Keys<Key>> keys, const Pool& pool)
     bytes_ += k.source().x.size * item_size(k.source().x.dtype);
   }
   const int64_t even = ceil_div(size_, kChunksPerThread * pool.threads);
-  const int64_t chunk =
-      ceil_div(std::min(kMaxChunk, std::max(kMinChunk, even)), kBlock) * kBlock;
+  const int64_t chunk = ceil_div(std::min(kMaxChunk, std::max(kMinChunk, even)), kBlock) * kBlock;
   for (size_t s = 0; s < keys_.size(); ++s) {
     const int64_t n = keys_[s].source().x.size;
     for (int64_t begin = 0; begin < n; begin += chunk) {
@@ -91,7 +89,8 @@ std::vector<Key> Sweeper<Key>::sample(int64_t m) const {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t p = position_of(begin + i);
       const auto after = std::upper_bound(first_.begin(), first_.end(), p);
-      source[i] = static_cast<int>(after - first_.begin()) - 1;  // skips empty sources: the last one wins
+      source[i] =
+          static_cast<int>(after - first_.begin()) - 1;  // skips empty sources: the last one wins
       position[i] = p - first_[source[i]];
       keys_[source[i]].prefetch(position[i]);
     }
@@ -122,39 +121,15 @@ template <typename Key>
 template <typename Block>
 Key Sweeper<Key>::for_each_keys(const Block& block) {
   const std::atomic<bool> never{false};
-  return for_each_block(never, [&](int worker, int64_t c, int64_t first, int64_t n, Scratch* scratch) {
-    alignas(64) Key keys[kBlock];
-    const Chunk& chunk = chunks_[c];
-    const Key top = keys_[chunk.source].fill(chunk.begin + first, n, scratch, keys);
-    block(worker, c, first, n, keys);
-    return top;
-  });
+  return for_each_block(
+      never, [&](int worker, int64_t c, int64_t first, int64_t n, Scratch* scratch) {
+        alignas(64) Key keys[kBlock];
+        const Chunk& chunk = chunks_[c];
+        const Key top = keys_[chunk.source].fill(chunk.begin + first, n, scratch, keys);
+        block(worker, c, first, n, keys);
+        return top;
+      });
 }
-
-// Hands out stretches of one allocation to the workers, as they fill.
-template <typename Key>
-class CandidateRoom {
- public:
-  explicit CandidateRoom(int64_t slabs) : room_(new char[slabs * kBytes]), slabs_(slabs) {}
-
-  // An empty slab, or none once all are taken.
-  bool next(Candidates<Key>* slab) {
-    const int64_t taken = next_.fetch_add(1);
-    if (taken >= slabs_) return false;
-    char* at = room_.get() + taken * kBytes;
-    *slab = {reinterpret_cast<Key*>(at), reinterpret_cast<uint16_t*>(at + kEntries * sizeof(Key)), 0};
-    return true;
-  }
-  std::unique_ptr<char[]> release() { return std::move(room_); }
-
- private:
-  static constexpr int64_t kEntries = kSlab + 8;  // spare ones, and keys aligned in every slab
-  static_assert(kSpareCandidates <= 8, "room for what classify may write in vain");
-  static constexpr int64_t kBytes = kEntries * static_cast<int64_t>(sizeof(Key) + sizeof(uint16_t));
-  std::unique_ptr<char[]> room_;
-  int64_t slabs_;
-  std::atomic<int64_t> next_{0};
-};
 
 template <typename Key>
 Swept<Key> Sweeper<Key>::sweep(const Decision<Key>& to) {
@@ -167,7 +142,8 @@ Swept<Key> Sweeper<Key>::sweep(const Decision<Key>& to) {
 
     void close_run() {
       const int64_t count = slab.count - run_begin;
-      if (count > 0) runs.push_back({chunk, slab.keys + run_begin, slab.offsets + run_begin, count});
+      if (count > 0)
+        runs.push_back({chunk, slab.keys + run_begin, slab.offsets + run_begin, count});
       run_begin = slab.count;
     }
   };
@@ -176,24 +152,24 @@ Swept<Key> Sweeper<Key>::sweep(const Decision<Key>& to) {
   std::vector<Worker> workers(pool_.threads);
   std::atomic<bool> overflow{false};
   Swept<Key> swept;
-  swept.top = for_each_block(overflow, [&](int worker, int64_t c, int64_t first, int64_t n,
-                                           Scratch* scratch) {
-    Worker& w = workers[worker];
-    const Chunk& chunk = chunks_[c];
-    const bool full = w.slab.count + n > kSlab;
-    if (full || w.chunk != c) w.close_run();
-    w.chunk = c;
-    if (full && !room.next(&w.slab)) {
-      overflow = true;
-      return Key{0};
-    }
-    if (full) w.run_begin = 0;
-    uint8_t unwanted[kBlock];
-    uint8_t* mask = mask_of(chunk);
-    return keys_[chunk.source].classify(chunk.begin + first, n, to, first, scratch,
-                                        mask == nullptr ? unwanted : mask + first, &w.slab,
-                                        &w.above);
-  });
+  swept.top = for_each_block(
+      overflow, [&](int worker, int64_t c, int64_t first, int64_t n, Scratch* scratch) {
+        Worker& w = workers[worker];
+        const Chunk& chunk = chunks_[c];
+        const bool full = w.slab.count + n > kSlab;
+        if (full || w.chunk != c) w.close_run();
+        w.chunk = c;
+        if (full && !room.next(&w.slab)) {
+          overflow = true;
+          return Key{0};
+        }
+        if (full) w.run_begin = 0;
+        uint8_t unwanted[kBlock];
+        uint8_t* mask = mask_of(chunk);
+        return keys_[chunk.source].classify(chunk.begin + first, n, to, first, scratch,
+                                            mask == nullptr ? unwanted : mask + first, &w.slab,
+                                            &w.above);
+      });
   for (Worker& w : workers) {
     w.close_run();
     swept.above += w.above;
@@ -214,8 +190,8 @@ Marked<Key> Sweeper<Key>::mark_ties(Key threshold) {
   marked.top = for_each_keys([&](int, int64_t c, int64_t first, int64_t n, const Key* keys) {
     uint8_t unwanted[kBlock];
     uint8_t* mask = mask_of(chunks_[c]);
-    above[c] += mark(keys, n, threshold, mask == nullptr ? unwanted : mask + first,
-                     &marked.chunk_ties[c]);
+    above[c] +=
+        mark(keys, n, threshold, mask == nullptr ? unwanted : mask + first, &marked.chunk_ties[c]);
   });
   for (const int64_t n : above) marked.above += n;
   for (const int64_t n : marked.chunk_ties) marked.ties += n;

@@ -6,26 +6,18 @@
 #include <memory>
 #include <vector>
 
+#include "candidates.h"
 #include "keys.h"
 #include "parallel.h"
 
 namespace lap::cpu {
 
-// Some candidates of one chunk, in order of position.
-template <typename Key>
-struct Run {
-  int64_t chunk;
-  const Key* keys;
-  const uint16_t* offsets;  // from the chunk's first element
-  int64_t count;
-};
-
 template <typename Key>
 struct Swept {
-  int64_t above = 0;        // keys above Decision::high
-  int64_t candidates = 0;   // keys from low to high
-  Key top = 0;              // largest |x|
-  bool overflow = false;    // more candidates than there is room for: the rest means nothing
+  int64_t above = 0;       // keys above Decision::high
+  int64_t candidates = 0;  // keys from low to high
+  Key top = 0;             // largest |x|
+  bool overflow = false;   // more candidates than there is room for: the rest means nothing
   std::vector<Run<Key>> runs;
 };
 

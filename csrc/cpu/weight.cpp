@@ -64,8 +64,12 @@ void zero(const Strided& x, const uint8_t* mask, int64_t begin, int64_t n) {
 
 }  // namespace
 
-bool make_strided(const void* data, DType dtype, int dims, const int64_t* shape,
-                  const int64_t* stride, Strided* out) {
+bool make_strided(const void* data,
+                  DType dtype,
+                  int dims,
+                  const int64_t* shape,
+                  const int64_t* stride,
+                  Strided* out) {
   Strided x;
   x.data = data;
   x.dtype = dtype;

@@ -35,8 +35,12 @@ struct Strided {
 };
 
 // Merges neighboring dimensions that advance as one. Returns false when more than kMaxDims remain.
-bool make_strided(const void* data, DType dtype, int dims, const int64_t* shape,
-                  const int64_t* stride, Strided* out);
+bool make_strided(const void* data,
+                  DType dtype,
+                  int dims,
+                  const int64_t* shape,
+                  const int64_t* stride,
+                  Strided* out);
 
 // Elements begin .. begin + n - 1 of the flat order: in place when contiguous, else copied to
 // buffer (room for n elements).

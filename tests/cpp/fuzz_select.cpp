@@ -23,7 +23,9 @@ class Bytes {
   }
 
  private:
-  uint8_t next() { return at_ < size_ ? data_[at_++] : static_cast<uint8_t>(mix_ = mix_ * 75 + 74); }
+  uint8_t next() {
+    return at_ < size_ ? data_[at_++] : static_cast<uint8_t>(mix_ = mix_ * 75 + 74);
+  }
   const uint8_t* data_;
   size_t size_;
   size_t at_ = 0;

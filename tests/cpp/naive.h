@@ -28,9 +28,11 @@ inline double score(double w, double row_norm, double col_norm, bool to_float) {
 }
 
 // The scores of a weight [rows, cols, window] in flat order.
-inline std::vector<double> scores(const std::vector<double>& w, const lap::cpu::Layout& layout,
+inline std::vector<double> scores(const std::vector<double>& w,
+                                  const lap::cpu::Layout& layout,
                                   const std::vector<double>& row_norm,
-                                  const std::vector<double>& col_norm, bool to_float) {
+                                  const std::vector<double>& col_norm,
+                                  bool to_float) {
   std::vector<double> out(w.size());
   for (size_t p = 0; p < w.size(); ++p) {
     const int64_t row = static_cast<int64_t>(p) / (layout.cols * layout.window);
@@ -42,7 +44,8 @@ inline std::vector<double> scores(const std::vector<double>& w, const lap::cpu::
 }
 
 // Exactly min(keep, eligible) ones: larger scores first, equal ones by rising index.
-inline std::vector<uint8_t> mask(const std::vector<double>& scores, int64_t keep,
+inline std::vector<uint8_t> mask(const std::vector<double>& scores,
+                                 int64_t keep,
                                  const std::vector<uint8_t>& eligible) {
   std::vector<int64_t> order;
   for (size_t p = 0; p < scores.size(); ++p) {

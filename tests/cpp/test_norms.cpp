@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: MIT
 // Energies, scores, zeroing and the memory walk against their definitions, bit by bit.
-#include "../../csrc/cpu/norms.h"
-
 #include <numeric>
 
+#include "../../csrc/cpu/norms.h"
 #include "../../csrc/cpu/score.h"
 #include "../../csrc/math/sums.h"
 #include "doctest.h"
 #include "layers.h"
 #include "naive.h"
 
+using lap::cpu::Pool;
+using lap::cpu::Strided;
 using layers::DType;
 using layers::Layer;
 using layers::Layout;
-using lap::cpu::Pool;
-using lap::cpu::Strided;
 
 namespace {
 
@@ -104,7 +103,8 @@ TEST_CASE("scores: float products, and the wide form where they leave float's ra
                               pool, out.data()));
       for (size_t p = 0; p < layer.w.size(); ++p) {
         const int64_t row = static_cast<int64_t>(p) / (layer.layout.cols * 9);
-        const int64_t col = row / 25 * layer.layout.cols + static_cast<int64_t>(p) / 9 % layer.layout.cols;
+        const int64_t col =
+            row / 25 * layer.layout.cols + static_cast<int64_t>(p) / 9 % layer.layout.cols;
         const bool to_float = dtype != DType::f64;
         const double c = naive::rounded(naive::rounded(layer.row_norm[row], to_float) *
                                             naive::rounded(layer.col_norm[col], to_float),
@@ -125,8 +125,8 @@ TEST_CASE("every pattern of float16 and bfloat16 is widened exactly") {
     const float half = lap::widen(lap::Half{static_cast<uint16_t>(bits)});
     const int exponent = static_cast<int>(bits >> 10 & 31);
     const double mantissa = bits & 1023;
-    double value = exponent == 0 ? std::ldexp(mantissa, -24)
-                                 : std::ldexp(1024 + mantissa, exponent - 25);
+    double value =
+        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
     if (exponent == 31) value = mantissa == 0 ? std::numeric_limits<double>::infinity() : NAN;
     if (bits >> 15) value = -value;
     CHECK((half == value || (std::isnan(half) && std::isnan(value))));

@@ -6,18 +6,20 @@
 #include "layers.h"
 #include "naive.h"
 
-using layers::DType;
-using layers::Layer;
-using layers::Layout;
 using lap::cpu::Outcome;
 using lap::cpu::Pool;
 using lap::cpu::Source;
+using layers::DType;
+using layers::Layer;
+using layers::Layout;
 
 namespace {
 
 constexpr DType kAllDTypes[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
 
-std::vector<uint8_t> selected(const Layer& layer, int64_t keep, int threads,
+std::vector<uint8_t> selected(const Layer& layer,
+                              int64_t keep,
+                              int threads,
                               const std::vector<uint8_t>& eligible = {}) {
   std::vector<uint8_t> mask(layer.w.size(), 7);
   Source source = layer.source(mask.data());
@@ -27,12 +29,12 @@ std::vector<uint8_t> selected(const Layer& layer, int64_t keep, int threads,
   return mask;
 }
 
-std::vector<uint8_t> expected(const Layer& layer, int64_t keep,
+std::vector<uint8_t> expected(const Layer& layer,
+                              int64_t keep,
                               const std::vector<uint8_t>& eligible = {}) {
   const bool to_float = layer.dtype != DType::f64;
-  return naive::mask(
-      naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, to_float), keep,
-      eligible);
+  return naive::mask(naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, to_float),
+                     keep, eligible);
 }
 
 void check_layer(const Layer& layer) {
@@ -177,7 +179,8 @@ TEST_CASE("strides: the same bits as the contiguous weight") {
   const Layer layer = layers::random_layer(DType::f32, {300, 200, 1, 1}, random);
   std::vector<float> transposed(layer.w.size());
   for (int64_t r = 0; r < 300; ++r) {
-    for (int64_t c = 0; c < 200; ++c) transposed[c * 300 + r] = static_cast<float>(layer.w[r * 200 + c]);
+    for (int64_t c = 0; c < 200; ++c)
+      transposed[c * 300 + r] = static_cast<float>(layer.w[r * 200 + c]);
   }
   std::vector<uint8_t> mask(layer.w.size());
   Source source = layer.source(mask.data());
