@@ -23,7 +23,7 @@ void checked_energy(const cpu::Strided& x,
                     const Energy& energy_of) {
   constexpr const char* kOp = "factors";
   constexpr double kSmall = 0x1p-1000;
-  constexpr double kScale = 0x1p500;
+  constexpr double kScale = 0x1p900;
   energy_of(1.0, energy);
   if (!check_finite) return;
   const auto is_finite = [](double e) { return e - e == 0; };

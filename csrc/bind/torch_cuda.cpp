@@ -116,8 +116,8 @@ void check_energy(const Device& device,
                   const Tensor& energy,
                   const std::string& name,
                   const Launch& launch) {
-  constexpr double kSmall = 0x1p-900;
-  constexpr double kScale = 0x1p500;
+  constexpr double kSmall = 0x1p-1000;
+  constexpr double kScale = 0x1p900;
   std::vector<double> found(energy.numel());
   device.read(energy.const_data_ptr(), energy.numel(), found.data());
   if (!std::all_of(found.begin(), found.end(), [](double e) { return e - e == 0; })) {

@@ -52,7 +52,6 @@ class Selector {
     return sure.low == sure.high ? mark_ties(sure.low, &finite) : sweep(sure, &finite);
   }
 
-  bool finite() { return !check_ || sweeper_.top() < limit_; }
   bool underflows() { return !sweeper_.raw_scores() && sweeper_.underflows(); }
 
  private:
@@ -277,23 +276,26 @@ std::optional<std::vector<Keys<Key>>> make_keys(const std::vector<Source>& sourc
   return keys;
 }
 
+// Whether no weight is infinite or NaN (no score is NaN), whatever the norms.
+template <typename Key>
+bool all_finite(std::vector<Source> sources, const Pool& pool) {
+  Key limit = KeyTraits<Key>::kInfinity + 1;
+  for (Source& source : sources) {
+    if (source.row_norm != nullptr) limit = KeyTraits<Key>::kInfinity;
+    source.row_norm = source.col_norm = nullptr;
+  }
+  return Sweeper<Key>(*make_keys<Key>(sources), pool).top() < limit;
+}
+
 // Nothing when the products underflow where it matters.
 template <typename Key>
 std::optional<Selection> select_by(const std::vector<Source>& sources,
                                    int64_t keep,
-                                   int64_t eligible,
                                    bool check_finite,
                                    const Pool& pool) {
   std::optional<std::vector<Keys<Key>>> keys = make_keys<Key>(sources);
   if (!keys) return std::nullopt;
   Selector<Key> selector(std::move(*keys), check_finite, pool);
-  const bool masks = std::any_of(sources.begin(), sources.end(),
-                                 [](const Source& source) { return source.mask != nullptr; });
-  if (keep == 0 || (keep == eligible && masks)) {
-    if (!selector.finite()) return Selection{Outcome::not_finite, 0};
-    for (const Source& source : sources) fill_mask(source, keep != 0, pool);
-    return Selection{};
-  }
   const std::optional<Key> threshold = selector.run(keep);
   if (!threshold) return Selection{Outcome::not_finite, 0};
   if (*threshold <= KeyTraits<Key>::kSmallestNormal && selector.underflows()) return std::nullopt;
@@ -310,10 +312,19 @@ Selection select(const std::vector<Source>& sources,
   int64_t eligible = 0;
   for (const Source& source : sources) eligible += count_eligible(source, pool);
   keep = std::min(keep, eligible);
-  const bool narrow = !sources.empty() && sources[0].x.dtype != DType::f64;
+  const bool wide = !sources.empty() && sources[0].x.dtype == DType::f64;
+  const bool masks = std::any_of(sources.begin(), sources.end(),
+                                 [](const Source& source) { return source.mask != nullptr; });
+  if (keep == 0 || (keep == eligible && masks)) {  // nothing to rank
+    const bool finite = !check_finite || (wide ? all_finite<int64_t>(sources, pool)
+                                               : all_finite<int32_t>(sources, pool));
+    if (!finite) return {Outcome::not_finite, 0};
+    for (const Source& source : sources) fill_mask(source, keep != 0, pool);
+    return {};
+  }
   std::optional<Selection> selection;
-  if (narrow) selection = select_by<int32_t>(sources, keep, eligible, check_finite, pool);
-  if (!selection) selection = select_by<int64_t>(sources, keep, eligible, check_finite, pool);
+  if (!wide) selection = select_by<int32_t>(sources, keep, check_finite, pool);
+  if (!selection) selection = select_by<int64_t>(sources, keep, check_finite, pool);
   return selection ? *selection : Selection{Outcome::range, 0};
 }
 
