@@ -196,7 +196,7 @@ def _unbounded_score(
     exponent = (w_e + _outer(row_e, col_e, w, groups, torch.add)).clamp(-1200, 1200)
     half = exponent // 2
     # Both sides are normal, so their product is rounded once (float32: exact, then rounded once).
-    out = torch.ldexp(w_m, half) * torch.ldexp(factor_m, exponent - half)
+    out = torch.ldexp(w_m, half) * torch.ldexp(factor_m.expand_as(w_m), exponent - half)
     return out.to(dtype).contiguous()
 
 
