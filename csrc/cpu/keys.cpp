@@ -28,6 +28,17 @@ const DecideKernels<int64_t>& decide_kernels<int64_t>() {
   return kernels().decide64;
 }
 
+template <typename T>
+void pick_elements(const Strided& x, const int64_t* position, int64_t n, void* out) {
+  T* to = static_cast<T*>(out);
+  if (x.contiguous()) {
+    const T* from = static_cast<const T*>(x.data);
+    for (int64_t i = 0; i < n; ++i) to[i] = from[position[i]];
+  } else {
+    for (int64_t i = 0; i < n; ++i) elements(x, position[i], 1, to + i);
+  }
+}
+
 }  // namespace
 
 template <typename Key>
@@ -50,6 +61,39 @@ Key Keys<Key>::fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const
   }
   if (source_.eligible != nullptr) decide_.restrict_to(source_.eligible + begin, n, keys);
   return top;
+}
+
+template <typename Key>
+void Keys<Key>::pick(const int64_t* position, int64_t n, Scratch* scratch, Key* keys) const {
+  // Independent loads first, so that their waits for memory overlap; then all keys at once.
+  switch (item_size(source_.x.dtype)) {
+    case 2:
+      pick_elements<uint16_t>(source_.x, position, n, scratch->gathered);
+      break;
+    case 4:
+      pick_elements<uint32_t>(source_.x, position, n, scratch->gathered);
+      break;
+    default:
+      pick_elements<uint64_t>(source_.x, position, n, scratch->gathered);
+  }
+  if (source_.row_norm == nullptr) {
+    kernel_.scores(scratch->gathered, n, keys);
+  } else {
+    const Layout& layout = source_.layout;
+    const int64_t row_size = layout.row_size();
+    const int64_t repeat = norms_.expanded ? 1 : layout.window;
+    Float* lined_up = reinterpret_cast<Float*>(scratch->norms);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = position[i] / row_size;
+      const int64_t entry = position[i] % row_size / repeat;
+      const int64_t first = layout.group_of(row) * (row_size / repeat);
+      lined_up[i] = product(norms_.row[row], norms_.col[first + entry]);
+    }
+    kernel_.weights(scratch->gathered, lined_up, Float{1}, n, keys);
+  }
+  for (int64_t i = 0; source_.eligible != nullptr && i < n; ++i) {
+    if (!source_.eligible[position[i]]) keys[i] = KeyTraits<Key>::kNever;
+  }
 }
 
 template <typename Key>

@@ -82,6 +82,9 @@ class Keys {
   // keys[0 .. n-1] of elements [begin, begin + n), n <= kBlock. Returns the largest |x| as a key.
   Key fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const;
 
+  // keys[i] of element position[i], n <= kBlock
+  void pick(const int64_t* position, int64_t n, Scratch* scratch, Key* keys) const;
+
   // Decides elements [begin, begin + n) as isa.h's classify does, offsets from base.
   Key classify(int64_t begin,
                int64_t n,
@@ -95,12 +98,6 @@ class Keys {
   // true when some product of nonzero factors in [begin, begin + n) left the normal range
   bool underflows(int64_t begin, int64_t n, Scratch* scratch) const;
 
-  void prefetch(int64_t element) const {
-    if (source_.x.contiguous()) {
-      const char* data = static_cast<const char*>(source_.x.data);
-      __builtin_prefetch(data + element * item_size(source_.x.dtype));
-    }
-  }
   const Source& source() const { return source_; }
 
  private:

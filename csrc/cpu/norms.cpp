@@ -100,7 +100,7 @@ void col_energy(
   std::fill(energy, energy + layout.groups * layout.cols, 0.0);
   if (width == 0) return;
   const int64_t rows = layout.rows / layout.groups;  // rows of one group
-  const int64_t wanted = ceil_div(width, int64_t{2} * pool.threads);
+  const int64_t wanted = ceil_div(width, int64_t{4} * pool.threads);
   const int64_t tile = std::min(kMaxTile, std::max(kMinTile, wanted));
   const int64_t tiles = ceil_div(width, tile);
   std::vector<double> totals(layout.groups * width);

@@ -9,14 +9,15 @@
 namespace lap::cpu {
 namespace {
 
-constexpr double kDeviations = 3.7;     // on random data the sample misleads once in 5000 times
-constexpr double kMargin = 4;           // sample ranks added for small counts
-constexpr double kSampleFactor = 0.35;  // m = 0.35 n^(2/3) balances sampling against candidates
+constexpr double kDeviations = 3.7;    // on random data the sample misleads once in 5000 times
+constexpr double kMargin = 4;          // sample ranks added for small counts
+constexpr double kSampleFactor = 1.0;  // m = n^(2/3) balances sampling against candidates
 constexpr int64_t kLeastSample = 1024;
 constexpr int64_t kMostSample = int64_t{1} << 18;
 constexpr int64_t kPilot = 4096;    // of the sample, to find the part that matters
+constexpr int64_t kAhead = 24;      // candidates whose mask bytes are on their way from memory
 constexpr int64_t kSmall = 4096;    // below, everything is a candidate
-constexpr double kRoomShare = 0.7;  // of the room that the expected candidates may fill
+constexpr double kRoomShare = 0.8;  // of the room that the expected candidates may fill
 
 template <typename Key>
 using Unsigned = typename std::make_unsigned<Key>::type;
@@ -74,7 +75,7 @@ class Selector {
   // Enough that the candidates, 2 d sqrt(p (1 - p) / m) of all, fill no more than their room.
   int64_t sample_size(double kept) const {
     const double n = static_cast<double>(sweeper_.size());
-    const double share = 0.8 * kRoomShare * static_cast<double>(sweeper_.capacity()) / n;
+    const double share = 0.9 * kRoomShare * static_cast<double>(sweeper_.capacity()) / n;
     const double fitting = kept * (1 - kept) * std::pow(2 * kDeviations / share, 2);
     const double wanted = std::max(kSampleFactor * std::pow(n, 2.0 / 3.0), fitting);
     const int64_t most = std::min(kMostSample, sweeper_.size() / 4);
@@ -192,6 +193,7 @@ class Selector {
       uint8_t* mask = sweeper_.mask_of(sweeper_.chunk(run.chunk));
       if (mask == nullptr) return;
       for (int64_t j = 0; j < run.count; ++j) {
+        if (j + kAhead < run.count) __builtin_prefetch(mask + run.offsets[j + kAhead], 1);
         mask[run.offsets[j]] = run.keys[j] > dropped;  // no branch: every second would be wrong
         if (run.keys[j] != threshold || all) continue;
         open[worker].push_back({run.chunk, run.offsets[j]});

@@ -11,7 +11,6 @@ constexpr int64_t kMinChunk = int64_t{1} << 14;   // below, drawing a chunk cost
 constexpr int64_t kChunksPerThread = 8;           // so that a slow core leaves work to the others
 constexpr int64_t kRoomPerMille = 45;             // candidates' bytes, of the weights' bytes
 constexpr int64_t kLeastRoom = int64_t{1} << 20;  // bytes
-constexpr int64_t kSampleBatch = 64;              // loads in flight
 
 uint64_t hash(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15;
@@ -80,22 +79,20 @@ template <typename Key>
 std::vector<Key> Sweeper<Key>::sample(int64_t m) const {
   std::vector<Key> sampled(m);
   const SamplePositions position_of(m, size_);
-  for_each_chunk(pool_, ceil_div(m, kSampleBatch), [&](int, int64_t batch) {
+  for_each_chunk(pool_, ceil_div(m, kBlock), [&](int, int64_t block) {
     Scratch scratch;
-    int source[kSampleBatch];
-    int64_t position[kSampleBatch];
-    const int64_t begin = batch * kSampleBatch;
-    const int64_t n = std::min(kSampleBatch, m - begin);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t p = position_of(begin + i);
-      const auto after = std::upper_bound(first_.begin(), first_.end(), p);
-      source[i] =
-          static_cast<int>(after - first_.begin()) - 1;  // skips empty sources: the last one wins
-      position[i] = p - first_[source[i]];
-      keys_[source[i]].prefetch(position[i]);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      keys_[source[i]].fill(position[i], 1, &scratch, &sampled[begin + i]);
+    int64_t position[kBlock];
+    const int64_t end = std::min(m, (block + 1) * kBlock);
+    for (int64_t begin = block * kBlock; begin < end;) {  // once per source, mostly once
+      const auto after = std::upper_bound(first_.begin(), first_.end(), position_of(begin));
+      const int64_t source = after - first_.begin() - 1;  // of equal begins the last: not empty
+      const int64_t stop = after == first_.end() ? size_ : *after;
+      int64_t n = 0;
+      for (; begin + n < end && position_of(begin + n) < stop; ++n) {
+        position[n] = position_of(begin + n) - first_[source];
+      }
+      keys_[source].pick(position, n, &scratch, &sampled[begin]);
+      begin += n;
     }
   });
   return sampled;
