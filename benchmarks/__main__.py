@@ -37,7 +37,7 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "size": bench_size.run,
     "memory": bench_memory.run,
 }
-BUDGET_S, QUICK_BUDGET_S = 1.0, 0.12  # for one comparison; three pairs at least
+BUDGET_S, QUICK_BUDGET_S = 0.4, 0.12  # for one comparison; three pairs at least
 BUSY = 0.7  # a load average that disturbs; two threads that wait for each other feel it most
 WIDTH = 160  # of the tables in a file or pipe
 RESULTS = machine.ROOT / "benchmarks" / "results"

@@ -8,6 +8,7 @@
 //   any score:  x + 0.0 turns -0.0 into +0.0; then negative patterns are flipped below zero
 //       b = bits(x);  key = b ^ ((b >> 31) & 0x7fffffff)
 //       -inf < ... < -1.0 (0xbf800000 -> 0xc07fffff) < 0.0 (0) < 1.0 < ... < inf < NaN
+//       (integer tests: a comparison of floats would keep the loop from being vectorized)
 //       Every NaN has the largest key, 0x7fffffff: devices differ in the NaNs they make, and one
 //       NaN pattern would flip onto kNever.
 //   kNever, below every key, marks a weight that may not be kept.
@@ -56,12 +57,14 @@ LAP_HOST_DEVICE int64_t flip_negative(int64_t bits) {
   return bits ^ ((bits >> 63) & KeyTraits<int64_t>::kMagnitude);
 }
 LAP_HOST_DEVICE int32_t ordered_key(float score) {
-  const int32_t key = flip_negative(bit_cast<int32_t>(score + 0.0f));
-  return score == score ? key : KeyTraits<int32_t>::kMagnitude;
+  const int32_t bits = bit_cast<int32_t>(score + 0.0f);
+  const bool nan = (bits & KeyTraits<int32_t>::kMagnitude) > KeyTraits<int32_t>::kInfinity;
+  return nan ? KeyTraits<int32_t>::kMagnitude : flip_negative(bits);
 }
 LAP_HOST_DEVICE int64_t ordered_key(double score) {
-  const int64_t key = flip_negative(bit_cast<int64_t>(score + 0.0));
-  return score == score ? key : KeyTraits<int64_t>::kMagnitude;
+  const int64_t bits = bit_cast<int64_t>(score + 0.0);
+  const bool nan = (bits & KeyTraits<int64_t>::kMagnitude) > KeyTraits<int64_t>::kInfinity;
+  return nan ? KeyTraits<int64_t>::kMagnitude : flip_negative(bits);
 }
 
 }  // namespace lap

@@ -2,7 +2,7 @@
 // Fuzzes the selection: bytes become a layer (dtype, shape, keep, eligible weights, values drawn
 // from few or many patterns, norms of any finite size), whose mask must equal the definition's.
 // With clang: libFuzzer. With gcc (LAP_FUZZ_MAIN): the small driver below, random bytes for
-// -max_total_time seconds.
+// -max_total_time seconds (-seed repeats a run).
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -100,9 +100,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 #if defined(LAP_FUZZ_MAIN)
 int main(int argc, char** argv) {
   int seconds = 20;
-  for (int i = 1; i < argc; ++i) std::sscanf(argv[i], "-max_total_time=%d", &seconds);
+  unsigned seed = std::random_device{}();
+  for (int i = 1; i < argc; ++i) {
+    std::sscanf(argv[i], "-max_total_time=%d", &seconds);
+    std::sscanf(argv[i], "-seed=%u", &seed);
+  }
+  std::fprintf(stderr, "seed %u\n", seed);  // -seed repeats a run
   const auto start = std::chrono::steady_clock::now();
-  std::mt19937_64 random(std::random_device{}());
+  std::mt19937_64 random(seed);
   int64_t runs = 0;
   for (; std::chrono::steady_clock::now() - start < std::chrono::seconds(seconds); ++runs) {
     std::vector<uint8_t> input(random() % 4096 + 16);
