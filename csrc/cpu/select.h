@@ -11,7 +11,7 @@
 //   its ties are marked in the mask and the first of them kept.
 //
 // Equal keys: the lower (source, flat position) first. The result does not depend on the sample,
-// the thread count or the instruction set. Memory: about 1 % of the weights' bytes, at most 4 %
+// the thread count or the instruction set. Memory: about 1 % of the weights' bytes, at most 4.5 %
 // (or 1 MB).
 #pragma once
 
