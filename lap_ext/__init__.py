@@ -11,6 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lap_ext.allocation import er as er
+    from lap_ext.allocation import erk as erk
+    from lap_ext.allocation import paper as paper
+    from lap_ext.allocation import uniform as uniform
+    from lap_ext.allocation import uniform_plus as uniform_plus
     from lap_ext.api import bn_scale as bn_scale
     from lap_ext.api import factors as factors
     from lap_ext.api import mask as mask
@@ -19,40 +24,71 @@ if TYPE_CHECKING:
     from lap_ext.from_factors import mask_from_factors as mask_from_factors
     from lap_ext.from_factors import prune_from_factors_ as prune_from_factors_
     from lap_ext.from_factors import score_from_factors as score_from_factors
+    from lap_ext.masks import Masks as Masks
     from lap_ext.neighbors import IDENTITY as IDENTITY
     from lap_ext.neighbors import Neighbor as Neighbor
     from lap_ext.ops import info as info
+    from lap_ext.pruning import prune as prune
+    from lap_ext.pruning import scores as scores
     from lap_ext.ranking import kth_largest as kth_largest
     from lap_ext.ranking import topk_mask as topk_mask
+    from lap_ext.result import PruneResult as PruneResult
+    from lap_ext.topology import Topology as Topology
+    from lap_ext.topology import TopologyError as TopologyError
+    from lap_ext.topology import trace as trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IDENTITY",
+    "Masks",
     "Neighbor",
+    "PruneResult",
+    "Topology",
+    "TopologyError",
     "__version__",
     "bn_scale",
+    "er",
+    "erk",
     "factors",
     "info",
     "kth_largest",
     "mask",
     "mask_from_factors",
+    "paper",
+    "prune",
     "prune_",
     "prune_from_factors_",
     "score",
     "score_from_factors",
+    "scores",
     "topk_mask",
+    "trace",
+    "uniform",
+    "uniform_plus",
 ]
 
 _HOME = {  # the others live in api.py
     "IDENTITY": "neighbors",
+    "Masks": "masks",
     "Neighbor": "neighbors",
+    "PruneResult": "result",
+    "Topology": "topology",
+    "TopologyError": "topology",
+    "er": "allocation",
+    "erk": "allocation",
     "info": "ops",
     "kth_largest": "ranking",
     "mask_from_factors": "from_factors",
+    "paper": "allocation",
+    "prune": "pruning",
     "prune_from_factors_": "from_factors",
     "score_from_factors": "from_factors",
+    "scores": "pruning",
     "topk_mask": "ranking",
+    "trace": "topology",
+    "uniform": "allocation",
+    "uniform_plus": "allocation",
 }
 
 

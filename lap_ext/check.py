@@ -260,3 +260,20 @@ def writable(function: str, name: str, shape: Shape, strides: Sequence[int]) -> 
             f"place), got shape {list(shape)} with strides {list(strides)}. Make a contiguous "
             "copy first."
         )
+
+
+def one_of(function: str, name: str, value: object, known: Sequence[str]) -> None:
+    """An option is one of the words it can be."""
+    if value not in known:
+        words = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+        raise ValueError(f"{function}: expected {name} to be {words}, got {value!r}.")
+
+
+def positive(function: str, name: str, value: object) -> None:
+    """A count is an integer from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{function}: expected {name} to be an integer, got {type(value).__name__}."
+        )
+    if value < 1:
+        raise ValueError(f"{function}: expected {name} >= 1, got {value}.")

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""The lookahead factors of every role of a traced model, from its weights as they are now.
+
+    score^2 = w^2 * in_norm[i]^2 * out_norm[o]^2, summed over the roles of the weight
+
+Each weight is read once for its squared row and column norms (the operators of ops.py); two sweeps
+over the channel graph (topology/energy.py) give all factors. Masks set on the way (sequential
+pruning) count at once: a pruned neighbor is a smaller neighbor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lap_ext import api, ops
+from lap_ext.neighbors import Neighbor
+from lap_ext.topology import Layer, Topology
+from lap_ext.topology.energy import Sweeps
+from lap_ext.topology.roles import Role
+
+BN = ("paper", "fold", "off")
+
+
+class Network:
+    """A topology whose weights are scored.
+
+    Args:
+        topology: of the model.
+        bn: "paper" counts a batch norm on the edge it lies on, "fold" also the one that follows a
+            consumer (in its row of the column norm), "off" none.
+        weights: layer name -> a weight to count in place of the parameter (a surrogate).
+        activity: per role, the probability that an output is active, float64 [O], or None: 1.
+        masks: layer name -> the weights that are left.
+        check_finite: raise on a weight that is inf or NaN.
+        function: whose name errors carry.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        bn: str = "paper",
+        weights: Mapping[str, Tensor] | None = None,
+        activity: list[Tensor | None] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        check_finite: bool = True,
+        function: str = "prune",
+    ) -> None:
+        self.topology = topology
+        self.bn = bn
+        self.function = function
+        self.check_finite = check_finite
+        self.activity = activity or [None] * len(topology.roles)
+        self._weights = dict(weights or {})
+        self._masks = dict(masks or {})
+        self._sweeps = Sweeps(topology, batch_norm=bn != "off")
+        self._energies: list[tuple[Tensor, Tensor] | None] = [None] * len(topology.roles)
+        self._factors: list[tuple[Tensor, Tensor]] | None = None
+
+    def weight(self, layer: Layer) -> Tensor:
+        """What counts as the layer's weight: the surrogate or the parameter, detached."""
+        return self._weights.get(layer.name, layer.weight).detach()
+
+    def set_mask(self, name: str, mask: Tensor) -> None:
+        """From now on, only these weights of a layer count as its neighbors'."""
+        self._masks[name] = mask
+        self._factors = None
+        for place, role in enumerate(self.topology.roles):
+            if role.layer == name:
+                self._energies[place] = None
+
+    def norm_scale(self, role: Role) -> Tensor | None:
+        """Factor of the batch norm that alone follows a role, float64 [O]; None without one."""
+        return self._sweeps.norm_scale(role)
+
+    def factors(self, role: Role) -> tuple[Tensor, Tensor]:
+        """(in_norm [I], out_norm [O]) of a role, float64, on the CPU."""
+        if self._factors is None:
+            roles = range(len(self.topology.roles))
+            energies = [self._energies[r] or self._measure(r) for r in roles]
+            self._energies = list(energies)
+            self._factors = self._sweeps.factors(*zip(*energies, strict=True))
+            self._override()
+        return self._factors[self.topology.roles.index(role)]
+
+    def _measure(self, place: int) -> tuple[Tensor, Tensor]:
+        """Squared norms of a role's inputs [I] and outputs [O], float64, on the CPU."""
+        role = self.topology.roles[place]
+        layer = self.topology.layers[role.layer]
+        block = role.part.of(self._left(layer))
+        across = self._row_weight(place, role)
+        out = self._energy(block, role, of_inputs=False)
+        read = block if across is None else _weighted(block, across, role)
+        into = self._energy(read, role, of_inputs=True)
+        active = self.activity[place]
+        return into, out if active is None else out * active
+
+    def _left(self, layer: Layer) -> Tensor:
+        """The layer's weight without what a mask has pruned."""
+        weight, mask = self.weight(layer), self._masks.get(layer.name)
+        return weight if mask is None else weight * mask
+
+    def _energy(self, block: Tensor, role: Role, of_inputs: bool) -> Tensor:
+        """Squared norms of the input or output channels of a block, float64, on the CPU."""
+        options = (self.check_finite, role.layer)
+        if of_inputs == role.part.transposed:
+            found = ops.call(self.function, ops.row_energy, block, *options)
+        else:
+            groups = role.part.groups
+            found = ops.call(self.function, ops.col_energy, block, groups, *options)
+        return found.cpu()
+
+    def _row_weight(self, place: int, role: Role) -> Tensor | None:
+        """What multiplies each output in a consumer's column norm, float64 [O]; None: 1."""
+        factor = self.norm_scale(role) if self.bn == "fold" else None
+        active = self.activity[place]
+        if active is not None:
+            factor = active.sqrt() if factor is None else factor * active.sqrt()
+        return factor
+
+    def _override(self) -> None:
+        """The factors of layers whose neighbors the user has named."""
+        for name, (prev, following) in self.topology.neighbors.items():
+            layer = self.topology.layers[name]
+            for role in layer.roles:
+                found = api.factors(
+                    self._as_neighbors(prev),
+                    role.part.of(self.weight(layer)),
+                    self._as_neighbors(following),
+                    groups=role.part.groups,
+                    transposed=role.part.transposed,
+                    check_finite=self.check_finite,
+                )
+                assert self._factors is not None
+                self._factors[self.topology.roles.index(role)] = (found[0].cpu(), found[1].cpu())
+
+    def _as_neighbors(self, given: Any) -> Any:
+        """Layer names as neighbors with the weights of those layers."""
+        if isinstance(given, (list, tuple)):
+            return [self._as_neighbors(item) for item in given] or None
+        if not isinstance(given, str):
+            return given
+        layer = self.topology.layers[given]
+        part = layer.roles[0].part
+        return Neighbor(part.of(self._left(layer)), part.groups, part.transposed)
+
+
+def _weighted(block: Tensor, factor: Tensor, role: Role) -> Tensor:
+    """A block with every output channel multiplied by its factor, float64."""
+    factor = factor.to(block.device)
+    part = role.part
+    tail = [1] * (block.dim() - 2)
+    if not part.transposed:
+        return block.double() * factor.reshape(-1, 1, *tail)
+    groups, cols = part.groups, block.shape[1]
+    spread = factor.reshape(groups, 1, cols).expand(groups, block.shape[0] // groups, cols)
+    return block.double() * spread.reshape(block.shape[0], cols, *tail)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""Whole models: trace, score, allocate, select, apply.
+
+Nothing of the model is changed before every mask is there. In parallel order each weight is read
+twice: once for its norms, once for its mask.
+Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
+sections 3 and 4 (orders and rounds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lap_ext import allocation, check, criteria, selection
+from lap_ext.allocation import Sparsity
+from lap_ext.criteria import Criterion
+from lap_ext.masks import Masks
+from lap_ext.network import BN, Network
+from lap_ext.result import PruneResult, row_of
+from lap_ext.topology import Layer, Topology, trace
+
+SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
+
+
+def scores(
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: Any = "lookahead",
+    *,
+    normalize: str = "none",
+    exclude: Sequence[str] = (),
+    bn: str = "paper",
+    data: Iterable[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    neighbors: Mapping[str, Any] | None = None,
+    unknown: str = "error",
+    masks: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Scores of every weight of a model; the model is not changed.
+
+    Args:
+        model: as in `prune`.
+        example_inputs: as in `prune`.
+        criterion: as in `prune`.
+        normalize: as in `prune`.
+        exclude: as in `prune`.
+        bn: as in `prune`.
+        data: as in `prune`.
+        kwargs: as in `prune`.
+        neighbors: as in `prune`.
+        unknown: as in `prune`.
+        masks: as in `prune`: only these weights count as their layers' neighbors'.
+
+    Returns:
+        Layer name -> scores >= 0 of the weight's shape, on its device, float32 (float64 for float64
+        weights, and where they are normalized).
+
+    Raises:
+        TopologyError, TypeError, ValueError: as `prune`.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU(), torch.nn.Linear(1, 1))
+        >>> for layer, value in ((net[0], 3.), (net[2], -2.)):
+        ...     _ = layer.weight.data.fill_(value)
+        >>> lap_ext.scores(net, torch.ones(1, 1))       # |3| * 1 * |-2| and |-2| * |3| * 1
+        {'0': tensor([[6.]]), '2': tensor([[6.]])}
+    """
+    check.one_of("scores", "normalize", normalize, selection.NORMALIZATIONS)
+    plan = _plan("scores", model, example_inputs, criterion, bn, data, kwargs, neighbors, unknown,
+                 masks)  # fmt: skip
+    result = {}
+    for layer in _chosen("scores", plan.topology, exclude):
+        found = selection.layer_scores(plan.network, plan.criterion, layer)
+        result[layer.name] = selection.normalized(found, normalize, plan.masks.get(layer.name))
+    return result
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    sparsity: Sparsity,
+    *,
+    criterion: Any = "lookahead",
+    scope: str = "layer",
+    normalize: str = "none",
+    order: str = "parallel",
+    rounds: int = 1,
+    exclude: Sequence[str] = (),
+    bn: str = "paper",
+    data: Iterable[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    neighbors: Mapping[str, Any] | None = None,
+    unknown: str = "error",
+    masks: Mapping[str, Tensor] | None = None,
+    apply: bool = True,
+) -> PruneResult:
+    """Prunes a model: keeps exactly the best weights of each layer, or of all, and zeroes the rest.
+
+        score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
+        keep  = floor((1 - sparsity) * n + 1/2)             n: weights of the layer, or of all
+
+    Args:
+        model: any module that `trace` can follow. Its layers are the weights of linear layers,
+            convolutions, embeddings and recurrent layers; biases and norms are left alone.
+        example_inputs: a tensor or a tuple of positional arguments for the trace (small ones will
+            do), or the `Topology` that an earlier `trace` of this model gave.
+        sparsity: fraction of the weights to remove; a dict of name patterns and fractions (the
+            first that matches counts, layers that match none stay dense); or an allocation such as
+            `lap_ext.erk(0.9)`.
+        criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random", an
+            instance of a class of `lap_ext.criteria`, or a function of a layer.
+        scope: "layer" ranks each layer by itself, "global" all layers together (exactly: one
+            ranking over the list of scores, ties to the earlier layer and lower index).
+        normalize: of scores between layers: "none", "norm" (divided by the layer's L2 norm) or
+            "lamp". Within a layer none of them changes the ranking.
+        order: "parallel" scores all layers with their dense neighbors; "forward" from the first to
+            the last, with the already pruned producers; "backward" with the pruned consumers.
+        rounds: prunes in so many equal steps, scores computed anew in between.
+        exclude: name patterns of layers that stay as they are.
+        bn: batch norms count on the edge they lie on ("paper"), also behind the consumer ("fold"),
+            or not at all ("off").
+        data: batches for criteria that need activations or gradients.
+        kwargs: named arguments of the model's forward, for the trace.
+        neighbors: as in `trace`.
+        unknown: as in `trace`.
+        masks: of an earlier pruning: pruned weights never return.
+        apply: set the pruned weights to zero. False leaves the model as it is.
+
+    Returns:
+        The result: `.masks`, `.sparsity`, `.layers`; print it for a table.
+
+    Raises:
+        TopologyError: the model cannot be traced.
+        ValueError: an option is not one of the above, a pattern names no layer, a weight is not
+            finite.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
+        >>> result = lap_ext.prune(net, torch.randn(1, 8), sparsity=0.5)
+        >>> [(row.name, row.kept, row.total) for row in result.layers]
+        [('0', 36, 72), ('2', 9, 18)]
+        >>> int((net[0].weight != 0).sum())
+        36
+    """
+    for name, value, known in (
+        ("scope", scope, SCOPES),
+        ("normalize", normalize, selection.NORMALIZATIONS),
+        ("order", order, ORDERS),
+    ):
+        check.one_of("prune", name, value, known)
+    check.positive("prune", "rounds", rounds)
+    if scope == "global" and order != "parallel":
+        raise ValueError(
+            f'prune: expected order="parallel" with scope="global" (one ranking needs all scores '
+            f"at once), got order={order!r}. Use rounds to score anew in between."
+        )
+    plan = _plan("prune", model, example_inputs, criterion, bn, data, kwargs, neighbors, unknown,
+                 masks)  # fmt: skip
+    layers = _chosen("prune", plan.topology, exclude)
+    keeps = allocation.of(sparsity).keeps({layer.name: layer.shape for layer in layers})
+    layers = [layer for layer in layers if layer.name in keeps]
+    kept = _pruned(plan, layers, keeps, scope, normalize, order, rounds)
+    result = PruneResult(
+        Masks(kept), [row_of(layer, kept[layer.name]) for layer in layers], plan.criterion.name
+    )
+    if apply:
+        result.masks.apply(model)
+    return result
+
+
+@dataclass
+class _Plan:
+    """What scoring needs."""
+
+    topology: Topology
+    network: Network
+    criterion: Criterion
+    masks: dict[str, Tensor]
+
+
+def _plan(
+    function: str,
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: Any,
+    bn: str,
+    data: Any,
+    kwargs: Any,
+    neighbors: Any,
+    unknown: str,
+    masks: Mapping[str, Tensor] | None,
+) -> _Plan:
+    check.one_of(function, "bn", bn, BN)
+    chosen = criteria.of(criterion, function)
+    if isinstance(example_inputs, Topology):
+        topology = example_inputs
+        if topology.model is not model:
+            raise ValueError(f"{function}: expected the topology of this model, got another's.")
+    else:
+        topology = trace(model, example_inputs, kwargs, neighbors=neighbors, unknown=unknown)
+    given = _given_masks(function, topology, masks)
+    network = Network(topology, bn, masks=given, function=function)
+    return _Plan(topology, chosen.prepare(network, data), chosen, given)
+
+
+def _given_masks(
+    function: str, topology: Topology, masks: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    given = dict(masks or {})
+    for name, mask in given.items():
+        if name not in topology.layers:
+            raise ValueError(
+                f"{function}: expected masks of the model's layers, got one for {name!r}. The "
+                f"layers are {', '.join(list(topology.layers)[:5])}, ..."
+            )
+        shape = topology.layers[name].shape
+        check.mask_like(function, f"masks[{name!r}]", str(mask.dtype), tuple(mask.shape),
+                        "weight", shape)  # fmt: skip
+    return given
+
+
+def _chosen(function: str, topology: Topology, exclude: Sequence[str]) -> list[Layer]:
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in topology.layers):
+            raise ValueError(
+                f"{function}: expected exclude patterns that name a layer, got {pattern!r}. The "
+                f"layers are {', '.join(list(topology.layers)[:5])}, ..."
+            )
+    return [
+        layer
+        for name, layer in topology.layers.items()
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def _pruned(
+    plan: _Plan,
+    layers: list[Layer],
+    keeps: Mapping[str, int],
+    scope: str,
+    normalize: str,
+    order: str,
+    rounds: int,
+) -> dict[str, Tensor]:
+    """The masks of all layers after all rounds."""
+    masks = {layer.name: plan.masks[layer.name] for layer in layers if layer.name in plan.masks}
+    left = {layer.name: int(masks[layer.name].count_nonzero()) if layer.name in masks
+            else layer.weight.numel() for layer in layers}  # fmt: skip
+    for step in range(1, rounds + 1):
+        now = {name: n - max(n - keeps[name], 0) * step // rounds for name, n in left.items()}
+        if scope == "global":
+            masks = _globally(plan, layers, sum(now.values()), normalize, masks)
+        else:
+            masks = _by_layer(plan, layers, now, order, masks)
+        if step < rounds:
+            for name, mask in masks.items():
+                plan.network.set_mask(name, mask)
+    return masks
+
+
+def _globally(
+    plan: _Plan, layers: list[Layer], keep: int, normalize: str, masks: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    found = {}
+    for layer in layers:
+        raw = selection.layer_scores(plan.network, plan.criterion, layer)
+        found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
+    return selection.global_masks(found, keep, masks)
+
+
+def _by_layer(
+    plan: _Plan, layers: list[Layer], keeps: Mapping[str, int], order: str, masks: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    result = {}
+    for layer in reversed(layers) if order == "backward" else layers:
+        name = layer.name
+        result[name] = selection.layer_mask(
+            plan.network, plan.criterion, layer, keeps[name], masks.get(name)
+        )
+        if order != "parallel":
+            plan.network.set_mask(name, result[name])
+    return {layer.name: result[layer.name] for layer in layers}

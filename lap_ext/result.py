@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""What a pruning did, layer by layer: a table, JSON. It computes no score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from lap_ext.masks import Masks
+from lap_ext.topology import Layer
+from lap_ext.topology.render import columns
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer: its name, kind, shape, and how many of its weights are kept."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that was removed."""
+        return 1.0 - self.kept / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The masks of a pruning and what each layer has left; print it for a table.
+
+    Attributes:
+        masks: layer name -> mask, as `Masks`.
+        layers: one row a layer, in the order of the network.
+        criterion: the name of what scored them.
+    """
+
+    masks: Masks
+    layers: Sequence[LayerResult]
+    criterion: str
+
+    @property
+    def kept(self) -> int:
+        """Weights kept, of all layers that were pruned."""
+        return sum(row.kept for row in self.layers)
+
+    @property
+    def total(self) -> int:
+        """Weights of all layers that were pruned."""
+        return sum(row.total for row in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights of these layers that was removed."""
+        return 1.0 - self.kept / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "shape", "kept", "total", "sparsity")]
+        for row in self.layers:
+            shape = "x".join(map(str, row.shape))
+            counts = f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"
+            rows.append((row.name, row.kind, shape, *counts))
+        rows.append(("all", "", "", f"{self.kept:,}", f"{self.total:,}", f"{self.sparsity:.2%}"))
+        return columns(rows, right=(3, 4, 5))
+
+    def __repr__(self) -> str:
+        return (
+            f"PruneResult({len(self.layers)} layers, {self.kept} of {self.total} weights kept, "
+            f"criterion {self.criterion!r})"
+        )
+
+    def to_json(self) -> str:
+        """The table as JSON: criterion, sparsity, kept, total and a list of layers."""
+        rows = [asdict(row) | {"sparsity": row.sparsity} for row in self.layers]
+        facts = {"criterion": self.criterion, "sparsity": self.sparsity}
+        counts = {"kept": self.kept, "total": self.total}
+        return json.dumps(facts | counts | {"layers": rows}, indent=2)
+
+
+def row_of(layer: Layer, mask: Tensor) -> LayerResult:
+    """The row of a layer and its mask."""
+    kept = int(mask.count_nonzero())
+    return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel())

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""One operation of the traced graph: its arguments by the names of its schema, and its result's shape.
+
+rule("relu", "gelu") registers a function for all overloads of these ATen operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor, fx
+
+from lap_ext.topology.value import Value
+
+if TYPE_CHECKING:
+    from lap_ext.topology.tracer import Tracer
+
+Result: TypeAlias = Value | list[Any] | None
+Rule: TypeAlias = Callable[["Tracer", "Call"], Result]
+RULES: dict[str, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an ATen operation, nodes replaced by what is known of their results."""
+
+    node: fx.Node
+    name: str  # "conv2d" of aten.conv2d.default; an in-place one without its underscore
+    target: Callable[..., Any]
+    arguments: dict[str, Any]  # by name, with the schema's defaults
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument that not every overload has."""
+        return self.arguments.get(name, default)
+
+    @property
+    def values(self) -> list[Value]:
+        """All tensors among the arguments, in order."""
+        return list(_values(list(self.arguments.values())))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The result's shape, of the first result where there are several."""
+        return self.shapes[0]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all results."""
+        found = self.node.meta.get("val")
+        several = found if isinstance(found, (list, tuple)) else [found]
+        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
+
+
+def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
+    """An argument of a node, however nested, with the function on every leaf; plain lists."""
+    if isinstance(x, (list, tuple)):
+        items = [mapped(item, function) for item in x]
+        return tuple(items) if isinstance(x, tuple) else items
+    if isinstance(x, dict):
+        return {key: mapped(item, function) for key, item in x.items()}
+    return function(x)
+
+
+def _values(x: Any) -> Iterator[Value]:
+    if isinstance(x, Value):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            yield from _values(item)
+
+
+def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call of a node; args and kwargs as they are known."""
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    arguments: dict[str, Any] = {}
+    name = getattr(target, "__name__", str(target))
+    if schema is not None:
+        name = schema.name.rpartition("::")[2]
+        for place, argument in enumerate(schema.arguments):
+            if place < len(args):
+                arguments[argument.name] = args[place]
+            elif argument.name in kwargs:
+                arguments[argument.name] = kwargs[argument.name]
+            else:
+                arguments[argument.name] = argument.default_value
+    in_place = name.endswith("_") and not name.endswith("__")
+    return Call(node, name.removesuffix("_") if in_place else name, target, arguments, args, kwargs)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ATen operations by name."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            assert name not in RULES, name
+            RULES[name] = function
+        return function
+
+    return register

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""All channels of a network, numbered from 1, and from which channels each one is made.
+
+A space is a run of channels that were born together: the outputs of a weighted layer, the model's
+input, or the result of an operation that joins, scales or reduces channels. Arcs lead from each
+channel of a made space to its parents, with the factor on the way:
+
+    energy of a channel = sum over arcs of weight * scale^2 * energy of the parent
+
+Parents are numbered before their children, so one sweep up or down the list settles everything;
+a loop can only close through a weighted layer, where one hop ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lap_ext.topology.static import Scale
+
+Trail = tuple[str, ...]
+_BASE = 1 << 40  # more than there are labels: (child, label) is one int64 key
+
+
+@dataclass(frozen=True)
+class Arcs:
+    """Children and parents, pair by pair, and the factor between them."""
+
+    child: Tensor  # int64 [n], place within the space
+    parent: Tensor  # int64 [n], label
+    trail: Trail = ()  # operations passed between them
+    scale: Scale | None = None
+    entry: Tensor | None = None  # int64 [n]: entry of the flattened scale
+    weight: Tensor | None = None  # float64 [n]; None: 1
+
+
+@dataclass(frozen=True)
+class Space:
+    """Channels first, first + 1, ... of one origin.
+
+    kind: role (a weighted layer's output), input, boundary, zero (padded), batch_norm, scale, number (a scalar multiple),
+    position (times a constant that changes with the position), softmax, join, reduce, state (of a
+    recurrent layer), routed (of experts that data chooses).
+    """
+
+    first: int
+    size: int
+    kind: str
+    name: str  # of the layer, the input or the operation
+    arcs: list[Arcs] = field(default_factory=list)
+
+    @property
+    def labels(self) -> Tensor:
+        """Its channels, int64 [size]."""
+        return torch.arange(self.first, self.first + self.size)
+
+
+class Channels:
+    """The spaces in order of birth."""
+
+    def __init__(self) -> None:
+        self.size = 1  # label 0 is no channel
+        self.spaces: list[Space] = []
+        self._roots = [torch.zeros(1, dtype=torch.int64)]
+        self._starts = torch.zeros(0, dtype=torch.int64)
+        self._members: dict[int, Tensor] = {}  # place of a "reduce" space -> keys of its arcs
+
+    def add(
+        self,
+        size: int,
+        kind: str,
+        name: str,
+        arcs: list[Arcs] | None = None,
+        roots: Tensor | None = None,
+    ) -> Space:
+        """A new space; roots: the channels that these are multiples of by a number."""
+        space = Space(self.size, size, kind, name, arcs or [])
+        self.spaces.append(space)
+        self._roots.append(space.labels if roots is None else roots)
+        self.size += size
+        return space
+
+    def zero(self) -> int:
+        """The channel that is always zero."""
+        for space in self.spaces:
+            if space.kind == "zero":
+                return space.first
+        return self.add(1, "zero", "zero").first
+
+    def root(self, labels: Tensor) -> Tensor:
+        """The channel that each one is a multiple of by a number: itself for most."""
+        if len(self._roots) > 1:
+            self._roots = [torch.cat(self._roots)]
+        return self._roots[0][labels]
+
+    def place(self, labels: Tensor) -> Tensor:
+        """The place in spaces of each label; -1 for label 0."""
+        if self._starts.numel() != len(self.spaces):
+            self._starts = torch.tensor([space.first for space in self.spaces], dtype=torch.int64)
+        return torch.searchsorted(self._starts, labels.contiguous(), right=True) - 1
+
+    def of_kind(self, labels: Tensor, *kinds: str) -> Tensor:
+        """Whether each label was born in a space of one of these kinds."""
+        flags = torch.tensor([space.kind in kinds for space in self.spaces] + [False])
+        return flags[self.place(labels)]
+
+    def is_parent(self, labels: Tensor, of: Tensor) -> Tensor:
+        """Pair by pair, whether a label is among the parents of a channel of kind "reduce"."""
+        result = torch.zeros(labels.shape, dtype=torch.bool)
+        places = self.place(of)
+        for place in torch.unique(places).tolist():
+            space = self.spaces[place]
+            if place < 0 or space.kind != "reduce":
+                continue
+            if place not in self._members:
+                keys = [arcs.child * _BASE + self.root(arcs.parent) for arcs in space.arcs]
+                self._members[place] = torch.cat(keys)
+            here = places == place
+            keys_here = (of[here] - space.first) * _BASE + self.root(labels[here])
+            result[here] = torch.isin(keys_here, self._members[place])
+        return result

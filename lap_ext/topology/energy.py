@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Lookahead factors of all roles at once, by two sweeps over the channel graph.
+
+    up    F[c] = energy that arrives in channel c: of a role's output its squared row norm, of the
+                 model's input 1, of a made channel the sum of weight * scale^2 * F[parent]
+    down  B[c] = energy of what reads channel c: squared column norms of the roles, 1 where it
+                 leaves the network, F of the channel it is multiplied with (q and k), and
+                 weight * scale^2 * B[child]
+
+    in_norm[i] = sqrt(sum of F over the channels that feed i), out_norm[o] = sqrt(B[o])
+
+A layer that nothing but constants feeds, or that nothing reads, counts as a first or last one: 1.
+A single channel that nothing reads counts 0. All in float64 on the CPU, added in a fixed order: the same bits always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lap_ext.topology.channels import Arcs, Channels
+from lap_ext.topology.graph import Topology
+from lap_ext.topology.roles import Role
+
+
+class Sweeps:
+    """The channel graph of a topology with the factors of its arcs evaluated once."""
+
+    def __init__(self, topology: Topology, batch_norm: bool = True) -> None:
+        self.topology = topology
+        self.channels: Channels = topology.channels
+        self._tensors = topology.tensors()
+        self._known: dict[int, object] = {}
+        self._arcs = [
+            (space, arcs, self._factor(arcs, batch_norm))
+            for space in self.channels.spaces
+            for arcs in space.arcs
+        ]
+
+    def _factor(self, arcs: Arcs, batch_norm: bool) -> Tensor | None:
+        scale = arcs.scale
+        if scale is not None and scale.kind == "batch_norm" and not batch_norm:
+            scale = None
+        if scale is None or arcs.entry is None:
+            return arcs.weight
+        factor = scale.value(self._tensors, self._known)[arcs.entry].square()
+        return factor if arcs.weight is None else factor * arcs.weight
+
+    def norm_scale(self, role: Role) -> Tensor | None:
+        """|gamma| / sqrt(running_var + eps) of the batch norm that alone follows, float64 [O]."""
+        if role.norm is None:
+            return None
+        (arcs,) = role.norm.arcs
+        assert arcs.scale is not None and arcs.entry is not None
+        scale = torch.ones(role.out.size, dtype=torch.float64)
+        entries = arcs.scale.value(self._tensors, self._known)[arcs.entry]
+        scale[arcs.parent - role.out.first] = entries.abs()
+        return scale
+
+    def arriving(self, out_energy: Sequence[Tensor]) -> Tensor:
+        """F for the squared norms of every role's outputs, each float64 [O]."""
+        energy = torch.zeros(self.channels.size, dtype=torch.float64)
+        for role, given in zip(self.topology.roles, out_energy, strict=True):
+            energy[role.out.first : role.out.first + role.out.size] = given
+        for space in self.channels.spaces:
+            if space.kind in ("input", "boundary"):
+                energy[space.first : space.first + space.size] = 1.0
+        for space, arcs, factor in self._arcs:
+            given = energy[arcs.parent]
+            given = given if factor is None else given * factor
+            energy.index_add_(0, arcs.child + space.first, given)
+        return energy
+
+    def reading(self, in_energy: Sequence[Tensor], arriving: Tensor) -> tuple[Tensor, Tensor]:
+        """B for the squared norms of every role's inputs, each [I]; and which channels are read."""
+        energy = torch.zeros(self.channels.size, dtype=torch.float64)
+        read = torch.zeros(self.channels.size, dtype=torch.bool)
+        for role, given in zip(self.topology.roles, in_energy, strict=True):
+            index, labels = role.inputs
+            energy.index_add_(0, labels, given[index])
+            read[labels] = True
+        for left, right in self.topology.couplings:
+            for mine, other in ((left, right), (right, left)):
+                energy.index_add_(0, mine, arriving[other])
+                read[mine] = True
+        for labels, _ in self.topology.ends:
+            energy[labels] += 1.0
+            read[labels] = True
+        for space, arcs, factor in reversed(self._arcs):
+            given = energy[arcs.child + space.first]
+            energy.index_add_(0, arcs.parent, given if factor is None else given * factor)
+            read[arcs.parent] |= read[arcs.child + space.first]
+        return energy, read
+
+    def factors(
+        self, in_energy: Sequence[Tensor], out_energy: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(in_norm [I], out_norm [O]) of every role, float64."""
+        arriving = self.arriving(out_energy)
+        reading, read = self.reading(in_energy, arriving)
+        result = []
+        for role in self.topology.roles:
+            index, labels = role.inputs
+            into = torch.zeros(role.part.channels[0], dtype=torch.float64)
+            into.index_add_(0, index, arriving[labels])
+            fed = torch.zeros(into.shape, dtype=torch.bool)
+            fed[index] = True
+            into[~fed] = 1.0  # by a constant
+            own = slice(role.out.first, role.out.first + role.out.size)
+            out = reading[own] if bool(read[own].any()) else torch.ones_like(reading[own])
+            result.append((into.sqrt(), out.sqrt()))
+        return result

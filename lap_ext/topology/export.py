@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""A model as a graph of ATen operations, by torch.export on fake tensors: nothing is computed.
+
+The model is exported as it is in evaluation mode (dropout off, batch norm with its running
+statistics) and is left as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from lap_ext.topology.error import TopologyError
+
+_WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
+_MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squeeze", "expand",
+          "narrow", "split", "chunk", "unbind", "t", "detach", "alias"}  # fmt: skip
+
+
+def export(
+    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None
+) -> ExportedProgram:
+    """The graph of model(*example_inputs, **kwargs) in evaluation mode.
+
+    A model that takes use_cache (transformers' language models) gets use_cache=False: a cache is
+    no output that a layer should be kept for.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"trace: expected model to be a torch.nn.Module, got {type(model).__name__}."
+        )
+    args = arguments(example_inputs)
+    named = dict(kwargs or {})
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        named.setdefault("use_cache", False)
+    with _quiet(model):
+        try:
+            program = torch.export.export(model, args, named, strict=False)
+            if _writes_into_views(program):
+                program = program.run_decompositions({})
+        except Exception as error:
+            raise TopologyError(
+                "trace: expected a model that torch.export can follow with these example_inputs, "
+                f"got {type(error).__name__}: {_first_line(error)} Pass inputs that the model "
+                "accepts (kwargs= for named ones); wrap a model that returns something else than "
+                "tensors, or whose path depends on the values of its inputs."
+            ) from error
+    return program
+
+
+def arguments(example_inputs: Any) -> tuple[Any, ...]:
+    """Positional arguments: a tensor alone is one."""
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs)
+    return () if example_inputs is None else (example_inputs,)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, also under the second names of those that are shared."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first one of the same parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(p), name)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:
+    """(kind, name, constant) of each input of the graph, in order.
+
+    kind: "parameter", "buffer", "constant" or "input".
+    """
+    found: list[tuple[str, str, Any]] = []
+    for spec in program.graph_signature.input_specs:
+        target = spec.target or ""
+        if spec.kind is InputKind.PARAMETER:
+            found.append(("parameter", target, None))
+        elif spec.kind is InputKind.BUFFER:
+            found.append(("buffer", target, None))
+        elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ):
+            found.append(("constant", target, program.constants.get(target)))
+        else:
+            found.append(("input", getattr(spec.arg, "name", target), None))
+    return found
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no fused attention module, no warnings of the export; all undone after."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for module in modes:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _writes_into_views(program: ExportedProgram) -> bool:
+    """Whether a part of a tensor is written in place: the graph must then be made functional."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        name = schema.name.rpartition("::")[2]
+        source = node.args[0] if node.args else None
+        inner = getattr(getattr(source, "target", None), "_schema", None)
+        moved = inner is not None and inner.name.rpartition("::")[2] in _MOVES
+        if name in _WRITES or moved:
+            return True
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:300]
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""The result of a trace: layers, their roles, and the channels between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lap_ext.topology import edges, render
+from lap_ext.topology.channels import Channels
+from lap_ext.topology.edges import Edge
+from lap_ext.topology.export import named_tensors
+from lap_ext.topology.roles import Role
+from lap_ext.topology.tracer import Tracer, layer_name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of the model and its roles in the network.
+
+    name: the parameter's name without ".weight"; parameter: its full name. kind: linear, conv2d,
+    conv_transpose2d, embedding, lstm, ... of its first role.
+    """
+
+    name: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    roles: tuple[Role, ...]
+    topology: Topology = field(repr=False, compare=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the model has it now."""
+        return self.topology.model.get_parameter(self.parameter)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a grouped or depthwise convolution, experts of a batched weight."""
+        return self.roles[0].part.groups
+
+    @property
+    def prev(self) -> list[Edge]:
+        """What feeds it: one edge per producer and role."""
+        return [edge for role in self.roles for edge in edges.producers(self.topology, role)]
+
+    @property
+    def next(self) -> list[Edge]:
+        """What reads it: one edge per consumer and role."""
+        return [edge for role in self.roles for edge in edges.consumers(self.topology, role)]
+
+
+class Topology:
+    """Who feeds whom in a model, channel by channel. Made by `trace`; print it for a table.
+
+    Attributes:
+        layers: name -> Layer, in the order in which the network uses them.
+        model: the model that was traced.
+        channels, roles, couplings, ends: the graph of channels (see channels.py).
+        neighbors: what the user has said of the neighbors of some layers.
+        skipped: places of the spaces behind operations that the user's neighbors bridge.
+        others: parameters of two dimensions or more that are no layer (a position embedding that is
+            added, a class token, a table of biases): they are never pruned.
+        stops: operations at which the trace stopped, in words; empty unless unknown="stop".
+    """
+
+    def __init__(self, model: nn.Module, tracer: Tracer, neighbors: Mapping[str, Any]) -> None:
+        self.model = model
+        self.channels: Channels = tracer.channels
+        self.roles = tracer.roles
+        self.couplings = tracer.couplings
+        self.ends = tracer.ends
+        self.stops = list(tracer.stops)
+        self.skipped = tracer.skipped
+        self.neighbors = dict(neighbors)
+        self.layers: dict[str, Layer] = {}
+        by_name: dict[str, list[Role]] = {}
+        for role in self.roles:
+            by_name.setdefault(role.layer, []).append(role)
+        for name, roles in by_name.items():
+            shape = tuple(tracer.tensors[roles[0].parameter].shape)
+            first = roles[0]
+            self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
+        known = {layer.parameter for layer in self.layers.values()}
+        self.others = [
+            name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
+        ]
+        self.links = edges.Links(self)
+        for role in self.roles:
+            role.norm = self.links.only_norm(role)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers as they are now."""
+        return named_tensors(self.model)
+
+    def __str__(self) -> str:
+        return render.table(self)
+
+    def __repr__(self) -> str:
+        return f"Topology({len(self.layers)} layers, {self.channels.size - 1} channels)"
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz's language: layers as nodes, one arrow per producer and consumer."""
+        return render.dot(self)
+
+
+__all__ = ["Layer", "Topology", "layer_name"]

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""Element-wise operations: activations, sums, gates, and multiplications by weights and numbers.
+
+f(x)             the same channels, factor 1 (activations, casts, dropout)
+a + b, a * b     a new channel with both as parents: squares add (a product is linearized with
+both operands at 1: d(a b) = da + db)
+x + f(x)         the same channel: an activation written out
+x / norm(x)      the same channel: a statistic over the very channels it normalizes is no parent
+x * weight       a channel scaled by a parameter (layer scale, the weight of a norm)
+x * number       a channel scaled by a number
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lap_ext.topology import labels as lab
+from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.channels import Arcs
+from lap_ext.topology.mixing import mixed
+from lap_ext.topology.static import Scale
+from lap_ext.topology.value import Value, merged, plain
+
+if TYPE_CHECKING:
+    from lap_ext.topology.tracer import Tracer
+
+
+@rule(
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "prelu", "rrelu",
+    "_prelu_kernel", "rrelu_with_noise",
+    "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink",
+    "threshold", "softplus", "softsign", "log_sigmoid", "log_softmax", "_log_softmax", "exp", "expm1",
+    "log", "log1p", "log2", "sqrt", "rsqrt", "neg", "abs", "sin", "cos", "atan", "erf", "square",
+    "reciprocal", "sign", "clamp", "clamp_min", "clamp_max", "clip", "dropout", "feature_dropout",
+    "alpha_dropout", "native_dropout", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "nan_to_num", "round", "floor", "ceil", "trunc", "masked_fill", "tril", "triu", "logit",
+    "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "detach_", "alias", "lift_fresh",
+    "lift_fresh_copy", "float", "double", "half", "bfloat16", "cpu", "cuda", "requires_grad",
+    "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "real", "positive",
+)  # fmt: skip
+def _unary(t: Tracer, call: Call) -> Result:
+    x = call.values[0]
+    if not x.has_channels:
+        return plain(call.shape)
+    if call.name == "cumsum" and x.labels.shape[call["dim"]] > 1:
+        return x.passed(
+            call.name,
+            call.shape,
+            mixed(t.channels, call.name, x.labels, [call["dim"] % len(x.shape)]),
+        )
+    result = x.passed(call.name, call.shape, x.labels)
+    return [result, plain(call.shape)] if call.name == "native_dropout" else result
+
+
+@rule("pow")
+def _pow(t: Tracer, call: Call) -> Result:
+    found = [x for x in call.values if x.has_channels]
+    return found[0].passed("pow", call.shape, found[0].labels) if found else plain(call.shape)
+
+
+@rule(
+    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor",
+    "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "isfinite", "isin", "any", "all",
+    "nonzero", "searchsorted",
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_full", "new_empty", "new_tensor", "bernoulli", "sum_to_size", "floor_divide",
+    "remainder", "fmod", "bincount", "numel", "_local_scalar_dense",
+)  # fmt: skip
+def _no_channels(t: Tracer, call: Call) -> Result:
+    return plain(call.shape)
+
+
+@rule("argmax", "argmin", "argsort", "one_hot", "histc", "bucketize", "item", "multinomial")
+def _choice(t: Tracer, call: Call) -> Result:
+    """A decision: channels end in it as in an output."""
+    for x in call.values:
+        t.end(x, call.name)
+    return plain(call.shape)
+
+
+@rule("add", "sub", "rsub", "maximum", "minimum", "max_other", "logaddexp", "lerp", "fmax", "fmin",
+      "__add__", "atan2", "hypot", "copysign", "addcmul", "addcdiv")  # fmt: skip
+def _sum(t: Tracer, call: Call) -> Result:
+    values = call.values
+    alpha = call.get("alpha", 1)
+    if alpha not in (1, None) and len(values) > 1:
+        values = [values[0], _by_number(t, call, values[1], float(alpha))]
+    return joined(t, call, values)
+
+
+@rule("where")
+def _where(t: Tracer, call: Call) -> Result:
+    return joined(t, call, call.values[1:]) if len(call.values) > 1 else t.unknown(call)
+
+
+@rule("index_add", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce",
+      "index_copy", "masked_scatter", "index_fill", "put", "copy")  # fmt: skip
+def _write(t: Tracer, call: Call) -> Result:
+    """Rows written somewhere into a tensor: both are parents where the places don't matter."""
+    x = call.values[0]
+    source = call.get("source", call.get("src", call.get("values", call.get("value"))))
+    if not isinstance(source, Value) or not source.has_channels:
+        return x.passed(call.name, call.shape, x.labels) if x.has_channels else plain(call.shape)
+    labels = source.labels
+    dims = [call["dim"] % len(x.shape)] if call.get("dim") is not None else []
+    if call.name in {"index_put", "_index_put_impl"}:
+        lead = len(call["indices"])
+        kept = len(x.shape) - lead
+        fixed = labels.dim() - kept
+        if any(n > 1 for n in labels.shape[:fixed]):
+            return t.unknown(call)
+        labels = labels.reshape([1] * lead + list(labels.shape[fixed:]))
+    elif dims and labels.shape[dims[0]] > 1:
+        labels = mixed(t.channels, call.name, labels, dims)
+    return joined(t, call, [x, Value(x.shape, labels, trail=source.trail)])
+
+
+@rule("mul", "div", "true_divide", "multiply", "divide")
+def _product(t: Tracer, call: Call) -> Result:
+    values = call.values
+    with_channels = [x for x in values if x.has_channels]
+    if not with_channels:
+        return plain(call.shape)
+    numbers = [x for x in call.arguments.values() if isinstance(x, (int, float))]
+    inverse = call.name in {"div", "true_divide", "divide"}
+    if len(values) == 1:
+        factor = float(numbers[0]) if numbers else 1.0
+        if inverse and values[0] is call.get("self"):
+            factor = 1.0 / factor if factor else 1.0
+        return _by_number(t, call, values[0], factor)
+    if len(with_channels) == 2:
+        return joined(t, call, values)
+    (x,) = with_channels
+    other = values[1] if values[0] is x else values[0]
+    if other.static is None or (inverse and other is values[0]):
+        return x.passed(call.name, call.shape, lab.broadcast(x.labels, len(call.shape)))
+    return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
+
+
+def _by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
+    """Channels times a number."""
+    if not x.has_channels:
+        return plain(call.shape)
+    if abs(factor) in (1.0, 0.0) or not math.isfinite(factor):
+        return x.passed(call.name, call.shape, x.labels)
+    parents, inverse = torch.unique(x.labels, return_inverse=True)
+    arcs = Arcs(
+        torch.arange(parents.numel()),
+        parents,
+        x.trail,
+        Scale("number", number=factor),
+        torch.zeros_like(parents),
+    )
+    live = parents != 0
+    space = t.channels.add(
+        parents.numel(), "number", f"{call.name} {factor:g}", [_where_live(arcs, live)],
+        t.channels.root(parents),
+    )  # fmt: skip
+    made = torch.where(live, space.labels, 0)[inverse]
+    return Value(call.shape, lab.broadcast(made, len(call.shape)))
+
+
+def _where_live(arcs: Arcs, live: Tensor) -> Arcs:
+    entry = None if arcs.entry is None else arcs.entry[live]
+    weight = None if arcs.weight is None else arcs.weight[live]
+    return Arcs(arcs.child[live], arcs.parent[live], arcs.trail, arcs.scale, entry, weight)
+
+
+def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Value:
+    """Channels times a static tensor: per channel exactly; by position its mean square.
+
+    A constant (no parameter in it) that changes with the position counts as 1: a rotary embedding's
+    cosines, a mask.
+    """
+    rank = len(call.shape)
+    labels = lab.broadcast(x.labels, rank)
+    sizes = torch.Size(factor.shape)
+    entries = lab.broadcast(torch.arange(sizes.numel()).reshape(sizes), rank)
+    steady = [dim for dim in range(rank) if labels.shape[dim] == 1 < entries.shape[dim]]
+    if bool(t.channels.of_kind(labels, "input").any()):
+        steady = []  # all that the input has is one label, but each entry is a channel of its own
+    first = entries
+    for dim in steady:
+        first = first.narrow(dim, 0, 1)
+    parents, _, place = lab.unique_pairs(labels, first)
+    n, live = parents.numel(), parents != 0
+    assert factor.static is not None
+    if steady and not factor.static.trainable:
+        arcs = Arcs(torch.arange(n), parents, x.trail)
+        space = t.channels.add(n, "position", call.name, [_where_live(arcs, live)])
+    else:
+        rows = _entries_of(entries, steady, place, n)  # [n, entries by position]
+        count = rows.shape[1]
+        child = torch.arange(n).repeat_interleave(count)
+        weight = torch.full([n * count], 1.0 / count, dtype=torch.float64) if count > 1 else None
+        arcs = Arcs(child, parents[child], x.trail, scale, rows.flatten(), weight)
+        kind = scale.kind if scale.kind == "batch_norm" else "scale"
+        space = t.channels.add(n, kind, call.name, [_where_live(arcs, live[child])])
+    return Value(call.shape, torch.where(live, space.labels, 0)[place])
+
+
+def _entries_of(entries: Tensor, steady: list[int], place: Tensor, n: int) -> Tensor:
+    """The entries that meet each of n children, [n, entries along the steady dimensions]."""
+    sizes = [entries.shape[d] if d in steady else m for d, m in enumerate(place.shape)]
+    ends = list(range(entries.dim() - len(steady), entries.dim()))
+    rows = entries.expand(sizes).movedim(steady, ends).reshape(place.numel(), -1)
+    found = torch.zeros(n, dtype=torch.int64)
+    found[place.flatten()] = torch.arange(place.numel())  # any element of the child will do
+    return rows[found]
+
+
+def joined(
+    t: Tracer, call: Call, values: list[Value], shape: tuple[int, ...] | None = None
+) -> Value:
+    """Element by element, the channels of all values; shape: if it is not the call's."""
+    shape = call.shape if shape is None else shape
+    result: Value | None = None
+    for x in values:
+        if not x.has_channels:
+            continue
+        wide = x.passed(call.name, shape, lab.broadcast(x.labels, len(shape)))
+        result = wide if result is None else _join(t, call, result, wide)
+    return result or plain(shape)
+
+
+def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
+    left, right, place = lab.unique_pairs(a.labels, b.labels)
+    channels = t.channels
+    root_a, root_b = channels.root(left), channels.root(right)
+    same = root_a == root_b
+    nothing_a = (left == 0) | channels.of_kind(left, "zero")
+    nothing_b = (right == 0) | channels.of_kind(right, "zero")
+    only_a = nothing_b | channels.is_parent(left, root_b)
+    only_b = nothing_a | channels.is_parent(right, root_a)
+    made = torch.where(only_a, left, torch.where(only_b, right, torch.where(same, root_a, -1)))
+    new = made == -1
+    trail = merged(a.trail, b.trail)
+    if bool(new.any()):
+        n = int(new.sum())
+        half = _rotary(t, left[new], right[new])
+        arcs = [Arcs(torch.arange(n), side[new], x.trail, weight=half)
+                for side, x in ((left, a), (right, b))]  # fmt: skip
+        space = channels.add(n, "join", call.name, arcs)
+        made[new] = space.labels
+        trail = ()
+    return Value(a.shape, lab.compressed(made[place]), trail=trail)
+
+
+def _rotary(t: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
+    """Weights 1/2 where both operands are channels times constants that change with the position.
+
+    That is a rotation of a pair: cos^2 and sin^2 are 1/2 on average.
+    """
+    turned = t.channels.of_kind(a, "position") & t.channels.of_kind(b, "position")
+    return torch.where(turned, 0.5, 1.0).double() if bool(turned.any()) else None
+
+
+@rule("glu")
+def _glu(t: Tracer, call: Call) -> Result:
+    x = call.values[0]
+    halves = x.labels.expand(x.shape).chunk(2, call["dim"])
+    parts = [Value(call.shape, lab.compressed(half), trail=x.trail) for half in halves]
+    return joined(t, call, parts)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""A topology for people: a table of layers with their neighbors, and a graph for Graphviz."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lap_ext.topology.edges import Edge
+    from lap_ext.topology.graph import Topology
+
+_MOST = 4  # neighbors shown in a row
+
+
+def table(topology: Topology) -> str:
+    """One row a layer: name, kind, shape, what feeds it, what reads it."""
+    rows = [("layer", "kind", "shape", "fed by", "read by")]
+    for layer in topology.layers.values():
+        shape = "x".join(map(str, layer.shape))
+        rows.append((layer.name, layer.kind, shape, _list(layer.prev), _list(layer.next)))
+    lines = [columns(rows)]
+    if topology.others:
+        lines.append(f"no layers, never pruned: {', '.join(topology.others)}")
+    return "\n".join([*lines, *(f"stopped at: {text}" for text in topology.stops)])
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows in aligned columns, the first one as the head; right: columns of numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _list(edges: list[Edge]) -> str:
+    parts = []
+    for edge in edges:
+        map_ = "" if edge.channel_map in ("same", "all") else f" ({edge.channel_map})"
+        mark = {"coupled": "x ", "layer": ""}.get(edge.kind, "")
+        parts.append(f"{mark}{edge.name}{map_}")
+    parts = list(dict.fromkeys(parts))
+    more = f", and {len(parts) - _MOST} more" if len(parts) > _MOST else ""
+    return ", ".join(parts[:_MOST]) + more
+
+
+def dot(topology: Topology) -> str:
+    """The graph: an arrow from every producer to every consumer, labeled with the channel map."""
+    lines = ["digraph topology {", "  rankdir=LR; node [shape=box, fontname=Helvetica];"]
+    names = {name: f"n{place}" for place, name in enumerate(topology.layers)}
+    for name, layer in topology.layers.items():
+        shape = "x".join(map(str, layer.shape))
+        lines.append(f'  {names[name]} [label="{_escaped(name)}\\n{layer.kind} {shape}"];')
+    outside: dict[str, str] = {}
+    for name, layer in topology.layers.items():
+        for edge in layer.prev:
+            if edge.kind != "layer" and edge.name not in outside:
+                outside[edge.name] = f"o{len(outside)}"
+            source = names.get(edge.name) if edge.kind == "layer" else outside[edge.name]
+            lines.append(f'  {source} -> {names[name]} [label="{_escaped(edge.channel_map)}"];')
+        for edge in layer.next:
+            if edge.kind == "coupled":
+                lines.append(f"  {names[name]} -> {names[edge.name]} [style=dotted, dir=none];")
+            elif edge.kind != "layer":
+                target = outside.setdefault(edge.name, f"o{len(outside)}")
+                lines.append(f"  {names[name]} -> {target};")
+    lines += [f'  {node} [label="{_escaped(name)}", shape=ellipse];'
+              for name, node in outside.items()]  # fmt: skip
+    return "\n".join([*lines, "}"])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')

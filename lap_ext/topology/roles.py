@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""A role: one use of a weight in the network, and the part of the parameter it uses.
+
+    out[o] = sum over i of w[o, i] x[i]
+
+A layer has one role for each use: two for a weight tied between an embedding and a head, one a call
+for a module called twice, one a projection for a packed weight that is used in parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from lap_ext.topology.channels import Space, Trail
+from lap_ext.topology.value import WeightView
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter seen as a matrix of channels, [rows, cols, *window], and the block that is used.
+
+    Rows are outputs and columns inputs; transposed: the other way round. With groups, row r meets
+    the columns of its group only: column c of group g is channel g * cols + c.
+    """
+
+    shape: tuple[int, ...]  # [rows, cols, *window], a reshape of the parameter
+    groups: int = 1
+    transposed: bool = False
+    rows: tuple[int, int] | None = None  # first and end; None: all
+    cols: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the parameter is used."""
+        return self.rows is None and self.cols is None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The block of a parameter, [rows, cols, *window]: a view where strides allow."""
+        matrix = weight.reshape(self.shape)
+        if self.rows is not None:
+            matrix = matrix[self.rows[0] : self.rows[1]]
+        if self.cols is not None:
+            matrix = matrix[:, self.cols[0] : self.cols[1]]
+        return matrix
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The shape of the block."""
+        rows = self.rows or (0, self.shape[0])
+        cols = self.cols or (0, self.shape[1])
+        return (rows[1] - rows[0], cols[1] - cols[0], *self.shape[2:])
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """(input channels, output channels) of the block."""
+        rows, cols = self.block[0], self.block[1] * self.groups
+        return (rows, cols) if self.transposed else (cols, rows)
+
+
+@dataclass
+class Role:
+    """One use of a layer's weight."""
+
+    layer: str
+    parameter: str
+    kind: str
+    part: Part
+    node: fx.Node
+    inputs: tuple[Tensor, Tensor]  # (input channel, label) pairs that occur
+    out: Space
+    trail: Trail = ()  # operations just before it
+    norm: Space | None = field(default=None)  # the batch norm that alone follows it
+    # Where statistics of activations look: x is the input, in the order of the tensors among the
+    # node's arguments (-1: inside a fused layer). Channels lie along in_dims of x and out_dims of
+    # the result, group first; a dimension less than the part has groups: all groups read alike.
+    x: int = -1
+    in_dims: tuple[int, ...] = ()
+    out_dims: tuple[int, ...] = ()
+
+
+def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:
+    """The part of a parameter of shape full that a matrix view [A, B] shows; None if not a block.
+
+    A is the output dimension (the input's when transposed): rows of the parameter, or its columns
+    where the view is a transpose.
+    """
+    (a, b), (stride_a, stride_b) = view.meta.shape, view.meta.stride()
+    offset = int(view.meta.storage_offset())
+    if len(full) < 2:
+        return None
+    lead, inner = full[:-1], full[-1]
+    candidates = [(torch.Size(lead).numel(), inner)]
+    if len(full) > 2:
+        candidates.append((full[0], torch.Size(full[1:]).numel()))
+    for rows, cols in candidates:
+        for flipped in (False, True):
+            row_n, col_n = (b, a) if flipped else (a, b)
+            row_stride, col_stride = (stride_b, stride_a) if flipped else (stride_a, stride_b)
+            steps = (row_stride == cols or row_n == 1) and (col_stride == 1 or col_n == 1)
+            top, left = divmod(offset, cols)
+            if steps and top + row_n <= rows and left + col_n <= cols:
+                return Part(
+                    (rows, cols),
+                    1,
+                    transposed != flipped,
+                    None if row_n == rows else (top, top + row_n),
+                    None if col_n == cols else (left, left + col_n),
+                )
+    return None

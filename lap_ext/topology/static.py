@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Values that depend on parameters, buffers and constants alone, kept as expressions.
+
+A scale on an edge (the weight of a norm, a layer scale, 1 + w, exp(w)) is such an expression: it is
+computed when scores are, from the model's weights of that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Static:
+    """A parameter or buffer (name), a constant (tensor), or an operation on such values.
+
+    trainable: a parameter is among its sources.
+    """
+
+    trainable: bool = False
+    name: str | None = None
+    tensor: Tensor | None = None
+    target: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Any:
+        """The value now.
+
+        Args:
+            tensors: the model's parameters and buffers by name.
+            known: values already computed in this pass, by id.
+        """
+        if id(self) not in known:
+            known[id(self)] = self._compute(tensors, known)
+        return known[id(self)]
+
+    def _compute(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Any:
+        if self.name is not None:
+            return tensors[self.name].detach()
+        if self.target is None:
+            return self.tensor
+
+        def resolve(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [resolve(item) for item in x]
+            return x.value(tensors, known) if isinstance(x, Static) else x
+
+        with torch.no_grad():
+            return self.target(*map(resolve, self.args), **{k: resolve(v) for k, v in self.kwargs})
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """A factor on an edge, one entry per channel it was applied to.
+
+    kind "batch_norm": gamma / sqrt(running_var + eps), sources (gamma or None, running_var).
+    kind "parameter": the source itself; inverse: 1 / source. kind "number": a constant factor.
+    """
+
+    kind: str
+    sources: tuple[Static | None, ...] = ()
+    eps: float = 0.0
+    inverse: bool = False
+    number: float = 1.0
+
+    def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Tensor:
+        """All entries now, float64 on the CPU, flat."""
+        if self.kind == "number":
+            return torch.tensor([self.number], dtype=torch.float64)
+        found = [
+            None if x is None else x.value(tensors, known).to("cpu", torch.float64).flatten()
+            for x in self.sources
+        ]
+        if self.kind == "batch_norm":
+            gamma, variance = found
+            assert variance is not None
+            deviation = (variance + self.eps).sqrt()
+            return 1.0 / deviation if gamma is None else gamma / deviation
+        (factor,) = found
+        assert factor is not None
+        return 1.0 / factor if self.inverse else factor
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters and buffers it is computed from."""
+        return [name for x in self.sources if x is not None for name in _names(x)]
+
+
+def _names(x: Any) -> list[str]:
+    if isinstance(x, Static):
+        own = [x.name] if x.name else []
+        return own + [name for arg in x.args for name in _names(arg)]
+    if isinstance(x, (list, tuple)):
+        return [name for item in x for name in _names(item)]
+    return []
