@@ -63,8 +63,8 @@ class Channels:
     def __init__(self) -> None:
         self.size = 1  # label 0 is no channel
         self.spaces: list[Space] = []
-        self._roots = [torch.zeros(1, dtype=torch.int64)]
-        self._starts = torch.zeros(0, dtype=torch.int64)
+        self._roots = torch.zeros(1024, dtype=torch.int64)  # of each label; doubled when full
+        self._places = torch.full((1024,), -1, dtype=torch.int64)
         self._members: dict[int, Tensor] = {}  # place of a "reduce" space -> keys of its arcs
 
     def add(
@@ -77,9 +77,14 @@ class Channels:
     ) -> Space:
         """A new space; roots: the channels that these are multiples of by a number."""
         space = Space(self.size, size, kind, name, arcs or [])
+        end = self.size + size
+        while end > self._roots.numel():
+            self._roots = torch.cat([self._roots, torch.zeros_like(self._roots)])
+            self._places = torch.cat([self._places, torch.full_like(self._places, -1)])
+        self._roots[self.size : end] = space.labels if roots is None else roots
+        self._places[self.size : end] = len(self.spaces)
         self.spaces.append(space)
-        self._roots.append(space.labels if roots is None else roots)
-        self.size += size
+        self.size = end
         return space
 
     def zero(self) -> int:
@@ -91,20 +96,20 @@ class Channels:
 
     def root(self, labels: Tensor) -> Tensor:
         """The channel that each one is a multiple of by a number: itself for most."""
-        if len(self._roots) > 1:
-            self._roots = [torch.cat(self._roots)]
-        return self._roots[0][labels]
+        return self._roots[labels]
 
     def place(self, labels: Tensor) -> Tensor:
         """The place in spaces of each label; -1 for label 0."""
-        if self._starts.numel() != len(self.spaces):
-            self._starts = torch.tensor([space.first for space in self.spaces], dtype=torch.int64)
-        return torch.searchsorted(self._starts, labels.contiguous(), right=True) - 1
+        return self._places[labels]
 
     def of_kind(self, labels: Tensor, *kinds: str) -> Tensor:
         """Whether each label was born in a space of one of these kinds."""
-        flags = torch.tensor([space.kind in kinds for space in self.spaces] + [False])
-        return flags[self.place(labels)]
+        places = self.place(labels)
+        result = torch.zeros(labels.shape, dtype=torch.bool)
+        for place in torch.unique(places).tolist():
+            if place >= 0 and self.spaces[place].kind in kinds:
+                result |= places == place
+        return result
 
     def is_parent(self, labels: Tensor, of: Tensor) -> Tensor:
         """Pair by pair, whether a label is among the parents of a channel of kind "reduce"."""

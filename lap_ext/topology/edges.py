@@ -126,8 +126,8 @@ def producers(topology: Topology, role: Role) -> list[Edge]:
     """The edges to what feeds a role."""
     index, labels = role.inputs
     known: dict[int, object] = {}
-    pending = list(_by_place(topology, _Walk(index, labels, torch.ones(index.shape).double(),
-                                             role.trail)))  # fmt: skip
+    start = _Walk(index, labels, torch.ones(index.shape).double(), role.trail)
+    pending = list(_by_place(topology, start))
     found = []
     while pending:
         place = max(place for place, _ in pending)

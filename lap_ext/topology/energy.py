@@ -9,6 +9,9 @@
 
     in_norm[i] = sqrt(sum of F over the channels that feed i), out_norm[o] = sqrt(B[o])
 
+A position-independent weight may meet several channels, one at a time (behind an unflatten, in a
+mixer of tokens): all of them count, as the positions of a flatten do.
+
 A layer that nothing but constants feeds, or that nothing reads, counts as a first or last one: 1.
 A single channel that nothing reads counts 0. All in float64 on the CPU, added in a fixed order: the same bits always.
 """

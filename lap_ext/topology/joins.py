@@ -82,7 +82,7 @@ def _choice(t: Tracer, call: Call) -> Result:
     return plain(call.shape)
 
 
-@rule("add", "sub", "rsub", "maximum", "minimum", "max_other", "logaddexp", "lerp", "fmax", "fmin",
+@rule("add", "sub", "rsub", "maximum", "minimum", "logaddexp", "fmax", "fmin",
       "__add__", "atan2", "hypot", "copysign", "addcmul", "addcdiv")  # fmt: skip
 def _sum(t: Tracer, call: Call) -> Result:
     values = call.values
@@ -92,13 +92,31 @@ def _sum(t: Tracer, call: Call) -> Result:
     return joined(t, call, values)
 
 
+@rule("lerp")
+def _lerp(t: Tracer, call: Call) -> Result:
+    """A + weight * (b - a)."""
+    weight = call["weight"]
+    if isinstance(weight, Value):
+        return t.unknown(call)
+    a, b = call["self"], call["end"]
+    parts = [_by_number(t, call, a, 1.0 - weight), _by_number(t, call, b, float(weight))]
+    return joined(t, call, parts)
+
+
+@rule("copy")
+def _copy(t: Tracer, call: Call) -> Result:
+    """Written over: nothing is left of what was there."""
+    source = call["src"]
+    return source.passed(call.name, call.shape, lab.broadcast(source.labels, len(call.shape)))
+
+
 @rule("where")
 def _where(t: Tracer, call: Call) -> Result:
     return joined(t, call, call.values[1:]) if len(call.values) > 1 else t.unknown(call)
 
 
 @rule("index_add", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce",
-      "index_copy", "masked_scatter", "index_fill", "put", "copy")  # fmt: skip
+      "index_copy", "masked_scatter", "index_fill", "put")  # fmt: skip
 def _write(t: Tracer, call: Call) -> Result:
     """Rows written somewhere into a tensor: both are parents where the places don't matter."""
     x = call.values[0]
