@@ -100,7 +100,7 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-def _extra(call: Callable[[], object], device: torch.device) -> int:
+def extra(call: Callable[[], object], device: torch.device) -> int:
     """Runs the call once; its peak above what was in use before."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
@@ -140,9 +140,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with torch.no_grad():
         pruned, call = _prepared(args)
-        extra = _extra(call, torch.device(args.device))
+        beyond = extra(call, torch.device(args.device))
     masks = sum(x.numel() for x in pruned)
-    print(json.dumps({"w": nbytes(*pruned), "masks": masks, "extra": extra}))
+    print(json.dumps({"w": nbytes(*pruned), "masks": masks, "extra": beyond}))
 
 
 if __name__ == "__main__":

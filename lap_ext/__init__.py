@@ -28,11 +28,17 @@ if TYPE_CHECKING:
     from lap_ext.neighbors import IDENTITY as IDENTITY
     from lap_ext.neighbors import Neighbor as Neighbor
     from lap_ext.ops import info as info
+    from lap_ext.pruner import Pruner as Pruner
     from lap_ext.pruning import prune as prune
     from lap_ext.pruning import scores as scores
     from lap_ext.ranking import kth_largest as kth_largest
     from lap_ext.ranking import topk_mask as topk_mask
     from lap_ext.result import PruneResult as PruneResult
+    from lap_ext.schedule import cubic as cubic
+    from lap_ext.schedule import exponential as exponential
+    from lap_ext.schedule import iterative as iterative
+    from lap_ext.schedule import linear as linear
+    from lap_ext.schedule import one_shot as one_shot
     from lap_ext.topology import Topology as Topology
     from lap_ext.topology import TopologyError as TopologyError
     from lap_ext.topology import trace as trace
@@ -44,17 +50,23 @@ __all__ = [
     "Masks",
     "Neighbor",
     "PruneResult",
+    "Pruner",
     "Topology",
     "TopologyError",
     "__version__",
     "bn_scale",
+    "cubic",
     "er",
     "erk",
+    "exponential",
     "factors",
     "info",
+    "iterative",
     "kth_largest",
+    "linear",
     "mask",
     "mask_from_factors",
+    "one_shot",
     "paper",
     "prune",
     "prune_",
@@ -73,13 +85,19 @@ _HOME = {  # the others live in api.py
     "Masks": "masks",
     "Neighbor": "neighbors",
     "PruneResult": "result",
+    "Pruner": "pruner",
     "Topology": "topology",
     "TopologyError": "topology",
+    "cubic": "schedule",
     "er": "allocation",
     "erk": "allocation",
+    "exponential": "schedule",
     "info": "ops",
+    "iterative": "schedule",
     "kth_largest": "ranking",
+    "linear": "schedule",
     "mask_from_factors": "from_factors",
+    "one_shot": "schedule",
     "paper": "allocation",
     "prune": "pruning",
     "prune_from_factors_": "from_factors",

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -30,7 +31,7 @@ import lap_ext
 WIDTHS = (64, 500, 500, 500, 500, 10)
 RATIOS = (0.5, 0.5, 0.5, 0.5, 0.25)  # the paper's, per round
 ROUNDS = (3, 4, 5, 6, 7, 8, 9)
-METHODS = ("magnitude", "lookahead")
+METHODS = ("magnitude", "lookahead")  # as lap_ext.prune(criterion=...) takes them
 LEARNING_RATE = 1.2e-3
 BATCH = 60
 TRAIN_STEPS = 500
@@ -62,8 +63,8 @@ class Results:
 
     levels: list[Level]
     dense: list[float] = field(default_factory=list)  # one accuracy a seed
-    mask_seconds: float = 0.0  # spent in lap_ext, all masks together
-    masked_weights: int = 0
+    prune_seconds: float = 0.0  # spent in lap_ext.prune
+    pruned_weights: int = 0
 
 
 def load_digits() -> Digits:
@@ -86,11 +87,6 @@ def new_net(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def weights_of(net: nn.Module) -> list[Tensor]:
-    """The weights of the linear layers, in order, each [O, I]."""
-    return [layer.weight for layer in net.modules() if isinstance(layer, nn.Linear)]
-
-
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
     """Per cent of the test digits that are recognized."""
@@ -102,49 +98,26 @@ def train(
     digits: Digits,
     steps: int,
     seed: int,
-    masks: Sequence[Tensor] = (),
+    masks: lap_ext.Masks | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> None:
     """Trains for some steps with a fresh Adam; pruned weights (mask False) stay zero."""
     batches = torch.Generator().manual_seed(seed)
-    weights = weights_of(net)[: len(masks)]
     # fused: one pass over the parameters a step, about half the time of the default on a CPU
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
-    for _ in range(steps):
-        index = torch.randint(len(digits.x_train), (BATCH,), generator=batches)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(net(digits.x_train[index]), digits.y_train[index])
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for weight, mask in zip(weights, masks, strict=True):
-                weight.mul_(mask)
-        on_step()
+    with masks.keep(net, optimizer) if masks else nullcontext():
+        for _ in range(steps):
+            index = torch.randint(len(digits.x_train), (BATCH,), generator=batches)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(digits.x_train[index]), digits.y_train[index])
+            loss.backward()
+            optimizer.step()
+            on_step()
 
 
-def sparsities(rounds: int) -> list[float]:
-    """The fraction that each layer loses after some rounds of the paper's ratios."""
-    return [1 - (1 - ratio) ** rounds for ratio in RATIOS]
-
-
-def select(weights: Sequence[Tensor], rounds: int, method: str) -> list[Tensor]:
-    """The masks of all layers, each scored with the dense weights of its neighbors.
-
-    Magnitude is lookahead without neighbors: their factors are then 1.
-
-    Args:
-        weights: the linear layers' weights in order, each [O, I].
-        rounds: rounds of the paper's ratios.
-        method: 'magnitude' or 'lookahead'.
-
-    Returns:
-        One mask a layer, True where the weight is kept.
-    """
-    neighbors = [None, *weights, None] if method == "lookahead" else [None] * (len(weights) + 2)
-    return [
-        lap_ext.mask(neighbors[i], w, neighbors[i + 2], sparsity=sparsity)
-        for i, (w, sparsity) in enumerate(zip(weights, sparsities(rounds), strict=True))
-    ]
+def sparsities(rounds: int) -> dict[str, float]:
+    """The fraction that each layer loses after some rounds of the paper's ratios, by its name."""
+    return {f"{2 * i}": 1 - (1 - ratio) ** rounds for i, ratio in enumerate(RATIOS)}
 
 
 def total_steps(seeds: int, steps: int) -> int:
@@ -165,7 +138,9 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
         The accuracies.
     """
     sizes = [o * i for i, o in pairwise(WIDTHS)]
-    kept = [sum(n * (1 - s) for n, s in zip(sizes, sparsities(t), strict=True)) for t in ROUNDS]
+    kept = [
+        sum(n * (1 - s) for n, s in zip(sizes, sparsities(t).values(), strict=True)) for t in ROUNDS
+    ]
     results = Results([Level(100 * k / sum(sizes)) for k in kept])
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -173,20 +148,18 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
         at = f"seed {seed + 1} of {seeds}"
         train(net, digits, TRAIN_STEPS, seed, on_step=partial(on_step, f"{at}: dense"))
         results.dense.append(accuracy(net, digits))
+        topology = lap_ext.trace(net, digits.x_train[:1])
         dense = {name: value.clone() for name, value in net.state_dict().items()}
         for rounds, level in zip(ROUNDS, results.levels, strict=True):
             for method in METHODS:
                 net.load_state_dict(dense)
                 start = time.perf_counter()
-                masks = select(weights_of(net), rounds, method)
-                results.mask_seconds += time.perf_counter() - start
-                results.masked_weights += sum(sizes)
-                with torch.no_grad():
-                    for weight, mask in zip(weights_of(net), masks, strict=True):
-                        weight.mul_(mask)
+                pruned = lap_ext.prune(net, topology, sparsities(rounds), criterion=method)
+                results.prune_seconds += time.perf_counter() - start
+                results.pruned_weights += pruned.total
                 level.pruned[method].append(accuracy(net, digits))
                 text = f"{at}: {level.kept:.2f} % kept, {method}"
-                train(net, digits, steps, seed, masks, on_step=partial(on_step, text))
+                train(net, digits, steps, seed, pruned.masks, on_step=partial(on_step, text))
                 level.tuned[method].append(accuracy(net, digits))
     return results
 
@@ -239,8 +212,8 @@ def print_table(results: Results) -> None:
         f"points; lookahead is ahead at {sum(g > 0 for g in gains)} of {len(gains)} sparsities."
     )
     console.print(
-        f"lap_ext scored and selected {results.masked_weights:,} weights in "
-        f"{1e3 * results.mask_seconds:.0f} ms ({len(METHODS) * len(ROUNDS) * seeds} prunings)."
+        f"lap_ext.prune scored, selected and zeroed {results.pruned_weights:,} weights in "
+        f"{1e3 * results.prune_seconds:.0f} ms ({len(METHODS) * len(ROUNDS) * seeds} prunings)."
     )
 
 

@@ -9,7 +9,7 @@ may be there or not, in the mask's name and in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -21,8 +21,10 @@ from lap_ext import check
 
 _WRAPPED = ("module", "_orig_mod")  # what wrappers call the module inside
 _LISTED = 10  # of many problems, the first ones say it
+_MISSING = "the model has no such parameter"
 
-Modules: TypeAlias = tuple[dict[str, Module], dict[str, Module]]
+Modules: TypeAlias = dict[str, Module]
+Place: TypeAlias = tuple[Module, str, Tensor]  # owner, attribute of the owner, parameter
 
 
 class Target(NamedTuple):
@@ -42,51 +44,44 @@ def find(
 
     With write also that each can be changed in place, by a mask on its device.
     """
-    modules = _modules(function, model)
-    found: list[Target] = []
-    problems: list[str] = []
-    names: dict[int, str] = {}  # id of a parameter -> its mask
-    for name, mask in masks.items():
-        place = _place(modules, name, "")
-        if place is None:
-            problems.append(f"{name!r}: {_why_not(modules, name)}")
-            continue
-        weight = place[0]._parameters[place[1]]
-        assert weight is not None
-        target = Target(name, mask, *place, weight)
-        problem = _misfit(target, names.setdefault(id(weight), name), write)
-        if problem:
-            problems.append(f"{name!r}: {problem}")
-        found.append(target)
-    if problems:
-        without = _without_mask(model, found) if len(found) < len(masks) else []
-        raise ValueError(_listing(function, problems, without))
-    return found
+    return _find(function, model, masks, _place, _why_not, write)
 
 
 def find_pruned(
     function: str, model: Module, masks: Mapping[str, Tensor]
 ) -> list[tuple[Target, list[Target]]]:
     """As find, for a model pruned with torch.nn.utils.prune: each mask with all its owners."""
+    why_not = "not pruned with torch.nn.utils.prune"
+    found = _find(function, model, masks, _pruned_place, lambda *_: why_not, write=False)
+    return [(target, owners(model, target, "_orig")) for target in found]
+
+
+def _find(
+    function: str,
+    model: Module,
+    masks: Mapping[str, Tensor],
+    place_of: Callable[[Modules, str], Place | None],
+    why_not: Callable[[Modules, str], str],
+    write: bool,
+) -> list[Target]:
     modules = _modules(function, model)
     found: list[Target] = []
-    problems: list[str] = []
-    names: dict[int, str] = {}
+    problems: dict[str, str] = {}
+    names: dict[int, str] = {}  # id of a parameter -> its mask
     for name, mask in masks.items():
-        place = _pruned_place(modules, name)
+        place = place_of(modules, name)
         if place is None:
-            problems.append(f"{name!r}: not pruned with torch.nn.utils.prune")
+            problems[name] = why_not(modules, name)
             continue
-        weight = place[0]._parameters[f"{place[1]}_orig"]
-        assert weight is not None
-        target = Target(name, mask, *place, weight)
-        problem = _misfit(target, names.setdefault(id(weight), name), write=False)
+        target = Target(name, mask, *place)
+        problem = _misfit(target, names.setdefault(id(target.weight), name), write)
         if problem:
-            problems.append(f"{name!r}: {problem}")
+            problems[name] = problem
         found.append(target)
     if problems:
-        raise ValueError(_listing(function, problems, []))
-    return [(target, owners(model, target, "_orig")) for target in found]
+        without = _without_mask(model, found) if _MISSING in problems.values() else []
+        raise ValueError(_listing(function, problems, without))
+    return found
 
 
 def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
@@ -113,53 +108,54 @@ def is_plain(x: Tensor) -> bool:
 
 
 def _modules(function: str, model: Module) -> Modules:
-    """Modules by their path, and by their path without the wrappers' names (innermost wins)."""
+    """Every module by its path without the wrappers' names: there the module inside."""
     if not isinstance(model, Module):
         raise TypeError(
             f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}."
         )
-    full: dict[str, Module] = {}
-    short: dict[str, Module] = {}
+    found: Modules = {}
 
-    def visit(module: Module, path: str, plain: str) -> None:
-        full[path] = short[plain] = module
+    def visit(module: Module, path: str) -> None:
+        found[path] = module
         wrapper = len(module._modules) == 1 and not module._parameters
         for name, child in module._modules.items():
             if child is not None:
-                inside = plain if wrapper and name in _WRAPPED else _join(plain, name)
-                visit(child, _join(path, name), inside)
+                visit(child, path if wrapper and name in _WRAPPED else _join(path, name))
 
-    visit(model, "", "")
-    return full, short
+    visit(model, "")
+    return found
 
 
-def _place(modules: Modules, name: str, suffix: str) -> tuple[Module, str] | None:
-    """(owner, attribute) of the parameter with this layer name."""
-    for layer in dict.fromkeys((name, _unwrapped(name))):
+def _place(modules: Modules, name: str, suffix: str = "") -> Place | None:
+    """Where the parameter with this layer name is."""
+    for layer in _spellings(name):
         for parameter in (f"{layer}.weight{suffix}", f"{layer}{suffix}"):
             path, _, attribute = parameter.rpartition(".")
-            for table in modules:
-                owner = table.get(path)
-                if owner is not None and owner._parameters.get(attribute) is not None:
-                    return owner, attribute
+            owner = modules.get(path)
+            weight = None if owner is None else owner._parameters.get(attribute)
+            if owner is not None and weight is not None:
+                return owner, attribute, weight
     return None
 
 
-def _pruned_place(modules: Modules, name: str) -> tuple[Module, str] | None:
-    """(owner, attribute) of a parameter that torch.nn.utils.prune has renamed."""
+def _pruned_place(modules: Modules, name: str) -> Place | None:
+    """Where it is once torch.nn.utils.prune has renamed it; the attribute without "_orig"."""
     place = _place(modules, name, "_orig")
     if place is None:
         return None
-    owner, attribute = place[0], place[1].removesuffix("_orig")
-    return (owner, attribute) if f"{attribute}_mask" in owner._buffers else None
+    owner, attribute, weight = place
+    attribute = attribute.removesuffix("_orig")
+    return (owner, attribute, weight) if f"{attribute}_mask" in owner._buffers else None
 
 
-def _unwrapped(name: str) -> str:
-    """The name without what wrappers add."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while parts[:1] == ["module"]:
-        del parts[0]
-    return ".".join(parts)
+def _spellings(name: str) -> Iterable[str]:
+    """The name, then with less and less of what wrappers add: a user's module may be called so."""
+    parts = name.split(".")
+    kinds = [parts, [part for part in parts if part != "_orig_mod"]]
+    while kinds[-1][:1] == ["module"]:
+        kinds.append(kinds[-1][1:])
+    kinds.append([part for part in kinds[-1] if part != "module"])
+    return dict.fromkeys(".".join(kind) for kind in kinds)
 
 
 def _why_not(modules: Modules, name: str) -> str:
@@ -171,13 +167,12 @@ def _why_not(modules: Modules, name: str) -> str:
         )
     for layer in (f"{name}.weight", name):
         path, _, attribute = layer.rpartition(".")
-        for table in modules:
-            if isinstance(getattr(table.get(path), attribute, None), Tensor):
-                return (
-                    f"{layer} is no parameter but computed from others (a parametrization or "
-                    "weight norm) or a buffer. Undo that first"
-                )
-    return "the model has no such parameter"
+        if isinstance(getattr(modules.get(path), attribute, None), Tensor):
+            return (
+                f"{layer} is no parameter but computed from others (a parametrization or "
+                "weight norm) or a buffer. Undo that first"
+            )
+    return _MISSING
 
 
 def _misfit(target: Target, first: str, write: bool) -> str:
@@ -219,8 +214,8 @@ def _without_mask(model: Module, found: Iterable[Target]) -> list[str]:
     ]
 
 
-def _listing(function: str, problems: list[str], without: list[str]) -> str:
-    few = [f"\n  {problem}." for problem in problems[:_LISTED]]
+def _listing(function: str, problems: dict[str, str], without: list[str]) -> str:
+    few = [f"\n  {name!r}: {problem}." for name, problem in list(problems.items())[:_LISTED]]
     if len(problems) > _LISTED:
         few.append(f"\n  and {len(problems) - _LISTED} more.")
     text = f"{function}: expected masks that fit the model, got {len(problems)} that do not:"

@@ -37,10 +37,9 @@ class Masks(Mapping[str, Tensor]):
         ValueError: a mask is on the meta device.
 
     Example:
-        >>> import torch
-        >>> from lap_ext.masks import Masks
+        >>> import torch, lap_ext
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-        >>> masks = Masks({"0": model[0].weight > 0, "2": torch.tensor([[True, False]])})
+        >>> masks = lap_ext.Masks({"0": model[0].weight > 0, "2": torch.tensor([[True, False]])})
         >>> masks.apply(model)
         >>> bool(((model[0].weight != 0) == masks["0"]).all()), model[2].weight[0, 1].item()
         (True, 0.0)
@@ -51,7 +50,7 @@ class Masks(Mapping[str, Tensor]):
         ...         optimizer.step()
         >>> model[2].weight[0, 1].item()
         0.0
-        >>> Masks({"2": masks["2"]})
+        >>> lap_ext.Masks({"2": masks["2"]})
         Masks(1 layer, 1 of 2 weights kept, sparsity 0.5)
     """
 
@@ -111,9 +110,8 @@ class Masks(Mapping[str, Tensor]):
         """(kept, total) of each layer, exactly.
 
         Example:
-            >>> import torch
-            >>> from lap_ext.masks import Masks
-            >>> Masks({"fc": torch.tensor([[True, False, True]])}).counts()
+            >>> import torch, lap_ext
+            >>> lap_ext.Masks({"fc": torch.tensor([[True, False, True]])}).counts()
             {'fc': (2, 3)}
         """
         return {name: (int(m.count_nonzero()), m.numel()) for name, m in self.items()}
@@ -135,10 +133,9 @@ class Masks(Mapping[str, Tensor]):
                 not writable, all listed; nothing was changed.
 
         Example:
-            >>> import torch
-            >>> from lap_ext.masks import Masks
+            >>> import torch, lap_ext
             >>> layer = torch.nn.Linear(2, 1)
-            >>> Masks({"weight": torch.tensor([[False, True]])}).apply(layer)
+            >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(layer)
             >>> layer.weight[0, 0].item()
             0.0
         """
@@ -177,11 +174,10 @@ class Masks(Mapping[str, Tensor]):
             TypeError: not a torch optimizer; from optimizer.step: a gradient is sparse.
 
         Example:
-            >>> import torch
-            >>> from lap_ext.masks import Masks
+            >>> import torch, lap_ext
             >>> layer = torch.nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-            >>> handle = Masks({"weight": torch.tensor([[False, True]])}).keep(layer, optimizer)
+            >>> handle = lap_ext.Masks({"weight": torch.tensor([[False, True]])}).keep(layer, optimizer)
             >>> layer(torch.ones(2)).sum().backward()
             >>> optimizer.step()
             >>> layer.weight[0, 0].item()
@@ -209,12 +205,11 @@ class Masks(Mapping[str, Tensor]):
         stays until then. The same masks give the same bytes.
 
         Example:
-            >>> import tempfile, torch
-            >>> from lap_ext.masks import Masks
-            >>> masks = Masks({"fc": torch.tensor([[True, False, True]])})
+            >>> import tempfile, torch, lap_ext
+            >>> masks = lap_ext.Masks({"fc": torch.tensor([[True, False, True]])})
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     masks.save(f"{folder}/masks.safetensors")
-            ...     Masks.load(f"{folder}/masks.safetensors") == masks
+            ...     lap_ext.Masks.load(f"{folder}/masks.safetensors") == masks
             True
         """
         mask_file.save("Masks.save", path, self)
@@ -234,12 +229,11 @@ class Masks(Mapping[str, Tensor]):
             ModuleNotFoundError: safetensors is not installed.
 
         Example:
-            >>> import tempfile, torch
-            >>> from lap_ext.masks import Masks
+            >>> import tempfile, torch, lap_ext
             >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1))
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     Masks({"0": torch.tensor([[True, False, True]])}).save(f"{folder}/masks")
-            ...     Masks.load(f"{folder}/masks", model).apply(model)
+            ...     lap_ext.Masks({"0": torch.tensor([[True, False, True]])}).save(f"{folder}/masks")
+            ...     lap_ext.Masks.load(f"{folder}/masks", model).apply(model)
             >>> model[0].weight[0, 1].item()
             0.0
         """
@@ -264,10 +258,9 @@ class Masks(Mapping[str, Tensor]):
                 changed.
 
         Example:
-            >>> import torch
-            >>> from lap_ext.masks import Masks
+            >>> import torch, lap_ext
             >>> layer = torch.nn.Linear(2, 1)
-            >>> masks = Masks({"weight": torch.tensor([[False, True]])})
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
             >>> masks.to_torch_prune(layer)
             >>> torch.nn.utils.prune.is_pruned(layer), [name for name, _ in layer.named_parameters()]
             (True, ['weight_orig', 'bias'])
@@ -291,10 +284,9 @@ class Masks(Mapping[str, Tensor]):
                 all listed; nothing was changed.
 
         Example:
-            >>> import torch
-            >>> from lap_ext.masks import Masks
+            >>> import torch, lap_ext
             >>> layer = torch.nn.Linear(2, 1)
-            >>> masks = Masks({"weight": torch.tensor([[False, True]])})
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
             >>> masks.to_torch_prune(layer)
             >>> masks.remove(layer)
             >>> layer.weight[0, 0].item()

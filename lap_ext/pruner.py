@@ -44,8 +44,8 @@ class Pruner:
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
     What the optimizer does in between cannot move a pruned weight: gradients and moments of pruned
     weights are 0, as `Masks.keep` has it. With gradient accumulation, autocast, GradScaler and
-    torch.compile nothing else is needed. An average of the weights (AveragedModel) that began
-    before a pruning needs `pruner.masks.apply(average)` after it.
+    torch.compile nothing else is needed. After a pruning an average of the weights (AveragedModel)
+    that is older needs `pruner.masks.apply(average)`, and a captured CUDA graph a new capture.
 
     Args:
         model: as in `prune`; also what torch.compile, DataParallel or DistributedDataParallel made
@@ -186,10 +186,11 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was called; before or after the others' load_state_dict.
+        """Goes on where `state_dict` was called; the masks are applied to the model at once.
 
-        The run then equals one that was never interrupted, bit for bit, if its batches do. The
-        masks are applied to the model at once.
+        The run then equals one that was never interrupted, bit for bit, if its batches do. A
+        pruner that has pruned more since then is loaded before the optimizer, which would lose
+        the moments of weights that come back; a new one in any order.
 
         Raises:
             TypeError, ValueError: it is not such a state, or one of other layers; nothing was
@@ -354,11 +355,16 @@ def _unpacked(
 ) -> tuple[int, dict[str, Tensor]]:
     """(step, masks) of a state, if it fits these layers."""
     function = "Pruner.load_state_dict"
-    wanted = ("step", "masks", "layers")
-    if not isinstance(state, Mapping) or not all(name in state for name in wanted):
-        got = list(state)[:_LISTED] if isinstance(state, Mapping) else type(state).__name__
+    if not (
+        isinstance(state, Mapping)
+        and all(isinstance(state.get(name), Mapping) for name in ("masks", "layers"))
+    ):
+        got: object = type(state).__name__
+        if isinstance(state, Mapping):
+            got = {name: type(x).__name__ for name, x in list(state.items())[:_LISTED]}
         raise TypeError(
-            f"{function}: expected what Pruner.state_dict returned ({', '.join(wanted)}), got {got}."
+            f"{function}: expected what Pruner.state_dict returned (step, masks and layers), got "
+            f"{got}."
         )
     saved = {name: list(shape) for name, shape in state["layers"].items()}
     lines = [
@@ -373,11 +379,9 @@ def _unpacked(
             f"in {len(lines)}. Build the model as it was then."
             f"{''.join(lines[:_LISTED] + more)}"
         )
-    step, bits = state["step"], state["masks"]
+    step, bits = state.get("step"), state["masks"]
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"{function}: expected step to be a whole number >= 0, got {step!r}.")
-    if not isinstance(bits, Mapping):
-        raise TypeError(f"{function}: expected masks by layer name, got {type(bits).__name__}.")
     for name, packed in bits.items():
         if name not in layers or not _is_packed(packed, math.prod(layers[name])):
             plain = not isinstance(packed, Tensor)

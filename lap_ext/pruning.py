@@ -165,9 +165,14 @@ def prune(
     plan = _plan("prune", model, example_inputs, criterion, bn, data, kwargs, neighbors, unknown,
                  masks)  # fmt: skip
     layers = _chosen("prune", plan.topology, exclude)
-    keeps = allocation.of(sparsity).keeps({layer.name: layer.shape for layer in layers})
+    shapes = {layer.name: layer.shape for layer in layers}
+    given = allocation.of(sparsity)
+    keeps = given.keeps(shapes)
     layers = [layer for layer in layers if layer.name in keeps]
-    kept = _pruned(plan, layers, keeps, scope, normalize, order, rounds)
+    if scope == "global":
+        kept = _globally(plan, layers, allocation.total(given, shapes), normalize, rounds)
+    else:
+        kept = _by_layer(plan, layers, keeps, order, rounds)
     result = PruneResult(
         Masks(kept), [row_of(layer, kept[layer.name]) for layer in layers], plan.criterion.name
     )
@@ -242,50 +247,57 @@ def _chosen(function: str, topology: Topology, exclude: Sequence[str]) -> list[L
     ]
 
 
-def _pruned(
-    plan: _Plan,
-    layers: list[Layer],
-    keeps: Mapping[str, int],
-    scope: str,
-    normalize: str,
-    order: str,
-    rounds: int,
+def _globally(
+    plan: _Plan, layers: list[Layer], keep: int, normalize: str, rounds: int
 ) -> dict[str, Tensor]:
-    """The masks of all layers after all rounds."""
-    masks = {layer.name: plan.masks[layer.name] for layer in layers if layer.name in plan.masks}
-    left = {layer.name: int(masks[layer.name].count_nonzero()) if layer.name in masks
-            else layer.weight.numel() for layer in layers}  # fmt: skip
+    """The masks of one ranking over all layers, after all rounds."""
+    masks = _own_masks(plan, layers)
+    left = sum(_left(layer, masks) for layer in layers)
     for step in range(1, rounds + 1):
-        now = {name: n - max(n - keeps[name], 0) * step // rounds for name, n in left.items()}
-        if scope == "global":
-            masks = _globally(plan, layers, sum(now.values()), normalize, masks)
-        else:
-            masks = _by_layer(plan, layers, now, order, masks)
-        if step < rounds:
-            for name, mask in masks.items():
-                plan.network.set_mask(name, mask)
+        found = {}
+        for layer in layers:
+            raw = selection.layer_scores(plan.network, plan.criterion, layer)
+            found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
+        masks = selection.global_masks(found, _after(step, rounds, left, keep), masks)
+        _set_masks(plan, masks if step < rounds else {})
     return masks
 
 
-def _globally(
-    plan: _Plan, layers: list[Layer], keep: int, normalize: str, masks: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    found = {}
-    for layer in layers:
-        raw = selection.layer_scores(plan.network, plan.criterion, layer)
-        found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
-    return selection.global_masks(found, keep, masks)
-
-
 def _by_layer(
-    plan: _Plan, layers: list[Layer], keeps: Mapping[str, int], order: str, masks: dict[str, Tensor]
+    plan: _Plan, layers: list[Layer], keeps: Mapping[str, int], order: str, rounds: int
 ) -> dict[str, Tensor]:
-    result = {}
-    for layer in reversed(layers) if order == "backward" else layers:
-        name = layer.name
-        result[name] = selection.layer_mask(
-            plan.network, plan.criterion, layer, keeps[name], masks.get(name)
-        )
-        if order != "parallel":
-            plan.network.set_mask(name, result[name])
-    return {layer.name: result[layer.name] for layer in layers}
+    """The masks of layers that are ranked each by itself, after all rounds."""
+    masks = _own_masks(plan, layers)
+    left = {layer.name: _left(layer, masks) for layer in layers}
+    for step in range(1, rounds + 1):
+        for layer in reversed(layers) if order == "backward" else layers:
+            name = layer.name
+            keep = _after(step, rounds, left[name], keeps[name])
+            masks[name] = selection.layer_mask(
+                plan.network, plan.criterion, layer, keep, masks.get(name)
+            )
+            if order != "parallel":
+                plan.network.set_mask(name, masks[name])
+        if order == "parallel" and step < rounds:
+            _set_masks(plan, masks)
+    return {layer.name: masks[layer.name] for layer in layers}
+
+
+def _own_masks(plan: _Plan, layers: list[Layer]) -> dict[str, Tensor]:
+    return {layer.name: plan.masks[layer.name] for layer in layers if layer.name in plan.masks}
+
+
+def _left(layer: Layer, masks: Mapping[str, Tensor]) -> int:
+    """Weights of a layer that a mask leaves."""
+    mask = masks.get(layer.name)
+    return layer.weight.numel() if mask is None else int(mask.count_nonzero())
+
+
+def _after(step: int, rounds: int, left: int, keep: int) -> int:
+    """Weights to keep after a round: each removes the same number."""
+    return left - max(left - keep, 0) * step // rounds
+
+
+def _set_masks(plan: _Plan, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        plan.network.set_mask(name, mask)

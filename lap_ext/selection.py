@@ -2,7 +2,9 @@
 """From a criterion to scores and masks of layers.
 
 Where a layer has one role that uses all of its weight, its mask is fused: no score is stored. A
-weight with several roles (tied, shared, packed in parts) has score sqrt(sum over roles of s^2).
+weight with several roles (tied, shared, packed in parts) has score sqrt(sum over roles of s^2). A
+criterion without factors is element-wise: |w|, however often the weight is used.
+A criterion with rows keeps as many weights of every output channel.
 Normalizations of scores for one ranking over layers:
 
     norm    s / ||s||_2 of the layer
@@ -21,7 +23,7 @@ from lap_ext import from_factors, ranking
 from lap_ext.criteria import Criterion
 from lap_ext.network import Network
 from lap_ext.topology import Layer
-from lap_ext.topology.roles import Role
+from lap_ext.topology.roles import Part, Role
 
 NORMALIZATIONS = ("none", "norm", "lamp")
 
@@ -30,6 +32,8 @@ def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor
     """Scores of a layer's weights, the weight's shape, float32 (float64 for float64 weights)."""
     weight = criterion.weight(network, layer)
     roles = layer.roles
+    if not criterion.by_role:
+        return from_factors.score_from_factors(weight, None, None)
     if len(roles) == 1 and roles[0].part.whole:
         return _role_scores(network, criterion, roles[0], weight).reshape(weight.shape)
     total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
@@ -57,6 +61,11 @@ def layer_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Mask of the keep best weights of a layer among those that mask names."""
+    if criterion.rows:
+        return row_mask(layer_scores(network, criterion, layer), layer.roles[0].part, keep, mask)
+    if not criterion.by_role:
+        weight = criterion.weight(network, layer)
+        return from_factors.mask_from_factors(weight, None, None, keep=keep, mask=mask)
     if len(layer.roles) > 1 or not layer.roles[0].part.whole:
         return ranking.topk_mask(layer_scores(network, criterion, layer), keep, mask=mask)
     role = layer.roles[0]
@@ -73,6 +82,67 @@ def layer_mask(
         transposed=part.transposed,
     )
     return kept.reshape(weight.shape)
+
+
+def row_mask(scores: Tensor, part: Part, keep: int, mask: Tensor | None) -> Tensor:
+    """Mask of the best weights of every output channel, keep in all.
+
+    Every channel keeps as many, as far as it has them (mask names the ones that may be kept); of
+    those left over, the first channels that have more keep one more. Of equal scores of a channel
+    the lower flat index is kept.
+    """
+    rows = _rows(scores, part)  # [O, weights of one]
+    eligible = None if mask is None else _rows(mask, part)
+    n = rows.shape[1]
+    room = torch.full(rows.shape[:1], n) if eligible is None else eligible.sum(1).cpu()
+    counts = even_counts(room, keep)
+    if eligible is not None:
+        rows = rows.masked_fill(~eligible, -1.0)
+    order = rows.sort(dim=1, descending=True, stable=True).indices
+    first = torch.arange(n, device=rows.device) < counts.to(rows.device)[:, None]
+    kept = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device).scatter_(1, order, first)
+    return _from_rows(kept, part).reshape(scores.shape)
+
+
+def even_counts(room: Tensor, keep: int) -> Tensor:
+    """How many of each row to keep, int64 [rows]: the same number, at most its room; keep in all.
+
+    Of what is left over, the first rows with more room take one each.
+
+    Example:
+        >>> even_counts(torch.tensor([5, 1, 5]), 8)     # 3, 1, 3 and one left over
+        tensor([4, 1, 3])
+    """
+    low, high = 0, int(room.max()) if room.numel() else 0
+    while low < high:  # the largest level whose counts fit
+        level = (low + high + 1) // 2
+        if int(room.clamp(max=level).sum()) <= keep:
+            low = level
+        else:
+            high = level - 1
+    counts = room.clamp(max=low)
+    left = max(keep - int(counts.sum()), 0)
+    more = (room > low).nonzero().flatten()[:left]
+    counts[more] += 1
+    return counts
+
+
+def _rows(x: Tensor, part: Part) -> Tensor:
+    """A tensor of a weight's shape with one row an output channel, its weights in flat order."""
+    matrix = x.reshape(part.shape)
+    if not part.transposed:
+        return matrix.flatten(1)
+    groups, (into, out) = part.groups, part.shape[:2]
+    split = matrix.reshape(groups, into // groups, out, -1)  # group, input, output, window
+    return split.transpose(1, 2).reshape(groups * out, -1)
+
+
+def _from_rows(rows: Tensor, part: Part) -> Tensor:
+    """The way back from _rows; flat order as in the weight."""
+    if not part.transposed:
+        return rows
+    groups, (into, out) = part.groups, part.shape[:2]
+    return rows.reshape(groups, out, into // groups, -1).transpose(1, 2)
 
 
 def global_masks(

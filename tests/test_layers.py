@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, CSRC = ROOT / "lap_ext", ROOT / "csrc"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu", ".inc"})
 MAX_LINES = 400
 
@@ -30,11 +30,35 @@ ROOMS = {
 # Low to high. A module imports only from levels below its own (or, __init__, by name on demand).
 LEVELS = [
     {"check"},
-    {"neighbors", "select_reference", "native"},
-    {"reference"},
-    {"ops", "arrays"},
-    {"tensors"},
+    {"neighbors", "select_reference", "native", "mask_file"},
+    {"reference", "allocation", "schedule", "mask_targets"},
+    {"ops", "arrays", "mask_keep"},
+    {"tensors", "masks"},
     {"api", "from_factors", "ranking", "numpy"},
+    {"topology.error", "topology.labels", "topology.static", "topology.render"},
+    {"topology.channels", "topology.export"},
+    {"topology.mixing", "topology.value"},
+    {"topology.call", "topology.roles"},
+    {"topology.edges", "topology.joins", "topology.routing", "topology.tracer"},
+    {
+        "topology.attention",
+        "topology.graph",
+        "topology.mixes",
+        "topology.moves",
+        "topology.norms",
+        "topology.recurrent",
+    },
+    {"topology.contraction", "topology.energy", "topology.weights"},
+    {"topology.trace"},
+    {"topology"},
+    {"network", "result", "replay", "chain", "activity", "purity"},
+    {"criteria.base", "activations", "gradients"},
+    {"criteria.weights", "curvature"},
+    {"criteria.data"},
+    {"criteria"},
+    {"selection"},
+    {"pruning"},
+    {"pruner"},
     {"demo"},
 ]
 TORCH_FREE = ["__init__", "check", "neighbors", "arrays", "numpy"]
@@ -56,7 +80,12 @@ def imports(path: Path) -> dict[str, bool]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            names = [f"{base}.{alias.name}" if base == "lap_ext" else base for alias in node.names]
+            names = [base]
+            if base.startswith("lap_ext"):  # a name of the package may be a module itself
+                inner = [f"{base}.{alias.name}" for alias in node.names]
+                modules = [name for name in inner if (ROOT / name.replace(".", "/")).exists()
+                           or (ROOT / f"{name.replace('.', '/')}.py").exists()]  # fmt: skip
+                names = modules + ([base] if len(modules) < len(inner) else [])
         for name in names:
             found[name] = found.get(name, False) or id(node) not in typing_only
     return found
@@ -64,12 +93,16 @@ def imports(path: Path) -> dict[str, bool]:
 
 def inner_imports(path: Path) -> set[str]:
     """Modules of the package imported at run time; lap_ext.__version__ is none."""
-    names = {
-        name.split(".")[1]
-        for name, real in imports(path).items()
-        if real and "." in name and name.startswith("lap_ext.")
-    }
-    return {name for name in names if (PACKAGE / f"{name}.py").exists()}
+    found = {name for name, real in imports(path).items() if real and name.startswith("lap_ext.")}
+    known = {module_name(path) for path in MODULES}
+    found = {name.removeprefix("lap_ext.") for name in found}
+    return {name for name in found if name in known and name != module_name(path)}
+
+
+def module_name(path: Path) -> str:
+    """ "topology.labels" of lap_ext/topology/labels.py, "topology" of its __init__, "" of lap_ext."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def includes(path: Path) -> list[str]:
@@ -80,12 +113,12 @@ def level(name: str) -> int:
     return next((i for i, names in enumerate(LEVELS) if name in names), -1)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_python_arrows_point_down(path: Path) -> None:
-    if path.stem == "__init__":
+    if not module_name(path):
         assert inner_imports(path) == set(), "__init__ imports on demand"
         return
-    mine = level(path.stem)
+    mine = level(module_name(path))
     assert mine >= 0, f"{path.name}: a new module needs a level in this test"
     for name in inner_imports(path):
         assert level(name) < mine, f"{path.name} imports {name}"
@@ -100,8 +133,8 @@ def test_torch_free_modules(name: str) -> None:
 
 
 def test_no_foreign_packages() -> None:
-    """The package needs torch and numpy; the demo shows its results with more."""
-    allowed = {"torch", "numpy", "lap_ext", "__future__"}
+    """The package needs torch and safetensors; numpy and BackPACK where they are asked for."""
+    allowed = {"torch", "numpy", "safetensors", "backpack", "lap_ext", "__future__"}
     import sys
 
     for path in MODULES:
@@ -193,7 +226,9 @@ def test_public_names() -> None:
 
     assert sorted(lap_ext.__all__) == sorted(
         "score mask prune_ factors score_from_factors mask_from_factors prune_from_factors_ "
-        "topk_mask kth_largest Neighbor IDENTITY bn_scale info __version__".split()
+        "topk_mask kth_largest Neighbor IDENTITY bn_scale info __version__ trace Topology "
+        "TopologyError prune scores PruneResult Masks Pruner uniform uniform_plus er erk paper "
+        "one_shot linear cubic exponential iterative".split()
     )
     for name in lap_ext.__all__:
         assert getattr(lap_ext, name) is not None

@@ -165,6 +165,15 @@ def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert Masks.load(tmp_path / "m") == masks and len(list(tmp_path.iterdir())) == 2
 
 
+def test_who_reads_meanwhile_has_one_file_whole(tmp_path: Path) -> None:
+    """The old file is replaced, not written over."""
+    Masks({"a": BITS}).save(tmp_path / "m")
+    old = (tmp_path / "m").read_bytes()
+    with (tmp_path / "m").open("rb") as reader:
+        Masks({"a": ~BITS}).save(tmp_path / "m")
+        assert reader.read() == old != (tmp_path / "m").read_bytes()
+
+
 def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = Masks({"a": BITS})
     monkeypatch.chdir(tmp_path)

@@ -93,6 +93,14 @@ def test_wrappers(kind: str) -> None:
             assert torch.equal(weight != 0, masks[name]), name
 
 
+@pytest.mark.parametrize("name", ["0", "0.module", "0.module._orig_mod", "0.module.weight"])
+def test_wrappers_inside(name: str) -> None:
+    layer = nn.Linear(2, 1)
+    model = nn.Sequential(nn.DataParallel(torch.compile(layer, backend="eager")), nn.Tanh())
+    Masks({name: flags(".#")}).apply(model)
+    assert layer.weight[0, 0] == 0 and layer.weight[0, 1] != 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_a_wrapped_model_on_the_plain_one(kind: str) -> None:
     model = cases.net()
@@ -114,11 +122,34 @@ def test_a_layer_may_be_called_module() -> None:
     assert model["module"].weight[0, 0] == 0 and model["other"].weight.all()
     with pytest.raises(ValueError, match="'weight': the model has no such parameter"):
         Masks({"weight": flags(".#")}).apply(model)
+    Masks({"_orig_mod.module": flags("#.")}).apply(model)
+    assert not model["module"].weight.any() and model["other"].weight.all()
     bare = nn.DataParallel(nn.Linear(2, 1))
     for name in ("module", "weight", "module.weight"):
         bare.module.weight.data.fill_(1.0)
         Masks({name: flags(".#")}).apply(bare)
         assert bare.module.weight.tolist() == [[0.0, 1.0]]
+
+
+def test_a_users_module_beside_others() -> None:
+    """Names are taken as they are first, and then as little is left out as finds a parameter."""
+    inner = nn.ModuleDict({"module": nn.Linear(2, 1), "fc": nn.Linear(2, 1)})
+    model = nn.ModuleDict({"module": inner, "fc": nn.Linear(2, 1)})
+    for name, layer in {
+        "module.fc": inner["fc"],
+        "fc": model["fc"],
+        "module.module.module": inner["module"],  # of DataParallel
+        "_orig_mod.module.fc": inner["fc"],
+    }.items():
+        Masks({name: flags("..")}).apply(model)
+        assert not layer.weight.any(), name
+        layer.weight.data.fill_(1.0)
+        assert all(p.any() for p in model.parameters()), name
+    scaled = nn.Module()
+    scaled.gate = nn.Parameter(torch.ones(2, 1))
+    scaled.module = nn.Linear(2, 1)
+    Masks({"gate": flags("#", "."), "module": flags(".#")}).apply(scaled)
+    assert scaled.gate.tolist() == [[1.0], [0.0]] and scaled.module.weight[0, 0] == 0
 
 
 # --- apply: what is refused, and nothing has changed ------------------------------------------------
@@ -143,6 +174,21 @@ def meta(model: nn.Sequential) -> None:
 
 def sparse(model: nn.Sequential) -> None:
     model.fc2.weight = nn.Parameter(torch.eye(3, 8).to_sparse())
+
+
+class Elsewhere(Tensor):
+    """A tensor whose numbers are not here, as DTensor."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    def __new__(cls) -> Elsewhere:
+        return Tensor._make_wrapper_subclass(cls, (3, 8))
+
+
+def elsewhere(model: nn.Sequential) -> None:
+    model.fc2._parameters["weight"] = Elsewhere()
 
 
 def parametrized(model: nn.Sequential) -> None:
@@ -177,6 +223,7 @@ BROKEN: list[tuple[Callable[[nn.Sequential], None], str]] = [
     (inference, "'fc2': its parameter was made in inference mode and cannot be changed"),
     (meta, "'fc2': mask on cpu, parameter on meta. Use masks.to(device)"),
     (sparse, "'fc2': expected a plain dense parameter, got Parameter, torch.sparse_coo"),
+    (elsewhere, "'fc2': expected a plain dense parameter, got Elsewhere, torch.strided"),
     (parametrized, "'fc2': fc2.weight is no parameter but computed from others"),
     (weight_norm, "'fc2': fc2.weight is no parameter but computed from others"),
     (spectral_norm, "'fc2': fc2.weight is no parameter but computed from others"),

@@ -42,6 +42,8 @@ def product(
             t.end(a, "attention")
             return b.passed(call.name, shape, mixed(t.channels, call.name, right, [rank - 2]))
         if changes_a and changes_b:
+            if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, no logits
+                return t.unknown(call)
             _couple(t, left, right)
             return plain(shape)
     parts = []

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from lap_ext.topology.error import TopologyError
 from lap_ext.topology.value import Value
 
 if TYPE_CHECKING:
@@ -55,7 +57,14 @@ class Call:
         """The shapes of all results."""
         found = self.node.meta.get("val")
         several = found if isinstance(found, (list, tuple)) else [found]
-        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
+        try:
+            return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
+        except GuardOnDataDependentSymNode:
+            raise TopologyError(
+                f"trace: expected sizes that do not depend on the values of the inputs, got "
+                f"{self.target}, whose result has as many elements as the data says. Use a mask "
+                "in place of a selection."
+            ) from None
 
 
 def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
@@ -91,6 +100,8 @@ def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
                 arguments[argument.name] = kwargs[argument.name]
             else:
                 arguments[argument.name] = argument.default_value
+    else:  # torch.cond and its like: no rule knows them, but what feeds them counts
+        arguments = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
     in_place = name.endswith("_") and not name.endswith("__")
     return Call(node, name.removesuffix("_") if in_place else name, target, arguments, args, kwargs)
 

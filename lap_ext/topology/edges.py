@@ -30,7 +30,8 @@ class Edge:
     Attributes:
         name: the neighbor's layer name; "input", "output" or the operation where a trace stopped.
         kind: "layer", "input", "output", "boundary" or "coupled" (q and k of an attention).
-        here: channel of this layer, pair by pair, int64 [n].
+        here: channel of this layer, pair by pair, int64 [n]; of the whole weight where roles use
+            parts of it.
         there: channel of the neighbor, pair by pair, int64 [n].
         scale: factor on the way, pair by pair, float64 [n] (batch norm, norm weight, layer scale;
             with the squared weights of a mean it is their root); None: ones.
@@ -85,6 +86,7 @@ class Links:
             for arcs in space.arcs:
                 for above in torch.unique(channels.place(arcs.parent)).tolist():
                     self.below.setdefault(above, []).append((place, arcs))
+        self.made = {role.out.first: role for role in topology.roles}
         self.readers: dict[int, list[Role]] = {}
         for role in topology.roles:
             for above in torch.unique(channels.place(role.inputs[1])).tolist():
@@ -98,6 +100,11 @@ class Links:
         for labels, name in topology.ends:
             for above in torch.unique(channels.place(labels)).tolist():
                 self.ended.setdefault(above, []).append((labels, name))
+
+    def channel(self, space: Space, labels: Tensor) -> Tensor:
+        """Channels of a source as its layer counts them."""
+        role = self.made.get(space.first)
+        return labels - space.first + (0 if role is None else role.part.first[1])
 
     def read_by(self, place: int) -> list[Role]:
         """The roles that read channels made of those of a space, itself included."""
@@ -126,7 +133,8 @@ def producers(topology: Topology, role: Role) -> list[Edge]:
     """The edges to what feeds a role."""
     index, labels = role.inputs
     known: dict[int, object] = {}
-    start = _Walk(index, labels, torch.ones(index.shape).double(), role.trail)
+    here = index + role.part.first[0]
+    start = _Walk(here, labels, torch.ones(index.shape).double(), role.trail)
     pending = list(_by_place(topology, start))
     found = []
     while pending:
@@ -135,7 +143,8 @@ def producers(topology: Topology, role: Role) -> list[Edge]:
         pending = [(p, w) for p, w in pending if p != place]
         space = topology.channels.spaces[place]
         if space.kind in _SOURCES:
-            found.append(_edge(space.name, _kind(space), walk, walk.label - space.first))
+            there = topology.links.channel(space, walk.label)
+            found.append(_edge(space.name, _kind(space), walk, there))
             continue
         for arcs in space.arcs:
             step = _up(topology, walk, space, arcs, known)
@@ -147,7 +156,8 @@ def consumers(topology: Topology, role: Role) -> list[Edge]:
     """The edges to what reads a role."""
     labels = role.out.labels
     known: dict[int, object] = {}
-    start = _Walk(torch.arange(role.out.size), labels, torch.ones(labels.shape).double(), ())
+    here = torch.arange(role.out.size) + role.part.first[1]
+    start = _Walk(here, labels, torch.ones(labels.shape).double(), ())
     pending = list(_by_place(topology, start))
     found: list[Edge] = []
     while pending:
@@ -174,8 +184,22 @@ def _merged(found: list[Edge]) -> list[Edge]:
             scale = torch.cat([one if e.scale is None else e.scale
                                for e, one in zip(parts, ones, strict=True)])  # fmt: skip
         here, there = torch.cat([e.here for e in parts]), torch.cat([e.there for e in parts])
+        here, there, scale = _distinct(here, there, scale)
         result.append(Edge(name, kind, here, there, scale, merged(*(e.via for e in parts))))
     return result
+
+
+def _distinct(
+    here: Tensor, there: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pairs that occur several times once, their squared scales added."""
+    base = int(there.max()) + 1
+    keys, place = torch.unique(here * base + there, return_inverse=True)
+    if keys.numel() == here.numel():
+        return here, there, scale
+    squares = torch.ones(here.shape).double() if scale is None else scale.square()
+    total = torch.zeros(keys.shape, dtype=torch.float64).index_add_(0, place, squares)
+    return keys // base, keys % base, total.sqrt()
 
 
 def _read(topology: Topology, place: int, walk: _Walk) -> Iterator[Edge]:
@@ -184,7 +208,8 @@ def _read(topology: Topology, place: int, walk: _Walk) -> Iterator[Edge]:
         a, b = _matches(walk.label, reader.inputs[1])
         if a.numel():
             met = _Walk(walk.here[a], walk.label[a], walk.factor[a], merged(walk.via, reader.trail))
-            yield _edge(reader.layer, "layer", met, reader.inputs[0][b])
+            there = reader.inputs[0][b] + reader.part.first[0]
+            yield _edge(reader.layer, "layer", met, there)
     for mine, other in topology.links.coupled.get(place, []):
         a, b = _matches(walk.label, mine)
         if a.numel():
@@ -206,7 +231,8 @@ def _coupled(topology: Topology, walk: _Walk) -> Iterator[Edge]:
         pending = [(p, w) for p, w in pending if p != place]
         space = topology.channels.spaces[place]
         if space.kind in _SOURCES:
-            yield _edge(space.name, "coupled", part, part.label - space.first)
+            there = topology.links.channel(space, part.label)
+            yield _edge(space.name, "coupled", part, there)
             continue
         for arcs in space.arcs:
             pending += _by_place(topology, _up(topology, part, space, arcs, known))

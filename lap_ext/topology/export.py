@@ -8,13 +8,14 @@ statistics) and is left as it was.
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -22,7 +23,8 @@ from lap_ext.topology.error import TopologyError
 
 _WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
 _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squeeze", "expand",
-          "narrow", "split", "chunk", "unbind", "t", "detach", "alias"}  # fmt: skip
+          "narrow", "split", "chunk", "unbind", "t", "detach", "alias", "reshape", "flatten",
+          "unflatten", "view_as", "diagonal", "swapaxes", "movedim"}  # fmt: skip
 
 
 def export(
@@ -117,18 +119,30 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 
 def _writes_into_views(program: ExportedProgram) -> bool:
-    """Whether a part of a tensor is written in place: the graph must then be made functional."""
+    """Whether a part of a tensor, or a tensor that is seen in parts, is written in place.
+
+    The graph must then be made functional.
+    """
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue
         name = schema.name.rpartition("::")[2]
         source = node.args[0] if node.args else None
-        inner = getattr(getattr(source, "target", None), "_schema", None)
-        moved = inner is not None and inner.name.rpartition("::")[2] in _MOVES
-        if name in _WRITES or moved:
+        if not isinstance(source, fx.Node):
+            continue
+        seen = any(_is_view(user) and user < node for user in source.users)
+        if name in _WRITES or _is_view(source) or seen:
             return True
     return False
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a result may share the memory of an argument."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _is_view(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.rpartition("::")[2] in _MOVES
 
 
 def _first_line(error: Exception) -> str:

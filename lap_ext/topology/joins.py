@@ -13,6 +13,7 @@ x * number       a channel scaled by a number
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor
 from lap_ext.topology import labels as lab
 from lap_ext.topology.call import Call, Result, rule
 from lap_ext.topology.channels import Arcs
-from lap_ext.topology.mixing import mixed
 from lap_ext.topology.static import Scale
 from lap_ext.topology.value import Value, merged, plain
 
@@ -47,11 +47,7 @@ def _unary(t: Tracer, call: Call) -> Result:
     if not x.has_channels:
         return plain(call.shape)
     if call.name == "cumsum" and x.labels.shape[call["dim"]] > 1:
-        return x.passed(
-            call.name,
-            call.shape,
-            mixed(t.channels, call.name, x.labels, [call["dim"] % len(x.shape)]),
-        )
+        return t.unknown(call)
     result = x.passed(call.name, call.shape, x.labels)
     return [result, plain(call.shape)] if call.name == "native_dropout" else result
 
@@ -67,11 +63,17 @@ def _pow(t: Tracer, call: Call) -> Result:
     "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "isfinite", "isin", "any", "all",
     "nonzero", "searchsorted",
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "new_tensor", "bernoulli", "sum_to_size", "floor_divide",
-    "remainder", "fmod", "bincount", "numel", "_local_scalar_dense",
+    "new_ones", "new_full", "new_empty", "new_tensor", "bernoulli", "bincount", "numel",
+    "_local_scalar_dense",
 )  # fmt: skip
 def _no_channels(t: Tracer, call: Call) -> Result:
     return plain(call.shape)
+
+
+@rule("floor_divide", "remainder", "fmod", "sum_to_size")
+def _integers(t: Tracer, call: Call) -> Result:
+    """Arithmetic of indices; no layer of a network does this to its channels."""
+    return t.unknown(call) if any(x.has_channels for x in call.values) else plain(call.shape)
 
 
 @rule("argmax", "argmin", "argsort", "one_hot", "histc", "bucketize", "item", "multinomial")
@@ -83,13 +85,23 @@ def _choice(t: Tracer, call: Call) -> Result:
 
 
 @rule("add", "sub", "rsub", "maximum", "minimum", "logaddexp", "fmax", "fmin",
-      "__add__", "atan2", "hypot", "copysign", "addcmul", "addcdiv")  # fmt: skip
+      "__add__", "atan2", "hypot", "copysign")  # fmt: skip
 def _sum(t: Tracer, call: Call) -> Result:
     values = call.values
     alpha = call.get("alpha", 1)
     if alpha not in (1, None) and len(values) > 1:
-        values = [values[0], _by_number(t, call, values[1], float(alpha))]
+        place = 0 if call.name == "rsub" else 1
+        values[place] = by_number(t, call, values[place], float(alpha))
     return joined(t, call, values)
+
+
+@rule("addcmul", "addcdiv")
+def _add_product(t: Tracer, call: Call) -> Result:
+    """Self + value * tensor1 * tensor2, or tensor1 / tensor2."""
+    factors = {"self": call["tensor1"], "other": call["tensor2"]}
+    made = _product(t, replace(call, name=call.name.removeprefix("addc"), arguments=factors))
+    assert isinstance(made, Value)
+    return joined(t, call, [call["self"], by_number(t, call, made, float(call["value"]))])
 
 
 @rule("lerp")
@@ -99,7 +111,7 @@ def _lerp(t: Tracer, call: Call) -> Result:
     if isinstance(weight, Value):
         return t.unknown(call)
     a, b = call["self"], call["end"]
-    parts = [_by_number(t, call, a, 1.0 - weight), _by_number(t, call, b, float(weight))]
+    parts = [by_number(t, call, a, 1.0 - weight), by_number(t, call, b, float(weight))]
     return joined(t, call, parts)
 
 
@@ -108,6 +120,13 @@ def _copy(t: Tracer, call: Call) -> Result:
     """Written over: nothing is left of what was there."""
     source = call["src"]
     return source.passed(call.name, call.shape, lab.broadcast(source.labels, len(call.shape)))
+
+
+@rule("fill", "zero")
+def _fill(t: Tracer, call: Call) -> Result:
+    """Nothing is left of what was there but a constant."""
+    value = call.get("value")
+    return t.unknown(call) if isinstance(value, Value) and value.has_channels else plain(call.shape)
 
 
 @rule("where")
@@ -126,14 +145,17 @@ def _write(t: Tracer, call: Call) -> Result:
     labels = source.labels
     dims = [call["dim"] % len(x.shape)] if call.get("dim") is not None else []
     if call.name in {"index_put", "_index_put_impl"}:
-        lead = len(call["indices"])
+        indices = call["indices"]
+        lead = len(indices)
         kept = len(x.shape) - lead
         fixed = labels.dim() - kept
-        if any(n > 1 for n in labels.shape[:fixed]):
+        chosen = any(i is not None and (i.static is not None or n > 1)
+                     for i, n in zip(indices, x.labels.shape, strict=False))  # fmt: skip
+        if chosen or any(n > 1 for n in labels.shape[:fixed]):
             return t.unknown(call)
         labels = labels.reshape([1] * lead + list(labels.shape[fixed:]))
-    elif dims and labels.shape[dims[0]] > 1:
-        labels = mixed(t.channels, call.name, labels, dims)
+    elif any(y.shape[dim] > 1 for y in (labels, x.labels) for dim in dims):
+        return t.unknown(call)
     return joined(t, call, [x, Value(x.shape, labels, trail=source.trail)])
 
 
@@ -149,7 +171,7 @@ def _product(t: Tracer, call: Call) -> Result:
         factor = float(numbers[0]) if numbers else 1.0
         if inverse and values[0] is call.get("self"):
             factor = 1.0 / factor if factor else 1.0
-        return _by_number(t, call, values[0], factor)
+        return by_number(t, call, values[0], factor)
     if len(with_channels) == 2:
         return joined(t, call, values)
     (x,) = with_channels
@@ -159,11 +181,13 @@ def _product(t: Tracer, call: Call) -> Result:
     return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
 
 
-def _by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
+def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
     """Channels times a number."""
     if not x.has_channels:
         return plain(call.shape)
-    if abs(factor) in (1.0, 0.0) or not math.isfinite(factor):
+    if factor == 0.0:
+        return x.passed(call.name, call.shape, torch.where(x.labels != 0, t.channels.zero(), 0))
+    if abs(factor) == 1.0 or not math.isfinite(factor):
         return x.passed(call.name, call.shape, x.labels)
     parents, inverse = torch.unique(x.labels, return_inverse=True)
     arcs = Arcs(

@@ -97,7 +97,7 @@ def pairs_along(labels: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
         >>> pairs_along(torch.tensor([[7, 8]]), 1, 2)
         (tensor([0, 1]), tensor([7, 8]))
     """
-    across = labels.movedim(dim, 0).flatten(1)  # [size or 1, rest]
+    across = labels.movedim(dim, 0).reshape(labels.shape[dim], -1)  # [size or 1, rest]
     index = torch.arange(size)
     if across.shape[1] == 1:
         found = across[:, 0].expand(size)

@@ -66,9 +66,7 @@ def _reduce(t: Tracer, call: Call) -> Result:
     given = call.get("dim")
     dims = [given] if isinstance(given, int) else list(given or range(rank))
     dims = [dim % rank for dim in dims] if rank else []
-    count = torch.Size([x.labels.shape[dim] for dim in dims]).numel()
-    weight = count**-2.0 if call.name == "mean" else 1.0  # each counts 1 / count
-    labels = mixed(t.channels, call.name, x.labels, dims, weight)
+    labels = mixed(t.channels, call.name, x.labels, dims, mean=call.name == "mean")
     if not call.get("keepdim", False):
         labels = labels.reshape([n for dim, n in enumerate(labels.shape) if dim not in dims])
     results = [x.passed(call.name, shape, labels) for shape in call.shapes]

@@ -11,12 +11,13 @@ from lap_ext.topology.channels import Arcs, Channels
 
 
 def mixed(
-    channels: Channels, name: str, labels: Tensor, dims: list[int], weight: float = 1.0
+    channels: Channels, name: str, labels: Tensor, dims: list[int], mean: bool = False
 ) -> Tensor:
     """Labels after an operation has mixed along dims, which keep size 1.
 
     Where labels change along dims, each element that remains is a channel of kind "reduce" whose
-    parents are all channels that were mixed into it, each with this weight.
+    parents are all channels that were mixed into it; in a mean, each counts the square of its share
+    of the elements.
     """
     changing = [dim for dim in dims if labels.shape[dim] > 1]
     if not changing:
@@ -25,10 +26,15 @@ def mixed(
     ends = list(range(labels.dim() - len(changing), labels.dim()))
     rows = labels.movedim(changing, ends).reshape(torch.Size(kept).numel(), -1)
     sets, place = torch.unique(rows, dim=0, return_inverse=True)
-    child, parent = lab.pairs_along(sets, 0, sets.shape[0])
+    base = int(sets.max()) + 1
+    keys, counts = torch.unique(
+        torch.arange(sets.shape[0])[:, None] * base + sets, return_counts=True
+    )
+    keys, counts = keys[keys % base != 0], counts[keys % base != 0]  # 0 is no channel
+    child, parent = keys // base, keys % base
     if parent.numel() == 0:
         return lab.none(labels.dim())
-    weights = None if weight == 1.0 else torch.full(child.shape, weight, dtype=torch.float64)
+    weights = (counts.double() / sets.shape[1]).square() if mean else None
     arcs = Arcs(child, parent, weight=weights)
     space = channels.add(sets.shape[0], "reduce", name, [arcs])
     live = torch.zeros(sets.shape[0], dtype=torch.bool)

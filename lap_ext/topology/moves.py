@@ -122,12 +122,10 @@ def _pad_image(t: Tracer, call: Call) -> Result:
 @rule("slice_scatter", "select_scatter")
 def _scatter_part(t: Tracer, call: Call) -> Result:
     x, src = call.values[:2]
-    if not x.has_channels or torch.equal(x.labels, src.labels):
-        wider = lab.broadcast(src.labels, len(x.shape))
-        if call.name == "select_scatter":
-            wider = src.labels.unsqueeze(call["dim"])
-        if wider.shape[call["dim"]] == 1 and not x.has_channels:
-            return src.passed(call.name, call.shape, wider)
+    if call.name == "slice_scatter" and not x.has_channels:
+        dim = call["dim"]
+        if src.shape[dim] > 1 == src.labels.shape[dim]:  # a part of the positions
+            return src.passed(call.name, call.shape, src.labels)
     moved = _run(call, call.args, call.kwargs)
     trail = merged(x.trail, src.trail)
     return Value(call.shape, lab.compressed(moved), trail=(*trail, call.name))
@@ -149,9 +147,8 @@ def _index(t: Tracer, call: Call) -> Result:
             known.append(torch.zeros(index.shape, dtype=torch.int64))
         elif index.static is not None:
             known.append(t.constant(index))
-        else:
-            labels = mixed(t.channels, call.name, labels, [dim])
-            known.append(torch.zeros(index.shape, dtype=torch.int64))
+        else:  # which channel is where depends on the data
+            return t.unknown(call)
     if any(index is not None and index.dtype == torch.bool for index in known):
         return t.unknown(call)
     sizes = [n if labels.shape[d] > 1 or d >= len(known) or known[d] is None else 1
@@ -173,6 +170,8 @@ def _gather(t: Tracer, call: Call) -> Result:
             moved = labels.expand(x.shape).index_select(dim, t.constant(index).long())
             return x.passed(call.name, call.shape, lab.compressed(moved))
         labels = mixed(t.channels, call.name, labels, [dim % len(x.shape)])
+    for other, n in enumerate(call.shape):  # gather reads the first n of any other dimension
+        labels = labels.narrow(other, 0, min(n, labels.shape[other]))
     return x.passed(call.name, call.shape, labels)
 
 

@@ -24,6 +24,12 @@ def _batch_norm(t: Tracer, call: Call) -> Result:
     training = call.get("training", call.get("cudnn_enabled", False)) and call.name == "batch_norm"
     if variance is None or (training and call["training"]):
         return _several(call, _times(t, call, x, gamma, x.shape[1], 1))
+    return _running(t, call)
+
+
+def _running(t: Tracer, call: Call) -> Result:
+    """By the running statistics: exactly gamma / sqrt(running_var + eps)."""
+    x, gamma, variance = call["input"], call["weight"], call["running_var"]
     sources = (None if gamma is None else gamma.static, variance.static)
     scale = Scale("batch_norm", sources, eps=float(call["eps"]))
     return _several(call, _by_channel(t, call, x, scale, variance, 1))
@@ -43,6 +49,8 @@ def _layer_norm(t: Tracer, call: Call) -> Result:
 @rule("group_norm", "native_group_norm", "instance_norm")
 def _group_norm(t: Tracer, call: Call) -> Result:
     x = call["input"]
+    if call.name == "instance_norm" and not call["use_input_stats"]:
+        return _running(t, call)
     return _several(call, _times(t, call, x, call["weight"], x.shape[1], 1))
 
 

@@ -9,6 +9,7 @@ A gate multiplies what another one adds: linearized at 1, both are parents, as e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,29 +38,34 @@ def _recurrent(t: Tracer, call: Call) -> Result:
     per_cell = len(weights) // (layers * directions)
     starts = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     inputs = lab.pairs_along(x.labels, 2, x.shape[2])
-    finals: list[Tensor] = []
+    finals: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the outputs, of an LSTM's cells
     sides: list[Tensor] = []
     for layer in range(layers):
         sides = []
         for direction in range(directions):
             cell = layer * directions + direction
             own = weights[cell * per_cell : (cell + 1) * per_cell]
-            sides.append(_cell(t, call, own, inputs, starts[0], cell))
-        finals += sides
+            state, inner = _cell(t, call, own, inputs, starts, cell)
+            sides.append(state)
+            finals[0].append(state)
+            finals[1].append(inner)
         joined = torch.cat(sides)
         inputs = torch.arange(joined.numel()), joined
     outputs = torch.cat(sides).reshape(1, 1, -1)
     result = [Value(call.shapes[0], outputs, trail=(call.name,))]
-    for shape in call.shapes[1:]:
-        states = torch.stack(finals) if len({s.numel() for s in finals}) == 1 else outputs[0]
-        result.append(Value(shape, states.reshape(len(finals), 1, -1), trail=(call.name,)))
+    for shape, states in zip(call.shapes[1:], finals, strict=False):
+        result.append(Value(shape, torch.stack(states).unsqueeze(1), trail=(call.name,)))
     return result
 
 
 def _cell(
-    t: Tracer, call: Call, weights: list[Value], inputs: Any, start: Value, cell: int
-) -> Tensor:
-    """One layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr]. The labels of its state."""
+    t: Tracer, call: Call, weights: list[Value], inputs: Any, starts: Sequence[Any], cell: int
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr].
+
+    Returns:
+        The labels of its output and of its cell, which differ only where w_hr projects the output.
+    """
     nothing = (torch.zeros(0, dtype=torch.int64),) * 2
     roles = []
     for place, weight in enumerate(weights):
@@ -71,19 +77,25 @@ def _cell(
     gates = weights[0].shape[0] // hidden
     child = torch.arange(hidden).repeat(gates)
     made = [Arcs(child, role.out.labels) for role in roles[:2]]
-    state = t.state(hidden, call.name, made)
+    carried = (
+        starts[:1] if call.name == "gru" else starts[1:]
+    )  # a first state that goes on as it is
+    made += [Arcs(*_first(x, cell, hidden)) for x in carried]
+    state = inner = t.state(hidden, call.name, made)
     if len(weights) == 3:  # an LSTM's projection of the state
         roles[2].inputs = torch.arange(hidden), state
         state = roles[2].out.labels
-    roles[1].inputs = _with_start(state, start, cell)
-    return state
+    more, first = _first(None if call.name == "gru" else starts[0], cell, state.numel())
+    roles[1].inputs = (
+        torch.cat([torch.arange(state.numel()), more]),
+        torch.cat([state, first]),
+    )
+    return state, inner
 
 
-def _with_start(state: Tensor, start: Value, cell: int) -> tuple[Tensor, Tensor]:
-    """What w_hh reads: the state, and the channels of a first state that is computed."""
-    index = torch.arange(state.numel())
+def _first(start: Any, cell: int, size: int) -> tuple[Tensor, Tensor]:
+    """(place, label) pairs of a first state [cells, batch, size] that is computed; else none."""
     if not isinstance(start, Value) or not start.has_channels:
-        return index, state
-    labels = start.labels[cell if start.labels.shape[0] > 1 else 0]  # [batch or 1, H]
-    more, first = lab.pairs_along(labels, 1, state.numel())
-    return torch.cat([index, more]), torch.cat([state, first])
+        return (torch.zeros(0, dtype=torch.int64),) * 2
+    labels = start.labels[cell if start.labels.shape[0] > 1 else 0]  # [batch or 1, size]
+    return lab.pairs_along(labels, 1, size)

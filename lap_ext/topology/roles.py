@@ -59,6 +59,12 @@ class Part:
         rows, cols = self.block[0], self.block[1] * self.groups
         return (rows, cols) if self.transposed else (cols, rows)
 
+    @property
+    def first(self) -> tuple[int, int]:
+        """The places of the block's first input and output channel in the whole parameter."""
+        row, col = (side[0] if side else 0 for side in (self.rows, self.cols))
+        return (row, col) if self.transposed else (col, row)
+
 
 @dataclass
 class Role:

@@ -228,11 +228,14 @@ def describe(call: Call, feeding: list[str]) -> str:
     shown = ", ".join(repr(name) for name in feeding[:3]) + (", ..." if len(feeding) > 3 else "")
     layers = f"layer{'s' if len(feeding) > 1 else ''} {shown}" if feeding else "the model's input"
     verb = "feed" if len(feeding) > 1 else "feeds"
-    name = feeding[0] if feeding else "layer"
+    around = ""
+    if feeding:
+        around = (
+            f"neighbors={{{feeding[0]!r}: (previous, next), ...}} for the layers around it, or "
+        )
     return (
         f"trace: {layers} {verb} {call.target}{_where(call)}, which lap_ext cannot follow. Pass "
-        f"neighbors={{'{name}': (previous, next), ...}} for the layers around it, or "
-        'unknown="stop" to count it as a boundary (factor 1).'
+        f'{around}unknown="stop" to count it as a boundary (factor 1).'
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from lap_ext.topology import labels as lab
 from lap_ext.topology.attention import product
 from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.joins import by_number, joined
 from lap_ext.topology.roles import Part, part_of
 from lap_ext.topology.routing import routed, weigh
 from lap_ext.topology.value import Value, WeightView
@@ -29,6 +30,15 @@ def _linear(t: Tracer, call: Call) -> Result:
 
 @rule("addmm", "mm", "matmul", "bmm", "baddbmm")
 def _matmul(t: Tracer, call: Call) -> Result:
+    """A product, or beta * self + alpha * product."""
+    made = _multiplied(t, call)
+    if call.name not in {"addmm", "baddbmm"} or not isinstance(made, Value):
+        return made
+    parts = ((call["self"], call["beta"]), (made, call["alpha"]))
+    return joined(t, call, [by_number(t, call, x, float(factor)) for x, factor in parts])
+
+
+def _multiplied(t: Tracer, call: Call) -> Result:
     a, b = call.get("mat1", call.get("batch1")), call.get("mat2", call.get("batch2"))
     if a is None:
         a, b = call.values[0], call.values[1]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Which activation function follows a weighted operation, and which of its elements are whose.
+
+The way from the operation to the activation may lead through norms, dropout, pooling, sums and
+products with parameters and numbers, and moves of the data. It ends at anything that joins, splits
+or weighs channels, and where the result is used twice: no activation function then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+ACTIVATIONS = {
+    *("relu", "relu6", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise"),
+    *("gelu", "silu", "mish", "elu", "selu", "celu", "hardswish", "softplus", "sigmoid", "tanh"),
+    *("hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold", "softsign"),
+    *("log_sigmoid", "log_sigmoid_forward", "clamp", "clamp_min"),
+}
+_SAME = {
+    *("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "layer_norm"),
+    *("native_layer_norm", "group_norm", "native_group_norm", "instance_norm", "rms_norm"),
+    *("_fused_rms_norm", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "clone"),
+    *("contiguous", "to", "_to_copy", "alias", "detach", "float", "half", "bfloat16", "double"),
+}
+_SCALED = {"add", "sub", "mul", "div"}  # with a parameter or a number
+_POOLS = {
+    f"{kind}_pool{n}d"
+    for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp", "_adaptive_avg")
+    for n in (1, 2, 3)
+} | {f"max_pool{n}d_with_indices" for n in (2, 3)}
+_MOVES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
+          "squeeze", "unsqueeze", "movedim", "swapaxes", "pixel_shuffle"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function and the moves between it and the operation it follows."""
+
+    node: fx.Node
+    start: fx.Node  # its result has the operation's dimensions; all behind it are moves
+    moves: tuple[fx.Node, ...]
+
+    def channels(self, dims: tuple[int, ...]) -> Tensor | None:
+        """Channel of each element, int64, of the result's shape; None: they still lie along dims."""
+        if not self.moves:
+            return None
+        shape = _tensor(self.start).shape
+        sizes = [n if d in dims else 1 for d, n in enumerate(shape)]
+        order = [shape[d] for d in dims]
+        index = torch.arange(torch.Size(order).numel()).reshape(order)
+        index = index.permute([dims.index(d) for d in sorted(dims)]).reshape(sizes).expand(shape)
+        for move in self.moves:
+            index = move.target(index, *move.args[1:], **move.kwargs)  # type: ignore[operator]
+        return index
+
+
+def activation_after(program: ExportedProgram, node: fx.Node) -> Activation | None:
+    """The activation function that alone reads the result of a node, through what keeps channels."""
+    static = {*program.graph_signature.inputs_to_parameters}
+    static |= {*program.graph_signature.inputs_to_buffers}
+    start = node
+    moves: list[fx.Node] = []
+    while True:
+        readers = [user for user in node.users if _has_tensor(user)]
+        if len(readers) != 1 or not readers[0].args or readers[0].args[0] is not node:
+            return None
+        user = readers[0]
+        name = _name(user)
+        others = [x for x in user.all_input_nodes if x is not node]
+        if name in ACTIVATIONS:
+            return Activation(user, start, tuple(moves))
+        if name in _MOVES and not others:
+            moves.append(user)
+        elif name in _POOLS and not moves:
+            start = user
+        elif name in _SAME or (name == "getitem" and user.args[1] == 0):
+            start = start if moves else user
+        elif name in _SCALED and all(x.name in static for x in others):
+            start = start if moves else user
+        else:
+            return None
+        node = user
+
+
+def _name(node: fx.Node) -> str:
+    """The operation: "relu" of aten.relu_.default."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return str(schema.name).rpartition("::")[2].removesuffix("_")
+
+
+def _tensor(node: fx.Node) -> Tensor:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (Tensor, tuple, list))

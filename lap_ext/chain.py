@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""A traced chain of layers as an nn.Sequential of plain modules with copies of the weights.
+
+For BackPACK, which differentiates twice through a sequence of modules that it knows. What is a
+function in the model becomes a module; dropout and casts go; a batch norm in evaluation mode
+becomes a frozen convolution of size 1 (a linear layer for [N, C]) that scales and shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
+
+from lap_ext.topology import Topology
+from lap_ext.topology.call import Call, bind, mapped
+from lap_ext.topology.export import export, first_names, named_tensors, placeholders
+
+# (the call, with tensors for what is no activation) -> a module, None: nothing is done
+Build: TypeAlias = Callable[[Call], "nn.Module | None"]
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_ADAPTIVE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The copy of a model, and which of its parameters are whose."""
+
+    model: nn.Sequential
+    weights: dict[str, nn.Parameter]  # layer name -> the copy of its weight
+
+
+def chain_of(
+    topology: Topology, args: tuple[Any, ...], kwargs: dict[str, Any], function: str
+) -> Chain:
+    """The chain that model(*args, **kwargs) runs through.
+
+    Raises:
+        ValueError: the model joins or splits, or has an operation that is none of those below; the
+            message names its module.
+    """
+    program = export(topology.model, args, kwargs)
+    tensors, first = named_tensors(topology.model), first_names(topology.model)
+    names: dict[fx.Node, str] = {}
+    fixed: dict[fx.Node, Any] = {}
+    current: fx.Node | None = None
+    modules: list[nn.Module] = []
+    weights: dict[str, nn.Parameter] = {}
+    given = iter(placeholders(program))
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            kind, name, _ = next(given)
+            if kind in ("parameter", "buffer"):
+                names[node], fixed[node] = first.get(name, name), tensors[name].detach()
+            elif isinstance(node.meta.get("val"), Tensor) and kind == "input":
+                if current is not None:
+                    raise _unfit(function, topology, node, "a second input")
+                current = node
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            moving = [x for x in node.all_input_nodes if x not in fixed]
+            if moving != [current]:
+                raise _unfit(function, topology, node, "a join, a split or a computed weight")
+            module = _module(function, topology, node, fixed)
+            current = node
+            if module is None:
+                continue
+            modules.append(module)
+            weight = next((x for x in node.all_input_nodes if x in names), None)
+            if weight is not None:
+                _claim(function, topology, node, names[weight], module, weights)
+        elif node.op == "output" and list(node.args[0]) != [current]:
+            raise _unfit(function, topology, node, "several outputs")
+    return Chain(nn.Sequential(*modules), weights)
+
+
+def _claim(
+    function: str,
+    topology: Topology,
+    node: fx.Node,
+    parameter: str,
+    module: nn.Module,
+    weights: dict[str, nn.Parameter],
+) -> None:
+    """Notes whose weight a module has a copy of; a frozen module is no layer."""
+    name = next((n for n, x in topology.layers.items() if x.parameter == parameter), None)
+    weight = module.weight
+    if name is None or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+        return
+    if name in weights:
+        raise _unfit(function, topology, node, f"a second use of weight {name!r}")
+    weights[name] = weight
+
+
+def _module(
+    function: str, topology: Topology, node: fx.Node, fixed: dict[fx.Node, Any]
+) -> nn.Module | None:
+    def known(x: Any) -> Any:
+        return fixed.get(x, x) if isinstance(x, fx.Node) else x
+
+    call = bind(node, mapped(node.args, known), mapped(dict(node.kwargs), known))
+    build = _BUILD.get(call.name)
+    if build is None:
+        raise _unfit(function, topology, node, str(node.target))
+    try:
+        return build(call)
+    except _NotInChain as reason:
+        raise _unfit(function, topology, node, str(reason)) from None
+
+
+class _NotInChain(Exception):  # noqa: N818 (caught right above)
+    """An operation that has no module; the text says what about it."""
+
+
+def _unfit(function: str, topology: Topology, node: fx.Node, what: str) -> ValueError:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = next((str(path) for path, _ in reversed(stack) if path), "")
+    where = f"in module {path!r}" if path else f"in {type(topology.model).__name__}.forward"
+    if path:
+        where += f" ({type(topology.model.get_submodule(path)).__name__})"
+    return ValueError(
+        f"{function}: expected a chain of layers that BackPACK can differentiate twice (linear, "
+        f"convolution, pooling, flatten, activation, batch norm), got {what} {where}. Use "
+        'criterion="weight_gradient" or one without data for this model.'
+    )
+
+
+def _linear(call: Call) -> nn.Module:
+    weight, bias = _floats(call["weight"]), call["bias"]
+    module = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    return _filled(module, weight, bias)
+
+
+def _convolution(call: Call) -> nn.Module:
+    weight, bias = _floats(call["weight"]), call["bias"]
+    n = weight.dim() - 2
+    window, dilation = tuple(weight.shape[2:]), _each(call["dilation"], n)
+    padding = call["padding"]
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        if any((k - 1) * d % 2 for k, d in zip(window, dilation, strict=True)):
+            raise _NotInChain("one-sided padding")
+        padding = [(k - 1) * d // 2 for k, d in zip(window, dilation, strict=True)]
+    groups = call["groups"]
+    made = skip_init(
+        _CONV[n], weight.shape[1] * groups, weight.shape[0], window, _each(call["stride"], n),
+        _each(padding, n), dilation, groups, bias is not None,
+    )  # fmt: skip
+    return _filled(made, weight, bias)
+
+
+def _transposed(call: Call) -> nn.Module:
+    weight, bias = _floats(call["weight"]), call["bias"]
+    n, groups = weight.dim() - 2, call["groups"]
+    made = skip_init(
+        _TRANSPOSED[n], weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]),
+        _each(call["stride"], n), _each(call["padding"], n), _each(call["output_padding"], n),
+        groups, bias is not None, _each(call["dilation"], n),
+    )  # fmt: skip
+    return _filled(made, weight, bias)
+
+
+def _batch_norm(call: Call) -> nn.Module:
+    if call["running_var"] is None or call["training"]:
+        raise _NotInChain("a batch norm without running statistics")
+    mean, variance = _floats(call["running_mean"]), _floats(call["running_var"])
+    scale, shift = (variance + call["eps"]).rsqrt(), torch.zeros_like(mean)
+    scale = scale if call["weight"] is None else scale * _floats(call["weight"])
+    shift = (shift if call["bias"] is None else _floats(call["bias"])) - mean * scale
+    n, channels = len(call.shape) - 2, mean.numel()
+    if n == 0:
+        module = _filled(skip_init(nn.Linear, channels, channels), torch.diag(scale), shift)
+    else:
+        made = skip_init(_CONV[n], channels, channels, 1, groups=channels)
+        module = _filled(made, scale.reshape(-1, *[1] * (n + 1)), shift)
+    return module.requires_grad_(False)
+
+
+def _reshape(call: Call) -> nn.Module | None:
+    before, after = _shape(call), call.shape
+    if before == after:
+        return None
+    if len(after) != 2 or before[0] != after[0]:
+        raise _NotInChain(f"a reshape from {list(before)} to {list(after)}")
+    return nn.Flatten()
+
+
+def _dropout(call: Call) -> None:
+    if call["train"] and call["p"] > 0:
+        raise _NotInChain("dropout that is on in evaluation mode")
+
+
+def _pool(kinds: dict[int, Any], n: int, *names: str) -> Build:
+    """A pooling module; its arguments have the names that the operation's have."""
+
+    def build(call: Call) -> nn.Module:
+        given = {name: call[name] for name in names}
+        if not given.get("stride", True):
+            given["stride"] = given["kernel_size"]
+        sizes = {k: _each(x, n) if isinstance(x, (list, tuple)) else x for k, x in given.items()}
+        return kinds[n](**sizes)
+
+    return build
+
+
+def _cast(call: Call) -> None:
+    if not call.node.meta["val"].is_floating_point():
+        raise _NotInChain(f"a cast to {call.node.meta['val'].dtype}")
+
+
+def _shape(call: Call) -> tuple[int, ...]:
+    source = call.node.all_input_nodes[0].meta["val"]
+    return tuple(map(int, source.shape))
+
+
+def _floats(x: Any) -> Tensor:
+    """A copy in float32, float64 for float64."""
+    if not isinstance(x, Tensor):
+        raise _NotInChain("a computed weight")
+    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _filled(module: nn.Module, weight: Tensor, bias: Any) -> nn.Module:
+    module.weight = nn.Parameter(weight)
+    if module.bias is not None:
+        module.bias = nn.Parameter(_floats(bias), requires_grad=False)
+    return module
+
+
+def _each(x: Any, n: int) -> tuple[int, ...]:
+    found = tuple(x) if isinstance(x, (list, tuple)) else (x,)
+    return found * n if len(found) == 1 else found
+
+
+_WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
+_BUILD: dict[str, Build] = {
+    "linear": _linear,
+    **{f"conv{n}d": _convolution for n in _CONV},
+    **{f"conv_transpose{n}d": _transposed for n in _TRANSPOSED},
+    "batch_norm": _batch_norm,
+    **dict.fromkeys(("flatten", "view", "reshape", "_unsafe_view"), _reshape),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
+    **dict.fromkeys(("to", "_to_copy", "contiguous", "clone", "alias"), _cast),
+    **{f"max_pool{n}d": _pool(_MAX_POOL, n, *_WINDOW, "dilation") for n in _MAX_POOL},
+    **{f"avg_pool{n}d": _pool(_AVG_POOL, n, *_WINDOW, "count_include_pad") for n in _AVG_POOL},
+    **{f"adaptive_avg_pool{n}d": _pool(_ADAPTIVE, n, "output_size") for n in _ADAPTIVE},
+    "relu": lambda call: nn.ReLU(),
+    "sigmoid": lambda call: nn.Sigmoid(),
+    "tanh": lambda call: nn.Tanh(),
+    "selu": lambda call: nn.SELU(),
+    "log_sigmoid": lambda call: nn.LogSigmoid(),
+    "elu": lambda call: nn.ELU(call["alpha"]),
+    "leaky_relu": lambda call: nn.LeakyReLU(call["negative_slope"]),
+}

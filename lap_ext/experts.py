@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""Which expert each row of an input goes to, where data chooses the weights of a product.
+
+x [S, 1, I] times w[e] [S, I, O]     e [S] picks the weights: the index of the node that did
+grouped_mm(x [S, I], w, ends [E])    rows are sorted by expert, ends says where each one ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lap_ext.topology.call import Call, bind
+from lap_ext.topology.roles import Role
+
+_PICKS = {"index", "index_select", "embedding"}
+Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
+
+
+def chosen_by_data(role: Role) -> bool:
+    """Whether all experts of a role are fed from the same rows, as the data chooses."""
+    return role.kind == "linear" and role.part.groups > 1 and len(role.in_dims) == 1
+
+
+class Chosen:
+    """The experts of the rows that a node reads."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        self.index: Tensor | None = None  # of the last run
+        self.picks = _picks(node)
+
+    def watches(self) -> dict[fx.Node, Before]:
+        """Remembers the indices by which weights are picked."""
+        if self.picks is None:
+            return {}
+        picks = self.picks
+
+        def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in _leaves(bind(picks, args, kwargs)) if not x.is_floating_point()]
+            self.index = tensors[0] if len(tensors) == 1 else None
+
+        return {picks: seen}
+
+    def square_sums(self, call: Call, x: Tensor, role: Role) -> tuple[Tensor, Tensor]:
+        """(sums of x^2 by expert and channel, rows of each), float64 and int64 [E * I]."""
+        experts = role.part.groups
+        (dim,) = role.in_dims
+        rows = x.movedim(dim, -1).flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [S, 1, I]
+        squares = rows.double().square().sum(1)
+        count = torch.full(rows.shape[:1], rows.shape[1], device=x.device)
+        expert = self._expert(call, rows.shape[0], experts)
+        if expert is None:  # not told: each counts the rows of all
+            return squares.sum(0).repeat(experts), count.sum().expand(experts * squares.shape[1])
+        own = (expert >= 0) & (expert < experts)
+        expert, squares, count = expert[own], squares[own], count[own]
+        sums = squares.new_zeros(experts, squares.shape[1]).index_add_(0, expert, squares)
+        counts = count.new_zeros(experts).index_add_(0, expert, count)
+        return sums.flatten(), counts.repeat_interleave(squares.shape[1])
+
+    def _expert(self, call: Call, rows: int, experts: int) -> Tensor | None:
+        if self.index is not None:
+            index = self.index.flatten().long()
+            return index if index.numel() == rows else None
+        ends = [x for x in _leaves(call) if not x.is_floating_point() and x.numel() == experts]
+        if len(ends) != 1:
+            return None
+        place = torch.arange(rows, device=ends[0].device)
+        return torch.searchsorted(ends[0].long().contiguous(), place, right=True)
+
+
+def _picks(node: fx.Node) -> fx.Node | None:
+    """The node that picks the weights of a product, behind casts and moves."""
+    for operand in node.all_input_nodes:
+        current = operand
+        while current.op == "call_function":
+            if _name(current) in _PICKS and _is_weight(current.all_input_nodes[0]):
+                return current
+            if len(current.all_input_nodes) != 1:
+                break
+            current = current.all_input_nodes[0]
+    return None
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """A stack of matrices that is not computed."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return node.op != "call_function" and isinstance(value, Tensor) and value.dim() == 3
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).rpartition("::")[2] if schema is not None else str(node.target)
+
+
+def _leaves(call: Call) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x in call.arguments.values():
+        found += [y for y in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(y, Tensor)]
+    return found

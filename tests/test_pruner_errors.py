@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Pruner: mistakes are told when it is made, a failure changes nothing, remove ends it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mask_cases as cases
+import pytest
+import torch
+from test_pruner import EXAMPLE, train, two_layers
+from torch import nn
+
+import lap_ext
+from lap_ext import criteria
+from lap_ext.network import Network
+from lap_ext.pruner import Pruner
+from lap_ext.schedule import iterative, linear, one_shot
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# --- data ---------------------------------------------------------------------------------------------
+
+
+class Counted(criteria.Criterion):
+    """A criterion that looks at data; it remembers how often."""
+
+    seen: list[list[int]]
+
+    def prepare(self, network: Network, data: Any) -> Network:
+        if data is None:
+            raise ValueError(f"{network.function}: expected data, got none.")
+        self.seen.append(list(data))
+        return network
+
+
+def test_data_is_read_at_every_pruning_and_only_then() -> None:
+    criterion = Counted()
+    object.__setattr__(criterion, "seen", [])
+    pruner = Pruner(
+        two_layers(), torch.ones(1, 2), linear(0.5, start=1, end=3), criterion=criterion, data=[7]
+    )
+    assert criterion.seen == []
+    for _ in range(5):
+        pruner.step()
+    assert criterion.seen == [[7]] * 3
+    with pytest.raises(ValueError, match="expected data, got none"):
+        Pruner(two_layers(), torch.ones(1, 2), one_shot(0.5), criterion=criterion)
+
+
+def endless() -> Iterator[int]:
+    yield 7
+
+
+def test_data_that_ends_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"at every pruning, got generator, .* Pass a list"):
+        Pruner(two_layers(), torch.ones(1, 2), one_shot(0.5), criterion=Counted(), data=endless())
+    with pytest.raises(ValueError, match="expected no data for criterion 'lookahead'"):
+        Pruner(two_layers(), torch.ones(1, 2), one_shot(0.5), data=[7])
+
+
+# --- mistakes are told when the pruner is made --------------------------------------------------------
+
+MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] = {
+    "a number": (lambda m: Pruner(m, EXAMPLE, 0.9), TypeError, "step -> sparsity or None, got 0.9"),
+    "a class": (
+        lambda m: Pruner(m, EXAMPLE, one_shot),
+        TypeError,
+        r"got the class one_shot. Call it: one_shot\(\.\.\.\)",
+    ),
+    "masks": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), masks={}),
+        TypeError,
+        "Pruner: expected no masks",
+    ),
+    "criterion": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), criterion="lookahed"),
+        ValueError,
+        "Did you mean 'lookahead'",
+    ),
+    "scope": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), scope="all"),
+        ValueError,
+        "expected scope",
+    ),
+    "scope and order": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), scope="global", order="forward"),
+        ValueError,
+        'expected order="parallel"',
+    ),
+    "exclude": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), exclude=["fc3"]),
+        ValueError,
+        "got 'fc3'",
+    ),
+    "unknown option": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), sacrifice=1),
+        TypeError,
+        "sacrifice",
+    ),
+    "rounds": (lambda m: Pruner(m, EXAMPLE, one_shot(0.5), rounds=0), ValueError, "rounds >= 1"),
+    "no module": (
+        lambda m: Pruner(m.forward, EXAMPLE, one_shot(0.5)),
+        TypeError,
+        "torch.nn.Module",
+    ),
+    "another's topology": (
+        lambda m: Pruner(m, lap_ext.trace(cases.net(), EXAMPLE), one_shot(0.5)),
+        ValueError,
+        "topology of this model",
+    ),
+    "another's optimizer": (
+        lambda m: Pruner(
+            m, EXAMPLE, one_shot(0.5), optimizer=torch.optim.SGD(cases.net().parameters())
+        ),
+        ValueError,
+        "SGD with none of conv, fc1, fc2",
+    ),
+    "optimizer of the excluded": (
+        lambda m: Pruner(
+            m,
+            EXAMPLE,
+            one_shot(0.5),
+            optimizer=torch.optim.SGD(m.fc2.parameters()),
+            exclude="fc2",
+        ),
+        ValueError,
+        "none of conv, fc1. Make it",
+    ),
+    "no optimizer": (
+        lambda m: Pruner(m, EXAMPLE, one_shot(0.5), optimizer="sgd"),
+        TypeError,
+        "torch.optim.Optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_mistakes(name: str) -> None:
+    model = cases.net()
+    before = copy.deepcopy(model.state_dict())
+    make, error, message = MISTAKES[name]
+    with pytest.raises(error, match=message):
+        make(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_pruning_that_fails_changes_nothing() -> None:
+    """A weight that is not finite: as before the step, which can then be repeated."""
+    model = cases.net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    pruner = Pruner(model, EXAMPLE, iterative(0.5, rounds=4), optimizer=optimizer)
+    train(model, optimizer, 2, pruner)
+    masks, result = pruner.masks, pruner.result
+    bad = tuple(pruner.masks["fc1"].nonzero()[0])
+    model.fc1.weight.data[bad] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="fc1"):
+        pruner.step()
+    assert pruner.masks is masks and pruner.result is result
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.fc1.weight.data[bad] = 1.0
+    assert pruner.step().layers[1].kept == 512 // 8
+    train(model, optimizer, 1, pruner)
+
+
+@pytest.mark.parametrize("sparsity", [1.5, "half", torch.tensor(0.5), {"fc9": 0.5}, True])
+def test_what_a_schedule_may_not_return(sparsity: Any) -> None:
+    pruner = Pruner(cases.net(), EXAMPLE, {1: sparsity}.get)
+    pruner.step()
+    with pytest.raises((TypeError, ValueError), match=r"prune|per_layer"):
+        pruner.step()
+
+
+def test_remove() -> None:
+    model = cases.net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = Pruner(model, EXAMPLE, iterative(0.5, rounds=9), optimizer=optimizer)
+    train(model, optimizer, 3, pruner)
+    hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    assert all(len(h) == 1 for h in hooks), "one handle, however often it has pruned"
+    pruner.remove()
+    pruner.remove()
+    assert not any(hooks) and not optimizer._optimizer_load_state_dict_post_hooks
+    cases.check_zero(model, pruner.masks)
+    with pytest.raises(RuntimeError, match=r"Pruner\.step: .* after remove\(\)"):
+        pruner.step()
+    with pytest.raises(RuntimeError, match=r"Pruner\.load_state_dict"):
+        pruner.load_state_dict(pruner.state_dict())
+    cases.train(model, optimizer, cases.batches(2))
+    assert model.fc1.weight[~pruner.masks["fc1"]].any()
+    again = Pruner(model, pruner.topology, iterative(0.5, rounds=9), optimizer=optimizer)
+    again.load_state_dict(pruner.state_dict())
+    cases.check_zero(model, pruner.masks)
+    train(model, optimizer, 1, again)
+    assert again.result.layers[1].kept == 512 // 16

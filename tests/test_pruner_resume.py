@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""A run that was saved, rebuilt from nothing and loaded goes on as if it had never stopped.
+
+Bit for bit: parameters, buffers, masks and what the optimizer remembers.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import mask_cases as cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pruner import EXAMPLE
+from torch import Tensor, nn
+
+import lap_ext
+from lap_ext.pruner import Pruner
+from lap_ext.schedule import cubic, iterative, one_shot
+
+STEPS = 20
+RATIOS = {"conv": 0.5, "fc*": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+SCHEDULES: dict[str, Callable[[int], Any]] = {  # each prunes in both halves of 20 steps
+    "cubic": cubic(0.9, start=2, end=17, every=3),
+    "iterative": iterative(0.4, rounds=4, every=5, start=1),
+    "paper": lambda step: lap_ext.paper(RATIOS, step // 5) if step in (5, 10, 15) else None,
+}
+torch.manual_seed(3)
+DATA = cases.batches(2)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layer": {},
+    "global": {"scope": "global", "normalize": "lamp"},
+    "forward": {"order": "forward", "rounds": 2, "exclude": ["fc2"]},
+    "random": {"criterion": "random"},
+    "wanda": {"criterion": "wanda", "data": DATA},
+    "gradient": {"criterion": "weight_gradient", "data": DATA},
+}
+
+
+class Run:
+    """Everything that a training script builds, from nothing but a seed."""
+
+    def __init__(
+        self,
+        name: str,
+        schedule: str,
+        options: str = "layer",
+        *,
+        norm: bool = False,
+        alone: bool = False,
+    ) -> None:
+        torch.manual_seed(1)
+        self.model = cases.net()
+        if norm:
+            self.model.act = nn.Sequential(nn.BatchNorm2d(4), nn.Tanh())
+        self.optimizer = cases.OPTIMIZERS[name](self.model.parameters())
+        self.pruner = Pruner(
+            self.model,
+            EXAMPLE,
+            SCHEDULES[schedule],
+            optimizer=None if alone else self.optimizer,
+            **OPTIONS[options],
+        )
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "pruner": self.pruner}
+
+    def train(self, first: int, last: int) -> Run:
+        """Steps first to last - 1, each with its own batch."""
+        for step in range(first, last):
+            torch.manual_seed(100 + step)
+            cases.train(self.model, self.optimizer, cases.batches(1))
+            self.pruner.step()
+            cases.check_zero(self.model, self.pruner.masks)
+        return self
+
+    def save(self) -> bytes:
+        file = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in self.parts().items()}, file)
+        return file.getvalue()
+
+    def load(self, data: bytes, order: tuple[str, ...] = ("model", "optimizer", "pruner")) -> Run:
+        state = read(data)
+        for name in order:
+            self.parts()[name].load_state_dict(state[name])
+        return self
+
+
+def check_same(x: Any, y: Any, path: str = "") -> None:
+    """Equal to the last bit and sign, in the same order, however nested."""
+    assert type(x) is type(y), path
+    if isinstance(x, Tensor):
+        assert x.dtype == y.dtype and torch.equal(x, y), path
+        assert not x.is_floating_point() or torch.equal(x.signbit(), y.signbit()), path
+    elif isinstance(x, dict):
+        assert list(x) == list(y), path
+        for key in x:
+            check_same(x[key], y[key], f"{path}/{key}")
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y), path
+        for place, pair in enumerate(zip(x, y, strict=True)):
+            check_same(*pair, f"{path}/{place}")
+    else:
+        assert x == y, path
+
+
+def read(data: bytes) -> dict[str, Any]:
+    """Not the bytes: pickle writes equal strings once if they are one object, else twice."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def check_equal(one: Run, other: Run) -> None:
+    for name, part in one.parts().items():
+        check_same(part.state_dict(), other.parts()[name].state_dict(), name)
+    assert one.pruner.masks == other.pruner.masks and one.pruner.result == other.pruner.result
+    assert str(one.pruner.result) == str(other.pruner.result)
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("name", ["momentum", "adamw", "adamw-fused", "rmsprop"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])
+def test_resumes_bit_for_bit(name: str, schedule: str, norm: bool) -> None:
+    whole = Run(name, schedule, norm=norm).train(0, STEPS // 2)
+    data, half = whole.save(), whole.pruner.sparsity
+    assert half > 0.3
+    resumed = Run(name, schedule, norm=norm).load(data)
+    check_equal(whole, resumed)
+    resumed.train(STEPS // 2, STEPS)
+    whole.train(STEPS // 2, STEPS)
+    check_equal(whole, resumed)
+    assert whole.pruner.sparsity > half, "it has pruned in both halves"
+
+
+@given(
+    stop=st.integers(0, STEPS),
+    order=st.permutations(["model", "optimizer", "pruner"]),
+    name=st.sampled_from(["momentum", "adamw"]),
+    schedule=st.sampled_from(list(SCHEDULES)),
+    options=st.sampled_from(list(OPTIONS)),
+    alone=st.booleans(),
+)
+def test_stopped_anywhere(
+    stop: int, order: list[str], name: str, schedule: str, options: str, alone: bool
+) -> None:
+    """Before the first pruning, after the last; the parts loaded in any order."""
+    whole = Run(name, schedule, options, alone=alone).train(0, stop)
+    resumed = Run(name, schedule, options, alone=alone).load(whole.save(), tuple(order))
+    check_equal(whole, resumed)
+    check_equal(whole.train(stop, STEPS), resumed.train(stop, STEPS))
+
+
+def test_back_to_an_earlier_state() -> None:
+    """Into a pruner that has gone on: later masks are forgotten, hooks do not pile up."""
+    run = Run("adamw", "iterative")
+    start, early = run.save(), run.train(0, 5).save()
+    later = read(run.train(5, STEPS).save())
+    for data, done in ((early, 5), (start, 0), (early, 5)):
+        run.load(data, ("pruner", "model", "optimizer"))
+        check_same(read(run.save()), read(data))
+        assert (run.pruner.result is None) == (done == 0)
+        assert len(run.optimizer._optimizer_step_pre_hooks) == 1
+        check_same(read(run.train(done, STEPS).save()), later)
+
+
+def test_a_dense_model_becomes_pruned() -> None:
+    """The masks come into force when they are loaded, on the moments too."""
+    trained, run = Run("adamw", "iterative").train(0, 10), Run("adamw", "iterative")
+    cases.train(run.model, run.optimizer, cases.batches(2))
+    run.pruner.load_state_dict(trained.pruner.state_dict())
+    masks = run.pruner.masks
+    cases.check_zero(run.model, masks)
+    assert not run.optimizer.state[run.model.fc1.weight]["exp_avg"][~masks["fc1"]].any()
+    run.train(10, 12)
+    assert run.pruner.result.layers[1].kept == trained.train(10, 12).pruner.result.layers[1].kept
+
+
+# --- what the state is --------------------------------------------------------------------------------
+
+
+def test_the_state_is_small_plain_and_its_own() -> None:
+    run = Run("momentum", "iterative")
+    layers = {"conv": [4, 1, 3, 3], "fc1": [8, 64], "fc2": [3, 8]}
+    assert run.pruner.state_dict() == {"step": 0, "masks": {}, "layers": layers}
+    run.train(0, 2)
+    state = run.pruner.state_dict()
+    assert (state["step"], state["layers"]) == (2, layers)
+    sizes = {name: (bits.dtype, bits.numel()) for name, bits in state["masks"].items()}
+    assert sizes == {name: (torch.uint8, n) for name, n in (("conv", 5), ("fc1", 64), ("fc2", 3))}
+    before = copy.deepcopy(state)
+    run.train(2, STEPS)
+    check_same(state, before)
+    run.pruner.load_state_dict(state)
+    run.pruner.masks["fc1"].zero_()
+    check_same(state, before)
+
+
+def changed(**entries: Any) -> dict[str, Any]:
+    """A good state with some entries replaced."""
+    return {**Run("momentum", "iterative").train(0, 2).pruner.state_dict(), **entries}
+
+
+ONES = torch.ones(64, dtype=torch.uint8)
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "masks of safetensors": (
+        lambda: {"fc1": ONES},
+        TypeError,
+        r"masks and layers\), got \{'fc1': 'Tensor'",
+    ),
+    "nothing": (lambda: None, TypeError, "got NoneType"),
+    "masks alone": (lambda: changed(masks=ONES), TypeError, "'masks': 'Tensor', 'layers': 'dict'"),
+    "layers": (lambda: changed(layers=[36]), TypeError, "'layers': 'list'"),
+    "no step": (lambda: changed(step=None), ValueError, "got None"),
+    "negative": (lambda: changed(step=-1), ValueError, "whole number >= 0, got -1"),
+    "tensor": (lambda: changed(step=torch.tensor(3)), ValueError, r"got tensor\(3\)"),
+    "unknown layer": (lambda: changed(masks={"fc9": ONES}), ValueError, "'fc9'. The state"),
+    "too short": (lambda: changed(masks={"fc1": ONES[:63]}), ValueError, r"\[63\] for 'fc1'"),
+    "bool": (lambda: changed(masks={"fc1": ONES.bool()}), ValueError, "torch.bool"),
+    "no tensor": (lambda: changed(masks={"fc1": [1] * 64}), ValueError, "list for 'fc1'"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_what_is_no_state(name: str) -> None:
+    run = Run("momentum", "cubic").train(0, 4)
+    before = read(run.save())
+    make, error, message = BAD[name]
+    with pytest.raises(error, match=message) as caught:
+        run.pruner.load_state_dict(make())
+    assert str(caught.value).startswith("Pruner.load_state_dict: expected ")
+    check_same(read(run.save()), before)
+
+
+def test_the_layers_must_be_the_same() -> None:
+    """All differences by name, with both shapes; nothing is changed."""
+    state = Run("momentum", "cubic").train(0, 4).pruner.state_dict()
+    other = cases.net()
+    other.fc2 = nn.Linear(8, 5)
+    other.append(nn.Linear(5, 3))
+    pruner = Pruner(other, EXAMPLE, one_shot(0.5))
+    with pytest.raises(ValueError) as caught:
+        pruner.load_state_dict(state)
+    assert str(caught.value) == (
+        "Pruner.load_state_dict: expected the state of a pruner of the same layers, got one that "
+        "differs in 2. Build the model as it was then."
+        "\n  'fc2': [3, 8] in the state, [5, 8] here."
+        "\n  '6': none in the state, [3, 5] here."
+    )
+    assert len(pruner.masks) == 0 and other.fc1.weight.all()
+    many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(30)))
+    with pytest.raises(ValueError, match=r"differs in 33\.[\s\S]*and 23 more\.$"):
+        Pruner(many, torch.ones(1, 1), one_shot(0.5)).load_state_dict(state)
