@@ -3,7 +3,8 @@
 
 For BackPACK, which differentiates twice through a sequence of modules that it knows. What is a
 function in the model becomes a module; dropout and casts go; a batch norm in evaluation mode
-becomes a frozen convolution of size 1 (a linear layer for [N, C]) that scales and shifts.
+becomes a frozen convolution of size 1 (a linear layer for [N, C]) that scales and shifts, an
+average over windows a frozen convolution.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ Build: TypeAlias = Callable[[Call], "nn.Module | None"]
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_ADAPTIVE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
 @dataclass(frozen=True)
@@ -197,17 +196,40 @@ def _dropout(call: Call) -> None:
         raise _NotInChain("dropout that is on in evaluation mode")
 
 
-def _pool(kinds: dict[int, Any], n: int, *names: str) -> Build:
-    """A pooling module; its arguments have the names that the operation's have."""
+def _max_pool(call: Call) -> nn.Module:
+    n = int(call.name[len("max_pool")])
+    window, stride = call["kernel_size"], call["stride"] or call["kernel_size"]
+    return _MAX_POOL[n](
+        _each(window, n),
+        _each(stride, n),
+        _each(call["padding"], n),
+        _each(call["dilation"], n),
+        ceil_mode=call["ceil_mode"],
+    )
 
-    def build(call: Call) -> nn.Module:
-        given = {name: call[name] for name in names}
-        if not given.get("stride", True):
-            given["stride"] = given["kernel_size"]
-        sizes = {k: _each(x, n) if isinstance(x, (list, tuple)) else x for k, x in given.items()}
-        return kinds[n](**sizes)
 
-    return build
+def _average(call: Call) -> nn.Module:
+    """An average over windows as a frozen convolution (BackPACK's own is for float32 only)."""
+    n = len(call.shape) - 2
+    before = _shape(call)
+    if call.name.startswith("adaptive"):
+        window = tuple(a // b for a, b in zip(before[2:], call.shape[2:], strict=True))
+        stride, padding = window, (0,) * n
+        if any(a % b for a, b in zip(before[2:], call.shape[2:], strict=True)):
+            raise _NotInChain("windows of different sizes")
+    else:
+        window = _each(call["kernel_size"], n)
+        stride = _each(call["stride"] or window, n)
+        padding = _each(call["padding"], n)
+        uneven = any(padding) and not call["count_include_pad"]
+        if uneven or call["ceil_mode"] or call.get("divisor_override") is not None:
+            raise _NotInChain("windows of different sizes")
+    dtype = call.node.meta["val"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    options = {"groups": before[1], "bias": False, "dtype": wide}
+    made = skip_init(_CONV[n], before[1], before[1], window, stride, padding, **options)
+    made.weight.data.fill_(1.0 / torch.Size(window).numel())
+    return made.to(call.node.meta["val"].device).requires_grad_(False)
 
 
 def _cast(call: Call) -> None:
@@ -239,7 +261,6 @@ def _each(x: Any, n: int) -> tuple[int, ...]:
     return found * n if len(found) == 1 else found
 
 
-_WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
 _BUILD: dict[str, Build] = {
     "linear": _linear,
     **{f"conv{n}d": _convolution for n in _CONV},
@@ -248,9 +269,8 @@ _BUILD: dict[str, Build] = {
     **dict.fromkeys(("flatten", "view", "reshape", "_unsafe_view"), _reshape),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
     **dict.fromkeys(("to", "_to_copy", "contiguous", "clone", "alias"), _cast),
-    **{f"max_pool{n}d": _pool(_MAX_POOL, n, *_WINDOW, "dilation") for n in _MAX_POOL},
-    **{f"avg_pool{n}d": _pool(_AVG_POOL, n, *_WINDOW, "count_include_pad") for n in _AVG_POOL},
-    **{f"adaptive_avg_pool{n}d": _pool(_ADAPTIVE, n, "output_size") for n in _ADAPTIVE},
+    **{f"max_pool{n}d": _max_pool for n in _MAX_POOL},
+    **{f"{kind}avg_pool{n}d": _average for kind in ("", "adaptive_") for n in _CONV},
     "relu": lambda call: nn.ReLU(),
     "sigmoid": lambda call: nn.Sigmoid(),
     "tanh": lambda call: nn.Tanh(),

@@ -72,6 +72,12 @@ def hessian_diagonals(
             if examples == 0:
                 _compare(chain, model(*args, **kwargs), _wide(x), function)
                 extend(chain.model)
+                size = x.shape[1:]
+            if x.shape[1:] != size:
+                raise ValueError(
+                    f"{function}: expected inputs of one size in all batches, got "
+                    f"{list(size)} and {list(x.shape[1:])}."
+                )
             for parameter in chain.weights.values():
                 parameter.grad = None
             _backward(backpack(extension), measure, chain.model(_wide(x)), target, function)

@@ -10,14 +10,16 @@ pruning) count at once: a pruned neighbor is a smaller neighbor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lap_ext import api, ops
 from lap_ext.neighbors import Neighbor
-from lap_ext.topology import Layer, Topology
+from lap_ext.topology import Layer, Topology, edges
 from lap_ext.topology.energy import Sweeps
 from lap_ext.topology.roles import Role
 
@@ -35,6 +37,8 @@ class Network:
         activity: per role, the probability that an output is active, float64 [O], or None: 1.
         masks: layer name -> the weights that are left.
         check_finite: raise on a weight that is inf or NaN.
+        chain: names of layers, to count as the public code does: of a layer's neighbors only the
+            one before and the one after it in this list, whatever skips there are. None: all.
         function: whose name errors carry.
     """
 
@@ -46,15 +50,17 @@ class Network:
         activity: list[Tensor | None] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         check_finite: bool = True,
+        chain: Sequence[str] | None = None,
         function: str = "prune",
     ) -> None:
         self.topology = topology
         self.bn = bn
         self.function = function
         self.check_finite = check_finite
+        self.chain = chain
         self.activity = activity or [None] * len(topology.roles)
         self._weights = dict(weights or {})
-        self._masks = dict(masks or {})
+        self.masks = dict(masks or {})
         self._sweeps = Sweeps(topology, batch_norm=bn != "off")
         self._energies: list[tuple[Tensor, Tensor] | None] = [None] * len(topology.roles)
         self._factors: list[tuple[Tensor, Tensor]] | None = None
@@ -65,7 +71,7 @@ class Network:
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """From now on, only these weights of a layer count as its neighbors'."""
-        self._masks[name] = mask
+        self.masks[name] = mask
         self._factors = None
         for place, role in enumerate(self.topology.roles):
             if role.layer == name:
@@ -81,7 +87,10 @@ class Network:
             roles = range(len(self.topology.roles))
             energies = [self._energies[r] or self._measure(r) for r in roles]
             self._energies = list(energies)
-            self._factors = self._sweeps.factors(*zip(*energies, strict=True))
+            if self.chain is None:
+                self._factors = self._sweeps.factors(*zip(*energies, strict=True))
+            else:
+                self._factors = self._along(self.chain)
             self._override()
         return self._factors[self.topology.roles.index(role)]
 
@@ -99,7 +108,7 @@ class Network:
 
     def _left(self, layer: Layer) -> Tensor:
         """The layer's weight without what a mask has pruned."""
-        weight, mask = self.weight(layer), self._masks.get(layer.name)
+        weight, mask = self.weight(layer), self.masks.get(layer.name)
         return weight if mask is None else weight * mask
 
     def _energy(self, block: Tensor, role: Role, of_inputs: bool) -> Tensor:
@@ -119,6 +128,35 @@ class Network:
         if active is not None:
             factor = active.sqrt() if factor is None else factor * active.sqrt()
         return factor
+
+    def _along(self, chain: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """The factors of roles by their neighbors in a chain alone; ones where there is no edge."""
+        before = {b: a for a, b in pairwise(chain)}
+        after = dict(pairwise(chain))
+        roles, batch_norm = self.topology.roles, self.bn != "off"
+        result = []
+        for role in roles:
+            sides = (
+                (edges.producers, before, role.part.channels[0], 1),
+                (edges.consumers, after, role.part.channels[1], 0),
+            )
+            norms = []
+            for find, neighbor, n, side in sides:
+                energy = torch.zeros(n, dtype=torch.float64)
+                name = neighbor.get(role.layer)
+                found = [] if name is None else find(self.topology, role, batch_norm)
+                met = [edge for edge in found if edge.kind == "layer" and edge.name == name]
+                for edge in met:
+                    given = self._energies[self._first_role(edge.name)]
+                    assert given is not None
+                    scale = 1.0 if edge.scale is None else edge.scale.square()
+                    energy.index_add_(0, edge.here, given[side][edge.there] * scale)
+                norms.append(energy.sqrt() if met else torch.ones_like(energy))
+            result.append((norms[0], norms[1]))
+        return result
+
+    def _first_role(self, name: str) -> int:
+        return next(r for r, role in enumerate(self.topology.roles) if role.layer == name)
 
     def _override(self) -> None:
         """The factors of layers whose neighbors the user has named."""

@@ -25,6 +25,7 @@ from lap_ext.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology, trace
 
 SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
+SKIPS = ("sum", "ignore")
 
 
 def scores(
@@ -35,6 +36,7 @@ def scores(
     normalize: str = "none",
     exclude: Sequence[str] = (),
     bn: str = "paper",
+    skip: str = "sum",
     data: Iterable[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     neighbors: Mapping[str, Any] | None = None,
@@ -50,6 +52,7 @@ def scores(
         normalize: as in `prune`.
         exclude: as in `prune`.
         bn: as in `prune`.
+        skip: as in `prune`.
         data: as in `prune`.
         kwargs: as in `prune`.
         neighbors: as in `prune`.
@@ -72,10 +75,11 @@ def scores(
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
     check.one_of("scores", "normalize", normalize, selection.NORMALIZATIONS)
-    plan = _plan("scores", model, example_inputs, criterion, bn, data, kwargs, neighbors, unknown,
-                 masks)  # fmt: skip
+    topology = _traced("scores", model, example_inputs, kwargs, neighbors, unknown)
+    layers = _chosen("scores", topology, exclude)
+    plan = _plan("scores", topology, layers, criterion, bn, skip, data, masks)
     result = {}
-    for layer in _chosen("scores", plan.topology, exclude):
+    for layer in layers:
         found = selection.layer_scores(plan.network, plan.criterion, layer)
         result[layer.name] = selection.normalized(found, normalize, plan.masks.get(layer.name))
     return result
@@ -93,6 +97,7 @@ def prune(
     rounds: int = 1,
     exclude: Sequence[str] = (),
     bn: str = "paper",
+    skip: str = "sum",
     data: Iterable[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     neighbors: Mapping[str, Any] | None = None,
@@ -125,6 +130,9 @@ def prune(
         exclude: name patterns of layers that stay as they are.
         bn: batch norms count on the edge they lie on ("paper"), also behind the consumer ("fold"),
             or not at all ("off").
+        skip: "sum" counts every producer and consumer of a channel; "ignore" only the layers just
+            before and after in the network's order, excluded ones left out: the public code's
+            reading of a residual net as a chain, for comparisons.
         data: batches for criteria that need activations or gradients.
         kwargs: named arguments of the model's forward, for the trace.
         neighbors: as in `trace`.
@@ -162,9 +170,9 @@ def prune(
             f'prune: expected order="parallel" with scope="global" (one ranking needs all scores '
             f"at once), got order={order!r}. Use rounds to score anew in between."
         )
-    plan = _plan("prune", model, example_inputs, criterion, bn, data, kwargs, neighbors, unknown,
-                 masks)  # fmt: skip
-    layers = _chosen("prune", plan.topology, exclude)
+    topology = _traced("prune", model, example_inputs, kwargs, neighbors, unknown)
+    layers = _chosen("prune", topology, exclude)
+    plan = _plan("prune", topology, layers, criterion, bn, skip, data, masks)
     shapes = {layer.name: layer.shape for layer in layers}
     given = allocation.of(sparsity)
     keeps = given.keeps(shapes)
@@ -185,35 +193,40 @@ def prune(
 class _Plan:
     """What scoring needs."""
 
-    topology: Topology
     network: Network
     criterion: Criterion
     masks: dict[str, Tensor]
 
 
+def _traced(
+    function: str, model: nn.Module, given: Any, kwargs: Any, neighbors: Any, unknown: str
+) -> Topology:
+    """The topology of a model, or the one that is given in place of example inputs."""
+    if not isinstance(given, Topology):
+        return trace(model, given, kwargs, neighbors=neighbors, unknown=unknown)
+    if given.model is not model:
+        raise ValueError(f"{function}: expected the topology of this model, got another's.")
+    return given
+
+
 def _plan(
     function: str,
-    model: nn.Module,
-    example_inputs: Any,
+    topology: Topology,
+    layers: list[Layer],
     criterion: Any,
     bn: str,
+    skip: str,
     data: Any,
-    kwargs: Any,
-    neighbors: Any,
-    unknown: str,
     masks: Mapping[str, Tensor] | None,
 ) -> _Plan:
+    """Everything that scoring needs, checked."""
     check.one_of(function, "bn", bn, BN)
+    check.one_of(function, "skip", skip, SKIPS)
     chosen = criteria.of(criterion, function)
-    if isinstance(example_inputs, Topology):
-        topology = example_inputs
-        if topology.model is not model:
-            raise ValueError(f"{function}: expected the topology of this model, got another's.")
-    else:
-        topology = trace(model, example_inputs, kwargs, neighbors=neighbors, unknown=unknown)
     given = _given_masks(function, topology, masks)
-    network = Network(topology, bn, masks=given, function=function)
-    return _Plan(topology, chosen.prepare(network, data), chosen, given)
+    chain = [layer.name for layer in layers] if skip == "ignore" else None
+    network = Network(topology, bn, masks=given, chain=chain, function=function)
+    return _Plan(chosen.prepare(network, data), chosen, given)
 
 
 def _given_masks(

@@ -32,30 +32,21 @@ from lap_ext.topology.roles import Role
 
 
 class Measured(Network):
-    """A network and what data has shown of it."""
-
-    of_roles: list[Tensor]  # one vector a role
-    of_layers: Mapping[str, Tensor]  # one tensor of the weight's shape a layer
+    """A network and what data has shown of it; in all else the network that it was made of."""
 
     def __init__(
         self,
         network: Network,
-        of_roles: list[Tensor] | None = None,
-        of_layers: Mapping[str, Tensor] | None = None,
+        of_roles: list[Tensor] | None = None,  # one vector a role
+        of_layers: Mapping[str, Tensor] | None = None,  # one tensor of the weight's shape a layer
         weights: Mapping[str, Tensor] | None = None,
         activity: list[Tensor | None] | None = None,
     ) -> None:
-        super().__init__(
-            network.topology,
-            network.bn,
-            weights,
-            activity,
-            network._masks,
-            network.check_finite,
-            network.function,
-        )
+        vars(self).update(vars(network))  # nothing was scored: no norm is kept there yet
         self.of_roles = of_roles or []
         self.of_layers = of_layers or {}
+        self._weights = {**self._weights, **(weights or {})}
+        self.activity = activity or self.activity
 
 
 def _measured(network: Network) -> Measured:

@@ -13,7 +13,9 @@ a loop can only close through a weighted layer, where one hop ends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,23 @@ class Arcs:
     scale: Scale | None = None
     entry: Tensor | None = None  # int64 [n]: entry of the flattened scale
     weight: Tensor | None = None  # float64 [n]; None: 1
+
+    def squared(
+        self, tensors: Mapping[str, Tensor], known: dict[int, Any], batch_norm: bool = True
+    ) -> Tensor | None:
+        """Weight * scale^2 of each arc, float64 [n]; None: ones.
+
+        Args:
+            tensors: the model's parameters and buffers by name.
+            known: static values that have been computed in this pass.
+            batch_norm: whether batch norms count.
+        """
+        if self.scale is None or self.entry is None:
+            return self.weight
+        if self.scale.kind == "batch_norm" and not batch_norm:
+            return self.weight
+        factor = self.scale.value(tensors, known)[self.entry].square()
+        return factor if self.weight is None else factor * self.weight
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -129,10 +129,24 @@ class Links:
         return space if space.kind == "batch_norm" and whole else None
 
 
-def producers(topology: Topology, role: Role) -> list[Edge]:
-    """The edges to what feeds a role."""
+class _Facts:
+    """The model's weights of now, for the factors of arcs."""
+
+    def __init__(self, topology: Topology, batch_norm: bool) -> None:
+        self.tensors = topology.tensors()
+        self.batch_norm = batch_norm
+        self.known: dict[int, Any] = {}  # static values of this pass
+
+    def squared(self, arcs: Arcs) -> Tensor:
+        """The squared factor of each arc, float64."""
+        found = arcs.squared(self.tensors, self.known, self.batch_norm)
+        return torch.ones(arcs.child.shape, dtype=torch.float64) if found is None else found
+
+
+def producers(topology: Topology, role: Role, batch_norm: bool = True) -> list[Edge]:
+    """The edges to what feeds a role; batch_norm: whether batch norms are among the scales."""
     index, labels = role.inputs
-    known: dict[int, object] = {}
+    facts = _Facts(topology, batch_norm)
     here = index + role.part.first[0]
     start = _Walk(here, labels, torch.ones(index.shape).double(), role.trail)
     pending = list(_by_place(topology, start))
@@ -147,15 +161,15 @@ def producers(topology: Topology, role: Role) -> list[Edge]:
             found.append(_edge(space.name, _kind(space), walk, there))
             continue
         for arcs in space.arcs:
-            step = _up(topology, walk, space, arcs, known)
+            step = _up(walk, space, arcs, facts)
             pending += _by_place(topology, step)
     return _merged(found[::-1])
 
 
-def consumers(topology: Topology, role: Role) -> list[Edge]:
-    """The edges to what reads a role."""
+def consumers(topology: Topology, role: Role, batch_norm: bool = True) -> list[Edge]:
+    """The edges to what reads a role; batch_norm: whether batch norms are among the scales."""
     labels = role.out.labels
-    known: dict[int, object] = {}
+    facts = _Facts(topology, batch_norm)
     here = torch.arange(role.out.size) + role.part.first[1]
     start = _Walk(here, labels, torch.ones(labels.shape).double(), ())
     pending = list(_by_place(topology, start))
@@ -164,9 +178,9 @@ def consumers(topology: Topology, role: Role) -> list[Edge]:
         place = min(place for place, _ in pending)
         walk = _together([w for p, w in pending if p == place])
         pending = [(p, w) for p, w in pending if p != place]
-        found += _read(topology, place, walk)
+        found += _read(topology, place, walk, facts)
         for child_place, arcs in topology.links.below.get(place, []):
-            step = _down(topology, walk, topology.channels.spaces[child_place], arcs, known)
+            step = _down(walk, topology.channels.spaces[child_place], arcs, facts)
             pending += [(child_place, step)] if step.here.numel() else []
     return _merged(found)
 
@@ -202,7 +216,7 @@ def _distinct(
     return keys // base, keys % base, total.sqrt()
 
 
-def _read(topology: Topology, place: int, walk: _Walk) -> Iterator[Edge]:
+def _read(topology: Topology, place: int, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
     """The layers, couplings and ends that the channels of a walk reach here."""
     for reader in topology.links.readers.get(place, []):
         a, b = _matches(walk.label, reader.inputs[1])
@@ -214,7 +228,7 @@ def _read(topology: Topology, place: int, walk: _Walk) -> Iterator[Edge]:
         a, b = _matches(walk.label, mine)
         if a.numel():
             met = _Walk(walk.here[a], other[b], walk.factor[a], walk.via)
-            yield from _coupled(topology, met)
+            yield from _coupled(topology, met, facts)
     for labels, name in topology.links.ended.get(place, []):
         a, _ = _matches(walk.label, labels)
         if a.numel():
@@ -222,8 +236,8 @@ def _read(topology: Topology, place: int, walk: _Walk) -> Iterator[Edge]:
             yield _edge(name, "output" if name == "output" else "boundary", met, walk.here[a])
 
 
-def _coupled(topology: Topology, walk: _Walk) -> Iterator[Edge]:
-    known: dict[int, object] = {}
+def _coupled(topology: Topology, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
+    """What the channels that those of a walk are multiplied with come from."""
     pending = list(_by_place(topology, walk))
     while pending:
         place = max(place for place, _ in pending)
@@ -235,28 +249,20 @@ def _coupled(topology: Topology, walk: _Walk) -> Iterator[Edge]:
             yield _edge(space.name, "coupled", part, there)
             continue
         for arcs in space.arcs:
-            pending += _by_place(topology, _up(topology, part, space, arcs, known))
+            pending += _by_place(topology, _up(part, space, arcs, facts))
 
 
-def _up(topology: Topology, walk: _Walk, space: Space, arcs: Arcs, known: dict) -> _Walk:  # type: ignore[type-arg]
+def _up(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
     a, b = _matches(walk.label - space.first, arcs.child)
-    factor = walk.factor[a] * squared(topology, arcs, known)[b]
+    factor = walk.factor[a] * facts.squared(arcs)[b]
     return _Walk(walk.here[a], arcs.parent[b], factor, merged(arcs.trail, (space.name,), walk.via))
 
 
-def _down(topology: Topology, walk: _Walk, space: Space, arcs: Arcs, known: dict) -> _Walk:  # type: ignore[type-arg]
+def _down(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
     a, b = _matches(walk.label, arcs.parent)
-    factor = walk.factor[a] * squared(topology, arcs, known)[b]
+    factor = walk.factor[a] * facts.squared(arcs)[b]
     via = merged(walk.via, arcs.trail, (space.name,))
     return _Walk(walk.here[a], arcs.child[b] + space.first, factor, via)
-
-
-def squared(topology: Topology, arcs: Arcs, known: dict) -> Tensor:  # type: ignore[type-arg]
-    """The squared factor of each arc, float64, with the model's weights of now."""
-    factor = torch.ones(arcs.child.shape, dtype=torch.float64)
-    if arcs.scale is not None and arcs.entry is not None:
-        factor = arcs.scale.value(topology.tensors(), known)[arcs.entry].square()
-    return factor if arcs.weight is None else factor * arcs.weight
 
 
 def _by_place(topology: Topology, walk: _Walk) -> Iterator[tuple[int, _Walk]]:

@@ -19,11 +19,12 @@ A single channel that nothing reads counts 0. All in float64 on the CPU, added i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lap_ext.topology.channels import Arcs, Channels
+from lap_ext.topology.channels import Channels
 from lap_ext.topology.graph import Topology
 from lap_ext.topology.roles import Role
 
@@ -35,21 +36,12 @@ class Sweeps:
         self.topology = topology
         self.channels: Channels = topology.channels
         self._tensors = topology.tensors()
-        self._known: dict[int, object] = {}
+        self._known: dict[int, Any] = {}
         self._arcs = [
-            (space, arcs, self._factor(arcs, batch_norm))
+            (space, arcs, arcs.squared(self._tensors, self._known, batch_norm))
             for space in self.channels.spaces
             for arcs in space.arcs
         ]
-
-    def _factor(self, arcs: Arcs, batch_norm: bool) -> Tensor | None:
-        scale = arcs.scale
-        if scale is not None and scale.kind == "batch_norm" and not batch_norm:
-            scale = None
-        if scale is None or arcs.entry is None:
-            return arcs.weight
-        factor = scale.value(self._tensors, self._known)[arcs.entry].square()
-        return factor if arcs.weight is None else factor * arcs.weight
 
     def norm_scale(self, role: Role) -> Tensor | None:
         """|gamma| / sqrt(running_var + eps) of the batch norm that alone follows, float64 [O]."""

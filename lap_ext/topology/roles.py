@@ -66,7 +66,7 @@ class Part:
         return (row, col) if self.transposed else (col, row)
 
 
-@dataclass
+@dataclass(eq=False)
 class Role:
     """One use of a layer's weight."""
 
