@@ -238,6 +238,22 @@ def renamed(function: str, error: Exception) -> Exception | None:
     return type(error)(f"{function}{found}{rest}") if found else None
 
 
+def in_layer(function: str, layer: str, error: Exception) -> Exception | None:
+    """An error about one layer's tensors, in the name of a function of whole models.
+
+    None if it is another error.
+    """
+    _, found, rest = str(error).partition(": expected ")
+    if not found:
+        return None
+    rest = rest.replace(" in w,", f" in layer {layer!r},")
+    rest = rest.replace(", or pass check_finite=False to rank them as they come", "")
+    said = str(error).startswith(f"{function}: ") or repr(layer) in rest
+    if not said:
+        rest = f"{rest} (layer {layer!r})"
+    return type(error)(f"{function}{found}{rest}")
+
+
 def not_finite_scale(function: str, name: str, value: float, index: int) -> str:
     """Message: a scale is inf or NaN."""
     return f"{function}: expected finite entries in {name}, got {value} at index {index}."

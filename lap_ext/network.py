@@ -100,9 +100,10 @@ class Network:
         layer = self.topology.layers[role.layer]
         block = role.part.of(self._left(layer))
         across = self._row_weight(place, role)
+        if across is None:
+            return self._both_energies(block, role)
         out = self._energy(block, role, of_inputs=False)
-        read = block if across is None else _weighted(block, across, role)
-        into = self._energy(read, role, of_inputs=True)
+        into = self._energy(_weighted(block, across, role), role, of_inputs=True)
         active = self.activity[place]
         return into, out if active is None else out * active
 
@@ -111,9 +112,16 @@ class Network:
         weight, mask = self.weight(layer), self.masks.get(layer.name)
         return weight if mask is None else weight * mask
 
+    def _both_energies(self, block: Tensor, role: Role) -> tuple[Tensor, Tensor]:
+        """Squared norms of the input and output channels of a block, read once."""
+        options = (role.part.groups, self.check_finite, role.layer)
+        row, col = ops.call(self.function, ops.energies, block, *options)
+        into, out = (row, col) if role.part.transposed else (col, row)
+        return into.cpu(), out.cpu()
+
     def _energy(self, block: Tensor, role: Role, of_inputs: bool) -> Tensor:
         """Squared norms of the input or output channels of a block, float64, on the CPU."""
-        options = (self.check_finite, role.layer)
+        options = (self.check_finite, f"layer {role.layer!r}")
         if of_inputs == role.part.transposed:
             found = ops.call(self.function, ops.row_energy, block, *options)
         else:
@@ -181,8 +189,10 @@ class Network:
         if not isinstance(given, str):
             return given
         layer = self.topology.layers[given]
-        part = layer.roles[0].part
-        return Neighbor(part.of(self._left(layer)), part.groups, part.transposed)
+        role = layer.roles[0]
+        block, active = role.part.of(self._left(layer)), self.activity[self._first_role(given)]
+        block = block if active is None else _weighted(block, active.sqrt(), role)
+        return Neighbor(block, role.part.groups, role.part.transposed)
 
 
 def _weighted(block: Tensor, factor: Tensor, role: Role) -> Tensor:

@@ -48,6 +48,20 @@ def _(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
     return weight.new_empty([groups * weight.shape[1]], dtype=torch.float64)
 
 
+# Both from one reading of the weight.
+@_define(
+    "energies(Tensor weight, int groups, bool check_finite, str name) -> (Tensor row, Tensor col)",
+    reference.energies,
+)
+def _(weight: Tensor, groups: int, check_finite: bool, name: str) -> tuple[Tensor, Tensor]:
+    del check_finite, name
+    rows, cols, *_ = weight.shape
+    return (
+        weight.new_empty([rows], dtype=torch.float64),
+        weight.new_empty([groups * cols], dtype=torch.float64),
+    )
+
+
 # An operator, so that a compiler cannot fuse it with what makes the energies and round otherwise.
 @_define("norm(Tensor[] energies) -> Tensor", reference.norm)
 def _(energies: list[Tensor]) -> Tensor:
@@ -103,6 +117,7 @@ info = native.info
 
 row_energy = torch.ops.lap_ext.row_energy.default
 col_energy = torch.ops.lap_ext.col_energy.default
+energies = torch.ops.lap_ext.energies.default
 norm = torch.ops.lap_ext.norm.default
 score = torch.ops.lap_ext.score.default
 mask = torch.ops.lap_ext.mask.default

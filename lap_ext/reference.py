@@ -26,6 +26,7 @@ from lap_ext.select_reference import kth_largest, never, select, topk_mask
 
 __all__ = [
     "col_energy",
+    "energies",
     "kth_largest",
     "mask",
     "prune_",
@@ -134,6 +135,14 @@ def _add_row_segments(total: Tensor, part: Tensor, factor: float) -> None:
         sums += squares[:, :, row]
     for segment in range(segments):
         total += sums[:, segment]
+
+
+def energies(weight: Tensor, groups: int, check_finite: bool, name: str) -> tuple[Tensor, Tensor]:
+    """(row_energy, col_energy) of weight [G * N, C, *K] -> float64 ([G * N], [G * C])."""
+    return (
+        row_energy(weight, check_finite, name),
+        col_energy(weight, groups, check_finite, name),
+    )
 
 
 def norm(energies: list[Tensor]) -> Tensor:

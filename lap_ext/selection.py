@@ -14,12 +14,14 @@ Normalizations of scores for one ranking over layers:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from lap_ext import from_factors, ranking
+from lap_ext import check, from_factors, ops, ranking
 from lap_ext.criteria import Criterion
 from lap_ext.network import Network
 from lap_ext.topology import Layer
@@ -30,6 +32,11 @@ NORMALIZATIONS = ("none", "norm", "lamp")
 
 def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
     """Scores of a layer's weights, the weight's shape, float32 (float64 for float64 weights)."""
+    with _of(layer, network):
+        return _layer_scores(network, criterion, layer)
+
+
+def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
     weight = criterion.weight(network, layer)
     roles = layer.roles
     if not criterion.by_role:
@@ -42,6 +49,18 @@ def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor
         role.part.of(total).add_(scores.double().square_())
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return total.sqrt_().to(kind)
+
+
+@contextmanager
+def _of(layer: Layer, network: Network) -> Iterator[None]:
+    """Errors about w name the layer."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        clean = check.in_layer(network.function, layer.name, error)
+        if clean is None:
+            raise
+        raise clean from None
 
 
 def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Tensor) -> Tensor:
@@ -61,6 +80,13 @@ def layer_mask(
     mask: Tensor | None,
 ) -> Tensor:
     """Mask of the keep best weights of a layer among those that mask names."""
+    with _of(layer, network):
+        return _layer_mask(network, criterion, layer, keep, mask)
+
+
+def _layer_mask(
+    network: Network, criterion: Criterion, layer: Layer, keep: int, mask: Tensor | None
+) -> Tensor:
     if criterion.rows:
         return row_mask(layer_scores(network, criterion, layer), layer.roles[0].part, keep, mask)
     if not criterion.by_role:
@@ -167,9 +193,22 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
     if mask is not None:
         left = left * mask
     if how == "norm":
-        size = left.norm()
-        return left / size if bool(size > 0) else left
+        width = left.shape[-1] if left.dim() else 1
+        return over(left, math.sqrt(math.fsum(row_energies(left, width))))
     return lamp(left)
+
+
+def row_energies(scores: Tensor, width: int) -> list[float]:
+    """Sum of squares of every width scores in C order: the same bits for any run of whole rows."""
+    if scores.numel() == 0:
+        return []
+    return ops.row_energy(scores.reshape(-1, width), False, "scores").tolist()
+
+
+def over(scores: Tensor, size: float) -> Tensor:
+    """The scores over the norm of all of their layer's, float64."""
+    left = scores.double()
+    return left / size if size > 0 else left
 
 
 def lamp(scores: Tensor) -> Tensor:

@@ -102,14 +102,14 @@ def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no fused attention module, no warnings of the export; all undone after."""
+    """Evaluation mode, no fused attention module, no gradients, no warnings; all undone after."""
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module in modes:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():  # chunks may be written
             warnings.simplefilter("ignore")
             yield
     finally:

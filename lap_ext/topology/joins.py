@@ -135,7 +135,7 @@ def _where(t: Tracer, call: Call) -> Result:
 
 
 @rule("index_add", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce",
-      "index_copy", "masked_scatter", "index_fill", "put")  # fmt: skip
+      "index_copy", "masked_scatter", "index_fill")  # fmt: skip
 def _write(t: Tracer, call: Call) -> Result:
     """Rows written somewhere into a tensor: both are parents where the places don't matter."""
     x = call.values[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lap_ext.topology import labels as lab
 from lap_ext.topology.call import Call, Result, rule
-from lap_ext.topology.channels import Arcs
+from lap_ext.topology.channels import Arcs, Trail
 from lap_ext.topology.roles import Part
 from lap_ext.topology.routing import role_of
 from lap_ext.topology.value import Value
@@ -45,7 +45,8 @@ def _recurrent(t: Tracer, call: Call) -> Result:
         for direction in range(directions):
             cell = layer * directions + direction
             own = weights[cell * per_cell : (cell + 1) * per_cell]
-            state, inner = _cell(t, call, own, inputs, starts, cell)
+            trail = x.trail if layer == 0 else ()
+            state, inner = _cell(t, call, own, inputs, trail, starts, cell)
             sides.append(state)
             finals[0].append(state)
             finals[1].append(inner)
@@ -59,7 +60,13 @@ def _recurrent(t: Tracer, call: Call) -> Result:
 
 
 def _cell(
-    t: Tracer, call: Call, weights: list[Value], inputs: Any, starts: Sequence[Any], cell: int
+    t: Tracer,
+    call: Call,
+    weights: list[Value],
+    inputs: Any,
+    trail: Trail,
+    starts: Sequence[Any],
+    cell: int,
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr].
 
@@ -73,6 +80,7 @@ def _cell(
         part = Part(weight.shape)
         given = inputs if place == 0 else nothing
         roles.append(role_of(t, call, weight.view.parameter, part, given, call.name))
+    roles[0].trail = trail
     hidden = weights[1].shape[1] if len(weights) == 2 else weights[2].shape[1]
     gates = weights[0].shape[0] // hidden
     child = torch.arange(hidden).repeat(gates)

@@ -70,13 +70,10 @@ class Scale:
     number: float = 1.0
 
     def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Tensor:
-        """All entries now, float64 on the CPU, flat."""
+        """All entries now, float64 on the CPU, flat; NaN for parameters without values (meta)."""
         if self.kind == "number":
             return torch.tensor([self.number], dtype=torch.float64)
-        found = [
-            None if x is None else x.value(tensors, known).to("cpu", torch.float64).flatten()
-            for x in self.sources
-        ]
+        found = [None if x is None else _on_cpu(x.value(tensors, known)) for x in self.sources]
         if self.kind == "batch_norm":
             gamma, variance = found
             assert variance is not None
@@ -90,6 +87,12 @@ class Scale:
     def names(self) -> list[str]:
         """Parameters and buffers it is computed from."""
         return [name for x in self.sources if x is not None for name in _names(x)]
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return torch.full((x.numel(),), torch.nan, dtype=torch.float64)
+    return x.to("cpu", torch.float64).flatten()
 
 
 def _names(x: Any) -> list[str]:

@@ -111,7 +111,7 @@ def _check_neighbors(topology: Topology) -> None:
             )
         names = [name, *(x for side in given for x in _names(side))]
         for wrong in (x for x in names if x not in topology.layers):
-            close = difflib.get_close_matches(wrong, topology.layers, n=1)
+            close = difflib.get_close_matches(layer_name(wrong), topology.layers, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
                 f"trace: expected neighbors to name layers of the model, got {wrong!r}.{hint}"

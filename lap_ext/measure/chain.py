@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.utils import skip_init
 
 from lap_ext.topology import Topology
 from lap_ext.topology.call import Call, bind, mapped
-from lap_ext.topology.export import export, first_names, named_tensors, placeholders
+from lap_ext.topology.export import first_names, named_tensors, placeholders
 
 # (the call, with tensors for what is no activation) -> a module, None: nothing is done
 Build: TypeAlias = Callable[[Call], "nn.Module | None"]
@@ -36,16 +37,13 @@ class Chain:
     weights: dict[str, nn.Parameter]  # layer name -> the copy of its weight
 
 
-def chain_of(
-    topology: Topology, args: tuple[Any, ...], kwargs: dict[str, Any], function: str
-) -> Chain:
-    """The chain that model(*args, **kwargs) runs through.
+def chain_of(topology: Topology, program: ExportedProgram, function: str) -> Chain:
+    """The chain that a program of the model runs through.
 
     Raises:
         ValueError: the model joins or splits, or has an operation that is none of those below; the
             message names its module.
     """
-    program = export(topology.model, args, kwargs)
     tensors, first = named_tensors(topology.model), first_names(topology.model)
     names: dict[fx.Node, str] = {}
     fixed: dict[fx.Node, Any] = {}

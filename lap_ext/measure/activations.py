@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lap_ext.activity import Activation, activation_after
-from lap_ext.experts import Chosen, chosen_by_data
-from lap_ext.replay import Watches, replay
+from lap_ext.measure.activity import Activation, activation_after
+from lap_ext.measure.experts import Chosen, chosen_by_data
+from lap_ext.measure.replay import Watches, replay
 from lap_ext.topology import Topology
 from lap_ext.topology.call import bind
 from lap_ext.topology.roles import Role

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lap_ext.chain import Chain, chain_of
-from lap_ext.gradients import pair
-from lap_ext.purity import unchanged
-from lap_ext.replay import batches, call_of
+from lap_ext.measure.chain import Chain, chain_of
+from lap_ext.measure.gradients import pair
+from lap_ext.measure.purity import unchanged
+from lap_ext.measure.replay import batches, call_of, program_of
 from lap_ext.topology import Topology
 
 CURVATURES = ("hessian", "ggn")
+# (chain, loss, inputs, target) -> layer name -> diagonal for the mean loss of this batch
+SecondOrder: TypeAlias = Callable[[Chain, nn.Module, Tensor, Any], dict[str, Tensor]]
 
 
 def hessian_diagonals(
@@ -42,8 +45,7 @@ def hessian_diagonals(
     Args:
         topology: of the model, a chain of layers that BackPACK knows.
         data: batches (inputs, target).
-        loss: a loss module with reduction "mean" that BackPACK knows: CrossEntropyLoss (None) or
-            MSELoss.
+        loss: one with reduction "mean" that BackPACK knows; None: CrossEntropyLoss.
         curvature: "hessian" or "ggn".
         function: whose name errors carry.
         criterion: whose name errors carry.
@@ -56,47 +58,32 @@ def hessian_diagonals(
         ValueError: the model is no such chain; h is not finite.
         TypeError: a batch is no pair.
     """
-    extend, backpack, extension = _backpack(curvature, function, criterion)
-    model = topology.model
-    chain: Chain | None = None
-    totals: dict[str, Tensor] = {}
-    examples = 0
+    extend, second_order = _backpack(curvature, function, criterion)
+    model, chain = topology.model, None
     measure = extend(nn.CrossEntropyLoss() if loss is None else copy.deepcopy(loss))
+    totals: dict[str, Tensor] = {}
+    size, examples = [0], 0
     with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         for batch in batches(data, function, criterion):
             inputs, target = pair(batch, function)
             args, kwargs = call_of(model, inputs, function)
             if chain is None:
-                chain = chain_of(topology, args, kwargs, function)
-            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            if examples == 0:
-                _compare(chain, model(*args, **kwargs), _wide(x), function)
+                chain = chain_of(topology, program_of(topology, args, kwargs, function), function)
                 extend(chain.model)
-                size = x.shape[1:]
-            if x.shape[1:] != size:
-                raise ValueError(
-                    f"{function}: expected inputs of one size in all batches, got "
-                    f"{list(size)} and {list(x.shape[1:])}."
-                )
-            for parameter in chain.weights.values():
-                parameter.grad = None
-            _backward(backpack(extension), measure, chain.model(_wide(x)), target, function)
+            x = next(_wide(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            if not examples:
+                _compare(chain, model(*args, **kwargs), x, function)
+                size = list(x.shape[1:])
+            _one_size(size, list(x.shape[1:]), function)
+            found = second_order(chain, measure, x, target)
+            for name, h in found.items():
+                totals[name] = totals[name] + h * len(x) if name in totals else h * len(x)
             examples += len(x)
-            for name, parameter in chain.weights.items():
-                found = getattr(parameter, extension.savefield) * len(x)
-                totals[name] = totals[name] + found if name in totals else found
-                delattr(parameter, extension.savefield)
-    result = {name: (total / examples).detach() for name, total in totals.items()}
-    for name, h in result.items():
-        if not bool(h.isfinite().all()):
-            raise ValueError(
-                f"{function}: expected a finite Hessian, got inf or NaN for layer {name!r}. Look "
-                "for such values in data."
-            )
-    return result
+    return _finite({name: (x / examples).detach() for name, x in totals.items()}, function)
 
 
-def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, Any, Any]:
+def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, SecondOrder]:
+    """BackPACK's extend, and what gives the diagonals of one batch."""
     try:
         package = import_module("backpack")
         extensions = import_module("backpack.extensions")
@@ -106,24 +93,25 @@ def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, Any, 
             "the diagonal of the Hessian), got none. Run: pip install 'lap_ext[obd]'."
         ) from error
     kind = extensions.DiagHessian if curvature == "hessian" else extensions.DiagGGNExact
-    return package.extend, package.backpack, kind()
 
+    def second_order(chain: Chain, loss: nn.Module, x: Tensor, target: Any) -> dict[str, Tensor]:
+        extension = kind()
+        with package.backpack(extension):
+            try:
+                loss(chain.model(x), target).backward()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{function}: expected layers and a loss that BackPACK can differentiate "
+                    f"twice, got: {error} Use another criterion for this model."
+                ) from error
+        found = {}
+        for name, parameter in chain.weights.items():
+            found[name] = getattr(parameter, extension.savefield)
+            delattr(parameter, extension.savefield)
+            parameter.grad = None
+        return found
 
-def _backward(
-    second_order: AbstractContextManager[Any],
-    loss: nn.Module,
-    output: Tensor,
-    target: Any,
-    function: str,
-) -> None:
-    with second_order:
-        try:
-            loss(output, target).backward()
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{function}: expected layers and a loss that BackPACK can differentiate twice, "
-                f"got: {error} Use curvature='ggn' or another criterion for this model."
-            ) from error
+    return package.extend, second_order
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -146,9 +134,26 @@ def _compare(chain: Chain, expected: Tensor, x: Tensor, function: str) -> None:
         )
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801 (used as a function)
-    """Without the warnings of hooks whose inputs need no gradient: those of a first layer."""
+def _one_size(expected: list[int], got: list[int], function: str) -> None:
+    if expected != got:
+        raise ValueError(
+            f"{function}: expected inputs of one size in all batches, got {expected} and {got}."
+        )
 
-    def __enter__(self) -> None:
-        super().__enter__()
+
+def _finite(diagonals: dict[str, Tensor], function: str) -> dict[str, Tensor]:
+    for name, h in diagonals.items():
+        if not bool(h.isfinite().all()):
+            raise ValueError(
+                f"{function}: expected a finite Hessian, got inf or NaN for layer {name!r}. Look "
+                "for such values in data."
+            )
+    return diagonals
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of hooks whose inputs need no gradient: those of a first layer."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lap_ext.purity import same_random_state
-from lap_ext.topology import Topology
+from lap_ext.measure.purity import same_random_state
+from lap_ext.topology import Topology, TopologyError
 from lap_ext.topology.export import export, named_tensors, placeholders
 
 _AUTOCAST = "wrap_with_autocast"
@@ -63,11 +63,25 @@ def replay(
             args, kwargs = call_of(topology.model, batch, function)
             leaves, key = _signature(args, kwargs)
             if key not in programs:
-                program = export(topology.model, args, kwargs)
+                program = program_of(topology, args, kwargs, function)
                 nodes = role_nodes(topology, program, function)
                 programs[key] = program, watcher(program, nodes)
             program, watches = programs[key]
             _Player(program.graph_module, watches).run(*_inputs(program, tensors, leaves))
+
+
+def program_of(
+    topology: Topology, args: tuple[Any, ...], kwargs: dict[str, Any], function: str
+) -> ExportedProgram:
+    """The graph of the model for the arguments in a batch of data."""
+    try:
+        return export(topology.model, args, kwargs)
+    except TopologyError as error:
+        text = str(error.__cause__).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"{function}: expected batches of data that the model accepts as it does its "
+            f"example_inputs, got {type(error.__cause__).__name__}: {text}"
+        ) from error
 
 
 def batches(data: Any, function: str, criterion: str) -> Iterator[Any]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from lap_ext.purity import unchanged
-from lap_ext.replay import batches, call_of
+from lap_ext.measure.purity import unchanged
+from lap_ext.measure.replay import batches, call_of
 from lap_ext.topology import Topology
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
