@@ -7,6 +7,7 @@ FUZZ_SECONDS ?= 20
 DEMO_ARGS ?=#  see: make demo DEMO_ARGS=--help
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 export MAX_JOBS
 # OpenMP threads that wait by spinning make training 20 times slower where another program has a core
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_SOURCES = $(shell find csrc tests/cpp -type f ! -name doctest.h)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml lap_ext/__init__.py
 
-.PHONY: help demo test test-py test-cpp asan tsan fuzz bench dev check abi format clean
+.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu dev check abi format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip in one environment; the compilers use MAX_JOBS
 
@@ -30,6 +31,7 @@ help:
 	@echo "make asan      C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer; make tsan: ThreadSanitizer"
 	@echo "make fuzz      fuzz the selection for FUZZ_SECONDS=$(FUZZ_SECONDS)"
 	@echo "make bench     benchmarks: table, JSON and plot"
+	@echo "make gpu       builds, tests and measures the CUDA kernels; without a GPU: reports of ptxas, byte counts"
 	@echo "make dev       everything for development; make check: what CI checks; make format: puts the style right"
 	@echo "make clean     removes .venv, build and the built libraries"
 
@@ -44,6 +46,9 @@ test-py: $(STAMPS)/test
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+gpu: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 dev: $(STAMPS)/dev
 

@@ -30,7 +30,9 @@ constexpr int kThreads = 256;
 constexpr int kLoneThreads = 512;  // of a block that works alone; 1024 would spill registers
 #endif
 constexpr int kResident = 2;  // blocks of a processor: 128 registers a thread, so nothing spills
-constexpr int kBlocksPerProcessor = 8;  // of kThreads: 2048 threads, all that fit
+// Loads that a thread has under way before it uses the first: where one block works alone, time is
+// the number of rounds of these.
+constexpr int kInFlight = 8;
 
 using Count = unsigned long long;  // what 64-bit atomics take
 
@@ -47,11 +49,22 @@ inline cudaError_t processors(int* count) {
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Blocks for `work` blocks' worth of work: no more than the device holds at once (kernels stride).
-inline cudaError_t grid_for(int64_t work, unsigned* blocks) {
+// Blocks for `work` blocks' worth of work: no more than the device holds of this kernel at once
+// (kernels stride; a block more would wait for a whole turn of the others).
+template <typename... Params>
+cudaError_t grid_for(void (*kernel)(Params...), int64_t work, unsigned* blocks) {
   int count = 0;
-  const cudaError_t error = processors(&count);
-  const int64_t most = int64_t{count} * kBlocksPerProcessor;
+  cudaError_t error = processors(&count);
+  if (error != cudaSuccess) return error;
+#if defined(LAP_EMULATED)
+  (void)kernel;
+  int per_processor = 1;
+#else
+  int per_processor = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0);
+  if (error != cudaSuccess) return error;
+#endif
+  const int64_t most = int64_t{count} * per_processor;
   *blocks = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
   return error;
 }
@@ -72,21 +85,12 @@ cudaError_t launch(void (*kernel)(Params...),
   return cudaGetLastError();
 }
 
-// All blocks are on the device at once, so that grid_sync() works; at most `work` of them.
+// As many blocks as grid_for, and they are on the device at once, so that grid_sync() works.
 template <typename Param>
 cudaError_t launch_together(void (*kernel)(Param), int64_t work, cudaStream_t stream, Param param) {
-  int processor_count = 0;
-  cudaError_t error = processors(&processor_count);
+  unsigned blocks = 0;
+  const cudaError_t error = grid_for(kernel, work, &blocks);
   if (error != cudaSuccess) return error;
-  int per_processor = 0;
-#if defined(LAP_EMULATED)
-  per_processor = 1;
-#else
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0);
-  if (error != cudaSuccess) return error;
-#endif
-  const int64_t most = int64_t{processor_count} * per_processor;
-  const unsigned blocks = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
 #if defined(LAP_EMULATED)
   emulator::launch_together(blocks, kThreads, stream, [&] { kernel(param); });
   return cudaGetLastError();
@@ -163,6 +167,25 @@ struct Divider {
   }
 };
 
+// The same for 0 <= n < 2^31 and 1 <= d <= 2^30: one multiplication of 32 bits.
+struct NarrowDivider {
+  static constexpr int64_t kMost = int64_t{1} << 30;
+  uint32_t divisor = 1;
+  uint32_t multiplier = 1;
+  int shift = 0;
+
+  NarrowDivider() = default;
+  explicit NarrowDivider(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint32_t{1} << shift) < divisor) ++shift;
+    const uint64_t over = (uint32_t{1} << shift) - divisor;
+    multiplier = static_cast<uint32_t>((over << 32) / divisor) + 1;
+  }
+  __device__ uint32_t quotient(uint32_t n) const {
+    const uint64_t high = (uint64_t{multiplier} * n) >> 32;
+    return (static_cast<uint32_t>(high) + n) >> shift;
+  }
+};
+
 // --- a block's reductions: every thread of the block calls them --------------------------------
 
 constexpr int kMostWarps = 32;
@@ -178,19 +201,33 @@ __device__ T warp_sum(T value) {
   return value;  // in lane 0
 }
 
+// Sum of the values of the lanes up to this one, itself included.
+template <typename T>
+__device__ T warp_inclusive_sum(T value) {
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, step);
+    if (lane_id() >= step) value += other;
+  }
+  return value;
+}
+
+// What the lanes of a warp have written to shared memory is seen by all of them.
+__device__ inline void warp_sync() {
+#if defined(LAP_EMULATED)
+  __shfl_sync(kAllLanes, 0, 0);
+#else
+  __syncwarp();
+#endif
+}
+
 // Sum of the values of the threads before this one; *total is the sum of all.
 template <typename T>
 __device__ T block_exclusive_sum(T value, T* total) {
   LAP_SHARED(WarpValues<T>, warps);
-  const int lane = lane_id();
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  T inclusive = value;
-  for (int step = 1; step < kWarp; step *= 2) {
-    const T other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
+  const T inclusive = warp_inclusive_sum(value);
   __syncthreads();  // the previous call's readers are done
-  if (lane == kWarp - 1) warps.values[warp] = inclusive;
+  if (lane_id() == kWarp - 1) warps.values[warp] = inclusive;
   __syncthreads();
   T before = 0;
   *total = 0;
@@ -208,6 +245,23 @@ __device__ inline void note_bad(Count* bad_count,
                                 int64_t first_index) {
   atomicAdd(bad_count, static_cast<Count>(count));
   atomicMax(first_inverted, ~static_cast<Count>(first_index));
+}
+
+// NaN from the first value on that is not finite, else zero: one operation a value, where a test
+// takes three. The compiler must not fold x * 0.
+__device__ inline float trap(float x, float trapped) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(x, 0.0f, trapped);
+#else
+  return x * 0.0f + trapped;
+#endif
+}
+__device__ inline double trap(double x, double trapped) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(x, 0.0, trapped);
+#else
+  return x * 0.0 + trapped;
+#endif
 }
 
 __device__ inline bool is_finite(float x) {

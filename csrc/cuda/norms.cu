@@ -2,19 +2,19 @@
 // Energies (squared norms) of a weight's channels, in double, in the order that math/sums.h fixes.
 //
 //   rows:     1. one warp per segment of 1024 elements: lanes, then the tree -> partial [rows, S]
-//             2. one thread per row adds its segments in order
+//             2. one thread per row adds its segments in order (S = 1: not needed)
 //   columns:  1. one thread per (group, segment of 64 rows, column m)      -> partial [G, S, M]
-//             2. one thread per (group, m) adds the segments in order      -> total [G, M]
-//             3. one thread per (group, channel) adds its window in order
+//             2. one thread per (group, channel): each window position's segments in order, then
+//                the window positions in order (one of each: not needed)
 // Each number has one owner and one order of additions: deterministic, and the CPU's bits.
+//
+// A sum that is not finite is the only sign of a bad weight (or of squares of doubles that
+// overflow): its elements are then read again and looked at.
 #include "../math/sums.h"
 #include "device.cuh"
 
 namespace lap::cuda {
 namespace {
-
-// Every lane or column reads this many elements before it adds them, to keep loads in flight.
-constexpr int kInFlight = 8;
 
 struct RowArgs {
   const void* x;
@@ -38,39 +38,46 @@ struct ColArgs {
   Status* status;
 };
 
-// sum += (x * scale)^2 for one element, rounded step by step
-template <typename T>
+// sum + (x * scale)^2, rounded step by step; a scale of 1 changes no bit
+template <bool kScaled, typename T>
 __device__ double add_square(double sum, T x, double scale) {
-  const double value = product(static_cast<double>(widen(x)), scale);
+  double value = static_cast<double>(widen(x));
+  if constexpr (kScaled) value = product(value, scale);
   return sum + product(value, value);
 }
 
-// Adds first[0], first[stride], ... (count of them, at most kInFlight) and looks for bad ones.
+// The squares of x[0], x[stride], ... (`count` of them), added in order; kInFlight loads at a time.
+template <bool kScaled, typename T>
+__device__ double sum_squares(const T* x, int64_t stride, int count, double scale) {
+  double sum = 0;
+  int i = 0;
+  for (; i + kInFlight <= count; i += kInFlight) {
+    T values[kInFlight];
+    LAP_UNROLL
+    for (int b = 0; b < kInFlight; ++b) values[b] = x[(i + b) * stride];
+    LAP_UNROLL
+    for (int b = 0; b < kInFlight; ++b) sum = add_square<kScaled>(sum, values[b], scale);
+  }
+  for (; i < count; ++i) sum = add_square<kScaled>(sum, x[i * stride], scale);
+  return sum;
+}
+
+// The same for elements first, first + stride, ... of x; bad ones among them are noted.
 template <typename T>
-__device__ double add_squares(double sum,
-                              const T* x,
-                              int64_t first,
-                              int64_t stride,
-                              int count,
-                              double scale,
-                              Status* status) {
-  T values[kInFlight];
-  LAP_UNROLL
-  for (int i = 0; i < kInFlight; ++i) values[i] = i < count ? x[first + i * stride] : T{};
+__device__ double checked_squares(
+    const T* x, int64_t first, int64_t stride, int count, double scale, Status* status) {
+  const double sum = scale == 1 ? sum_squares<false>(x + first, stride, count, scale)
+                                : sum_squares<true>(x + first, stride, count, scale);
+  if (status == nullptr || is_finite(sum)) return sum;
   int bad = 0;
   int first_bad = 0;
-  LAP_UNROLL
-  for (int i = kInFlight - 1; i >= 0; --i) {
-    const bool finite = is_finite(widen(values[i]));
-    bad += !finite;
-    first_bad = finite ? first_bad : i;
+  for (int i = count - 1; i >= 0; --i) {
+    if (is_finite(widen(x[first + i * stride]))) continue;
+    ++bad;
+    first_bad = i;
   }
-  if (bad != 0 && status != nullptr) {
+  if (bad != 0) {
     note_bad(&status->bad_count, &status->first_inverted, bad, first + first_bad * stride);
-  }
-  LAP_UNROLL
-  for (int i = 0; i < kInFlight; ++i) {
-    if (i < count) sum = add_square(sum, values[i], scale);
   }
   return sum;
 }
@@ -89,15 +96,26 @@ __global__ void __launch_bounds__(kThreads, kResident) row_segment_kernel(RowArg
     const int64_t left = args.row_size - begin;
     const int size = static_cast<int>(left < kSegment ? left : kSegment);
     const int64_t base = row * args.row_size + begin;
-    double sum = 0;
-    for (int j = lane; j < size; j += kLanes * kInFlight) {
-      const int count = (size - j + kLanes - 1) / kLanes;
-      sum = add_squares(sum, x, base + j, kLanes, count < kInFlight ? count : kInFlight, args.scale,
-                        args.status);
-    }
+    const int count = size > lane ? (size - lane + kLanes - 1) / kLanes : 0;
+    double sum = checked_squares(x, base + lane, kLanes, count, args.scale, args.status);
     sum = warp_sum(sum);
     if (lane == 0) args.partial[segment] = sum;
   }
+}
+
+// x[0] + x[stride] + ... (`count` of them), added in order.
+__device__ inline double sum_in_order(const double* x, int64_t stride, int64_t count) {
+  double total = 0;
+  int64_t i = 0;
+  for (; i + kInFlight <= count; i += kInFlight) {
+    double values[kInFlight];
+    LAP_UNROLL
+    for (int b = 0; b < kInFlight; ++b) values[b] = x[(i + b) * stride];
+    LAP_UNROLL
+    for (int b = 0; b < kInFlight; ++b) total += values[b];
+  }
+  for (; i < count; ++i) total += x[i * stride];
+  return total;
 }
 
 // energy[r] = partial[r, 0] + partial[r, 1] + ... Thread: one row. Reads 1/128 byte per element.
@@ -105,9 +123,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     row_total_kernel(const double* partial, int64_t rows, int64_t per_row, double* energy) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r < rows; r += stride) {
-    double total = 0;
-    for (int64_t s = 0; s < per_row; ++s) total += partial[r * per_row + s];
-    energy[r] = total;
+    energy[r] = sum_in_order(partial + r * per_row, 1, per_row);
   }
 }
 
@@ -125,46 +141,28 @@ __global__ void __launch_bounds__(kThreads, kResident) col_segment_kernel(ColArg
     const int64_t left = args.group_rows - segment * kSegmentRows;
     const int size = static_cast<int>(left < kSegmentRows ? left : kSegmentRows);
     const int64_t row = group * args.group_rows + segment * kSegmentRows;
-    double sum = 0;
-    for (int n = 0; n < size; n += kInFlight) {
-      const int count = size - n < kInFlight ? size - n : kInFlight;
-      sum = add_squares(sum, x, (row + n) * args.width + column, args.width, count, args.scale,
-                        args.status);
-    }
-    args.partial[i] = sum;
+    args.partial[i] =
+        checked_squares(x, row * args.width + column, args.width, size, args.scale, args.status);
   }
 }
 
-// total[g, m] = partial[g, 0, m] + partial[g, 1, m] + ..., kept where partial[g, 0, m] was.
-// Thread: one column of one group. Reads 1/8 byte per element.
-__global__ void __launch_bounds__(kThreads, kResident)
-    col_total_kernel(double* partial, int64_t columns, int64_t segments, Divider by_width) {
+// energy[g, c] = total[g, c, 0] + total[g, c, 1] + ..., total[g, m] = partial[g, 0, m] +
+// partial[g, 1, m] + ... Thread: one channel of one group. Reads 1/8 byte per element.
+__global__ void __launch_bounds__(kThreads, kResident) col_total_kernel(const double* partial,
+                                                                        int64_t channels,
+                                                                        int64_t segments,
+                                                                        int64_t window,
+                                                                        Divider by_cols,
+                                                                        double* energy) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
-  const int64_t width = static_cast<int64_t>(by_width.divisor);
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < columns; i += stride) {
-    const int64_t group = by_width.quotient(i);
-    double* first = partial + group * segments * width + (i - group * width);
-    double total = 0;
-    for (int64_t s = 0; s < segments; ++s) total += first[s * width];
-    first[0] = total;
-  }
-}
-
-// energy[g, c] = total[g, c, 0] + total[g, c, 1] + ... Thread: one channel of one group.
-__global__ void __launch_bounds__(kThreads, kResident) col_window_kernel(const double* partial,
-                                                                         int64_t channels,
-                                                                         int64_t segments,
-                                                                         int64_t window,
-                                                                         Divider by_cols,
-                                                                         double* energy) {
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  const int64_t cols = static_cast<int64_t>(by_cols.divisor);
+  const int64_t width = static_cast<int64_t>(by_cols.divisor) * window;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < channels; i += stride) {
     const int64_t group = by_cols.quotient(i);
-    const double* first = partial + (group * segments * cols + (i - group * cols)) * window;
-    double total = 0;
-    for (int64_t k = 0; k < window; ++k) total += first[k];
-    energy[i] = total;
+    const int64_t c = i - group * static_cast<int64_t>(by_cols.divisor);
+    const double* first = partial + group * segments * width + c * window;
+    double energy_of = 0;
+    for (int64_t k = 0; k < window; ++k) energy_of += sum_in_order(first + k, width, segments);
+    energy[i] = energy_of;
   }
 }
 
@@ -181,8 +179,12 @@ cudaError_t launch_over(int64_t threads,
                         cudaStream_t stream,
                         const Args&... args) {
   unsigned blocks = 0;
-  const cudaError_t error = grid_for(ceil_div(threads, kThreads), &blocks);
+  const cudaError_t error = grid_for(kernel, ceil_div(threads, kThreads), &blocks);
   return error != cudaSuccess ? error : launch(kernel, blocks, kThreads, stream, args...);
+}
+
+cudaError_t clear(Status* status, cudaStream_t stream) {
+  return cudaMemsetAsync(status, 0, sizeof(Status), stream);
 }
 
 }  // namespace
@@ -203,7 +205,7 @@ cudaError_t launch_row_energy(const Weight& x,
   Carver carver(workspace);
   Status* status = carver.take<Status>(1);
   double* partial = carver.take<double>(x.rows * row_segments(x));
-  cudaError_t error = cudaMemsetAsync(status, 0, sizeof(Status), stream);
+  cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
   if (error != cudaSuccess || x.rows == 0) return error;
   if (x.row_size() == 0) return cudaMemsetAsync(energy, 0, x.rows * sizeof(double), stream);
   const int64_t per_row = row_segments(x);
@@ -240,9 +242,10 @@ cudaError_t launch_col_energy(const Weight& x,
   const int64_t channels = x.groups * x.cols;
   Status* status = carver.take<Status>(1);
   double* partial = carver.take<double>(x.groups * segments * width);
-  cudaError_t error = cudaMemsetAsync(status, 0, sizeof(Status), stream);
+  cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
   if (error != cudaSuccess || channels == 0) return error;
   if (x.size() == 0) return cudaMemsetAsync(energy, 0, channels * sizeof(double), stream);
+  const bool alone = segments == 1 && x.window == 1;  // a column is a channel
   const ColArgs args = {x.data,
                         x.rows / x.groups,
                         width,
@@ -250,16 +253,13 @@ cudaError_t launch_col_energy(const Weight& x,
                         Divider(width),
                         Divider(segments),
                         scale,
-                        partial,
+                        alone ? energy : partial,
                         check_finite ? status : nullptr};
   error = with_type(x.dtype, [&](auto type) {
     return launch_over(args.sums, col_segment_kernel<decltype(type)>, stream, args);
   });
-  if (error != cudaSuccess) return error;
-  error = launch_over(x.groups * width, col_total_kernel, stream, partial, x.groups * width,
-                      segments, args.by_width);
-  if (error != cudaSuccess) return error;
-  return launch_over(channels, col_window_kernel, stream, partial, channels, segments, x.window,
+  if (error != cudaSuccess || alone) return error;
+  return launch_over(channels, col_total_kernel, stream, partial, channels, segments, x.window,
                      Divider(x.cols), energy);
 }
 

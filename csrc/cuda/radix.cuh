@@ -59,6 +59,10 @@ struct Prefix {
   __device__ bool matches(Rank r, uint64_t p) const {
     return (r & ~rank_rest) == rank && (p & ~position_rest) == position;
   }
+  __device__ void extend(uint32_t digit, int shift) {
+    rank |= static_cast<Rank>(static_cast<Rank>(digit) << shift);
+    rank_rest = static_cast<Rank>((Rank{1} << shift) - 1);
+  }
   __device__ bool may_lie_in(uint64_t first, uint64_t last) const {
     return first <= (position | position_rest) && position <= last;
   }
@@ -104,26 +108,29 @@ class DigitCounter {
   uint32_t run_ = 0;
 };
 
-// The bin that holds the keep-th element, 1 <= keep <= total, in every thread of the block.
-// count(b): the histogram.
-template <typename CountOf>
+// The bin that holds the keep-th element, 1 <= keep <= total, in every thread of a block of
+// `threads`. count(b): the histogram, read once, each thread's share at a time.
+template <int threads, typename CountOf>
 __device__ Bin find_bin(Count keep, const CountOf& count) {
   LAP_SHARED(Bin, found);
-  const int per_thread = (kBins + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
-  const int begin = static_cast<int>(threadIdx.x) * per_thread;
-  const int end = begin + per_thread < kBins ? begin + per_thread : kBins;
+  constexpr int kPerShare = kBins / threads;
+  static_assert(kPerShare * threads == kBins, "every bin has one thread");
+  const int begin = static_cast<int>(threadIdx.x) * kPerShare;
+  Count counts[kPerShare];
   Count mine = 0;
-  for (int b = begin; b < end; ++b) mine += count(b);
+  LAP_UNROLL
+  for (int b = 0; b < kPerShare; ++b) counts[b] = count(begin + b);
+  LAP_UNROLL
+  for (int b = 0; b < kPerShare; ++b) mine += counts[b];
   Count total = 0;
   Count before = block_exclusive_sum(mine, &total);
   if (before < keep && keep <= before + mine) {
-    for (int b = begin; b < end; ++b) {
-      const Count inside = count(b);
-      if (keep <= before + inside) {
-        found = {static_cast<uint32_t>(b), before, inside, total};
-        break;
+    LAP_UNROLL
+    for (int b = 0; b < kPerShare; ++b) {
+      if (before < keep && keep <= before + counts[b]) {
+        found = {static_cast<uint32_t>(begin + b), before, counts[b], total};
       }
-      before += inside;
+      before += counts[b];
     }
   } else if (threadIdx.x == 0 && keep > total) {
     found = {kBins - 1, 0, 0, total};
@@ -144,6 +151,20 @@ struct Request {
   bool exact;         // the bound's rank must be that of the last element kept (1 <= keep <= all)
 };
 
+// The prefix that two ranks and all between them share; *bits: how many bits of a rank it leaves,
+// at least one.
+template <typename Rank>
+__device__ Prefix<Rank> common_prefix(Rank first, Rank last, int* bits) {
+  constexpr int kBits = static_cast<int>(sizeof(Rank)) * 8;
+  *bits = 1;
+  while (*bits < kBits && ((first ^ last) >> *bits) != 0) ++*bits;
+  Prefix<Rank> prefix;
+  if (*bits == kBits) return prefix;
+  prefix.rank_rest = static_cast<Rank>((Rank{1} << *bits) - 1);
+  prefix.rank = static_cast<Rank>(first & ~prefix.rank_rest);
+  return prefix;
+}
+
 // All threads of all blocks call select() alike. Elements: for_each(prefix, visit) calls
 // visit(rank, position) for this thread's share of the elements that may match the prefix; none
 // has rank kWorst.
@@ -156,21 +177,23 @@ class GridSelector {
   __device__ GridSelector(Histograms* histograms, LocalHistogram* local, int* turn)
       : histograms_(histograms), local_(local), turn_(*turn) {}
 
+  // prefix: that of all elements; bits: how many it leaves
   template <typename Elements>
-  __device__ Selected<Rank> select(const Elements& elements, const Request& request) {
+  __device__ Selected<Rank> select(const Elements& elements,
+                                   const Request& request,
+                                   Prefix<Rank> prefix = {},
+                                   int bits = KeyTraits<Key>::kBits) {
     constexpr Rank kWorst = RankTraits<Key>::kWorst;
     if (request.keep == 0) return {{0, 0}, false};
     Count keep = request.keep;
-    Prefix<Rank> prefix;
-    for (int shift = KeyTraits<Key>::kBits; shift > 0;) {
+    for (int shift = bits; shift > 0;) {
       const int width = shift < kRadixBits ? shift : kRadixBits;
-      const bool start = shift == KeyTraits<Key>::kBits;
+      const bool start = shift == bits;
       shift -= width;
       const Bin bin = count(elements, prefix, {shift, width, true}, keep);
       if (start && !request.exact && keep >= bin.total) return {{kWorst, 0}, false};
       keep -= bin.before;
-      prefix.rank |= static_cast<Rank>(static_cast<Rank>(bin.digit) << shift);
-      prefix.rank_rest = static_cast<Rank>((Rank{1} << shift) - 1);
+      prefix.extend(bin.digit, shift);
       const Rank last = prefix.rank | prefix.rank_rest;
       // A bound looser than the last kept rank must not look doubtful where that rank is not.
       const bool clear = shift == 0 || last < RankTraits<Key>::kDoubtful;
@@ -219,7 +242,7 @@ class GridSelector {
     }
     ++turn_;
     grid_sync();
-    return find_bin(keep, [&](int b) { return filled[b]; });
+    return find_bin<kThreads>(keep, [&](int b) { return filled[b]; });
   }
 
   Histograms* histograms_;

@@ -2,9 +2,9 @@
 // Scores of all weights, the formula of math/score.h:  s = |w| * (row_norm * col_norm).
 //
 //   1. one block scales the norms by powers of two (scale.cuh)
-//   2. one pass: the product of the scaled numbers, times 2^exponent, is the score wherever the
-//      product is a normal number; the few others are computed from mantissas and exponents, so
-//      that the only rounding beyond the formula's own is the conversion to the score's type.
+//   2. one pass: the product of the scaled numbers, times 2^exponent, is the score wherever both
+//      are normal numbers; the few others are computed from mantissas and exponents, so that the
+//      exact product of |w| and the rounded norms is rounded once.
 #include "scale.cuh"
 #include "tile.cuh"
 
@@ -29,10 +29,15 @@ struct ScaleArgs {
   bool rounded;
   Scale* scale;
   Status* status;
+  bool check;
 };
 
+// Step 1. One block: clears the status, scales the norms. Reads 8 bytes per row and column.
 __global__ void __launch_bounds__(kLoneThreads) scale_kernel(ScaleArgs args) {
-  const Scale scale = block_scale_norms(args.norms, args.rounded, args.scaled, args.status);
+  if (threadIdx.x == 0) *args.status = Status{};
+  __syncthreads();
+  Status* status = args.check ? args.status : nullptr;
+  const Scale scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
   if (threadIdx.x == 0) *args.scale = scale;
 }
 
@@ -43,8 +48,8 @@ __device__ inline double rounded_to(double, double x) {
   return x;
 }
 
-// Any factors at all: mantissas lie in [0.5, 1], so their products stay normal, and ldexp rounds
-// once. For floats ldexp is exact or far below float's range. Rare: not worth registers inline.
+// Any factors at all: mantissas lie in [0.5, 1], so their products stay normal (float: exact), and
+// the score is rounded once, to what its exponent leaves of it. Rare: not worth registers inline.
 template <typename Float>
 __device__ __noinline__ Float exact_score(double w, double row_norm, double col_norm) {
   int row_exponent = 0;
@@ -54,87 +59,145 @@ __device__ __noinline__ Float exact_score(double w, double row_norm, double col_
   const double col = rounded_to(Float{}, frexp(col_norm, &col_exponent));
   const double mantissa = frexp(magnitude(w), &exponent);
   const double factor = rounded_to(Float{}, product(row, col));
-  const double s = rounded_to(Float{}, product(mantissa, factor));
+  const double s = product(mantissa, factor);
   if (s == 0 || !is_finite(s)) return static_cast<Float>(s);
-  return static_cast<Float>(ldexp(s, row_exponent + col_exponent + exponent));
+  exponent += row_exponent + col_exponent;
+  constexpr int kFar = 1200;  // from here on zero or infinity
+  exponent = exponent < -kFar ? -kFar : exponent > kFar ? kFar : exponent;
+  const int half = exponent / 2;
+  return static_cast<Float>(product(ldexp(mantissa, half), ldexp(factor, exponent - half)));
 }
 
+// The scaled norms in the score's type, and when their products may be used.
 template <typename Float>
-struct FastScale {
+struct Scaled {
+  const Float* row;
+  const Float* col;
+  const Float* along;
   Float factor;  // 2^exponent
+  Float bound;   // products above it are normal numbers, also times factor
   bool usable;   // factor is a normal number, and so are all products of nonzero norms
 
-  __device__ explicit FastScale(const Scale& scale) {
-    constexpr int kMost = sizeof(Float) == 4 ? 127 : 1023;
-    usable = scale.narrow && scale.exponent > -kMost && scale.exponent <= kMost;
+  __device__ Scaled(const ScaledNorms& norms, const Scale& scale) {
+    constexpr bool kFloat = sizeof(Float) == 4;
+    constexpr int kMost = kFloat ? 126 : 1022;
+    constexpr Float kSmallestNormal = kFloat ? 0x1p-126 : 0x1p-1022;
+    if constexpr (kFloat) {
+      row = norms.row_narrow;
+      col = norms.col_narrow;
+    } else {
+      row = norms.row;
+      col = norms.col;
+    }
+    along = static_cast<const Float*>(norms.along);
+    usable = scale.narrow && scale.exponent >= -kMost && scale.exponent <= kMost;
     factor = usable ? static_cast<Float>(ldexp(1.0, scale.exponent)) : Float{1};
+    const int up = usable && scale.exponent < 0 ? -scale.exponent : 0;
+    bound = product(kSmallestNormal, static_cast<Float>(ldexp(1.0, up)));
   }
 };
 
-template <typename Float>
-struct NormsIn;
-template <>
-struct NormsIn<float> {
-  const float* row;
-  const float* col;
-  __device__ explicit NormsIn(const ScaledNorms& n) : row(n.row_narrow), col(n.col_narrow) {}
-};
-template <>
-struct NormsIn<double> {
-  const double* row;
-  const double* col;
-  __device__ explicit NormsIn(const ScaledNorms& n) : row(n.row), col(n.col) {}
-};
+// One weight's score, whatever it is; notes it if it is bad.
+template <typename T>
+__device__ void score_one(const ScoreArgs& args, int64_t index) {
+  using Float = decltype(widen(T{}));
+  const Float w = widen(static_cast<const T*>(args.w)[index]);
+  const Place place(args.places, index);
+  static_cast<Float*>(args.out)[index] =
+      exact_score<Float>(w, args.norms.row[place.row], args.norms.col[place.channel()]);
+  if (args.status != nullptr && !is_finite(w)) {
+    note_bad(&args.status->bad_count, &args.status->first_inverted, 1, index);
+  }
+}
 
-template <typename Float>
-__device__ Float score_at(Float w,
-                          const Place& place,
-                          const NormsIn<Float>& scaled,
-                          const FastScale<Float>& scale,
-                          const Norms& norms) {
-  constexpr Float kSmallestNormal = sizeof(Float) == 4 ? 0x1p-126 : 0x1p-1022;
-  const Float factor = product(scaled.row[place.row], scaled.col[place.channel()]);
-  const Float s = product(magnitude(w), factor);
-  const Float value = product(s, scale.factor);
-  const bool normal = s > kSmallestNormal && is_finite(value);
-  const bool zero = s == 0 && (w == 0 || factor == 0);  // exactly zero, given a usable scale
-  if (scale.usable && (normal || zero)) return value;
-  return exact_score<Float>(w, norms.row[place.row], norms.col[place.channel()]);
+// Are the scores of x [V], products [V] by factors [V], what value = product * 2^exponent says?
+template <typename T, typename Float, int V>
+__device__ bool scores_hold(const T* x,
+                            const Float (&factors)[V],
+                            const Float (&products)[V],
+                            const Float (&values)[V],
+                            Float bound) {
+  Float trapped = 0;
+  Float least = products[0];
+  LAP_UNROLL
+  for (int j = 0; j < V; ++j) {
+    trapped = trap(values[j], trapped);
+    least = products[j] < least ? products[j] : least;
+  }
+  if (trapped != 0) return false;  // not finite; NaN is unequal to zero
+  if (least > bound) return true;
+  bool hold = true;  // a zero of zero factors is exact
+  LAP_UNROLL
+  for (int j = 0; j < V; ++j) {
+    hold = hold && (products[j] > bound || widen(x[j]) == 0 || factors[j] == 0);
+  }
+  return hold;
 }
 
 // out = score of w. Thread: kPerThread elements of a tile, in vectors of 16 bytes; bytes per
-// element: sizeof(T) read, sizeof(Float) written. Elements are independent: deterministic.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kResident) score_kernel(ScoreArgs args) {
+// element: sizeof(T) read, sizeof(Float) written. Elements are independent: deterministic. kRows:
+// see WeightRanks.
+template <typename T, bool kRows>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? kResident : 3)
+    score_kernel(ScoreArgs args) {
   using Float = decltype(widen(T{}));
   constexpr int V = kVector<T>;
-  const NormsIn<Float> scaled(args.scaled);
-  const FastScale<Float> scale(*args.scale);
-  Float* out = static_cast<Float*>(args.out);
+  const Scaled<Float> scaled(args.scaled, *args.scale);
   const int64_t tiles = ceil_div(args.size, kTile);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t begin = tile * kTile;
-    const bool whole = args.aligned && begin + kTile <= args.size;
+    const Reach reach = reach_of<T>(begin, args.size, args.aligned);
+    Float* out = static_cast<Float*>(args.out) + begin;
     T x[kPerThread];
-    const uint32_t present = load_values(static_cast<const T*>(args.w), begin, args.size, whole, x);
+    load_values<kRows>(static_cast<const T*>(args.w) + begin, reach, x);
+    const TileRows rows(args.places, begin);
+    uint32_t others = 0;  // vectors that need score_one
     LAP_UNROLL
     for (int v = 0; v < kPerThread / V; ++v) {
-      if (!((present >> (v * V)) & 1)) continue;
-      const int64_t first = begin + offset_of<T>(v * V);
-      Place place(args.places, first);
-      Float scores[V];
+      const uint32_t offset = offset_of<T>(v * V);
+      if (offset >= reach.count) continue;
+      const bool whole = kRows || reach.vectors;
+      Float factors[V];
+      if constexpr (kRows) {
+        uint32_t place = 0;
+        const Float row_norm = scaled.row[rows.row_at(offset, &place)];
+        load_vector(scaled.along + place, factors);
+        LAP_UNROLL
+        for (int j = 0; j < V; ++j) factors[j] = product(row_norm, factors[j]);
+      } else {
+        Place place(args.places, begin + offset);
+        LAP_UNROLL
+        for (int j = 0; j < V; ++j) {
+          const bool exists = whole || offset + j < reach.count;
+          factors[j] = exists ? product(scaled.row[place.row], scaled.col[place.channel()]) : 0;
+          place.step();
+        }
+      }
+      Float products[V];
+      Float values[V];
       LAP_UNROLL
       for (int j = 0; j < V; ++j) {
-        if (!((present >> (v * V + j)) & 1)) continue;
-        const Float w = widen(x[v * V + j]);
-        scores[j] = score_at(w, place, scaled, scale, args.norms);
-        if (args.status != nullptr && !is_finite(w)) {
-          note_bad(&args.status->bad_count, &args.status->first_inverted, 1, first + j);
-        }
-        place.step();
-        if (!whole) out[first + j] = scores[j];
+        products[j] = product(magnitude(widen(x[v * V + j])), factors[j]);
+        values[j] = product(products[j], scaled.factor);
       }
-      if (whole) store_vector(out + first, scores);
+      const bool hold =
+          scaled.usable && scores_hold(x + v * V, factors, products, values, scaled.bound);
+      if (!hold) {
+        others |= 1u << v;
+      } else if (whole) {
+        store_vector(out + offset, values);
+      } else {
+        LAP_UNROLL
+        for (int j = 0; j < V; ++j) {
+          if (offset + j < reach.count) out[offset + j] = values[j];
+        }
+      }
+    }
+    for (; others != 0; others &= others - 1) {
+      const int v = __ffs(static_cast<int>(others)) - 1;
+      const uint32_t offset = (static_cast<uint32_t>(v) * kThreads + threadIdx.x) * V;
+      for (uint32_t j = offset; j < offset + V && j < reach.count; ++j)
+        score_one<T>(args, begin + j);
     }
   }
 }
@@ -159,20 +222,22 @@ cudaError_t launch_score(const Weight& w,
   Status* status = carver.take<Status>(1);
   Scale* scale = carver.take<Scale>(1);
   const ScaledNorms scaled = take_scaled_norms(&carver, w);
-  cudaError_t error = cudaMemsetAsync(status, 0, sizeof(Status), stream);
-  if (error != cudaSuccess || w.size() == 0) return error;
-  Status* checked = check_finite ? status : nullptr;
-  const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, checked};
-  error = launch(scale_kernel, 1, kLoneThreads, stream, scale_args);
+  if (w.size() == 0) return cudaMemsetAsync(status, 0, sizeof(Status), stream);
+  const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, status, check_finite};
+  const cudaError_t error = launch(scale_kernel, 1, kLoneThreads, stream, scale_args);
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  const ScoreArgs args = {w.data, w.size(), aligned, norms, scaled, Places(w), scale, out, checked};
-  unsigned blocks = 0;
-  error = grid_for(ceil_div(w.size(), kTile), &blocks);
-  if (error != cudaSuccess) return error;
+  const ScoreArgs args = {w.data, w.size(), aligned,
+                          norms,  scaled,   Places(w),
+                          scale,  out,      check_finite ? status : nullptr};
   return with_type(w.dtype, [&](auto type) {
-    return launch(score_kernel<decltype(type)>, blocks, kThreads, stream, args);
+    using T = decltype(type);
+    const bool rows = aligned && scaled.along != nullptr;
+    const auto kernel = rows ? score_kernel<T, true> : score_kernel<T, false>;
+    unsigned blocks = 0;
+    const cudaError_t found = grid_for(kernel, ceil_div(w.size(), kTile), &blocks);
+    return found != cudaSuccess ? found : launch(kernel, blocks, kThreads, stream, args);
   });
 }
 

@@ -158,8 +158,11 @@ cudaError_t launch_select(const Ranked* ranked,
   plan_interval(keep, buffers, &args);
   const cudaError_t error = launch_prepare(ranked, count, dtype, &args, stream);
   if (error != cudaSuccess) return error;
-  return weight != nullptr ? launch_weight_steps(dtype, args, stream)
-                           : launch_score_steps(dtype, args, stream);
+  if (weight == nullptr) return launch_score_steps(dtype, args, stream);
+  const Ranked& w = ranked[0];
+  const bool rows = args.scaled.along != nullptr &&
+                    aligned_for_vectors(w.data, item_size(dtype), w.eligible, w.mask);
+  return rows ? launch_row_steps(dtype, args, stream) : launch_weight_steps(dtype, args, stream);
 }
 
 }  // namespace

@@ -7,10 +7,10 @@
 //                      wide on each side
 //   3. scan_kernel     the one reading of all elements: better than the interval -> mask 1, else
 //                      mask 0; the few inside are appended to a buffer as (rank, position)
-//   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, and their
-//                      mask bytes. If the sample misled or the buffer overflowed: the bound among
-//                      all elements, and all masks again. If underflow could have decided: the same
-//                      with WIDE ranks (math/score.h).
+//   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, by the digits
+//                      that the interval leaves open, and their mask bytes. If the sample misled or
+//                      the buffer overflowed: the bound among all elements, and all masks again. If
+//                      underflow could have decided: the same with WIDE ranks (math/score.h).
 //
 // Which branch is taken is read from the State on the device. The buffer's order depends on timing;
 // nothing else does, and digits are counted without regard to order: the result is deterministic.

@@ -3,186 +3,137 @@
 // Key>; T the element type.
 #pragma once
 
-#include "select.cuh"
+#include "sample.cuh"
 
 namespace lap::cuda {
 
-// --- 2. sample --------------------------------------------------------------------------------
-
-// Bits of a rank that the interval's ends are known to: the rest is rounded outwards.
-template <typename Rank>
-constexpr int kSampledBits = sizeof(Rank) == 4 ? 22 : 33;
-
-// i-th of 2^bits positions in [0, size): one hashed place in each of 2^bits equal stretches.
-__device__ inline int64_t sample_position(uint32_t i, int bits, int64_t size) {
-  uint64_t hash = (i + 1) * 0x9e3779b97f4a7c15u;  // splitmix64
-  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
-  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
-  hash ^= hash >> 31;
-  const uint64_t fraction = static_cast<uint64_t>(i) << (64 - bits) | hash >> bits;
-  return static_cast<int64_t>(__umul64hi(fraction, static_cast<uint64_t>(size)));
-}
-
-// The leading bits of the sample's rank at a place (0: the best). One block.
-template <typename Rank>
-__device__ Prefix<Rank> prefix_at(const Rank* sample,
-                                  int size,
-                                  int64_t place,
-                                  LocalHistogram* local) {
-  constexpr int kBits = static_cast<int>(sizeof(Rank)) * 8;
-  Prefix<Rank> prefix;
-  Count wanted = static_cast<Count>(place) + 1;
-  for (int shift = kBits - kRadixBits; shift > kBits - kSampledBits<Rank> - kRadixBits;
-       shift -= kRadixBits) {
-    const Digit digit = {shift, kRadixBits, true};
-    for (int b = threadIdx.x; b < kBins; b += blockDim.x) local->counts[b] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      if (prefix.matches(sample[i], 0)) atomicAdd(&local->counts[digit.of(sample[i], 0)], 1u);
-    }
-    __syncthreads();
-    const Bin bin = find_bin(wanted, [&](int b) { return Count{local->counts[b]}; });
-    __syncthreads();  // all have read the counts
-    wanted -= bin.before;
-    prefix.rank |= static_cast<Rank>(static_cast<Rank>(bin.digit) << shift);
-    prefix.rank_rest = static_cast<Rank>((Rank{1} << shift) - 1);
-  }
-  return prefix;
-}
-
-// True in all threads of the block that is the last to call this.
-__device__ inline bool last_block(uint32_t* arrived) {
-  LAP_SHARED(bool, last);
-  __threadfence();  // what this block has written is seen before its arrival
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == gridDim.x - 1;
-  __syncthreads();
-  __threadfence();
-  return last;
-}
-
-// Sets state.first, state.last. Thread: one sampled element. Reads 2^sample_bits sectors of 32
-// bytes; the last block reads the sample 4 times (6 for 64-bit keys), from the L2 cache.
-template <typename T, typename Ranks>
-__global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
-  using Rank = typename Ranks::Rank;
-  constexpr Rank kWorst = RankTraits<typename Ranks::Key>::kWorst;
-  LAP_SHARED(LocalHistogram, local);
-  const Ranks ranks(args.scaled, args.places);
-  Rank* sample = static_cast<Rank*>(args.sample);
-  const int size = 1 << args.sample_bits;
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < size) {
-    const int64_t position = sample_position(i, args.sample_bits, args.size);
-    const Source& source = source_at(args.sources, args.count, position);
-    const int64_t index = position - source.first;
-    const bool live = source.eligible == nullptr || source.eligible[index] != 0;
-    const typename Ranks::Cursor cursor(ranks, index);
-    bool underflow = false;
-    sample[i] = live ? cursor.rank(static_cast<const T*>(source.data)[index], &underflow) : kWorst;
-  }
-  if (!last_block(&args.state->sampled)) return;
-  Rank first = 0;
-  Rank last = kWorst - 1;
-  if (args.first_place >= 0) first = prefix_at(sample, size, args.first_place, &local).rank;
-  if (args.last_place < size) {
-    const Prefix<Rank> prefix = prefix_at(sample, size, args.last_place, &local);
-    const Rank edge = prefix.rank | prefix.rank_rest;
-    last = edge < last ? edge : last;
-  }
-  if (threadIdx.x == 0) {
-    args.state->first = first;
-    args.state->last = last;
-  }
-}
-
 // --- 3. scan ----------------------------------------------------------------------------------
 
-// Appends the thread's open elements to the candidates: one global atomic a block and tile. All
-// threads of the block call it; *cursor is two shared counters that take turns.
-struct AppendCursor {
-  uint32_t counts[2];
-  Count base;
+// Candidates that a warp collects in shared memory before it writes them together: one global
+// atomic for some hundred of them, neighbors in memory, and no warp waits for another.
+#if defined(LAP_EMULATED)
+constexpr int kListed = 48;
+#else
+constexpr int kListed = 128;
+#endif
+
+template <typename Rank>
+struct WarpLists {
+  struct List {
+    Rank rank[kListed];
+    uint32_t place[kListed];  // position - Collector::origin_
+  } of[kThreads / kWarp];
 };
 
-template <typename T, typename Rank>
-__device__ void append(const SelectArgs& args,
-                       const Tile& tile,
-                       uint32_t open,
-                       const Rank (&rank)[kPerThread],
-                       AppendCursor* cursor,
-                       int turn) {
-  const uint32_t mine = static_cast<uint32_t>(__popc(open));
-  uint32_t inclusive = mine;
-  for (int step = 1; step < kWarp; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane_id() >= step) inclusive += other;
-  }
-  uint32_t warp_base = 0;
-  if (lane_id() == kWarp - 1) warp_base = atomicAdd(&cursor->counts[turn], inclusive);
-  warp_base = __shfl_sync(kAllLanes, warp_base, kWarp - 1);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t count = cursor->counts[turn];
-    cursor->base = count == 0 ? 0 : atomicAdd(&args.state->candidates, Count{count});
-    cursor->counts[turn ^ 1] = 0;
-  }
-  __syncthreads();
-  int64_t to = static_cast<int64_t>(cursor->base + warp_base + inclusive - mine);
-  LAP_UNROLL
-  for (int j = 0; j < kPerThread; ++j) {
-    if (!((open >> j) & 1)) continue;
-    if (to < args.room) {
-      static_cast<Rank*>(args.ranks)[to] = rank[j];
-      args.positions[to] = tile.source->first + tile.begin + offset_of<T>(j);
+template <typename Rank>
+class Collector {
+ public:
+  using List = typename WarpLists<Rank>::List;
+  __device__ Collector(const SelectArgs& args, List* list) : args_(args), list_(list) {}
+
+  // Adds the elements of the set; all lanes of the warp call it.
+  template <typename T>
+  __device__ void add(const Tile& tile, const ByteSet& open, const Rank (&rank)[kPerThread]) {
+    uint32_t left = open.folded();
+    const int mine = __popc(left);
+    const int inclusive = warp_inclusive_sum(mine);
+    const int total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+    if (total == 0) return;
+    const bool far = static_cast<uint64_t>(tile.position - origin_) >= (uint64_t{1} << 31);
+    if (count_ + total > kListed || far) flush();
+    if (total > kListed) return write<T>(tile, open, rank, inclusive - mine, total);
+    if (count_ == 0) origin_ = tile.position;
+    const uint32_t first = static_cast<uint32_t>(tile.position - origin_);
+    int to = count_ + inclusive - mine;
+    for (; left != 0; left &= left - 1) {  // few, most often none
+      const int e = ByteSet::element_of(__ffs(static_cast<int>(left)) - 1);
+      list_->rank[to] = pick(rank, e);
+      list_->place[to] = first + offset_of<T>(e);
+      ++to;
     }
-    ++to;
+    count_ += total;
   }
-}
+
+  __device__ void flush() {
+    if (count_ == 0) return;
+    warp_sync();
+    const int64_t base = reserve(count_);
+    for (int i = lane_id(); i < count_; i += kWarp) {
+      put(base + i, list_->rank[i], origin_ + list_->place[i]);
+    }
+    warp_sync();
+    count_ = 0;
+  }
+
+ private:
+  // Room for so many candidates in the buffer, or what would follow it.
+  __device__ int64_t reserve(int count) {
+    Count base = 0;
+    if (lane_id() == 0) base = atomicAdd(&args_.state->candidates, static_cast<Count>(count));
+    return static_cast<int64_t>(__shfl_sync(kAllLanes, base, 0));
+  }
+  __device__ void put(int64_t to, Rank rank, int64_t position) {
+    if (to >= args_.room) return;
+    static_cast<Rank*>(args_.ranks)[to] = rank;
+    args_.positions[to] = position;
+  }
+  // More than the list holds: `before` elements of earlier lanes come first.
+  template <typename T>
+  __device__ void write(const Tile& tile,
+                        const ByteSet& open,
+                        const Rank (&rank)[kPerThread],
+                        int before,
+                        int total) {
+    int64_t to = reserve(total) + before;
+    LAP_UNROLL
+    for (int e = 0; e < kPerThread; ++e) {
+      if (open.holds(e)) put(to++, rank[e], tile.position + offset_of<T>(e));
+    }
+  }
+
+  const SelectArgs& args_;
+  List* list_;
+  int count_ = 0;       // the same in all lanes, as the next
+  int64_t origin_ = 0;  // position of the first tile in the list
+};
 
 template <typename T>
 __device__ void note_bad_in(const SelectArgs& args, const Tile& tile, uint32_t bad) {
-  const int number = static_cast<int>(tile.source - args.sources);
-  Source& source = args.sources[number];
+  Source& source = args.sources[tile.source];
   note_bad(&source.bad_count, &source.bad_first_inverted, __popc(bad),
            tile.begin + offset_of<T>(__ffs(static_cast<int>(bad)) - 1));
-  atomicMax(&args.state->status.source_inverted, ~static_cast<uint32_t>(number));
+  atomicMax(&args.state->status.source_inverted, ~static_cast<uint32_t>(tile.source));
 }
 
 // Thread: kPerThread elements of a tile. Bytes per element: sizeof(T) read (+ 1 eligible), 1 mask
 // byte written, sizeof(rank) + 8 for a candidate.
 template <typename T, typename Ranks>
-__global__ void __launch_bounds__(kThreads, kResident) scan_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, Ranks::kResident) scan_kernel(SelectArgs args) {
   using Rank = typename Ranks::Rank;
-  LAP_SHARED(AppendCursor, cursor);
+  LAP_SHARED(WarpLists<Rank>, lists);
+  Collector<Rank> candidates(args, &lists.of[threadIdx.x / kWarp]);
   const Ranks ranks(args.scaled, args.places);
   const Rank first = static_cast<Rank>(args.state->first);
-  const Rank last = static_cast<Rank>(args.state->last);
+  const Rank beyond = static_cast<Rank>(args.state->last + 1);  // last is not the worst
   Count sure_count = 0;
   bool underflow = false;
-  int turn = 0;
-  if (threadIdx.x == 0) cursor.counts[0] = 0;
-  __syncthreads();
+  TileFinder tiles(args.sources, args.count);
   for (int64_t number = blockIdx.x; number < args.tiles; number += gridDim.x) {
-    const Tile tile = tile_at(args.sources, args.count, number);
+    const Tile tile = tiles.find<T>(number);
     Rank rank[kPerThread];
     const uint32_t bad = load_ranks<T>(ranks, tile, rank, &underflow);
     if (args.check && bad != 0) note_bad_in<T>(args, tile, bad);
-    uint32_t sure = 0;
-    uint32_t open = 0;
+    const ByteSet sure = byte_set([&](int e) { return rank[e] < first; });
+    ByteSet open = byte_set([&](int e) { return rank[e] < beyond; });
     LAP_UNROLL
-    for (int j = 0; j < kPerThread; ++j) {
-      sure |= static_cast<uint32_t>(rank[j] < first) << j;
-      open |= static_cast<uint32_t>(rank[j] >= first && rank[j] <= last) << j;
+    for (int q = 0; q < ByteSet::kWords; ++q) open.words[q] &= ~sure.words[q];
+    sure_count += static_cast<Count>(__popc(sure.folded()));
+    if (tile.mask != nullptr) {
+      store_bytes<Ranks::kVectors, T>(tile.mask + tile.begin, tile.reach, sure);
     }
-    sure_count += static_cast<Count>(__popc(sure));
-    const Source& source = *tile.source;
-    if (source.mask != nullptr) {
-      store_bytes<T>(source.mask, tile.begin, source.size, tile.whole, sure);
-    }
-    append<T>(args, tile, open, rank, &cursor, turn);
-    turn ^= 1;
+    candidates.template add<T>(tile, open, rank);
   }
+  candidates.flush();
   Count total = 0;
   block_exclusive_sum(sure_count, &total);
   if (threadIdx.x == 0 && total != 0) atomicAdd(&args.state->sure, total);
@@ -199,9 +150,22 @@ struct Candidates {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
+    constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride) {
-      visit(ranks[i], static_cast<uint64_t>(positions[i]));
+    const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    for (int64_t first = start; first < count; first += kBatch * stride) {
+      Rank rank[kBatch];
+      int64_t position[kBatch];
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t i = first + b * stride;
+        rank[b] = i < count ? ranks[i] : Rank{0};
+        position[b] = i < count ? positions[i] : 0;
+      }
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
+      }
     }
   }
 };
@@ -209,6 +173,7 @@ struct Candidates {
 template <typename T, typename Ranks>
 struct Everything {
   using Rank = typename Ranks::Rank;
+  static constexpr bool kVectors = Ranks::kVectors;
   const SelectArgs& args;
   const Ranks& ranks;
   uint32_t* underflow;
@@ -217,9 +182,10 @@ struct Everything {
   template <typename VisitTile>
   __device__ void for_each_tile(const Prefix<Rank>& prefix, const VisitTile& visit_tile) const {
     bool underflows = false;
+    TileFinder tiles(args.sources, args.count);
     for (int64_t number = blockIdx.x; number < args.tiles; number += gridDim.x) {
-      const Tile tile = tile_at(args.sources, args.count, number);
-      const uint64_t first = static_cast<uint64_t>(tile.source->first + tile.begin);
+      const Tile tile = tiles.find<T>(number);
+      const uint64_t first = static_cast<uint64_t>(tile.position);
       if (!prefix.may_lie_in(first, first + kTile - 1)) continue;
       Rank rank[kPerThread];
       load_ranks<T>(ranks, tile, rank, &underflows);
@@ -231,11 +197,10 @@ struct Everything {
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>& prefix, const Visit& visit) const {
     for_each_tile(prefix, [&](const Tile& tile, const Rank(&rank)[kPerThread]) {
-      const int64_t first = tile.source->first + tile.begin;
       LAP_UNROLL
       for (int j = 0; j < kPerThread; ++j) {
         if (rank[j] == RankTraits<typename Ranks::Key>::kWorst) continue;
-        visit(rank[j], static_cast<uint64_t>(first + offset_of<T>(j)));
+        visit(rank[j], static_cast<uint64_t>(tile.position + offset_of<T>(j)));
       }
     });
   }
@@ -245,17 +210,12 @@ struct Everything {
 template <typename T, typename Elements, typename Rank>
 __device__ void write_masks(const Elements& everything, const Bound<Rank>& bound) {
   everything.for_each_tile(Prefix<Rank>{}, [&](const Tile& tile, const Rank(&rank)[kPerThread]) {
-    const Source& source = *tile.source;
-    if (source.mask == nullptr) return;
-    const int64_t first = source.first + tile.begin;
-    uint32_t kept = 0;
-    LAP_UNROLL
-    for (int j = 0; j < kPerThread; ++j) {
-      const uint64_t position = static_cast<uint64_t>(first + offset_of<T>(j));
-      const bool live = rank[j] != static_cast<Rank>(~Rank{0});
-      kept |= static_cast<uint32_t>(live && bound.keeps(rank[j], position)) << j;
-    }
-    store_bytes<T>(source.mask, tile.begin, source.size, tile.whole, kept);
+    if (tile.mask == nullptr) return;
+    const ByteSet kept = byte_set([&](int e) {
+      const uint64_t position = static_cast<uint64_t>(tile.position + offset_of<T>(e));
+      return rank[e] != static_cast<Rank>(~Rank{0}) && bound.keeps(rank[e], position);
+    });
+    store_bytes<Elements::kVectors, T>(tile.mask + tile.begin, tile.reach, kept);
   });
 }
 
@@ -317,8 +277,11 @@ __device__ bool finish(const SelectArgs& args,
                                        in_buffer};
   Request among = request;
   if (well) among.keep = request.keep - state.sure;
-  const Selected<Rank> selected =
-      well ? selector.select(candidates, among) : selector.select(everything, request);
+  int bits = 0;
+  const Prefix<Rank> shared =
+      common_prefix(static_cast<Rank>(state.first), static_cast<Rank>(state.last), &bits);
+  const Selected<Rank> selected = well ? selector.select(candidates, among, shared, bits)
+                                       : selector.select(everything, request);
   if (Ranks::kWeights && doubtful<Key>(selected, state.underflow)) {
     if (kHasWide) return false;
     if (blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
@@ -337,7 +300,7 @@ __device__ void finish_wide(const SelectArgs& args,
                             const Request& request,
                             LocalHistogram* local,
                             int* turn) {
-  using Ranks = WeightRanks<T, int64_t>;
+  using Ranks = WeightRanks<T, int64_t, false>;
   State& state = *args.state;
   GridSelector<int64_t> selector(&state.histograms, local, turn);
   const Ranks ranks(args.scaled, args.places);
@@ -352,7 +315,8 @@ __device__ void finish_wide(const SelectArgs& args,
 // Launched with all blocks on the device. Bytes: those of the candidates, about 4 times; in the
 // fallback each digit reads all elements once, and the masks are written once more.
 template <typename T, typename Ranks>
-__global__ void __launch_bounds__(kThreads, kResident) finish_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kResident)
+    finish_kernel(SelectArgs args) {
   constexpr bool kHasWide = Ranks::kWeights && sizeof(T) < 8;
   LAP_SHARED(LocalHistogram, local);
   State& state = *args.state;
@@ -383,7 +347,7 @@ cudaError_t launch_steps(const SelectArgs& args, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   unsigned blocks = 0;
-  error = grid_for(args.tiles, &blocks);
+  error = grid_for(scan_kernel<T, Ranks>, args.tiles, &blocks);
   if (error != cudaSuccess) return error;
   error = launch(scan_kernel<T, Ranks>, blocks, kThreads, stream, args);
   if (error != cudaSuccess) return error;
@@ -391,6 +355,7 @@ cudaError_t launch_steps(const SelectArgs& args, cudaStream_t stream) {
 }
 
 // One .cu file instantiates each (compile time).
+cudaError_t launch_row_steps(DType dtype, const SelectArgs& args, cudaStream_t stream);
 cudaError_t launch_weight_steps(DType dtype, const SelectArgs& args, cudaStream_t stream);
 cudaError_t launch_score_steps(DType dtype, const SelectArgs& args, cudaStream_t stream);
 

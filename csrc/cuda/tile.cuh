@@ -5,8 +5,8 @@
 //
 //   element j of thread t  =  tile + ((j / V) * kThreads + t) * V + j % V,   0 <= j < kPerThread
 //
-// A tensor that is not aligned, and every tensor's last tile, is read element by element in the
-// same order. Bit j of the 16-bit sets below stands for element j.
+// A tensor that is not aligned, and a last tile that ends within a vector, is read element by
+// element in the same order. Bit j of the 16-bit sets below stands for element j.
 #pragma once
 
 #include "device.cuh"
@@ -15,6 +15,7 @@ namespace lap::cuda {
 
 constexpr int kPerThread = 16;
 constexpr int64_t kTile = int64_t{kThreads} * kPerThread;
+constexpr uint32_t kAllPresent = (1u << kPerThread) - 1;
 
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -42,9 +43,9 @@ struct WordOf<8> {
 
 // Offset of the thread's element j from the tile's begin.
 template <typename T>
-__device__ int64_t offset_of(int j) {
+__device__ uint32_t offset_of(int j) {
   constexpr int V = kVector<T>;
-  return (int64_t{j / V} * kThreads + threadIdx.x) * V + j % V;
+  return (static_cast<uint32_t>(j / V) * kThreads + threadIdx.x) * V + j % V;
 }
 
 inline bool aligned_for_vectors(const void* data,
@@ -57,28 +58,65 @@ inline bool aligned_for_vectors(const void* data,
          reinterpret_cast<uintptr_t>(mask) % bytes == 0;
 }
 
-// x[j] = data[begin + offset_of(j)]; returns the set of those that exist. `whole`: the tile is
-// full and the tensor aligned.
+// 16 bytes that are read once: they leave the caches first, what is read again (norms) stays.
+__device__ inline uint4 load_once(const void* from) {
+#if defined(LAP_EMULATED)
+  return *static_cast<const uint4*>(from);
+#else
+  return __ldcs(static_cast<const uint4*>(from));
+#endif
+}
+
+// How much of a tile exists, and whether all of it may be moved in vectors.
+struct Reach {
+  uint32_t count;  // elements, at most kTile
+  bool vectors;
+};
+
 template <typename T>
-__device__ uint32_t
-load_values(const T* data, int64_t begin, int64_t size, bool whole, T (&x)[kPerThread]) {
+__device__ Reach reach_of(int64_t begin, int64_t size, bool aligned) {
+  const int64_t left = size - begin;
+  const uint32_t count = static_cast<uint32_t>(left < kTile ? left : kTile);
+  return {count, aligned && count % kVector<T> == 0};
+}
+
+// x[j] = tile[offset_of(j)], zero where nothing is; returns the set of those that exist. kVectors:
+// reach.vectors is known to be true.
+template <bool kVectors, typename T>
+__device__ uint32_t load_values(const T* tile, const Reach& reach, T (&x)[kPerThread]) {
   constexpr int V = kVector<T>;
-  if (whole) {
+  uint32_t present = 0;
+  if constexpr (!kVectors) {
+    if (!reach.vectors) {
+      LAP_UNROLL
+      for (int e = 0; e < kPerThread; ++e) {
+        const uint32_t offset = offset_of<T>(e);
+        const bool exists = offset < reach.count;
+        x[e] = exists ? tile[offset] : T{};
+        present |= static_cast<uint32_t>(exists) << e;
+      }
+      return present;
+    }
+  }
+  const T* mine = tile + threadIdx.x * V;
+  uint4 words[kPerThread / V];
+  if (reach.count == kTile) {  // nearly always
+    present = kAllPresent;
+    LAP_UNROLL
+    for (int v = 0; v < kPerThread / V; ++v) words[v] = load_once(mine + v * kThreads * V);
+  } else {
     LAP_UNROLL
     for (int v = 0; v < kPerThread / V; ++v) {
-      const T* from = data + begin + offset_of<T>(v * V);
-      const Pack<T> pack = bit_cast<Pack<T>>(*reinterpret_cast<const uint4*>(from));
-      LAP_UNROLL
-      for (int j = 0; j < V; ++j) x[v * V + j] = pack.values[j];
+      const bool exists = offset_of<T>(v * V) < reach.count;
+      words[v] = exists ? load_once(mine + v * kThreads * V) : uint4{};
+      if (exists) present |= ((1u << V) - 1) << (v * V);
     }
-    return (1u << kPerThread) - 1;
   }
-  uint32_t present = 0;
   LAP_UNROLL
-  for (int j = 0; j < kPerThread; ++j) {
-    const int64_t index = begin + offset_of<T>(j);
-    x[j] = index < size ? data[index] : T{};
-    present |= static_cast<uint32_t>(index < size) << j;
+  for (int v = 0; v < kPerThread / V; ++v) {
+    const Pack<T> pack = bit_cast<Pack<T>>(words[v]);
+    LAP_UNROLL
+    for (int j = 0; j < V; ++j) x[v * V + j] = pack.values[j];
   }
   return present;
 }
@@ -96,61 +134,121 @@ __device__ void store_vector(Float* to, const Float (&from)[n]) {
   }
 }
 
-// The set of elements whose byte is not zero.
-template <typename T>
-__device__ uint32_t load_bytes(const uint8_t* bytes, int64_t begin, int64_t size, bool whole) {
+// to[0 .. n-1] = from, in words of 16 bytes; from is aligned.
+template <typename Float, int n>
+__device__ void load_vector(const Float* from, Float (&to)[n]) {
+  constexpr int kWord = kVector<Float>;
+  LAP_UNROLL
+  for (int i = 0; i < n; i += kWord) {
+    const Pack<Float> pack = bit_cast<Pack<Float>>(*reinterpret_cast<const uint4*>(from + i));
+    LAP_UNROLL
+    for (int j = 0; j < kWord; ++j) to[i + j] = pack.values[j];
+  }
+}
+
+// The set of elements that exist and whose byte is not zero.
+template <bool kVectors, typename T>
+__device__ uint32_t load_bytes(const uint8_t* tile, const Reach& reach) {
   constexpr int V = kVector<T>;
   uint32_t set = 0;
-  if (whole) {
-    LAP_UNROLL
-    for (int v = 0; v < kPerThread / V; ++v) {
-      using Word = typename WordOf<V>::Type;
-      const uint8_t* from = bytes + begin + offset_of<T>(v * V);
-      const uint64_t word = *reinterpret_cast<const Word*>(from);
+  if constexpr (!kVectors) {
+    if (!reach.vectors) {
       LAP_UNROLL
-      for (int j = 0; j < V; ++j) {
-        set |= static_cast<uint32_t>(((word >> (8 * j)) & 0xff) != 0) << (v * V + j);
+      for (int e = 0; e < kPerThread; ++e) {
+        const uint32_t offset = offset_of<T>(e);
+        if (offset < reach.count) set |= static_cast<uint32_t>(tile[offset] != 0) << e;
       }
+      return set;
     }
-    return set;
   }
   LAP_UNROLL
-  for (int j = 0; j < kPerThread; ++j) {
-    const int64_t index = begin + offset_of<T>(j);
-    if (index < size) set |= static_cast<uint32_t>(bytes[index] != 0) << j;
+  for (int v = 0; v < kPerThread / V; ++v) {
+    using Word = typename WordOf<V>::Type;
+    uint64_t word = 0;
+    if (reach.count == kTile || offset_of<T>(v * V) < reach.count) {
+      word = *reinterpret_cast<const Word*>(tile + threadIdx.x * V + v * kThreads * V);
+    }
+    LAP_UNROLL
+    for (int j = 0; j < V; ++j) {
+      set |= static_cast<uint32_t>(((word >> (8 * j)) & 0xff) != 0) << (v * V + j);
+    }
   }
   return set;
 }
 
-// bytes[...] = 1 for the elements of the set, 0 for the others.
-template <typename T>
-__device__ void store_bytes(uint8_t* bytes, int64_t begin, int64_t size, bool whole, uint32_t set) {
-  constexpr int V = kVector<T>;
-  if (whole) {
+// A set of the thread's elements as it is written: byte e % 4 of word e / 4 is 1 or 0.
+struct ByteSet {
+  static constexpr int kWords = kPerThread / 4;
+  uint32_t words[kWords];
+
+  __device__ bool holds(int e) const { return ((words[e / 4] >> (8 * (e % 4))) & 1) != 0; }
+  // All bits in one word: bit 8 * (e % 4) + e / 4 stands for element e.
+  __device__ uint32_t folded() const {
+    uint32_t bits = 0;
     LAP_UNROLL
-    for (int v = 0; v < kPerThread / V; ++v) {
-      using Word = typename WordOf<V>::Type;
-      Word word = 0;
-      LAP_UNROLL
-      for (int j = 0; j < V; ++j) {
-        const Word bit = (set >> (v * V + j)) & 1;
-        word = static_cast<Word>(word | (bit << (8 * j)));
-      }
-      *reinterpret_cast<Word*>(bytes + begin + offset_of<T>(v * V)) = word;
-    }
-    return;
+    for (int q = 0; q < kWords; ++q) bits |= words[q] << q;
+    return bits;
   }
+  __device__ static int element_of(int bit) { return 4 * (bit % 8) + bit / 8; }
+};
+
+// x[e], for any e: an array indexed at run time would lie in memory.
+template <typename Value, int n>
+__device__ Value pick(const Value (&x)[n], int e) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    Value half[n / 2];
+    LAP_UNROLL
+    for (int i = 0; i < n / 2; ++i) half[i] = (e & (n / 2)) != 0 ? x[i + n / 2] : x[i];
+    return pick(half, e);
+  }
+}
+
+// The set of elements for which test(e).
+template <typename Test>
+__device__ ByteSet byte_set(const Test& test) {
+  ByteSet set;
   LAP_UNROLL
-  for (int j = 0; j < kPerThread; ++j) {
-    const int64_t index = begin + offset_of<T>(j);
-    if (index < size) bytes[index] = static_cast<uint8_t>((set >> j) & 1);
+  for (int q = 0; q < ByteSet::kWords; ++q) {
+    const uint32_t low = (test(4 * q) ? 1u : 0u) | (test(4 * q + 1) ? 1u << 8 : 0u);
+    const uint32_t high = (test(4 * q + 2) ? 1u << 16 : 0u) | (test(4 * q + 3) ? 1u << 24 : 0u);
+    set.words[q] = low | high;
+  }
+  return set;
+}
+
+// The tile's bytes: 1 for the elements of the set, 0 for the others.
+template <bool kVectors, typename T>
+__device__ void store_bytes(uint8_t* tile, const Reach& reach, const ByteSet& set) {
+  constexpr int V = kVector<T>;
+  if constexpr (!kVectors) {
+    if (!reach.vectors) {
+      LAP_UNROLL
+      for (int e = 0; e < kPerThread; ++e) {
+        const uint32_t offset = offset_of<T>(e);
+        if (offset < reach.count) tile[offset] = set.holds(e) ? 1 : 0;
+      }
+      return;
+    }
+  }
+  uint8_t* mine = tile + threadIdx.x * V;
+  LAP_UNROLL
+  for (int v = 0; v < kPerThread / V; ++v) {
+    using Word = typename WordOf<V>::Type;
+    uint64_t word = set.words[v * V / 4] >> (8 * (v * V % 4));
+    if constexpr (V == 8) word |= uint64_t{set.words[v * V / 4 + 1]} << 32;
+    if (reach.count == kTile || offset_of<T>(v * V) < reach.count) {
+      *reinterpret_cast<Word*>(mine + v * kThreads * V) = static_cast<Word>(word);
+    }
   }
 }
 
 // Where element p of a weight's flat order lies: row p / (cols * window), column
-// group(row) * cols + (p / window) % cols. Two or three exact divisions a vector, then steps.
+// group(row) * cols + (p / window) % cols.
 struct Places {
   Divider row_size;
+  NarrowDivider narrow_row;  // if row_size allows it, which `straight` says
   Divider window;
   Divider group_rows;
   int64_t cols = 1;
@@ -162,9 +260,39 @@ struct Places {
         window(w.window),
         group_rows(w.rows / w.groups),
         cols(w.cols),
-        groups(w.groups) {}
+        groups(w.groups) {
+    if (w.row_size() <= NarrowDivider::kMost) narrow_row = NarrowDivider(w.row_size());
+  }
 };
 
+// Is every vector of 16 bytes part of one row, rows short enough for NarrowDivider, and the
+// column's norm the same function of the place in the row for all rows?
+inline bool straight(const Weight& w) {
+  const bool whole = w.row_size() % (16 / item_size(w.dtype)) == 0;
+  return whole && w.row_size() <= NarrowDivider::kMost && w.groups == 1;
+}
+
+// The rows of a tile of a straight weight. One division of 64 bits a tile, one of 32 bits a vector.
+class TileRows {
+ public:
+  __device__ TileRows(const Places& places, int64_t begin)
+      : size_(places.narrow_row), row_(places.row_size.quotient(begin)) {
+    rest_ = static_cast<uint32_t>(begin - row_ * static_cast<int64_t>(size_.divisor));
+  }
+  // The row of the tile's element `offset`, and *along: its place in the row
+  __device__ int64_t row_at(uint32_t offset, uint32_t* along) const {
+    const uint32_t down = size_.quotient(rest_ + offset);
+    *along = rest_ + offset - down * size_.divisor;
+    return row_ + down;
+  }
+
+ private:
+  const NarrowDivider& size_;
+  int64_t row_;
+  uint32_t rest_;
+};
+
+// Any weight: two or three divisions of 64 bits a vector, then steps.
 class Place {
  public:
   __device__ Place(const Places& places, int64_t index) : places_(places) {

@@ -32,19 +32,20 @@ __global__ void __launch_bounds__(kThreads, kResident) zero_kernel(ZeroArgs args
   const int64_t tiles = ceil_div(args.size, kTile);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t begin = tile * kTile;
-    const bool whole = args.aligned && begin + kTile <= args.size;
-    const uint32_t kept = load_bytes<T>(args.mask, begin, args.size, whole);
+    const Reach reach = reach_of<T>(begin, args.size, args.aligned);
+    const uint32_t kept = load_bytes<false, T>(args.mask + begin, reach);
     LAP_UNROLL
     for (int v = 0; v < kPerThread / V; ++v) {
-      const int64_t first = begin + offset_of<T>(v * V);
+      const uint32_t offset = offset_of<T>(v * V);
+      T* first = w + begin + offset;
       const uint32_t bits = (kept >> (v * V)) & ((1u << V) - 1);
-      if (whole && bits == 0) {
-        *reinterpret_cast<uint4*>(w + first) = uint4{0, 0, 0, 0};
+      if (reach.vectors && bits == 0) {
+        if (offset < reach.count) *reinterpret_cast<uint4*>(first) = uint4{0, 0, 0, 0};
         continue;
       }
       LAP_UNROLL
       for (int j = 0; j < V; ++j) {
-        if (!((bits >> j) & 1) && (whole || first + j < args.size)) w[first + j] = T{};
+        if (!((bits >> j) & 1) && offset + j < reach.count) first[j] = T{};
       }
     }
   }
@@ -100,14 +101,13 @@ cudaError_t launch_zero_dropped(const Strided& w,
     args.shape[d] = Divider(w.shape[d]);
     args.stride[d] = w.stride[d];
   }
-  const bool straight = contiguous(w);
-  unsigned blocks = 0;
-  const cudaError_t error = grid_for(ceil_div(w.size, straight ? kTile : kThreads), &blocks);
-  if (error != cudaSuccess) return error;
+  const bool whole = contiguous(w);
   return with_type(w.dtype, [&](auto type) {
     using T = decltype(type);
-    return launch(straight ? zero_kernel<T> : zero_strided_kernel<T>, blocks, kThreads, stream,
-                  args);
+    const auto kernel = whole ? zero_kernel<T> : zero_strided_kernel<T>;
+    unsigned blocks = 0;
+    const cudaError_t error = grid_for(kernel, ceil_div(w.size, whole ? kTile : kThreads), &blocks);
+    return error != cudaSuccess ? error : launch(kernel, blocks, kThreads, stream, args);
   });
 }
 

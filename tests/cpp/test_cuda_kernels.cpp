@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/norms.cu"
 #include "../../csrc/cuda/score.cu"
 #include "../../csrc/cuda/select.cu"
+#include "../../csrc/cuda/select_rows.cu"
 #include "../../csrc/cuda/select_scores.cu"
 #include "../../csrc/cuda/select_weights.cu"
 #include "../../csrc/cuda/zero.cu"

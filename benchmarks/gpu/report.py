@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""Results to JSON and to lines on the terminal; computes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.steps import Outcome
+from benchmarks.report import replace, verdict, write_json
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """All results so far, written beside and renamed."""
+    write_json(path, content)
+
+
+def write_lines(path: Path, content: dict[str, Any]) -> None:
+    """The same for long tables: one line an entry of a table, so that a difference reads well."""
+    parts = []
+    for key, value in content.items():
+        parts.append(f"{json.dumps(key)}: {_table(value)}")
+    text = "{\n " + ",\n ".join(parts) + "\n}\n"
+    replace(path, lambda beside: beside.write_text(text))
+
+
+def _table(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()]
+        return "{\n  " + ",\n  ".join(rows) + "\n }"
+    if isinstance(value, list) and value:
+        return "[\n  " + ",\n  ".join(json.dumps(entry) for entry in value) + "\n ]"
+    return json.dumps(value)
+
+
+def step_line(name: str, outcome: Outcome) -> str:
+    """One line a step; of a failure the last line of its output, too."""
+    text = f"{name}: {outcome.status} in {outcome.seconds:.1f} s"
+    if outcome.reason:
+        text += f" ({outcome.reason.strip().splitlines()[-1]})"
+    return text
+
+
+def summary(content: dict[str, Any]) -> str:
+    """The tables of "limit" and "rivals", short enough for the end of a log."""
+    steps = content.get("steps", {})
+    lines = _limit(steps.get("limit", {}).get("findings", {}), content.get("rehearsal", False))
+    lines += _rivals(steps.get("rivals", {}).get("findings", {}))
+    return "\n".join(lines)
+
+
+def _limit(found: dict[str, Any], rehearsal: bool) -> list[str]:
+    if "copy_bytes_per_s" not in found:
+        return []
+    lines = [f"B = {found['copy_bytes_per_s'] / 1e12:.3f} TB/s (copy, read + written)"]
+    judged = []
+    for row in found.get("rows", []):
+        sparsity = f", {row['sparsity']} removed" if "sparsity" in row else ""
+        what = f"{row['call']} {row['dtype']} {'x'.join(map(str, row['shape']))}{sparsity}"
+        time = f"{1e3 * row['seconds']:.3f} ms, {row['times_floor']:.2f}x the floor"
+        word = "rehearsed" if rehearsal else verdict(row["reached"])
+        lines.append(f"{word}: {what}: {time}, wanted <= {row['wanted']}x")
+        judged.append(row["reached"])
+    for row in found.get("small", []):
+        one, whole = row["given_norms"], row["with_neighbors"]
+        word = "rehearsed" if rehearsal else verdict(row["reached"])
+        lines.append(
+            f"{word}: mask {'x'.join(map(str, row['shape']))}: {one['launches']} launches, "
+            f"{1e6 * one['graph_s']:.1f} us in a graph; with neighbors {whole['launches']}, "
+            f"{1e6 * whole['graph_s']:.1f} us"
+        )
+        judged.append(row["reached"])
+    if not rehearsal:
+        lines.append(f"targets reached: {sum(judged)} of {len(judged)}")
+    return lines
+
+
+def _rivals(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in found.get("rows", []):
+        if "times_faster" in row:
+            times = f"{1e3 * row['ours_s']:.3f} ms against {1e3 * row['rival_s']:.3f} ms"
+            lines.append(
+                f"{row['case']}: {row['ours']} {row['times_faster']:.3g}x faster than "
+                f"{row['rival']} ({times})"
+            )
+        else:
+            peak = row["peak_bytes"]
+            text = (
+                "not measured" if peak is None else f"{peak / row['tensor_bytes']:.2f}x the tensor"
+            )
+            lines.append(f"{row['case']}: peak memory of {row['call']}: {text}")
+    return lines
