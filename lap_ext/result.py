@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -80,6 +81,16 @@ class PruneResult:
         facts = {"criterion": self.criterion, "sparsity": self.sparsity}
         counts = {"kept": self.kept, "total": self.total}
         return json.dumps(facts | counts | {"layers": rows}, indent=2)
+
+    def plot(self) -> Any:
+        """A matplotlib figure of each layer's sparsity and weights; a notebook shows it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from lap_ext.report import plots
+
+        return plots.layers(self.layers)
 
 
 def row_of(layer: Layer, mask: Tensor) -> LayerResult:

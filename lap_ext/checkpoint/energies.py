@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Row and column energies of weights that come from files: the same bits as of the whole weight.
+
+A weight that fits is measured whole, as in memory. Of a larger one, runs of whole rows come in
+order. Row energies are each a row's own. Column energies are added 64 rows at a time
+(csrc/math/sums.h): rows wait until 64 of them, or the end of their group, are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lap_ext import ops
+from lap_ext.checkpoint.files import FUNCTION
+from lap_ext.checkpoint.scores import pieces
+from lap_ext.network import Network
+from lap_ext.reference import SEGMENT_ROWS
+from lap_ext.topology import Layer, Topology
+from lap_ext.topology.roles import Role
+
+Energies = tuple[Tensor, Tensor]  # squared norms of the inputs [I] and outputs [O], float64
+
+
+class FileNetwork(Network):
+    """A network whose weights are not there: energies are set from outside, one layer at a time."""
+
+    def __init__(self, topology: Topology, bn: str) -> None:
+        super().__init__(topology, bn, function=FUNCTION)
+        self._held: dict[str, Tensor] = {}
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The weight that is held now."""
+        return self._held[layer.name].view(layer.shape)
+
+    def hold(self, layer: Layer, weight: Tensor) -> None:
+        """Lets scores and energies of a layer be computed from this weight, and no other's."""
+        self._held = {layer.name: weight}
+
+    def measure(self, layer: Layer) -> None:
+        """Energies of the layer that is held."""
+        for role in layer.roles:
+            place = self.topology.roles.index(role)
+            self._energies[place] = self._measure(place)
+
+    def measure_runs(self, layer: Layer, runs: Iterable[tuple[int, Tensor]]) -> None:
+        """Energies of a layer whose elements come in runs of whole rows, in order."""
+        places = [self.topology.roles.index(role) for role in layer.roles]
+        sums = [_Sums(self, place) for place in places]
+        for first, weight in runs:
+            for found in sums:
+                found.add(first, weight)
+        for place, found in zip(places, sums, strict=True):
+            self._energies[place] = found.energies()
+
+    def state(self) -> dict[str, Tensor]:
+        """The energies by name, to be saved."""
+        return {
+            f"{place}.{side}": energy
+            for place, found in enumerate(self._energies)
+            if found is not None
+            for side, energy in zip(("in", "out"), found, strict=True)
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """What `state` has returned."""
+        for place in range(len(self._energies)):
+            self._energies[place] = (state[f"{place}.in"], state[f"{place}.out"])
+
+
+class _Sums:
+    """The energies of one role, so far."""
+
+    def __init__(self, network: FileNetwork, place: int) -> None:
+        self.network = network
+        self.role: Role = network.topology.roles[place]
+        self.part = self.role.part
+        self.across = network._row_weight(place, self.role)
+        self.rows: list[Tensor] = []
+        groups, width = self.part.groups, torch.Size(self.part.block[1:]).numel()
+        self.columns = torch.zeros(groups, width, dtype=torch.float64)
+        self.waiting: list[Tensor] = []  # rows of a segment that is not complete
+        self.height = self.part.block[0] // groups
+        self.seen = 0  # rows
+
+    def add(self, first: int, weight: Tensor) -> None:
+        """The rows in a run of the layer's elements."""
+        part = self.part
+        length = max(1, torch.Size(part.shape[1:]).numel())
+        for x in pieces(part, first, weight.numel()):
+            run = weight[x.top * length - first : x.bottom * length - first]
+            block = run.view(x.bottom - x.top, *part.shape[1:])
+            if part.cols is not None:
+                block = block[:, part.cols[0] : part.cols[1]]
+            counted = self._counted(block, x.top)
+            by_row, by_column = (counted, block) if part.transposed else (block, counted)
+            self.rows.append(self._call(ops.row_energy, by_row))
+            self._add_columns(by_column)
+
+    def _counted(self, block: Tensor, top: int) -> Tensor:
+        """The block as a consumer's column norm counts it: with batch norms folded into its outputs."""
+        if self.across is None:
+            return block
+        top -= self.part.rows[0] if self.part.rows is not None else 0
+        bottom = top + block.shape[0]
+        if self.part.transposed:
+            group = torch.arange(top, bottom) // max(self.height, 1)
+            factor = self.across.view(self.part.groups, block.shape[1])[group]
+        else:
+            factor = self.across[top:bottom, None]
+        return block.double() * factor.view(*factor.shape, *[1] * (block.dim() - 2))
+
+    def _add_columns(self, block: Tensor) -> None:
+        rows = block.reshape(block.shape[0], -1)
+        while rows.shape[0]:
+            group, place = divmod(self.seen, self.height)
+            missing = min(SEGMENT_ROWS - place % SEGMENT_ROWS, self.height - place)
+            taken, rows = rows[:missing], rows[missing:]
+            self.seen += taken.shape[0]
+            if taken.shape[0] < missing:
+                self.waiting.append(taken.clone())  # the buffer is used again
+                return
+            whole = torch.cat([*self.waiting, taken]) if self.waiting else taken
+            self.waiting = []
+            self.columns[group] += self._call(ops.col_energy, whole, 1)
+
+    def _call(self, op: Callable[..., Any], block: Tensor, *options: object) -> Tensor:
+        found: Tensor = ops.call(
+            FUNCTION, op, block, *options, self.network.check_finite, self.role.layer
+        )
+        return found
+
+    def energies(self) -> Energies:
+        """Of the inputs and outputs."""
+        rows = torch.cat(self.rows) if self.rows else torch.zeros(0, dtype=torch.float64)
+        taps = self.columns.view(self.part.groups * self.part.block[1], -1)
+        columns = torch.zeros(taps.shape[0], dtype=torch.float64)
+        for tap in taps.unbind(1):
+            columns += tap
+        into, out = (rows, columns) if self.part.transposed else (columns, rows)
+        return into, out

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Writes shards from front to back, and masks at the place of their bits.
+
+A shard has the header of its original, byte for byte, and the same tensors at the same offsets. The
+file of masks is that of `Masks.save` (mask_file.py): its layout is known before the first mask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lap_ext import mask_file
+from lap_ext.checkpoint.files import FUNCTION, MASKS
+from lap_ext.checkpoint.rank import CHUNK
+from lap_ext.checkpoint.reading import Buffer
+from lap_ext.checkpoint.state import on_disk
+
+_SPREAD = 0x0102040810204080  # moves bit 0 of byte b of 8 bytes to bit 56 + b
+
+
+class ShardFile:
+    """A file that is written once, from front to back; leaving `with` puts it on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> ShardFile:
+        with on_disk(self.path.parent):
+            self._file = self.path.open("wb", buffering=0)
+        return self
+
+    def write(self, data: memoryview | bytes) -> None:
+        """The next bytes."""
+        done, left = 0, memoryview(data)
+        with on_disk(self.path.parent):
+            while done < len(left):
+                done += self._file.write(left[done:])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        with on_disk(self.path.parent):
+            if kind is None:
+                os.fsync(self._file.fileno())
+            self._file.close()
+
+
+class MaskFile:
+    """A file of masks in which each run of flags has its place."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = folder / MASKS
+        empty = {
+            name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
+        }
+        self._head = mask_file._header(FUNCTION, empty)
+        self._begin, begin = {}, 8 + len(self._head)
+        for name, mask in empty.items():
+            self._begin[name] = begin
+            begin += (mask.numel() + 7) // 8
+        self.size = begin
+        self._buffer = Buffer()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file is there, with room for everything."""
+        return self.path.is_file() and self.path.stat().st_size == self.size
+
+    def create(self) -> None:
+        """A file without a weight kept."""
+        with on_disk(self.path.parent), self.path.open("wb") as file:
+            file.write(len(self._head).to_bytes(8, "little"))
+            file.write(self._head)
+            file.truncate(self.size)
+
+    def open(self) -> None:
+        """Before the first run is written."""
+        self._file = self.path.open("r+b", buffering=0)
+
+    def write(self, name: str, first: int, mask: Tensor) -> None:
+        """The flags of elements [first, first + len(mask)) of a layer, flat."""
+        lead = first % 8
+        if lead:
+            mask = torch.cat([mask.new_zeros(lead), mask])
+        size = (mask.numel() + 7) // 8
+        view = self._buffer.view(size)
+        pack_into(self._buffer.tensor(size, torch.uint8), mask)
+        place = self._begin[name] + first // 8
+        with on_disk(self.path.parent):
+            for end in {0, size - 1} if size else set():  # bits of other runs beside these
+                old = os.pread(self._file.fileno(), 1, place + end)
+                view[end] |= old[0] & _outside(end, size, lead, mask.numel())
+            done = 0
+            while done < size:
+                done += os.pwrite(self._file.fileno(), view[done:], place + done)
+
+    def sync(self) -> None:
+        """Puts it on the disk."""
+        with on_disk(self.path.parent):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """After the last run."""
+        self._file.close()
+
+
+def _outside(byte: int, size: int, lead: int, bits: int) -> int:
+    """The bits of the first or last byte that belong to other runs."""
+    before = (1 << lead) - 1 if byte == 0 else 0
+    last = bits - 8 * (size - 1)
+    after = 0xFF & ~((1 << last) - 1) if byte == size - 1 else 0
+    return before | after
+
+
+def pack_into(packed: Tensor, mask: Tensor) -> None:
+    """Writes the bits of a flat mask [n] to packed [ceil(n / 8)], as mask_file.pack has them."""
+    whole = mask.numel() // 8 * 8
+    if whole:
+        words = mask[:whole].view(torch.int64) if _aligned(mask) else mask[:whole].clone().view(
+            torch.int64)  # fmt: skip
+        for begin in range(0, words.numel(), CHUNK):
+            bits = words[begin : begin + CHUNK] * _SPREAD
+            packed[begin : begin + bits.numel()] = bits >> 56  # the byte's sign is cut off
+    if whole < mask.numel():
+        packed[whole // 8 :] = mask_file.pack(mask[whole:])
+
+
+def _aligned(mask: Tensor) -> bool:
+    return mask.storage_offset() % 8 == 0

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""What people and programs see: results on stdout, progress with time left on stderr.
+
+On a terminal the progress is a bar (rich, if it is installed) that goes away at the end; elsewhere a
+line every few seconds. Nothing is shown of what takes less than a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+_EVERY = 10.0  # seconds between lines where no bar can be drawn
+_LATER = 1.0  # seconds before anything is shown
+
+
+def line(stream: IO[str], text: str) -> None:
+    """One text and the end of its line."""
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def result(options: Any, facts: Mapping[str, Any], text: str) -> None:
+    """The result of a command: JSON with --json, else a text."""
+    shown = json.dumps(facts, indent=2, allow_nan=False) if options.json else text
+    line(sys.stdout, shown)
+
+
+class Progress:
+    """How far a command is and how long it will still take.
+
+    Example:
+        >>> with Progress(show=False) as progress:
+        ...     progress.step("read", 10)
+        ...     progress.advance(3)
+        ...     progress.done, progress.total
+        (3, 10)
+    """
+
+    def __init__(self, show: bool = True, stream: IO[str] | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.text, self.done, self.total = "", 0.0, 0.0
+        self._began = self._told = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._rich = self.stream.isatty() and importlib.util.find_spec("rich") is not None
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._teller = threading.Thread(target=self._tell_on, daemon=True) if show else None
+
+    def __enter__(self) -> Progress:
+        if self._teller is not None:
+            self._teller.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._teller is not None:
+            self._teller.join()
+        self._close()
+
+    def step(self, text: str, total: float = 0) -> None:
+        """Begins a part of the work; total: in whatever advance counts, 0 if that is not known."""
+        with self._lock:
+            self._close()
+            self.text, self.done, self.total = text, 0, total
+            self._began = self._told = time.monotonic()
+
+    def advance(self, count: float = 1) -> None:
+        """So much more of the part is done."""
+        self.done += count
+
+    def follow(self, facts: Any) -> None:
+        """The progress of `checkpoint.prune`: its step, and bytes done of all."""
+        self.text, self.done, self.total = facts.step, facts.done, facts.total
+
+    def tell(self) -> None:
+        """Shows how far it is, if that is due."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._began < _LATER:
+                return
+            if self._rich:
+                self._draw()
+            elif now - self._told >= _EVERY:
+                self._told = now
+                line(self.stream, f"{self.text}{self._left(now)}")
+
+    def _tell_on(self) -> None:
+        while not self._over.wait(_LATER):
+            self.tell()
+
+    def _left(self, now: float) -> str:
+        if not self.total or not self.done:
+            return " ..."
+        left = (now - self._began) * (self.total / self.done - 1)
+        return f": {self.done / self.total:.0%}, {max(left, 0):.0f} s left"
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Rich
+            from rich.progress import TimeRemainingColumn as Remaining
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                Remaining(),
+                TextColumn("left"),
+            )
+            self._bar = Rich(*columns, console=Console(file=self.stream), transient=True)
+            self._task = self._bar.add_task(self.text, total=None)
+            self._bar.start()
+        self._bar.update(
+            self._task, description=self.text, completed=self.done, total=self.total or None
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: MIT
+"""What a report tells: one pass over the weights of each layer, piece by piece. The pages only draw.
+
+    kept mass        sum of w^2 over kept weights / over all
+    dead rows        rows of the pruned weight as a matrix [rows, columns, *window], all zero
+    dead columns     the same for columns, of each group by itself
+    distribution     weights per quarter octave of |w| (or of the score), kept and pruned
+
+A piece is some rows of a layer, so a layer larger than memory can be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEPS = 4  # bins an octave
+_PIECE = 1 << 22  # weights measured at once: 32 MB in float64
+
+
+@dataclass
+class Histogram:
+    """Counts of positive values by bin; bin b holds 2^(b / STEPS) <= value < 2^((b + 1) / STEPS).
+
+    Zeros are counted apart: they have no place on a logarithmic axis.
+    """
+
+    kept: Counter[int] = field(default_factory=Counter)
+    pruned: Counter[int] = field(default_factory=Counter)
+    zeros_kept: int = 0
+    zeros_pruned: int = 0
+
+    def add(self, values: Tensor, kept: Tensor) -> None:
+        """Counts values >= 0 (any shape) and whether each is kept."""
+        for counter, chosen in ((self.kept, kept), (self.pruned, ~kept)):
+            some = values[chosen]
+            positive = some[some > 0]
+            zeros = some.numel() - positive.numel()
+            if counter is self.kept:
+                self.zeros_kept += zeros
+            else:
+                self.zeros_pruned += zeros
+            if positive.numel():
+                bins = (positive.double().log2_() * STEPS).floor_().long()
+                low = int(bins.min())
+                for place, count in enumerate(torch.bincount(bins - low).tolist()):
+                    if count:
+                        counter[low + place] += count
+
+    def update(self, other: Histogram) -> None:
+        """Adds the counts of another."""
+        self.kept.update(other.kept)
+        self.pruned.update(other.pruned)
+        self.zeros_kept += other.zeros_kept
+        self.zeros_pruned += other.zeros_pruned
+
+
+@dataclass
+class LayerFacts:
+    """One layer, before and after."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    fed_by: str = ""
+    read_by: str = ""
+    kept: int = 0
+    total: int = 0
+    square_kept: float = 0.0  # sum of squares of the kept weights
+    square_total: float = 0.0
+    rows: int = 0
+    dead_rows: int = 0
+    columns: int = 0
+    dead_columns: int = 0
+    weights: Histogram = field(default_factory=Histogram)
+    scores: Histogram | None = None
+    threshold: float | None = None  # the lowest score kept
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed."""
+        return 1.0 - self.kept / self.total if self.total else 0.0
+
+    @property
+    def mass(self) -> float:
+        """The share of the sum of squares that is kept; 1 where there is none."""
+        return self.square_kept / self.square_total if self.square_total else 1.0
+
+
+@dataclass
+class Facts:
+    """All that a report shows."""
+
+    title: str
+    criterion: str
+    layers: Sequence[LayerFacts]
+    asked: Mapping[str, str] = field(default_factory=dict)  # option -> value, as the user gave them
+    others: Sequence[str] = ()  # parameters that are never pruned
+    stops: Sequence[str] = ()  # where the trace stopped
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    bytes_sparse: int | None = None  # kept values and one bit a weight, with all that is not pruned
+    version: str = ""
+
+    @property
+    def kept(self) -> int:
+        """Weights kept, of the layers that were pruned."""
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def total(self) -> int:
+        """Weights of the layers that were pruned."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed of the weights of these layers."""
+        return 1.0 - self.kept / self.total if self.total else 0.0
+
+    @property
+    def mass(self) -> float:
+        """The share of the sum of squares of these layers that is kept."""
+        every = math.fsum(layer.square_total for layer in self.layers)
+        return math.fsum(layer.square_kept for layer in self.layers) / every if every else 1.0
+
+    def distribution(self) -> Histogram:
+        """The magnitudes of all layers together."""
+        found = Histogram()
+        for layer in self.layers:
+            found.update(layer.weights)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures without the distributions, for JSON."""
+        names = "name kind shape kept total sparsity mass rows dead_rows columns dead_columns"
+        rows = [{name: getattr(layer, name) for name in names.split()} for layer in self.layers]
+        return {"mass": self.mass, "layers": rows}
+
+
+class Measure:
+    """Gathers the facts of one layer from pieces of whole rows, in order.
+
+    Args:
+        facts: the layer, whose figures this sets.
+        matrix: the weight as [rows, columns, *window], a reshape of it; None: as its shape is.
+        groups: of a convolution or of experts: the rows are split between them.
+
+    Example:
+        >>> import torch
+        >>> facts = LayerFacts("fc", "linear", (2, 2))
+        >>> measure = Measure(facts)
+        >>> measure.add(torch.tensor([[3., 1.]]), torch.tensor([[True, False]]))
+        >>> measure.add(torch.tensor([[4., 2.]]), torch.tensor([[False, False]]))
+        >>> measure.finish()
+        >>> facts.kept, facts.mass, facts.dead_rows, facts.dead_columns      # 9 / (9 + 1 + 16 + 4)
+        (1, 0.3, 1, 1)
+    """
+
+    def __init__(
+        self, facts: LayerFacts, matrix: tuple[int, ...] | None = None, groups: int = 1
+    ) -> None:
+        shape = facts.shape if matrix is None else matrix
+        self.facts = facts
+        self.inner = (*shape[1:], 1)[:1] + shape[2:]  # a vector is one column
+        self.at = 0  # rows seen
+        facts.rows = shape[0]
+        self.rows_a_group = max(1, facts.rows // groups)
+        self.alive = torch.zeros(groups, self.inner[0], dtype=torch.bool)
+
+    @property
+    def step(self) -> int:
+        """Weights of the rows that are measured at once."""
+        row = max(1, math.prod(self.inner))
+        return row * max(1, _PIECE // row)
+
+    def add(self, weight: Tensor, kept: Tensor, scores: Tensor | None = None) -> None:
+        """Counts the next rows, in any shape; scores: what ranked them."""
+        every = [weight, kept] if scores is None else [weight, kept, scores]
+        flat = [x.detach().reshape(-1) for x in every]
+        for start in range(0, weight.numel(), self.step):
+            parts = [x[start : start + self.step].cpu().reshape(-1, *self.inner) for x in flat]
+            self._add(parts[0], parts[1], parts[2] if scores is not None else None)
+
+    def finish(self) -> None:
+        """Writes what only all rows together tell."""
+        self.facts.columns = self.alive.numel()
+        self.facts.dead_columns = int((~self.alive).sum())
+
+    def _add(self, weight: Tensor, kept: Tensor, scores: Tensor | None) -> None:
+        facts = self.facts
+        size = weight.abs().double()
+        square = size.square()
+        facts.square_total += float(square.sum())
+        facts.square_kept += float(square[kept].sum())
+        facts.kept += int(kept.count_nonzero())
+        facts.total += weight.numel()
+        facts.weights.add(size, kept)
+        alive = (
+            (kept & (weight != 0)).flatten(2).any(2) if weight.dim() > 2 else kept & (weight != 0)
+        )
+        facts.dead_rows += int((~alive.any(1)).sum())
+        groups = torch.arange(self.at, self.at + alive.shape[0]) // self.rows_a_group
+        groups = groups.clamp(max=self.alive.shape[0] - 1)
+        for group in torch.unique(groups).tolist():
+            self.alive[group] |= alive[groups == group].any(0)
+        self.at += alive.shape[0]
+        if scores is not None:
+            facts.scores = facts.scores or Histogram()
+            facts.scores.add(scores, kept)
+            if kept.any():
+                lowest = float(scores[kept].min())
+                known = facts.threshold
+                facts.threshold = lowest if known is None else min(known, lowest)
+
+
+def binned(
+    histogram: Histogram, tail: float = 0.003, octaves: int = 24
+) -> tuple[list[float], list[int], list[int]]:
+    """Edges (one more than bins), kept and pruned counts, for a picture.
+
+    The smallest values, that share of all and what lies so many octaves below the largest, are in
+    the first bin.
+
+    Example:
+        >>> import torch
+        >>> found = Histogram()
+        >>> found.add(torch.tensor([1., 1.1, 2.]), torch.tensor([False, True, True]))
+        >>> edges, kept, pruned = binned(found)
+        >>> [round(edge, 2) for edge in edges], kept, pruned
+        ([1.0, 1.19, 1.41, 1.68, 2.0, 2.38], [1, 0, 0, 0, 1], [1, 0, 0, 0, 0])
+    """
+    both = histogram.kept + histogram.pruned
+    if not both:
+        return [], [], []
+    low, high, left = min(both), max(both), tail * both.total()
+    for place in sorted(both):
+        low, left = place, left - both[place]
+        if left < 0:
+            break
+    low = max(low, high - STEPS * octaves + 1)
+    bins = range(low, high + 1)
+
+    def counts(counter: Counter[int]) -> list[int]:
+        found = [counter[place] for place in bins]
+        found[0] += sum(count for place, count in counter.items() if place < low)
+        return found
+
+    edges = [2.0 ** (place / STEPS) for place in range(low, high + 2)]
+    return edges, counts(histogram.kept), counts(histogram.pruned)

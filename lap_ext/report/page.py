@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""One self-contained HTML page about a pruning. It draws what facts.py has measured, no more.
+
+No script, no font, no request: the page can be mailed, archived and read without a network.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from lap_ext.report.charts import bar, histogram, number, percent, size
+from lap_ext.report.facts import Facts, LayerFacts
+from lap_ext.report.style import STYLE
+
+_SHOWN = 24  # distributions of layers before the rest is folded away
+
+
+def write(path: str | os.PathLike[str], facts: Facts) -> None:
+    """Writes the page: the old file or the new one is at path, never a part."""
+    replace(Path(path), html(facts))
+
+
+def replace(path: Path, text: str) -> None:
+    """Puts a text at path once it is all written."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def html(facts: Facts) -> str:
+    """The page as a string."""
+    body = [
+        _header(facts),
+        "<main>",
+        _layers(facts),
+        _distributions(facts),
+        _dead(facts),
+        _topology(facts),
+        _sizes(facts),
+        "</main>",
+        f"<footer>Made by lap_ext {escape(facts.version)}.</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Pruning of {escape(facts.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{''.join(body)}\n</body>\n</html>\n"
+    )
+
+
+def _header(facts: Facts) -> str:
+    dead_rows = sum(layer.dead_rows for layer in facts.layers)
+    dead_columns = sum(layer.dead_columns for layer in facts.layers)
+    cards = [
+        ("sparsity", percent(facts.sparsity), "of the pruned layers' weights"),
+        ("weights kept", number(facts.kept), f"of {number(facts.total)}"),
+        ("kept mass", percent(facts.mass), "share of the sum of squares"),
+        ("layers", f"{len(facts.layers)}", "pruned"),
+        ("dead channels", f"{dead_rows + dead_columns:,}",
+         f"{dead_rows:,} rows, {dead_columns:,} columns"),
+    ]  # fmt: skip
+    tiles = "".join(
+        f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
+        for name, value, note in cards
+    )
+    asked = ", ".join(f"{escape(k)} <code>{escape(v)}</code>" for k, v in facts.asked.items())
+    asked = f'<p class="quiet">{asked}</p>' if asked else ""
+    return (
+        f"<header><h1>Pruning of {escape(facts.title)}</h1>{asked}"
+        f'<dl class="cards">{tiles}</dl></header>'
+    )
+
+
+def _layers(facts: Facts) -> str:
+    rows = [
+        f'<tr><th scope="row">{escape(layer.name)}</th><td>{escape(layer.kind)}</td>'
+        f'<td class="num">{_shape(layer)}</td><td class="num">{layer.kept:,}</td>'
+        f'<td class="num">{layer.total:,}</td>'
+        f'<td class="barred">{bar(layer.sparsity, "pruned")}</td>'
+        f'<td class="barred">{bar(layer.mass, "mass")}</td></tr>'
+        for layer in facts.layers
+    ]
+    foot = (
+        f'<tfoot><tr><th scope="row">all</th><td></td><td></td><td class="num">{facts.kept:,}</td>'
+        f'<td class="num">{facts.total:,}</td><td class="barred">{bar(facts.sparsity, "pruned")}'
+        f'</td><td class="barred">{bar(facts.mass, "mass")}</td></tr></tfoot>'
+    )
+    head = ("layer", "kind", "#shape", "#kept", "#weights", "sparsity", "kept mass")
+    return (
+        '<h2>Layers</h2><p class="quiet">Sparsity is the share of weights removed; kept mass the '
+        "share of the layer's sum of squares that is left.</p>" + _table(head, rows, foot)
+    )
+
+
+def _distributions(facts: Facts) -> str:
+    scored = any(layer.scores for layer in facts.layers)
+    cut = '<li><span class="swatch cut"></span>lowest score kept</li>' if scored else ""
+    what = "score" if scored else "|weight|"
+    figures = []
+    for layer in facts.layers:
+        shown = layer.scores or layer.weights
+        picture = histogram(shown, f"{layer.name}, {what}", layer.threshold)
+        zeros = shown.zeros_kept + shown.zeros_pruned
+        note = f"<figcaption>{zeros:,} are zero</figcaption>" if zeros else ""
+        figures.append(f"<figure><h3>{escape(layer.name)}</h3>{picture}{note}</figure>")
+    grid = f'<div class="grid">{"".join(figures[:_SHOWN])}</div>'
+    if figures[_SHOWN:]:
+        grid += (
+            f"<details><summary>{len(figures) - _SHOWN} more layers</summary>"
+            f'<div class="grid">{"".join(figures[_SHOWN:])}</div></details>'
+        )
+    whole = histogram(facts.distribution(), "all layers, |weight|", width=1000, height=220)
+    explained = (
+        "Scores decide: all below a layer's line (or, with one ranking over all layers, the common "
+        "one) are pruned."
+        if scored
+        else "Where kept and pruned overlap, the score chose otherwise than the magnitude would have."
+    )
+    return (
+        "<h2>Distributions</h2>"
+        '<p class="quiet">How many weights have which size, on a logarithmic axis; the '
+        "smallest 0.3 % are in the first bar.</p>"
+        f'<ul class="legend"><li><span class="swatch kept"></span>kept</li>'
+        f'<li><span class="swatch pruned"></span>pruned</li>{cut}</ul>'
+        f'<figure class="wide"><h3>|weight|, all layers</h3>{whole}</figure>'
+        f'<h2>{"Scores" if scored else "|weight|"} by layer</h2><p class="quiet">{explained}</p>{grid}'
+    )
+
+
+def _dead(facts: Facts) -> str:
+    title = "<h2>Dead channels</h2>"
+    found = [layer for layer in facts.layers if layer.dead_rows or layer.dead_columns]
+    if not found:
+        return f"{title}<p>None: no row and no column of a pruned weight is all zero.</p>"
+    rows = [
+        f'<tr><th scope="row">{escape(layer.name)}</th>'
+        f'<td class="barred">{_dead_bar(layer.dead_rows, layer.rows)}</td>'
+        f'<td class="barred">{_dead_bar(layer.dead_columns, layer.columns)}</td></tr>'
+        for layer in found
+    ]
+    return (
+        f'{title}<p class="quiet">Rows and columns of a weight that are all zero: '
+        "they could be removed and the result would stay the same, but for biases.</p>"
+        + _table(("layer", "rows", "columns"), rows)
+    )
+
+
+def _dead_bar(dead: int, total: int) -> str:
+    return bar(dead / total if total else 0.0, "pruned", f"{dead:,} of {total:,}")
+
+
+def _topology(facts: Facts) -> str:
+    rows = [
+        f'<tr><th scope="row">{escape(layer.name)}</th><td>{escape(layer.fed_by)}</td>'
+        f"<td>{escape(layer.read_by)}</td></tr>"
+        for layer in facts.layers
+    ]
+    notes = ""
+    if facts.others:
+        names = ", ".join(f"<code>{escape(name)}</code>" for name in facts.others)
+        notes += f"<p>No layers, never pruned: {names}.</p>"
+    for stop in facts.stops:
+        notes += f'<p class="alarm">The trace stopped: {escape(stop)}</p>'
+    return (
+        '<h2>What the topology saw</h2><p class="quiet">The layers whose weights meet each layer '
+        "across a channel: lookahead scores read their norms.</p>"
+        + _table(("layer", "fed by", "read by"), rows)
+        + notes
+    )
+
+
+def _sizes(facts: Facts) -> str:
+    rows = [
+        ("before", facts.bytes_before, "kept"),
+        ("after, zeros stored", facts.bytes_after, "kept"),
+        ("after, kept values and one bit a weight (computed)", facts.bytes_sparse, "mass"),
+    ]
+    known = [(name, count, kind) for name, count, kind in rows if count is not None]
+    if not known:
+        return ""
+    most = max(count for _, count, _ in known) or 1
+    cells = [
+        f'<tr><th scope="row">{name}</th><td class="barred">{bar(count / most, kind, size(count))}'
+        f'</td><td class="num">{count:,} bytes</td></tr>'
+        for name, count, kind in known
+    ]
+    return (
+        '<h2>Size on disk</h2><p class="quiet">A pruned checkpoint stores its zeros, so that every '
+        "tool still reads it; the last line is what a sparse format would need.</p>"
+        + _table(("", "size", "#exactly"), cells)
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[str], foot: str = "") -> str:
+    """A table; a column whose head begins with # holds numbers."""
+    cells = "".join(
+        f'<th scope="col"{" class=num" if name.startswith("#") else ""}>{name.lstrip("#")}</th>'
+        for name in head
+    )
+    return (
+        f'<div class="panel" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody>{foot}</table></div>"
+    )
+
+
+def _shape(layer: LayerFacts) -> str:
+    return " × ".join(map(str, layer.shape))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""The report's pictures through matplotlib, for notebooks and papers (pip install "lap_ext[plot]")."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from lap_ext.report.facts import STEPS, Facts, Histogram, binned
+
+_KEPT, _PRUNED, _MASS = "#1b6ca8", "#e08a3c", "#2a8f78"
+_NAMED = 60  # layers whose names can still be read on an axis
+
+
+class Row(Protocol):
+    """A layer's counts: a row of a PruneResult, or LayerFacts."""
+
+    name: str
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float: ...  # noqa: D102 (the fraction removed)
+
+
+def layers(rows: Sequence[Any], title: str = "") -> Any:
+    """A figure of each layer's sparsity and weights; kept mass too, where rows know it.
+
+    Args:
+        rows: what `PruneResult.layers` or `Facts.layers` hold (see `Row`).
+        title: above the figure.
+
+    Returns:
+        A matplotlib Figure, which a notebook shows.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure_of = _matplotlib()
+    mass = bool(rows) and hasattr(rows[0], "mass")
+    height = max(1.6, 0.24 * min(len(rows), _NAMED) + 1.2)
+    figure = figure_of(figsize=(9, height), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(rows))
+    left.barh(places, [100 * row.sparsity for row in rows], color=_PRUNED, height=0.7)
+    left.set_xlim(0, 100)
+    left.set_xlabel("sparsity (%)")
+    if mass:
+        right.barh(places, [100 * row.mass for row in rows], color=_MASS, height=0.7)
+        right.set_xlim(0, 100)
+        right.set_xlabel("kept mass (% of the sum of squares)")
+    else:
+        right.barh(places, [row.total for row in rows], color="0.88", height=0.7, label="removed")
+        right.barh(places, [row.kept for row in rows], color=_KEPT, height=0.7, label="kept")
+        right.set_xlabel("weights")
+        right.legend(frameon=False, fontsize=8)
+    if len(rows) <= _NAMED:
+        left.set_yticks(places, [row.name for row in rows], fontsize=8)
+    else:
+        left.set_ylabel("layer")
+    left.invert_yaxis()
+    _plain(left, right)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def distributions(facts: Facts, most: int = 24) -> Any:
+    """A figure of the distribution of each layer's scores (or magnitudes), at most so many layers."""
+    figure_of = _matplotlib()
+    shown = list(facts.layers)[:most]
+    columns = min(3, max(1, len(shown)))
+    lines = max(1, -(-len(shown) // columns))
+    size = 3 * columns, 2.1 * lines + 0.5
+    figure = figure_of(figsize=size, dpi=150, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, layer in zip(panels, shown, strict=False):
+        _bars(panel, layer.scores or layer.weights)
+        if layer.threshold:
+            panel.axvline(layer.threshold, color="0.1", ls="--", lw=1)
+        panel.set_title(layer.name, fontsize=8)
+        panel.set_xlabel("score" if layer.scores else "|weight|", fontsize=8)
+    for panel in panels[len(shown) :]:
+        panel.set_visible(False)
+    _plain(*panels)
+    if len(shown):
+        panels[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def save(path: str | os.PathLike[str], figure: Any) -> None:
+    """Writes a figure in the format of the name (.png, .pdf, .svg): all of it or nothing."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def check(path: Path) -> None:
+    """ModuleNotFoundError without matplotlib, ValueError for a format that it does not write."""
+    formats = _matplotlib()().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in formats:
+        known = ", ".join(f".{name}" for name in ("png", "pdf", "svg"))
+        raise ValueError(f"plot: expected a name that ends in {known}, got {str(path)!r}.")
+
+
+def _bars(panel: Any, found: Histogram) -> None:
+    edges, kept, pruned = binned(found)
+    if not edges:
+        return
+    widths = [high - low for low, high in pairwise(edges)]
+    style = {"align": "edge", "linewidth": 0}
+    panel.bar(edges[:-1], pruned, widths, color=_PRUNED, label="pruned", **style)
+    panel.bar(edges[:-1], kept, widths, bottom=pruned, color=_KEPT, label="kept", **style)
+    panel.set_xscale("log")
+    panel.set_xlim(edges[0], edges[-1] * 2 ** (1 / STEPS))
+    panel.set_yticks([])
+
+
+def _plain(*panels: Any) -> None:
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+
+
+def _matplotlib() -> Any:
+    """Matplotlib's Figure, without pyplot: no window, no state that a program shares."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "plot: expected the matplotlib package (it draws), got none. "
+            'Run: pip install "lap_ext[plot]"',
+            name="matplotlib",
+        ) from None
+
+    class Picture(Figure):
+        """A figure that a notebook shows, though pyplot does not know it."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return Picture

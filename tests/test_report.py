@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: MIT
+"""The report: figures worked by hand, a page that stands alone, looked at in a browser."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from lap_ext import report
+from lap_ext.report import Facts, Histogram, LayerFacts, Measure, charts, plots
+from lap_ext.report.facts import binned
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+NEEDS_BROWSER = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome to open it in")
+
+
+def measured(weight: torch.Tensor, kept: torch.Tensor, **how: object) -> LayerFacts:
+    facts = LayerFacts("fc", "linear", tuple(weight.shape), "input", "out")
+    measure = Measure(facts, **how)  # type: ignore[arg-type]
+    measure.add(weight, kept)
+    measure.finish()
+    return facts
+
+
+def some_facts(layers: int = 3, scored: bool = True) -> Facts:
+    rows = []
+    for place in range(layers):
+        weight = torch.randn(12, 20)
+        scores = weight.abs() * 2
+        kept = scores > 2.0 if scored else weight.abs() > 0.5
+        kept[place % 12] = False
+        facts = LayerFacts(f"block.{place}.<linear>", "linear", (12, 20), "in & out", "head")
+        measure = Measure(facts)
+        measure.add(weight, kept, scores if scored else None)
+        measure.finish()
+        rows.append(facts)
+    return Facts(
+        "a <model>", "lookahead", rows, {"sparsity": "0.9"}, ["pos_embed"], ["at torch.roll"],
+        10_000, 10_000, 1_500, "0.1",
+    )  # fmt: skip
+
+
+def test_mass_is_the_share_of_the_squares() -> None:
+    facts = measured(torch.tensor([[3.0, 1.0], [4.0, 2.0]]), torch.tensor([[1, 0], [0, 0]]) > 0)
+    assert (facts.kept, facts.total) == (1, 4)
+    assert facts.mass == 9 / (9 + 1 + 16 + 4)
+    assert facts.sparsity == 0.75
+
+
+def test_dead_rows_and_columns() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]])
+    kept = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1]]) > 0
+    facts = measured(weight, kept)  # row 1; column 1, and column 2, which keeps zeros
+    assert (facts.dead_rows, facts.dead_columns) == (1, 2)
+
+
+def test_dead_columns_of_a_grouped_convolution() -> None:
+    """[4, 2, 1, 1] in 2 groups: columns 0, 1 of rows 0, 1, then columns 0, 1 of rows 2, 3."""
+    kept = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]]).view(4, 2, 1, 1) > 0
+    facts = measured(torch.ones(4, 2, 1, 1), kept, groups=2)
+    assert (facts.columns, facts.dead_columns, facts.dead_rows) == (4, 2, 0)
+
+
+def test_experts_are_measured_as_a_matrix() -> None:
+    weight = torch.ones(2, 3, 4)
+    kept = torch.ones(2, 3, 4, dtype=torch.bool)
+    kept[1, 2] = False
+    facts = measured(weight, kept, matrix=(6, 4), groups=2)
+    assert (facts.rows, facts.dead_rows, facts.columns, facts.dead_columns) == (6, 1, 8, 0)
+
+
+def test_pieces_give_what_the_whole_gives() -> None:
+    weight, kept = torch.randn(10, 3, 2), torch.rand(10, 3, 2) > 0.5
+    whole = measured(weight, kept)
+    facts = LayerFacts("fc", "linear", (10, 3, 2), "input", "out")
+    measure = Measure(facts)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 10)):
+        measure.add(weight[part].flatten(), kept[part].flatten())
+    measure.finish()
+    assert facts.weights == whole.weights
+    assert (facts.kept, facts.dead_columns) == (whole.kept, whole.dead_columns)
+    assert facts.square_kept == pytest.approx(whole.square_kept, rel=1e-14)
+
+
+def test_histogram_counts_every_weight_once() -> None:
+    found = Histogram()
+    values = torch.cat([torch.rand(1000), torch.zeros(3), torch.tensor([1e-30, 1e30])])
+    found.add(values, torch.arange(1005) % 2 == 0)
+    counts = found.kept.total() + found.pruned.total() + found.zeros_kept + found.zeros_pruned
+    assert counts == 1005
+    edges, kept, pruned = binned(found)
+    assert sum(kept) + sum(pruned) == 1002
+    assert len(edges) == len(kept) + 1
+
+
+def test_bfloat16_and_empty_layers() -> None:
+    facts = measured(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bool))
+    assert facts.mass == 1.0
+    empty = measured(torch.ones(0, 2), torch.ones(0, 2, dtype=torch.bool))
+    assert (empty.total, empty.sparsity, empty.mass) == (0, 0.0, 1.0)
+    assert "no weight but zeros" in report.html(Facts("m", "magnitude", [empty]))
+
+
+class Page(HTMLParser):
+    """Tags in order, and whether each that was opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_page_stands_alone_and_is_well_formed(scored: bool) -> None:
+    text = report.html(some_facts(30, scored))
+    page = Page(text)
+    assert page.open == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
+    for _, attributes in page.tags:
+        assert not {"src", "href", "onload", "onclick"} & set(attributes)
+    assert "url(" not in text and "@import" not in text and "http" not in text
+
+
+def test_page_says_what_was_measured() -> None:
+    facts = some_facts()
+    text = report.html(facts)
+    for shown in (
+        "a &lt;model&gt;", "block.0.&lt;linear&gt;", "in &amp; out", "pos_embed", "at torch.roll",
+        charts.percent(facts.sparsity), charts.percent(facts.mass), "1 of 12", "1.5 kB",
+        "10,000 bytes", f"{facts.kept:,}", "12 × 20", "lowest kept",
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert "<model>" not in text
+
+
+def test_page_of_a_pruning_without_dead_channels() -> None:
+    facts = Facts("m", "lookahead", [measured(torch.ones(2, 2), torch.ones(2, 2) > 0)])
+    assert "None: no row and no column" in report.html(facts)
+    assert "Size on disk" not in report.html(facts)  # nobody said
+
+
+def test_pictures_have_names_for_screen_readers() -> None:
+    found = Histogram()
+    found.add(torch.rand(50), torch.rand(50) > 0.5)
+    picture = ElementTree.fromstring(charts.histogram(found, "fc, score", threshold=0.5))
+    assert picture.get("role") == "img"
+    assert "fc, score" in (picture.get("aria-label") or "")
+    title = picture.find("title")
+    assert title is not None and title.text == picture.get("aria-label")
+
+
+def test_bars_of_a_histogram_have_the_heights_of_the_counts() -> None:
+    found = Histogram()
+    found.add(torch.tensor([1.0, 1.0, 1.0, 1.0, 8.0]), torch.tensor([0, 0, 0, 1, 1]) > 0)
+    picture = ElementTree.fromstring(charts.histogram(found, "w"))
+    bars = [(x.get("class"), float(x.get("height") or 0)) for x in picture.iter("rect")]
+    tall = 150 - 22 - 18  # of the highest column, 4 weights
+    assert bars == [
+        ("pruned", pytest.approx(tall * 3 / 4, abs=0.01)),
+        ("kept", pytest.approx(tall * 1 / 4, abs=0.01)),
+        ("kept", pytest.approx(tall * 1 / 4, abs=0.01)),
+    ]
+
+
+def test_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.html"
+    path.write_text("old")
+
+    def full(self: Path, *given: object, **named: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", full)
+        report.write(path, some_facts())
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    report.write(path, some_facts())
+    assert path.read_text().startswith("<!doctype html>")
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws")
+    facts = some_facts()
+    for figure in (
+        plots.layers(facts.layers, "title"), plots.layers([]), plots.distributions(facts)
+    ):  # fmt: skip
+        path = tmp_path / "out.png"
+        plots.save(path, figure)
+        assert path.read_bytes().startswith(b"\x89PNG") and figure._repr_png_()[1:4] == b"PNG"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match=r"expected a name that ends in .png"):
+        plots.check(tmp_path / "out.gifs")
+
+
+def test_plot_of_rows_without_masses() -> None:
+    """As a PruneResult has them."""
+    pytest.importorskip("matplotlib", reason="matplotlib draws")
+    from lap_ext.result import LayerResult
+
+    figure = plots.layers([LayerResult("fc", "linear", (2, 2), 1, 4)])
+    bars = [bar.get_width() for axes in figure.axes for bar in axes.patches]
+    assert bars == [75.0, 4, 1]  # per cent removed; all and kept weights
+
+
+@NEEDS_BROWSER
+def test_page_in_a_browser(tmp_path: Path) -> None:
+    """The page is drawn: its colors are in the picture, and no text is cut off at its right."""
+    image = pytest.importorskip("PIL.Image", reason="pillow reads the picture")
+    page, shot = tmp_path / "out.html", tmp_path / "out.png"
+    report.write(page, some_facts())
+    assert BROWSER is not None
+    subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2400",
+         f"--screenshot={shot}", page.as_uri()],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    with image.open(shot) as picture:
+        pixels = picture.convert("RGB")
+        assert pixels.size == (1200, 2400)
+        counts = {color: count for count, color in pixels.getcolors(1 << 24)}
+        right = pixels.crop((1170, 0, 1200, 2400)).getcolors(1 << 24)
+    for color in ((0x1B, 0x6C, 0xA8), (0xE0, 0x8A, 0x3C), (0x2A, 0x8F, 0x78)):  # kept, pruned, mass
+        assert counts.get(color, 0) > 500
+    assert len(right) == 1  # the page's ground, nothing sticks out
