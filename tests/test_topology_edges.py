@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Topologies worked out by hand: who feeds whom, by which channels, with a scale or not, through what.
+
+An edge is written "neighbor: channel map", with "scaled" where a factor lies on the way, and "via"
+some operations that must have been passed, in this order. Pairs of channels are spelled out where a
+word for the map says too little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from test_network_definition import Net
+from test_topology_families import one_thread, pairs, traced  # noqa: F401 (a fixture)
+from torch import nn
+
+import lap_ext
+from lap_ext.topology import Edge
+
+
+def agree(edges: list[Edge], expected: Iterable[str]) -> None:
+    """Edges against their descriptions, in this order."""
+    rows = [row.split(" via ") for row in expected]
+    shown = [f"{e.name}: {e.channel_map}{'' if e.scale is None else ' scaled'}" for e in edges]
+    assert shown == [row[0] for row in rows]
+    for edge, row in zip(edges, rows, strict=True):
+        rest = iter(edge.via)
+        passed = [operation for operation in row[1].split() if operation in rest] if row[1:] else []
+        assert passed == (row[1].split() if row[1:] else []), (edge.name, edge.via)
+
+
+def check(topology: lap_ext.Topology, layer: str, prev: str, following: str) -> None:
+    """The edges of a layer; several are parted by semicolons."""
+    agree(topology.layers[layer].prev, [row.strip() for row in prev.split(";") if row.strip()])
+    agree(topology.layers[layer].next, [row.strip() for row in following.split(";") if row.strip()])
+
+
+# ---- chains and flattening ----------------------------------------------------------------------
+def test_lenet() -> None:
+    """12 positions a channel when the second convolution is flattened."""
+    t = traced("lenet")
+    assert [(layer.name, layer.kind, layer.shape) for layer in t.layers.values()] == [
+        ("conv1", "conv2d", (3, 1, 5, 5)),
+        ("conv2", "conv2d", (5, 3, 5, 5)),
+        ("fc1", "linear", (12, 60)),
+        ("fc2", "linear", (8, 12)),
+        ("fc3", "linear", (4, 8)),
+    ]
+    check(t, "conv1", "x: all", "conv2: same via relu max_pool2d")
+    check(t, "conv2", "conv1: same via relu max_pool2d", "fc1: repeat 12 via relu max_pool2d view")
+    check(t, "fc1", "conv2: repeat 12 via relu max_pool2d view", "fc2: same via relu")
+    check(t, "fc2", "fc1: same via relu", "fc3: same via relu")
+    check(t, "fc3", "fc2: same via relu", "output: all")
+    assert pairs(t, "fc1", "conv2") == [(n, n // 12) for n in range(60)]  # channel-major
+
+
+def test_flatten_with_channels_last() -> None:
+    """Column n of the linear layer reads channel n % 5."""
+    t = traced("flatten_last")
+    check(t, "fc", "conv: 30 pairs via relu permute reshape", "output: all")
+    assert pairs(t, "fc", "conv") == [(n, n % 5) for n in range(30)]
+
+
+def test_pixel_shuffles() -> None:
+    """Four channels become one: the last convolution's input i is fed by channels 4 i to 4 i + 3."""
+    t = traced("super_resolution")
+    check(t, "1", "input: all via pixel_unshuffle", "3: same via prelu")
+    check(t, "3", "1: same via prelu", "7: repeat 4 via pixel_shuffle relu pad")
+    check(t, "7", "3: repeat 4 via pixel_shuffle relu pad", "output: all")
+    assert pairs(t, "7", "3") == [(c // 4, c) for c in range(16)]
+
+
+def test_groups() -> None:
+    """Channels are counted through all groups: input 2 g + i of the weight's column i of group g."""
+    t = traced("conv1d")
+    assert (t.layers["4"].shape, t.layers["4"].groups) == ((6, 2, 3), 2)
+    check(t, "4", "0: same scaled via batch_norm relu max_pool1d",
+          "7: same scaled via group_norm leaky_relu")  # fmt: skip
+    check(t, "7", "4: same scaled via group_norm leaky_relu",
+          "12: same scaled via instance_norm prelu adaptive_avg_pool1d flatten")  # fmt: skip
+    assert t.layers["7"].next[0].scale.tolist() == t.model[8].weight.abs().tolist()
+    assert pairs(t, "4", "0") == [(i, i) for i in range(4)]
+
+
+def test_depthwise() -> None:
+    """A depthwise layer is a neighbor like any other; 5.0 makes two channels of each."""
+    t = traced("mobilenet_v1")
+    assert [t.layers[name].groups for name in ("1.0", "2.0", "5.0")] == [4, 1, 8]
+    check(t, "2.0", "1.0: same scaled via batch_norm relu", "3.0: same scaled via batch_norm relu")
+    check(t, "5.0", "4.0: same scaled via batch_norm relu", "6.0: same scaled via batch_norm relu")
+    assert pairs(t, "5.0", "4.0") == [(i, i) for i in range(8)]
+    assert pairs(t, "6.0", "5.0") == [(i, i) for i in range(16)]
+
+
+def test_transposed_convolutions() -> None:
+    """Rows are inputs: [6, 4, 4, 4] in two groups has 6 inputs and 8 outputs."""
+    t = traced("autoencoder")
+    layer = t.layers["6"]
+    assert (layer.kind, layer.shape, layer.groups) == ("conv_transpose2d", (6, 4, 4, 4), 2)
+    check(t, "6", "3: same scaled via batch_norm leaky_relu", "9: same scaled via batch_norm relu")
+    assert pairs(t, "6", "3") == [(i, i) for i in range(6)]
+    assert pairs(t, "9", "6") == [(i, i) for i in range(8)]
+
+
+# ---- sums, concatenations, shuffles ---------------------------------------------------------------
+def test_residual_block_with_a_projection() -> None:
+    """The stream after a projection has two producers, each behind the batch norm of its own branch."""
+    t = traced("resnet_basic")
+    stream = "stem.0.0: same scaled; stages.0.0.conv2: same scaled via add; "
+    into = stream + "stages.0.1.conv2: same scaled via batch_norm add relu"
+    check(t, "stages.1.0.conv1", into, "stages.1.0.conv2: same scaled via batch_norm relu")
+    readers = [f"stages.{name}" for name in ("1.1.conv1", "2.0.conv1", "2.0.downsample.0")]
+    out = "; ".join(f"{name}: same scaled via batch_norm add relu" for name in readers)
+    check(t, "stages.1.0.conv2", "stages.1.0.conv1: same scaled via batch_norm relu", out)
+    check(t, "stages.1.0.downsample.0", into, out)
+    both = "; ".join(f"stages.1.0.{name}: same scaled" for name in ("conv2", "downsample.0"))
+    check(t, "stages.1.1.conv1", both, "stages.1.1.conv2: same scaled via batch_norm relu")
+    check(t, "fc", "stages.2.0.conv2: same scaled; stages.2.0.downsample.0: same scaled; "
+          "stages.2.1.conv2: same scaled via batch_norm add relu adaptive_avg_pool2d flatten",
+          "output: all")  # fmt: skip
+    block = t.model.stages[1][0]
+    for edge, norm in zip(t.layers["stages.1.1.conv1"].prev, (block.bn2, block.downsample[1]),
+                          strict=True):  # fmt: skip
+        scale = norm.weight.double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+        torch.testing.assert_close(edge.scale, scale, rtol=1e-12, atol=0)
+
+
+def test_identity_skip_from_the_input() -> None:
+    rule = lambda m, x: m.b(x + m.a(x))  # noqa: E731
+    t = lap_ext.trace(Net(rule, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), torch.randn(1, 4))
+    check(t, "a", "inputs_0: all", "b: same via add")
+    check(t, "b", "inputs_0: all via add; a: same via add", "output: all")
+
+
+def test_concatenated_layers() -> None:
+    """DenseNet: the k-th layer of a block finds its producers at 0, 4, 7, behind a norm of its own."""
+    t = traced("densenet")
+    block, scaled = "block1.layers.", "scaled via cat batch_norm relu"
+    check(t, f"{block}2.conv1",
+          f"stem.0.0: same scaled; {block}0.conv2: offset -4 scaled; {block}1.conv2: offset -7 scaled",
+          f"{block}2.conv2: same scaled via batch_norm relu")  # fmt: skip
+    check(t, f"{block}0.conv2", f"{block}0.conv1: same scaled via batch_norm relu",
+          f"{block}1.conv1: offset +4 scaled via cat batch_norm; {block}2.conv1: offset +4 scaled; "
+          "transition.2: offset +4 scaled via dropout cat batch_norm")  # fmt: skip
+    assert pairs(t, f"{block}2.conv1", f"{block}1.conv2") == [(7, 0), (8, 1), (9, 2)]
+    check(t, "classifier", f"transition.2: same {scaled}; block2.layers.0.conv2: offset -6 {scaled}; "
+          f"block2.layers.1.conv2: offset -9 {scaled} adaptive_avg_pool2d flatten",
+          "output: all")  # fmt: skip
+    norm = t.model.block1.layers[2].norm1
+    gain = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).abs()
+    scales = [edge.scale for edge in t.layers[f"{block}2.conv1"].prev]
+    torch.testing.assert_close(scales[1:], [gain[4:7], gain[7:10]], rtol=1e-12, atol=0)
+
+
+def test_shuffled_channels() -> None:
+    """Of [a0 a1 a2 a3 b0 b1 b2 b3], shuffled to [a0 b0 a1 b1 a2 b2 a3 b3], the second half is read."""
+    t = traced("shufflenet_v2")
+    check(t, "3.branch2.0.0", "2.branch1.1.0: permuted scaled; 2.branch2.2.0: permuted scaled "
+          "via batch_norm relu cat view transpose contiguous chunk",
+          "3.branch2.1.0: same scaled via batch_norm relu")  # fmt: skip
+    assert pairs(t, "3.branch2.0.0", "2.branch1.1.0") == [(0, 2), (2, 3)]
+    assert pairs(t, "3.branch2.0.0", "2.branch2.2.0") == [(1, 2), (3, 3)]
+    assert pairs(t, "4.branch2.0.0", "2.branch1.1.0") == [(0, 1)]  # passed by a block
+    first = traced("shufflenet_v1").layers["1.conv2.0"].prev[0]  # 6 channels in 2 groups
+    assert first.there.tolist() == [0, 3, 1, 4, 2, 5] and first.here.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_skip_beside_an_upsampled_branch() -> None:
+    """U-Net: [skip, up]; the skip goes down through a pooling as well."""
+    t = traced("unet_transposed")
+    check(t, "dec2.0.0", "down2.1.0: same scaled via batch_norm relu cat; up2: offset -6 via cat",
+          "dec2.1.0: same scaled via batch_norm relu")  # fmt: skip
+    check(t, "up2", "bottom.1.0: same scaled via batch_norm relu", "dec2.0.0: offset +6 via cat")
+    check(t, "down2.1.0", "down2.0.0: same scaled via batch_norm relu",
+          "bottom.0.0: same scaled via batch_norm relu max_pool2d; "
+          "dec2.0.0: same scaled via batch_norm relu cat")  # fmt: skip
+    assert t.layers["up2"].kind == "conv_transpose2d"
+
+
+def test_squeeze_and_excite() -> None:
+    """The gate's last layer feeds what its product feeds; its first one reads the mean of positions."""
+    t = traced("mobilenet_v3")
+    gated, gate = "2.block.1.0", "2.block.2"
+    check(t, gated, "2.block.0.0: same scaled",
+          f"{gate}.reduce: same scaled via batch_norm relu adaptive_avg_pool2d; "
+          "2.block.3.0: same scaled via batch_norm relu mul")  # fmt: skip
+    check(t, f"{gate}.reduce", f"{gated}: same scaled via adaptive_avg_pool2d",
+          f"{gate}.expand: same via relu")  # fmt: skip
+    check(t, f"{gate}.expand", f"{gate}.reduce: same via relu",
+          "2.block.3.0: same via hardsigmoid mul")  # fmt: skip
+    check(t, "2.block.3.0", f"{gated}: same scaled via mul; {gate}.expand: same via hardsigmoid mul",
+          "3.block.0.0: same scaled; 4.block.0.0: same scaled via add")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["feature_pyramid"])
+def test_one_layer_called_twice(name: str) -> None:
+    """Each call is a role with edges of its own."""
+    t = traced(name)
+    assert len(t.layers["head"].roles) == 2
+    check(t, "head", "lateral3: same via upsample_nearest2d add; lateral2: same via add; "
+          "lateral3: same", "logits: same via relu; logits: same via relu")  # fmt: skip
+    check(t, "logits", "head: same via relu; head: same via relu", "output: all; output: all")

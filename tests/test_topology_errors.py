@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""What cannot be followed is refused by name, with the way out; and the ways out, by hand."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_network_definition import Net, randomized
+from test_topology_families import one_thread, pairs  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn.utils import parametrizations, prune
+
+import lap_ext
+
+ROWS, TOKENS, IMAGES = torch.randn(2, 6), torch.randn(2, 5, 6), torch.randn(2, 3, 4, 4)
+INDEX = torch.tensor([2, 0, 1])
+CURE = (
+    ", which lap_ext cannot follow. Pass neighbors={'a': (previous, next), ...} for the layers around "
+    'it, or unknown="stop" to count it as a boundary (factor 1).'
+)
+
+
+def linear(out: int = 6, into: int = 6) -> nn.Linear:
+    return nn.Linear(into, out)
+
+
+def into_zeros(x: Tensor, index: Any) -> Tensor:
+    y = x.new_zeros(2, 6)
+    y[:, index] = x
+    return y
+
+
+def switched(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+# operation -> its function of what layer a makes
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "aten.fft_fft.default": lambda x: torch.fft.fft(x).real,
+    "aten.cumsum.default": lambda x: x.cumsum(1),
+    "aten.cumprod.default": lambda x: x.cumprod(1),
+    "aten.as_strided.default": lambda x: x.as_strided((2, 3), (6, 1)),
+    "aten.avg_pool1d.default": lambda x: F.avg_pool1d(x[:, None], 2)[:, 0],
+    "aten.max_pool1d.default": lambda x: F.max_pool1d(x[:, None], 2)[:, 0],
+    "aten.upsample_nearest1d.vec": lambda x: F.interpolate(x[:, None], scale_factor=2)[:, 0],
+    "aten.repeat_interleave.self_Tensor": lambda x: x.repeat_interleave(torch.ones(6).long(), 1),
+    "aten.index.Tensor": lambda x: x[:, x.mean(0).argsort()],
+    "aten.scatter.src": lambda x: torch.zeros(2, 6).scatter(1, INDEX.expand(2, 3), x[:, :3]),
+    "aten.index_add.default": lambda x: torch.zeros(2, 6).index_add(1, INDEX, x[:, :3]),
+    "aten.index_copy.default": lambda x: x.index_copy(1, INDEX, torch.ones(2, 3) * x[:, :1]),
+    "aten.index_put.default": lambda x: into_zeros(x[:, :3], INDEX),
+    "aten.put.default": lambda x: torch.zeros(2, 6).put(torch.arange(12), x),
+    "aten.tensordot.default": lambda x: torch.tensordot(x, torch.ones(6, 3), dims=([1], [0])),
+    "aten.einsum.default": lambda x: torch.einsum("...c,oc->...o", x, torch.ones(3, 6)),
+    "aten.cdist.default": lambda x: torch.cdist(x, torch.ones(4, 6)),
+    "aten.remainder.Scalar": lambda x: x % 2,
+    "cond": switched,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", list(REFUSED))
+def test_operations_refused_by_name(operation: str) -> None:
+    """The whole text: the layer, the operation, both cures."""
+    width = REFUSED[operation](torch.randn(2, 6)).shape[1]
+    model = Net(lambda m, x: m.b(m.function(m.a(x))), a=linear(), b=linear(2, width))
+    model.function = REFUSED[operation]
+    with pytest.raises(lap_ext.TopologyError) as error:
+        lap_ext.trace(model, ROWS)
+    assert str(error.value) == f"trace: layer 'a' feeds {operation}{CURE}"
+
+
+def fold(m: Any, x: Tensor) -> Tensor:
+    return m.b(F.fold(F.unfold(m.a(x), 2), (4, 4), 2))
+
+
+def linear_attention(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.q(x) @ (m.k(x).mT @ m.v(x)))
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "fold": (lambda: Net(fold, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)), IMAGES,
+             "layer 'a' feeds aten.col2im.default"),
+    "two_layers": (lambda: Net(lambda m, x: torch.fft.fft(m.b(x) + m.a(x)).real, a=linear(), b=linear()),
+                   ROWS, "layers 'b', 'a' feed aten.fft_fft.default"),
+    "many_layers": (
+        lambda: Net(lambda m, x: torch.fft.fft(sum(b(x) for b in m.b)).real,
+                    b=nn.ModuleList(linear() for _ in range(5))),
+        ROWS, "layers 'b.0', 'b.1', 'b.2', ... feed aten.fft_fft.default"),
+    "in_a_module": (lambda: nn.Sequential(linear(), nn.Sequential(nn.Unflatten(1, (1, 6)), nn.MaxPool1d(2))),
+                    ROWS, "layer '0' feeds aten.max_pool1d.default in module '1.1', which"),
+    "of_the_input": (lambda: Net(lambda m, x: m.a(torch.fft.fft(x).real), a=linear()), ROWS,
+                     "the model's input feeds aten.fft_fft.default, which lap_ext cannot follow. Pass "
+                     'unknown="stop" to count'),
+    "one_step_cell": (lambda: Net(lambda m, x: m.b(m.a(m.c(x))), c=linear(), a=nn.GRUCell(6, 4), b=linear(2, 4)),
+                      ROWS, "layer 'c' feeds aten.gru_cell.default in module 'a'"),
+    "linear_attention": (lambda: Net(linear_attention, **{k: linear() for k in "qkvo"}), TOKENS,
+                         "layers 'q', 'k', 'v' feed aten.matmul.default"),
+    "every_other_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w[::2]), a=linear(), w=nn.Parameter(torch.ones(6, 6))),
+                        ROWS, "layer 'a' feeds aten.linear.default"),
+    "part_of_a_kernel": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.w[:, :3]), a=nn.Conv2d(3, 3, 1), w=nn.Parameter(torch.ones(2, 4, 1, 1))),
+                         IMAGES, "layer 'a' feeds aten.conv2d.default"),
+    "repeated_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w.expand(3, 6)), a=linear(), w=nn.Parameter(torch.ones(1, 6))),
+                     ROWS, "layer 'a' feeds aten.linear.default"),
+    "masked_selection": (lambda: Net(lambda m, x: m.b(m.a(x)[x[:, 0] > 0]), a=linear(), b=linear()), ROWS,
+                         "expected sizes that do not depend on the values of the inputs, got aten.index.Tensor"),
+    "computed_weight": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w * 0.5), a=linear(), w=nn.Parameter(torch.ones(2, 6))),
+                        ROWS, "expected a weight that is a parameter in aten.linear.default, got one that is computed"),
+    "weight_norm": (lambda: nn.Sequential(linear(), parametrizations.weight_norm(linear())), ROWS,
+                    "in aten.linear.default in module '1', got one that is computed (weight norm, spectral norm, "
+                    "torch.nn.utils.prune). Make it permanent first: torch.nn.utils.parametrize.remove_"
+                    "parametrizations, torch.nn.utils.prune.remove."),
+    "pruned": (lambda: nn.Sequential(linear(), prune.random_unstructured(linear(), "weight", 0.5)), ROWS,
+               "torch.nn.utils.prune). Make it permanent first"),
+    "not_for_export": (lambda: Net(lambda m, x: m.a(x).numpy(), a=linear()), ROWS,
+                       "trace: expected a model that torch.export can follow with these example_inputs, got "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_models_refused_by_name(name: str) -> None:
+    build, x, text = OTHERS[name]
+    with pytest.raises(lap_ext.TopologyError, match=re.escape(text)):
+        lap_ext.trace(build(), x)
+
+
+def test_permanent_weights_are_followed() -> None:
+    layer = prune.random_unstructured(linear(), "weight", 0.5)
+    prune.remove(layer, "weight")
+    assert list(lap_ext.trace(nn.Sequential(layer, linear(2)), ROWS).layers) == ["0", "1"]
+
+
+# ---- the ways out -----------------------------------------------------------------------------
+def around_fft() -> nn.Module:
+    rule = lambda m, x: m.c(F.relu(m.b(torch.fft.fft(m.a(x)).real)))  # noqa: E731
+    return randomized(Net(rule, a=linear(4), b=linear(3, 4), c=linear(2, 3))).double()
+
+
+def test_stopping_counts_one_on_both_sides() -> None:
+    model = around_fft()
+    a, b, c = (getattr(model, name).weight.detach().abs() for name in "abc")
+    text = f"trace: layer 'a' feeds aten.fft_fft.default{CURE}"
+    with pytest.warns(UserWarning, match=re.escape(text)):
+        topology = lap_ext.trace(model, ROWS.double(), unknown="stop")
+    assert topology.stops == [text] and str(topology).endswith(f"stopped at: {text}")
+    assert [(e.name, e.kind) for e in topology.layers["a"].next] == [("fft_fft", "boundary")]
+    assert [(e.name, e.kind) for e in topology.layers["b"].prev] == [("fft_fft", "boundary")]
+    with pytest.warns(UserWarning, match="fft_fft"):
+        scores = lap_ext.scores(model, ROWS.double(), unknown="stop")
+    expected = {
+        "a": a,  # 1 * 1
+        "b": b * c.norm(dim=0)[:, None],  # 1 on the side of the boundary
+        "c": c * b.norm(dim=1),
+    }
+    torch.testing.assert_close(scores, expected)
+
+
+def test_stopping_where_nothing_is_unknown() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lap_ext.trace(nn.Sequential(linear(), linear()), ROWS, unknown="stop").stops == []
+
+
+def test_stopping_at_a_computed_weight() -> None:
+    """It is no layer; its producer ends there."""
+    model = nn.Sequential(linear(), parametrizations.weight_norm(linear()), linear(2))
+    with pytest.warns(UserWarning, match="got one that is computed"):
+        topology = lap_ext.trace(model, ROWS, unknown="stop")
+    assert list(topology.layers) == ["0", "2"]
+    assert topology.others == [f"1.parametrizations.weight.original{i}" for i in (0, 1)]
+    assert [edge.kind for edge in topology.layers["0"].next] == ["boundary"]
+
+
+def test_neighbors_bridge_what_is_unknown() -> None:
+    model = around_fft()
+    a, b, c = (getattr(model, name).weight.detach().abs() for name in "abc")
+    known = {"a": (None, "b"), "b": ("a", ["c"])}
+    scores = lap_ext.scores(model, ROWS.double(), neighbors=known)
+    expected = {
+        "a": a * b.norm(dim=0)[:, None],
+        "b": b * a.norm(dim=1) * c.norm(dim=0)[:, None],
+        "c": c * b.norm(dim=1),
+    }
+    torch.testing.assert_close(scores, expected)
+    with_tensors = {"a": (None, model.b.weight), "b": (model.a.weight, model.c.weight)}
+    torch.testing.assert_close(
+        lap_ext.scores(model, ROWS.double(), neighbors=with_tensors), expected
+    )
+    twice = {"a": (None, ["b", "b"]), "b": (None, "c")}  # squares add
+    found = lap_ext.scores(model, ROWS.double(), neighbors=twice)
+    torch.testing.assert_close(found["a"], 2**0.5 * expected["a"])
+    torch.testing.assert_close(found["b"], b * c.norm(dim=0)[:, None])
+
+
+def test_neighbors_where_all_is_known() -> None:
+    """They replace what the trace has found, of this layer alone."""
+    model = randomized(nn.Sequential(linear(4), nn.ReLU(), linear(3, 4))).double()
+    scores = lap_ext.scores(model, ROWS.double(), neighbors={"0": (None, None)})
+    torch.testing.assert_close(scores["0"], model[0].weight.detach().abs())
+    torch.testing.assert_close(scores["2"], lap_ext.scores(model, ROWS.double())["2"])
+
+
+def test_neighbors_are_needed_on_both_sides() -> None:
+    model = around_fft()
+    after = re.escape("trace: layer 'b' reads what fft_fft has made, which lap_ext cannot follow. Pass "
+                      "neighbors={'b': (previous, next), ...} for it too.")  # fmt: skip
+    with pytest.raises(lap_ext.TopologyError, match=after):
+        lap_ext.trace(model, ROWS.double(), neighbors={"a": (None, "b")})
+    with pytest.raises(lap_ext.TopologyError, match=r"layer 'a' feeds aten\.fft_fft\.default"):
+        lap_ext.trace(model, ROWS.double(), neighbors={"b": ("a", "c")})
+
+
+WRONG_NEIGHBORS: dict[str, tuple[Any, str]] = {
+    "no_pair": ({"0": "2"}, "trace: expected neighbors['0'] to be (previous, next), got str."),
+    "three": ({"0": (None, None, None)}, "trace: expected neighbors['0'] to be (previous, next), got tuple."),
+    "a_key": ({"features.o": (None, None)},
+              "trace: expected neighbors to name layers of the model, got 'features.o'."),
+    "hint": ({"0": (None, "2.weight")}, "got '2.weight'. Did you mean '2'?"),
+    "in_a_list": ({"0": (None, ["2", ["4"]])}, "expected neighbors to name layers of the model, got '4'."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WRONG_NEIGHBORS))
+def test_wrong_neighbors(name: str) -> None:
+    neighbors, text = WRONG_NEIGHBORS[name]
+    model = nn.Sequential(linear(4), nn.ReLU(), linear(2, 4))
+    with pytest.raises(ValueError, match=re.escape(text)):
+        lap_ext.trace(model, ROWS, neighbors=neighbors)
+
+
+def test_neighbors_that_do_not_meet() -> None:
+    model = nn.Sequential(linear(4), nn.ReLU(), linear(2, 4))
+    with pytest.raises(ValueError, match=re.escape("got w_next [4, 6] and w [4, 6]")):
+        lap_ext.scores(model, ROWS, neighbors={"0": (None, "0")})
+
+
+# ---- arguments --------------------------------------------------------------------------------
+def test_wrong_arguments_of_trace() -> None:
+    model = nn.Sequential(linear(4), nn.ReLU(), linear(2, 4))
+    with pytest.raises(
+        TypeError, match=r"trace: expected model to be a torch.nn.Module, got function\."
+    ):
+        lap_ext.trace(lambda x: x, ROWS)
+    with pytest.raises(
+        ValueError, match=r"trace: expected unknown=\"error\" or \"stop\", got 'skip'\."
+    ):
+        lap_ext.trace(model, ROWS, unknown="skip")
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"got RuntimeError: a and b must have same reduction dim"
+    ):
+        lap_ext.trace(model, torch.randn(2, 9))
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"got TypeError: .*Pass inputs that the model accepts"
+    ):
+        lap_ext.trace(model, (ROWS, ROWS))
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"torch\.export can follow.*got \w+: .*kwargs="
+    ):
+        lap_ext.trace(model, ROWS, {"mask": ROWS})
+    assert issubclass(lap_ext.TopologyError, ValueError)
+
+
+MASK = torch.ones(4, 6, dtype=torch.bool)
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "scope": ({"scope": "all"}, ValueError, "expected scope to be 'layer' or 'global', got 'all'."),
+    "order": ({"order": "up"}, ValueError, "expected order to be 'parallel', 'forward' or 'backward', got 'up'."),
+    "normalize": ({"normalize": "l2"}, ValueError, "expected normalize to be 'none', 'norm' or 'lamp', got 'l2'."),
+    "bn": ({"bn": "on"}, ValueError, "expected bn to be 'paper', 'fold' or 'off', got 'on'."),
+    "rounds": ({"rounds": 0}, ValueError, "expected rounds >= 1, got 0."),
+    "rounds_type": ({"rounds": 1.5}, TypeError, "expected rounds to be an integer, got float."),
+    "exclude": ({"exclude": ["head*"]}, ValueError,
+                "expected exclude patterns that name a layer, got 'head*'. The layers are 0, 2, ..."),
+    "both": ({"scope": "global", "order": "forward"}, ValueError,
+             'expected order="parallel" with scope="global" (one ranking needs all scores at once), got order=\'forward\''),
+    "mask_name": ({"masks": {"1": MASK}}, ValueError, "expected masks of the model's layers, got one for '1'."),
+    "mask_shape": ({"masks": {"2": MASK}}, ValueError, "got masks['2'] [4, 6] and weight [2, 4]."),
+    "mask_dtype": ({"masks": {"0": MASK.float()}}, TypeError, "expected a bool masks['0'] (True: may be kept)"),
+    "criterion": ({"criterion": "best"}, ValueError, "expected criterion to be one of lookahead"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_wrong_options(name: str) -> None:
+    """Of prune, and of scores where it has them; the model stays as it was."""
+    options, error, text = WRONG[name]
+    model = nn.Sequential(linear(4), nn.ReLU(), linear(2, 4))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(
+        error, match=re.escape(f"prune: {text}" if text.startswith("exp") else text)
+    ):
+        lap_ext.prune(model, ROWS, 0.5, **options)
+    if not options.keys() & {"scope", "order", "rounds"}:
+        with pytest.raises(
+            error, match=re.escape(f"scores: {text}" if text.startswith("exp") else text)
+        ):
+            lap_ext.scores(model, ROWS, **options)
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_topology_of_another_model() -> None:
+    one, other = (nn.Sequential(linear(4), nn.ReLU(), linear(2, 4)) for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r"prune: expected the topology of this model, got another's\."
+    ):
+        lap_ext.prune(other, lap_ext.trace(one, ROWS), 0.5)
+
+
+HOW: list[dict[str, Any]] = [{}, {"order": "forward"}, {"order": "backward"}, {"rounds": 3},
+                             {"scope": "global"}, {"criterion": "magnitude"}, {"bn": "fold"}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", HOW, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
+)
+@pytest.mark.parametrize("layer", ["0", "3"])
+def test_nothing_is_changed_when_a_weight_is_not_finite(
+    options: dict[str, Any], layer: str
+) -> None:
+    model = randomized(nn.Sequential(linear(4), nn.BatchNorm1d(4), nn.ReLU(), linear(2, 4)))
+    with torch.no_grad():
+        model.get_parameter(f"{layer}.weight")[1, 2] = torch.nan
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    text = f"prune: expected finite weights in layer '{layer}', got 1 non-finite values"
+    with pytest.raises(ValueError, match=text):
+        lap_ext.prune(model, ROWS.double(), 0.5, **options)
+    for key, x in model.state_dict().items():
+        torch.testing.assert_close(x, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_is_changed_when_a_model_is_refused() -> None:
+    model = around_fft().train()
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(lap_ext.TopologyError):
+        lap_ext.prune(model, ROWS.double(), 0.5)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())

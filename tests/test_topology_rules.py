@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""Operations that are no moves: activations, sums and products, norms, weights in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_network_definition import Net, randomized
+from test_topology_families import one_thread, pairs  # noqa: F401 (a fixture)
+from test_topology_ops import V, W, Weighted, followed
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+import lap_ext
+
+ROWS = torch.randn(2, 6)
+
+
+def linear(out: int = 6, into: int = 6) -> nn.Linear:
+    return nn.Linear(into, out)
+
+
+def followed_rows(function: Callable[[Tensor], Tensor], n: int = 6) -> dict[tuple[int, int], float]:
+    """Layer a, a function, layer b."""
+    model = Net(lambda m, x: m.b(m.function(m.a(x))), a=linear(), b=linear(2, n))
+    model.function = function
+    return followed(lap_ext.trace(model, ROWS))
+
+
+def same(n: int = 6) -> dict[tuple[int, int], float]:
+    return {(i, i): 1.0 for i in range(n)}
+
+
+# ---- activations ----------------------------------------------------------------------------------
+ACTIVATIONS = """relu relu6 gelu silu mish elu selu celu leaky_relu rrelu sigmoid tanh hardswish hardsigmoid
+hardtanh hardshrink softshrink tanhshrink softplus softsign logsigmoid softmax log_softmax softmin dropout
+alpha_dropout feature_alpha_dropout normalize""".split()
+UNARY = """exp expm1 log log1p sqrt rsqrt neg abs sin cos atan erf square reciprocal sign round floor ceil
+trunc nan_to_num clone contiguous detach double half positive sigmoid_ relu_ tanh_ exp_""".split()
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "swish": lambda x: x * torch.sigmoid(1.7 * x),
+    "gelu": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
+    "leaky": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "clamp": lambda x: x.clamp(-1, 1).clamp_min(0).clamp(max=2),
+    "power": lambda x: x**3,
+    "masked": lambda x: x.masked_fill(x < 0, 0.0),
+    "centered": lambda x: x - x.mean(1, keepdim=True),
+    "normed": lambda x: x / x.norm(dim=1, keepdim=True),
+    "standardized": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt(),
+    "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "soft_capped": lambda x: torch.tanh(x / 30),
+    "gated_by_a_constant": lambda x: x * torch.sigmoid(W),
+    "added_numbers": lambda x: x + 1 - W,
+    "fake_quantized": lambda x: x + (x.round() - x).detach(),
+    "own_dtype": lambda x: x.to(torch.float64).type_as(torch.zeros(1)),
+    "half_there_and_back": lambda x: x.bfloat16().float(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    options = {"dim": 1} if name in ("softmax", "log_softmax", "softmin") else {}
+    options |= {"training": False} if "dropout" in name else {}
+    assert followed_rows(lambda x: getattr(F, name)(x, **options)) == same()
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_element_by_element(name: str) -> None:
+    assert followed_rows(lambda x: getattr(x, name)().float()) == same()
+
+
+@pytest.mark.parametrize("name", list(WRITTEN))
+def test_activations_written_out(name: str) -> None:
+    """However often x occurs, and with a statistic over its own channels: the same channels."""
+    factors = {"soft_capped": 1 / 30, "gated_by_a_constant": torch.sigmoid(W).tolist()}
+    expected = factors.get(name, 1.0)
+    each = expected if isinstance(expected, list) else [expected] * 6
+    assert followed_rows(WRITTEN[name]) == pytest.approx({(i, i): each[i] for i in range(6)})
+
+
+def test_prelu_has_no_layer() -> None:
+    model = nn.Sequential(linear(), nn.PReLU(6), linear(2))
+    topology = lap_ext.trace(model, ROWS)
+    assert list(topology.layers) == ["0", "2"] and pairs(topology, "2", "0") == list(same())
+
+
+# ---- two operands -------------------------------------------------------------------------------
+JOINS: dict[str, Any] = {
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y, "maximum": torch.maximum, "minimum": torch.minimum,
+    "max": torch.max, "where": lambda x, y: torch.where(x > y, x, y), "add_": lambda x, y: x.add_(y),
+    "mul_": lambda x, y: x.mul_(y), "atan2": torch.atan2, "logaddexp": torch.logaddexp,
+    "gate": lambda x, y: F.silu(x) * y, "stacked": lambda x, y: torch.stack([x, y]).sum(0),
+    "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(6)), "fmax": torch.fmax,
+    "hypot": torch.hypot, "glu": lambda x, y: F.glu(torch.cat([x, y], 1)),
+    "broadcast": lambda x, y: (x[:, None] + y[:, None]).squeeze(1),
+    "add_at": lambda x, y: x.index_add(0, torch.tensor([1, 0]), y),
+    "written_rows": lambda x, y: x.scatter(0, torch.zeros(2, 6).long(), y),
+    "masked_scatter": lambda x, y: x.masked_scatter(torch.ones(2, 6) > 0, y),
+    "mean": lambda x, y: torch.stack([x, y]).mean(0), "twice": lambda x, y: x + 2 * y,
+    "lerp": lambda x, y: torch.lerp(x, y, 0.25), "alpha": lambda x, y: torch.add(x, y, alpha=2),
+    "value": lambda x, y: torch.addcmul(x, y, torch.ones(2, 6), value=2),
+    "rsub": lambda x, y: torch.rsub(x, y, alpha=3), "quotient": lambda x, y: torch.addcdiv(x, y, V),
+    "product": lambda x, y: torch.addcmul(torch.ones(6), x, y), "nothing": lambda x, y: 0.0 * x + y,
+}  # fmt: skip
+FACTORS: dict[str, tuple[Any, Any]] = {
+    "mean": (0.5, 0.5), "twice": (1, 2), "lerp": (0.75, 0.25), "alpha": (1, 2), "value": (1, 2),
+    "rsub": (3, 1), "quotient": (1, (1 / V).tolist()), "nothing": (0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(JOINS))
+def test_two_operands(name: str) -> None:
+    """Both feed the result: a sum, and a product with the other operand at 1."""
+    model = Net(lambda m, x: m.b(m.join(m.a(x), m.c(x))), a=linear(), c=linear(), b=linear(2))
+    model.join = JOINS[name]
+    topology = lap_ext.trace(model, ROWS)
+    for producer, factor in zip("ac", FACTORS.get(name, (1, 1)), strict=True):
+        edges = [edge for edge in topology.layers["b"].prev if edge.name == producer]
+        if factor == 0:
+            assert not edges
+            continue
+        (edge,) = edges
+        assert edge.here.tolist() == edge.there.tolist() == list(range(6))
+        scale = torch.ones(6) if edge.scale is None else edge.scale
+        expected = torch.tensor(factor, dtype=torch.float64).expand(6)
+        torch.testing.assert_close(scale.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_sum_across() -> None:
+    """[N, 6, 1] + [N, 1, 6]: each of the 36 results has two parents."""
+    model = Net(lambda m, x: m.b((m.a(x)[:, :, None] + m.c(x)[:, None]).flatten(1)),
+                a=linear(), c=linear(), b=linear(2, 36))  # fmt: skip
+    topology = lap_ext.trace(model, ROWS)
+    assert pairs(topology, "b", "a") == [(n, n // 6) for n in range(36)]
+    assert pairs(topology, "b", "c") == [(n, n % 6) for n in range(36)]
+
+
+def test_a_choice_ends_its_channels() -> None:
+    """Nobody reads an argmax's channels, but it is an output of a kind."""
+    model = Net(lambda m, x: m.b(x) * m.a(x).argmax(1, keepdim=True), a=linear(), b=linear(2))
+    topology = lap_ext.trace(model, ROWS)
+    assert [(edge.name, edge.kind) for edge in topology.layers["a"].next] == [
+        ("argmax", "boundary")
+    ]
+
+
+# ---- norms ------------------------------------------------------------------------------------
+def tracked(norm: nn.Module) -> nn.Module:
+    return randomized(norm).float()
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch_plain": lambda: nn.BatchNorm2d(4, affine=False, eps=0.3),
+    "batch_untracked": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "group_plain": lambda: nn.GroupNorm(2, 4, affine=False),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "instance_plain": lambda: nn.InstanceNorm2d(4),
+    "instance_tracked": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "instance_tracked_plain": lambda: nn.InstanceNorm2d(4, track_running_stats=True, eps=0.2),
+    "local": lambda: nn.LayerNorm([4, 3, 5]),
+}
+
+
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_of_images(name: str) -> None:
+    """Running statistics count, others are 1; a weight counts, by its mean square where it varies."""
+    norm = tracked(NORMS[name]())
+    model = Net(lambda m, x: m.b(m.n(m.a(x))), a=nn.Conv2d(3, 4, 1), n=norm, b=nn.Conv2d(4, 2, 1))
+    topology = lap_ext.trace(model, torch.randn(2, 3, 3, 5))
+    weight = torch.ones(4) if norm.weight is None else norm.weight.detach()
+    gain = weight.flatten(1).square().mean(1).sqrt() if weight.dim() > 1 else weight.abs()
+    if getattr(norm, "running_var", None) is not None:
+        gain = gain / (norm.running_var + norm.eps).sqrt()
+    expected = {(i, i): float(gain[i]) for i in range(4)}
+    assert followed(topology) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
+def test_norms_of_rows(norm: Any, affine: bool) -> None:
+    name = "affine" if norm is nn.BatchNorm1d else "elementwise_affine"
+    layer = tracked(norm(6, **{name: affine}))
+    model = nn.Sequential(linear(), layer, linear(2))
+    edge = lap_ext.trace(model, ROWS).layers["2"].prev[0]
+    gain = layer.weight.detach() if affine else torch.ones(6)
+    if norm is nn.BatchNorm1d:
+        gain = gain / (layer.running_var + layer.eps).sqrt()
+    scale = torch.ones(6) if edge.scale is None else edge.scale
+    torch.testing.assert_close(scale.float(), gain.abs(), rtol=1e-6, atol=0)
+    assert (edge.scale is None) == (not affine and norm is not nn.BatchNorm1d)
+
+
+def test_gemma_norm() -> None:
+    """(1 + w) after a written-out RMS norm."""
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w)
+
+    got = followed_rows(Weighted(W, norm))
+    assert got == pytest.approx({(i, i): abs(1 + float(W[i])) for i in range(6)})
+
+
+def test_weight_by_weight_norms_follow_the_weights() -> None:
+    """A scale is computed when scores are: from the weights of that moment."""
+    model = nn.Sequential(linear(), nn.LayerNorm(6), linear(2))
+    topology = lap_ext.trace(model, ROWS)
+    before = lap_ext.scores(model, topology)["2"]
+    with torch.no_grad():
+        model[1].weight.mul_(3)
+    torch.testing.assert_close(lap_ext.scores(model, topology)["2"], 3 * before)
+
+
+# ---- weights in every form ----------------------------------------------------------------------
+X3 = torch.randn(2, 5, 6)
+FORMS: dict[str, tuple[tuple[int, ...], str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "linear": ((3, 6), "oi", F.linear),
+    "matmul": ((6, 3), "io", lambda x, w: x @ w),
+    "matmul_transposed": ((3, 6), "oi", lambda x, w: x @ w.t()),
+    "mm": ((6, 3), "io", lambda x, w: torch.mm(x.flatten(0, 1), w).unflatten(0, (2, 5))),
+    "from_the_left": ((3, 6), "oi", lambda x, w: (w @ x.mT).mT),
+    "from_the_left_transposed": ((6, 3), "io", lambda x, w: (w.T @ x.mT).mT),
+    "addmm": ((6, 3), "io", lambda x, w: torch.addmm(W[:3], x[0], w)),
+    "vector": ((6, 3), "io", lambda x, w: x[0, 0] @ w),
+    "by_vector": ((3, 6), "oi", lambda x, w: w @ x[0, 0]),
+    "einsum": ((3, 6), "oi", lambda x, w: torch.einsum("nti,oi->nto", x, w)),
+    "einsum_io": ((6, 3), "io", lambda x, w: torch.einsum("nti,io->nto", x, w)),
+    "einsum_weight_first": ((3, 6), "oi", lambda x, w: torch.einsum("oi,nti->nto", w, x)),
+    "einsum_moved": ((3, 6), "oi", lambda x, w: torch.einsum("nti,oi->not", x, w).mT),
+    "einsum_heads": ((6, 3, 1), "io", lambda x, w: torch.einsum("nti,ihd->nthd", x, w).flatten(2)),
+    "einsum_heads_in": ((2, 3, 3), "io",
+                        lambda x, w: torch.einsum("nthd,hdo->nto", x.unflatten(2, (2, 3)), w)),
+    "conv": ((3, 6, 1), "oi", lambda x, w: F.conv1d(x.mT, w).mT),
+    "conv_of_matrix": ((3, 6), "oi", lambda x, w: F.conv1d(x.mT, w[:, :, None]).mT),
+    "conv_transpose": ((6, 3, 1), "io", lambda x, w: F.conv_transpose1d(x.mT, w).mT),
+    "flattened": ((3, 2, 3), "oi", lambda x, w: F.linear(x, w.flatten(1))),
+    "cloned": ((3, 6), "oi", lambda x, w: F.linear(x, w.clone().contiguous().float())),
+    "squeezed": ((3, 6, 1), "oi", lambda x, w: F.linear(x, w.squeeze(-1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_weights_in_every_form(name: str) -> None:
+    """|w| * ||row of a|| * ||column of b||, whichever way round the weight is kept."""
+    shape, order, function = FORMS[name]
+    model = Net(lambda m, x: m.b(function(m.a(x), m.w)), a=linear(), b=linear(2, 3))
+    model.w = nn.Parameter(torch.randn(shape))
+    randomized(model).double()
+    scores = lap_ext.scores(model, X3.double())
+    rows = model.a.weight.norm(dim=1)  # [6]
+    columns = model.b.weight.norm(dim=0)  # [3]
+    matrix = torch.outer(columns, rows) if order == "oi" else torch.outer(rows, columns)
+    torch.testing.assert_close(scores["w"], model.w.abs() * matrix.reshape(shape).detach())
+    torch.testing.assert_close(scores["b"] / model.b.weight.abs(), weight_norms(model.w, order))
+
+
+def weight_norms(weight: Tensor, order: str) -> Tensor:
+    """[2, outputs] of a matrix that is kept one way or the other."""
+    if order == "oi":
+        return weight.reshape(3, -1).norm(dim=1).expand(2, 3).detach()
+    return weight.reshape(6, 3).norm(dim=0).expand(2, 3).detach()
+
+
+def test_sums_inside_a_product() -> None:
+    """addmm and baddbmm add what they are given, with both of their numbers."""
+    model = Net(lambda m, x: m.b(torch.addmm(m.a(x), m.c(x), m.w, beta=2, alpha=3)),
+                a=linear(), c=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 6)))  # fmt: skip
+    found = lap_ext.trace(model, ROWS).layers["b"].prev
+    assert [(e.name, e.channel_map, set(e.scale.tolist())) for e in found] == [
+        ("a", "same", {2.0}), ("w", "same", {3.0})]  # fmt: skip
+    model.w = nn.Parameter(torch.randn(1, 6, 6))
+    model.rule = lambda m, x: m.b(torch.baddbmm(m.a(x)[None], m.c(x)[None], m.w)[0])
+    assert [edge.name for edge in lap_ext.trace(model, ROWS).layers["b"].prev] == ["a", "w"]
