@@ -17,6 +17,7 @@ from benchmarks import (
     bench_fallback,
     bench_mask,
     bench_memory,
+    bench_norms,
     bench_score,
     bench_select,
     bench_size,
@@ -32,6 +33,7 @@ from benchmarks.timing import Timer
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "mask": bench_mask.run,
     "score": bench_score.run,
+    "norms": bench_norms.run,
     "select": bench_select.run,
     "fallback": bench_fallback.run,
     "size": bench_size.run,

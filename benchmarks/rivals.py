@@ -11,6 +11,7 @@ threshold and compare keep more than keep under ties: that is how they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,20 @@ def eager_norms(w_prev: Tensor, w_next: Tensor) -> tuple[Tensor, Tensor]:
     in_norm = torch.linalg.vector_norm(w_prev, dim=tuple(range(1, w_prev.dim())))
     out_norm = torch.linalg.vector_norm(w_next, dim=(0, *range(2, w_next.dim())))
     return in_norm, out_norm
+
+
+def eager_energies(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of w's rows and columns in float64: what sums as exactly as ours."""
+    squares = w.double().square()
+    rest = tuple(range(2, w.dim()))
+    return squares.sum((1, *rest)), squares.sum((0, *rest))
+
+
+def vector_norms(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of w's rows and columns in float32, each by one call."""
+    rest = tuple(range(2, w.dim()))
+    norm = partial(torch.linalg.vector_norm, w, dtype=torch.float32)
+    return norm(dim=(1, *rest)), norm(dim=(0, *rest))
 
 
 def eager_score_from_norms(w: Tensor, in_norm: Tensor, out_norm: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Network:
 
     def _both_energies(self, block: Tensor, role: Role) -> tuple[Tensor, Tensor]:
         """Squared norms of the input and output channels of a block, read once."""
-        options = (role.part.groups, self.check_finite, role.layer)
+        options = (role.part.groups, self.check_finite, f"layer {role.layer!r}")
         row, col = ops.call(self.function, ops.energies, block, *options)
         into, out = (row, col) if role.part.transposed else (col, row)
         return into.cpu(), out.cpu()

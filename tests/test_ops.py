@@ -18,6 +18,7 @@ import lap_ext
 import lap_ext.ops
 
 OPS = torch.ops.lap_ext
+NAMES = "row_energy col_energy energies score mask prune_ topk_mask kth_largest".split()
 
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +43,7 @@ def samples(op: str) -> list[tuple[Any, ...]]:
     grouped = torch.randn(4, 3, 3, 3)
     flags = torch.rand(4, 6) < 0.5
     empty = torch.zeros(0, 6), ins, torch.zeros(0, dtype=torch.float64)
-    if op in ("row_energy", "col_energy"):
+    if op in ("row_energy", "col_energy", "energies"):
         groups = () if op == "row_energy" else (2,)
         return [(w, *groups, True, "w_prev") for w in [*weights, grouped, torch.zeros(4, 0)]]
     if op == "score":
@@ -66,9 +67,7 @@ def samples(op: str) -> list[tuple[Any, ...]]:
     return [(scores, 3, masks, True) for scores in lists for masks in ([], flags_of(scores))]
 
 
-@pytest.mark.parametrize(
-    "op", ["row_energy", "col_energy", "score", "mask", "prune_", "topk_mask", "kth_largest"]
-)
+@pytest.mark.parametrize("op", NAMES)
 def test_opcheck(op: str, device: str) -> None:
     for args in samples(op):
         moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device), args)
@@ -77,8 +76,8 @@ def test_opcheck(op: str, device: str) -> None:
 
 def test_schemas() -> None:
     """Only prune_ writes, and only to w."""
-    for op in ("row_energy", "col_energy", "score", "mask", "topk_mask", "kth_largest"):
-        assert not getattr(OPS, op).default._schema.is_mutable
+    for op in NAMES:
+        assert getattr(OPS, op).default._schema.is_mutable == (op == "prune_")
     written = [a.name for a in OPS.prune_.default._schema.arguments if a.alias_info is not None]
     assert written == ["w"]
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/norms.h"
 #include "../cpu/select.h"
 #include "check.h"
 
@@ -39,6 +40,26 @@ void checked_energy(const cpu::Strided& x,
   for (int64_t c = 0; c < channels; ++c) {
     if (is_small(energy[c]) && enlarged[c] > 0) fail_energy(kOp, name);
   }
+}
+
+// Both energies from one reading of x, checked like each alone. Only what must be computed again
+// enlarged is read again.
+inline void checked_energies(const cpu::Strided& x,
+                             const cpu::Layout& layout,
+                             bool check_finite,
+                             const std::string& name,
+                             const cpu::Pool& pool,
+                             double* row,    // [rows] out
+                             double* col) {  // [groups * cols] out
+  cpu::energies(x, layout, pool, row, col);
+  const auto by_row = [&](double scale, double* energy) {
+    if (scale != 1.0) cpu::row_energy(x, layout.rows, scale, pool, energy);
+  };
+  const auto by_col = [&](double scale, double* energy) {
+    if (scale != 1.0) cpu::col_energy(x, layout, scale, pool, energy);
+  };
+  checked_energy(x, layout.rows, check_finite, name, row, by_row);
+  checked_energy(x, layout.groups * layout.cols, check_finite, name, col, by_col);
 }
 
 // Raises for the first tensor of scores that holds a NaN.

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/memory.h"
@@ -15,6 +16,7 @@
 #include "../cpu/select.h"
 #include "check.h"
 #include "energy.h"
+#include "tensors.h"
 
 namespace {
 
@@ -27,21 +29,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace bind = lap::bind;
 
-DType dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Double:
-      return DType::f64;
-    default:
-      bind::fail(op, "expected float32, float64, float16 or bfloat16.");
-  }
-}
-
 Pool torch_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int workers, const std::function<void(int)>& body) {
@@ -53,7 +40,7 @@ Pool torch_pool() {
 
 // A view of the elements in C order; `holder` keeps a copy alive where there are too many strides.
 Strided strided(const char* op, const Tensor& x, Tensor* holder) {
-  const DType dtype = dtype_of(op, x);
+  const DType dtype = bind::dtype_of<DType>(op, x);
   const auto sizes = x.sizes();
   const auto strides = x.strides();
   Strided out;
@@ -107,14 +94,6 @@ Tensor new_mask(const Tensor& like) {
   return mask;
 }
 
-const uint8_t* eligible_of(const char* op, const Tensor& mask, const Tensor& like) {
-  if (mask.scalar_type() != ScalarType::Bool || mask.numel() != like.numel() ||
-      !mask.is_contiguous()) {
-    bind::fail(op, "expected a contiguous bool mask with as many elements as the weights.");
-  }
-  return static_cast<const uint8_t*>(mask.const_data_ptr());
-}
-
 // channels energies as a float64 tensor beside weight
 template <typename Energy>
 Tensor energy_tensor(const Tensor& weight,
@@ -139,21 +118,39 @@ Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& na
   });
 }
 
+Layout energy_layout(const Tensor& weight, int64_t groups) {
+  if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
+  const auto sizes = weight.sizes();
+  const bind::WeightShape shape = bind::weight_shape("factors", sizes, weight.dim(),
+                                                     sizes[1] * groups, sizes[0], groups, false);
+  return {shape.rows, shape.cols, shape.window, shape.groups};
+}
+
 Tensor col_energy(const Tensor& weight,
                   int64_t groups,
                   bool check_finite,
                   const std::string& name) {
-  if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
+  const Layout layout = energy_layout(weight, groups);
   Tensor holder = weight;
   const Strided x = strided("factors", weight, &holder);
-  const auto sizes = weight.sizes();
-  const bind::WeightShape shape = bind::weight_shape("factors", sizes, weight.dim(),
-                                                     sizes[1] * groups, sizes[0], groups, false);
-  const Layout layout = {shape.rows, shape.cols, shape.window, shape.groups};
   const Pool pool = torch_pool();
   return energy_tensor(
-      weight, x, groups * shape.cols, check_finite, name,
+      weight, x, groups * layout.cols, check_finite, name,
       [&](double scale, double* energy) { lap::cpu::col_energy(x, layout, scale, pool, energy); });
+}
+
+std::tuple<Tensor, Tensor> energies(const Tensor& weight,
+                                    int64_t groups,
+                                    bool check_finite,
+                                    const std::string& name) {
+  const Layout layout = energy_layout(weight, groups);
+  Tensor holder = weight;
+  const Strided x = strided("factors", weight, &holder);
+  Tensor row = torch::stable::new_empty(weight, {layout.rows}, ScalarType::Double);
+  Tensor col = torch::stable::new_empty(weight, {groups * layout.cols}, ScalarType::Double);
+  bind::checked_energies(x, layout, check_finite, name, torch_pool(),
+                         row.mutable_data_ptr<double>(), col.mutable_data_ptr<double>());
+  return {row, col};
 }
 
 Tensor score(const Tensor& w,
@@ -183,7 +180,7 @@ Tensor select_mask(const char* op,
   if (keep < 0) bind::fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
   Tensor mask = new_mask(weight.w);
   Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
-  if (eligible) source.eligible = eligible_of(op, *eligible, weight.w);
+  if (eligible) source.eligible = bind::eligible_of(op, *eligible, weight.w);
   source.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const lap::cpu::Selection selection =
       lap::cpu::select({source}, keep, check_finite, torch_pool());
@@ -255,7 +252,7 @@ std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
   for (size_t t = 0; t < scores.size(); ++t) {
     out.push_back(new_mask(scores[t]));
     sources[t].mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
-    if (!masks.empty()) sources[t].eligible = eligible_of("topk_mask", masks[t], scores[t]);
+    if (!masks.empty()) sources[t].eligible = bind::eligible_of("topk_mask", masks[t], scores[t]);
   }
   const lap::cpu::Selection selection = lap::cpu::select(sources, keep, check_finite, torch_pool());
   if (selection.outcome != lap::cpu::Outcome::ok) bind::raise_nan("topk_mask", sources);
@@ -284,6 +281,7 @@ Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_fini
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("row_energy", TORCH_BOX(&row_energy));
   m.impl("col_energy", TORCH_BOX(&col_energy));
+  m.impl("energies", TORCH_BOX(&energies));
   m.impl("score", TORCH_BOX(&score));
   m.impl("mask", TORCH_BOX(&mask));
   m.impl("prune_", TORCH_BOX(&prune_));

@@ -19,10 +19,12 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cuda/launch.h"
 #include "check.h"
+#include "tensors.h"
 
 namespace {
 
@@ -35,21 +37,6 @@ using torch::stable::Tensor;
 
 void require(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "lap_ext: CUDA error: ", cudaGetErrorString(error));
-}
-
-DType dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Double:
-      return DType::f64;
-    default:
-      bind::fail(op, "expected float32, float64, float16 or bfloat16.");
-  }
 }
 
 // The device of a tensor made current, and the stream that torch works on there.
@@ -97,14 +84,6 @@ class Workspace {
 
 uint8_t* bytes_of(const Tensor& mask) {
   return static_cast<uint8_t*>(mask.mutable_data_ptr());
-}
-
-const uint8_t* eligible_of(const char* op, const Tensor& mask, const Tensor& like) {
-  if (mask.scalar_type() != ScalarType::Bool || mask.numel() != like.numel() ||
-      !mask.is_contiguous()) {
-    bind::fail(op, "expected a contiguous bool mask with as many elements as the weights.");
-  }
-  return static_cast<const uint8_t*>(mask.const_data_ptr());
 }
 
 // --- norms ------------------------------------------------------------------------------------
@@ -157,7 +136,7 @@ Tensor energy_tensor(const Device& device,
 
 Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& name) {
   if (weight.dim() < 1) bind::fail("factors", "expected at least 1 dimension.");
-  const DType dtype = dtype_of("factors", weight);
+  const DType dtype = bind::dtype_of<DType>("factors", weight);
   const Device device(weight);
   const Tensor x = torch::stable::contiguous(weight);
   const int64_t rows = weight.sizes()[0];
@@ -175,7 +154,7 @@ Tensor col_energy(const Tensor& weight,
                   bool check_finite,
                   const std::string& name) {
   if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
-  const DType dtype = dtype_of("factors", weight);
+  const DType dtype = bind::dtype_of<DType>("factors", weight);
   const Device device(weight);
   const Tensor x = torch::stable::contiguous(weight);
   const auto sizes = weight.sizes();
@@ -187,6 +166,15 @@ Tensor col_energy(const Tensor& weight,
                          return cuda::launch_col_energy(shape, scale, check_finite, energy,
                                                         workspace, device.stream());
                        });
+}
+
+// Two passes: one launcher after the other.
+std::tuple<Tensor, Tensor> energies(const Tensor& weight,
+                                    int64_t groups,
+                                    bool check_finite,
+                                    const std::string& name) {
+  const Tensor x = torch::stable::contiguous(weight);  // copied once if at all
+  return {row_energy(x, check_finite, name), col_energy(x, groups, check_finite, name)};
 }
 
 // --- weights ----------------------------------------------------------------------------------
@@ -215,7 +203,7 @@ struct Weight {
     }
     const bind::WeightShape s = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
                                                    out.numel(), groups, transposed);
-    x = {w.const_data_ptr(), dtype_of(op, w), s.rows, s.cols, s.window, s.groups};
+    x = {w.const_data_ptr(), bind::dtype_of<DType>(op, w), s.rows, s.cols, s.window, s.groups};
     const double* in_data = in_norm.const_data_ptr<double>();
     const double* out_data = out_norm.const_data_ptr<double>();
     norms = {transposed ? in_data : out_data, transposed ? out_data : in_data};
@@ -265,7 +253,7 @@ Tensor select_mask(const Device& device,
                    bool check_finite,
                    const cuda::Strided* target) {
   if (keep < 0) bind::fail(weight.op, "expected keep >= 0, got " + std::to_string(keep) + ".");
-  const uint8_t* may = eligible ? eligible_of(weight.op, *eligible, weight.w) : nullptr;
+  const uint8_t* may = eligible ? bind::eligible_of(weight.op, *eligible, weight.w) : nullptr;
   Tensor mask = torch::stable::new_empty(weight.w, weight.w.sizes(), ScalarType::Bool);
   const Workspace workspace(weight.w, cuda::mask_workspace(weight.x));
   require(cuda::launch_mask(weight.x, weight.norms, may, keep, check_finite, bytes_of(mask),
@@ -322,7 +310,7 @@ struct Scores {
   int64_t size = 0;
 
   Scores(const char* name, const std::vector<Tensor>& scores) : op(name) {
-    dtype = dtype_of(op, scores[0]);
+    dtype = bind::dtype_of<DType>(op, scores[0]);
     for (const Tensor& s : scores) {
       if (s.scalar_type() != scores[0].scalar_type()) {
         bind::fail(op, "expected scores of one dtype.");
@@ -361,7 +349,8 @@ std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
   for (size_t t = 0; t < scores.size(); ++t) {
     out.push_back(torch::stable::new_empty(scores[t], scores[t].sizes(), ScalarType::Bool));
     list.ranked[t].mask = bytes_of(out[t]);
-    if (!masks.empty()) list.ranked[t].eligible = eligible_of("topk_mask", masks[t], scores[t]);
+    if (!masks.empty())
+      list.ranked[t].eligible = bind::eligible_of("topk_mask", masks[t], scores[t]);
   }
   const Workspace workspace(scores[0], list.workspace());
   require(cuda::launch_topk_mask(list.ranked.data(), list.count(), list.dtype, keep, check_finite,
@@ -392,6 +381,7 @@ Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_fini
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CUDA, m) {
   m.impl("row_energy", TORCH_BOX(&row_energy));
   m.impl("col_energy", TORCH_BOX(&col_energy));
+  m.impl("energies", TORCH_BOX(&energies));
   m.impl("score", TORCH_BOX(&score));
   m.impl("mask", TORCH_BOX(&mask));
   m.impl("prune_", TORCH_BOX(&prune_));

@@ -15,7 +15,30 @@ namespace {
 constexpr int64_t kTask = 1 << 17;     // elements a worker takes at a time
 constexpr int64_t kMaxTile = 1024;     // columns whose sums stay in the L1 cache: 2 x 8 KB
 constexpr int64_t kMinTile = 64;       // columns below which a row's piece wastes cache lines
+constexpr int64_t kWave = 1 << 18;     // column sums kept at a time: 2 MB, of 16 M elements
 constexpr int64_t kRowsPerEntry = 32;  // rows a table entry must serve to be expanded: 3 % of w
+static_assert(kMaxTile >= kSegment);
+
+// Buffers for kRowsAtOnce pieces of rows that do not lie in one run.
+struct Gathered {
+  double rows[kRowsAtOnce][kMaxTile];
+};
+
+// at[i] = n elements of row r + i from column begin on; zeros, which add nothing, from row stop on.
+void rows_at(const Strided& x,
+             int64_t r,
+             int64_t stop,
+             int64_t width,
+             int64_t begin,
+             int64_t n,
+             Gathered* gathered,
+             const void** at) {
+  static constexpr double kZeros[kMaxTile] = {};
+  for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+    const int64_t element = (r + i) * width + begin;
+    at[i] = r + i < stop ? elements(x, element, n, gathered->rows[i]) : kZeros;
+  }
+}
 
 void column_tile(const Strided& x,
                  int64_t first_row,
@@ -26,22 +49,103 @@ void column_tile(const Strided& x,
                  double scale,
                  double* totals) {
   const auto add_squares = kernels().add_squares[static_cast<int>(x.dtype)];
-  static constexpr double kZeros[kMaxTile] = {};  // rows that make up the last few: add nothing
-  double gathered[kRowsAtOnce][kMaxTile];
+  Gathered gathered;
   double segment[kMaxTile];
   std::fill(totals, totals + n, 0.0);
-  for (int64_t start = 0; start < rows; start += kSegmentRows) {
-    const int64_t stop = std::min<int64_t>(rows, start + kSegmentRows);
+  for (int64_t start = first_row; start < first_row + rows; start += kSegmentRows) {
+    const int64_t stop = std::min<int64_t>(first_row + rows, start + kSegmentRows);
     std::fill(segment, segment + n, 0.0);
     for (int64_t r = start; r < stop; r += kRowsAtOnce) {
       const void* at[kRowsAtOnce];
-      for (int64_t i = 0; i < kRowsAtOnce; ++i) {
-        const int64_t element = (first_row + r + i) * width + begin;
-        at[i] = r + i < stop ? elements(x, element, n, gathered[i]) : kZeros;
-      }
+      rows_at(x, r, stop, width, begin, n, &gathered, at);
       add_squares(at, n, scale, segment);
     }
     for (int64_t m = 0; m < n; ++m) totals[m] += segment[m];
+  }
+}
+
+// A weight cut for both sums: segments of at most kSegmentRows rows, none across a group's end,
+// times pieces of kSegment columns.
+struct Tiles {
+  int64_t width;
+  int64_t rows;      // of one group
+  int64_t of_group;  // segments of one group
+  int64_t segments;
+  int64_t pieces;
+
+  explicit Tiles(const Layout& layout)
+      : width(layout.row_size()),
+        rows(layout.rows / layout.groups),
+        of_group(ceil_div(rows, kSegmentRows)),
+        segments(layout.groups * of_group),
+        pieces(ceil_div(width, kSegment)) {}
+
+  int64_t first_row(int64_t s) const { return s / of_group * rows + s % of_group * kSegmentRows; }
+  int64_t stop_row(int64_t s) const {
+    return std::min((s / of_group + 1) * rows, first_row(s) + kSegmentRows);
+  }
+};
+
+// One segment of each row and of each column of a tile.
+void tile_energies(const Strided& x,
+                   const Tiles& tiles,
+                   int64_t segment,
+                   int64_t piece,
+                   double* row_sums,  // [rows, pieces] out: those of this tile
+                   double* sums) {    // [width] out: those of this tile
+  const auto add_energies = kernels().add_energies[static_cast<int>(x.dtype)];
+  const int64_t begin = piece * kSegment;
+  const int64_t n = std::min<int64_t>(kSegment, tiles.width - begin);
+  const int64_t stop = tiles.stop_row(segment);
+  Gathered gathered;
+  std::fill(sums + begin, sums + begin + n, 0.0);
+  for (int64_t r = tiles.first_row(segment); r < stop; r += kRowsAtOnce) {
+    const void* at[kRowsAtOnce];
+    double found[kRowsAtOnce];
+    rows_at(x, r, stop, tiles.width, begin, n, &gathered, at);
+    const bool more = x.contiguous() && r + 2 * kRowsAtOnce <= stop;
+    add_energies(at, n, more ? kRowsAtOnce * tiles.width : 0, found, sums + begin);
+    for (int64_t i = 0; i < std::min<int64_t>(kRowsAtOnce, stop - r); ++i) {
+      row_sums[(r + i) * tiles.pieces + piece] = found[i];
+    }
+  }
+}
+
+// totals[group, m] += sums[s - begin, m] for s = begin .. stop - 1, in order
+void add_segments(const Tiles& tiles,
+                  int64_t begin,
+                  int64_t stop,
+                  const double* sums,
+                  const Pool& pool,
+                  double* totals) {
+  const int64_t columns = std::max(kMinTile, kWave / (stop - begin));
+  for_each_chunk(pool, ceil_div(tiles.width, columns), [&](int, int64_t task) {
+    const int64_t last = std::min(tiles.width, (task + 1) * columns);
+    for (int64_t s = begin; s < stop; ++s) {
+      const double* segment = sums + (s - begin) * tiles.width;
+      double* total = totals + s / tiles.of_group * tiles.width;
+      for (int64_t m = task * columns; m < last; ++m) total[m] += segment[m];
+    }
+  });
+}
+
+// energy[r] = the segments of row r, added in order
+void add_pieces(
+    const double* row_sums, int64_t rows, int64_t pieces, const Pool& pool, double* energy) {
+  const int64_t block = std::max<int64_t>(1, kWave / pieces);
+  for_each_chunk(pool, ceil_div(rows, block), [&](int, int64_t task) {
+    for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); ++r) {
+      energy[r] = 0;
+      for (int64_t p = 0; p < pieces; ++p) energy[r] += row_sums[r * pieces + p];
+    }
+  });
+}
+
+// energy[c] = the window positions of channel c, added in order
+void add_windows(const double* totals, const Layout& layout, double* energy) {
+  for (int64_t c = 0; c < layout.groups * layout.cols; ++c) {
+    energy[c] = 0;
+    for (int64_t k = 0; k < layout.window; ++k) energy[c] += totals[c * layout.window + k];
   }
 }
 
@@ -110,9 +214,40 @@ void col_energy(
     column_tile(x, group * rows, rows, width, begin, std::min(tile, width - begin), scale,
                 totals.data() + group * width + begin);
   });
-  for (int64_t c = 0; c < layout.groups * layout.cols; ++c) {
-    for (int64_t k = 0; k < layout.window; ++k) energy[c] += totals[c * layout.window + k];
+  add_windows(totals.data(), layout, energy);
+}
+
+// In waves of segments, so that the columns' sums of one wave are all that is kept: 2 MB, or 64 KB
+// a thread where that is more. Beside them 8 bytes a row and 1024 columns.
+void energies(const Strided& x, const Layout& layout, const Pool& pool, double* row, double* col) {
+  const bool has_kernel = kernels().add_energies[static_cast<int>(x.dtype)] != nullptr;
+  const Tiles tiles(layout);
+  if (!has_kernel || tiles.rows < kRowsAtOnce || tiles.width == 0) {
+    row_energy(x, layout.rows, 1.0, pool, row);
+    col_energy(x, layout, 1.0, pool, col);
+    return;
   }
+  const int64_t tile = kSegmentRows * std::min<int64_t>(kSegment, tiles.width);
+  const int64_t block = std::max<int64_t>(1, kTask / tile);  // segments a worker takes at a time
+  const int64_t busy = ceil_div(int64_t{4} * pool.threads, tiles.pieces) * block;
+  const int64_t wave = std::min(tiles.segments, std::max(busy, kWave / tiles.width));
+  std::vector<double> row_sums(layout.rows * tiles.pieces);
+  std::vector<double> sums(wave * tiles.width);
+  std::vector<double> totals(layout.groups * tiles.width);
+  for (int64_t begin = 0; begin < tiles.segments; begin += wave) {
+    const int64_t stop = std::min(tiles.segments, begin + wave);
+    const int64_t chunks = ceil_div(stop - begin, block) * tiles.pieces;
+    for_each_chunk(pool, chunks, [&](int, int64_t task) {
+      const int64_t first = begin + task / tiles.pieces * block;
+      for (int64_t s = first; s < std::min(stop, first + block); ++s) {
+        tile_energies(x, tiles, s, task % tiles.pieces, row_sums.data(),
+                      sums.data() + (s - begin) * tiles.width);
+      }
+    });
+    add_segments(tiles, begin, stop, sums.data(), pool, totals.data());
+  }
+  add_pieces(row_sums.data(), layout.rows, tiles.pieces, pool, row);
+  add_windows(totals.data(), layout, col);
 }
 
 template <typename Float>

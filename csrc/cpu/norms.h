@@ -16,6 +16,13 @@ void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, 
 void col_energy(
     const Strided& x, const Layout& layout, double scale, const Pool& pool, double* energy);
 
+// Both, with the same bits (for scale 1), from one reading of x.
+void energies(const Strided& x,
+              const Layout& layout,
+              const Pool& pool,
+              double* row,   // [rows] out
+              double* col);  // [groups * cols] out
+
 // The norms of one layer, scaled by powers of two so that the larger vector entries lie in
 // [0.5, 1): products cannot overflow and the scale drops out of every comparison.
 template <typename Float>

@@ -44,6 +44,23 @@ double column_energy(const double* x, int64_t rows, int64_t stride) {
   return total;
 }
 
+// Both energies from one reading against one at a time, bit by bit.
+void check_energies(const Strided& x, const Layout& layout, const Pool& pool) {
+  const size_t rows = layout.rows;
+  const size_t cols = layout.groups * layout.cols;
+  std::vector<double> right(rows + cols, -1.0);
+  std::vector<double> got(rows + cols, -2.0);
+  lap::cpu::row_energy(x, layout.rows, 1.0, pool, right.data());
+  lap::cpu::col_energy(x, layout, 1.0, pool, right.data() + rows);
+  lap::cpu::energies(x, layout, pool, got.data(), got.data() + rows);
+  CAPTURE(layout.rows);
+  CAPTURE(layout.cols);
+  CAPTURE(layout.window);
+  CAPTURE(layout.groups);
+  CAPTURE(pool.threads);
+  CHECK(memcmp(got.data(), right.data(), right.size() * sizeof(double)) == 0);
+}
+
 }  // namespace
 
 TEST_CASE("a 3-4-5 row") {
@@ -84,8 +101,72 @@ TEST_CASE("energies in the documented order, for every dtype, layout and thread 
           }
           CHECK(col[c] == energy);
         }
+        check_energies(x, layout, pool);
       }
     }
+  }
+}
+
+TEST_CASE("both energies from one reading: around the borders of tiles, groups and waves") {
+  std::mt19937_64 random(3);
+  std::vector<Layout> layouts;
+  for (const int64_t rows : {1, 3, 4, 5, 63, 64, 65, 68, 129, 200}) {
+    for (const int64_t width : {1, 7, 31, 32, 33, 1023, 1024, 1025, 2079}) {
+      layouts.push_back({rows, width, 1, 1});
+    }
+  }
+  for (const int64_t groups : {2, 3, 7}) {
+    for (const int64_t rows : {1, 4, 64, 66}) layouts.push_back({rows * groups, 5, 9, groups});
+  }
+  layouts.push_back({70, 130, 25, 1});
+  layouts.push_back({0, 5, 2, 1});
+  layouts.push_back({5, 0, 2, 1});
+  layouts.push_back({5, 3, 0, 1});
+  layouts.push_back({1500, 1024, 1, 300});  // two waves of segments, each the end of a group
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
+    for (const Layout& layout : layouts) {
+      const Layer layer = layers::random_layer(dtype, layout, random);
+      Strided turned;  // the same memory in another order: nothing lies in a run
+      const int64_t shape[] = {layout.rows, layout.row_size()};
+      const int64_t stride[] = {1, layout.rows};
+      REQUIRE(lap::cpu::make_strided(layer.memory.data(), dtype, 2, shape, stride, &turned));
+      for (const int threads : {1, 2, 3, 8}) {
+        const Pool pool = lap::cpu::std_thread_pool(threads);
+        check_energies(layer.source(nullptr).x, layout, pool);
+        check_energies(turned, layout, pool);
+      }
+    }
+  }
+}
+
+TEST_CASE("both energies from one reading: a wave that ends inside a group") {
+  const Layout layout = {90 * 65, 1496, 1, 90};  // 175 segments a wave, two a group
+  std::vector<float> w(layout.rows * layout.row_size());
+  for (size_t p = 0; p < w.size(); ++p) w[p] = static_cast<float>(p * 2654435761 % 4194301);
+  Strided x;
+  const int64_t size = static_cast<int64_t>(w.size());
+  const int64_t one = 1;
+  REQUIRE(lap::cpu::make_strided(w.data(), DType::f32, 1, &size, &one, &x));
+  for (const int threads : {1, 2}) check_energies(x, layout, lap::cpu::std_thread_pool(threads));
+}
+
+TEST_CASE("both energies from one reading: every exponent, denormals and infinity") {
+  constexpr int64_t kSize = 0x10000;  // every pattern of the upper 16 bits, but NaNs
+  std::vector<uint64_t> memory(kSize);
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
+    const uint64_t infinity = dtype == DType::f16 ? 0x7c00 : dtype == DType::f64 ? 0x7ff0 : 0x7f80;
+    for (uint64_t i = 0; i < kSize; ++i) {
+      const uint64_t upper = (i & 0x7fff) > infinity ? 1 : i;
+      const uint64_t lower = (upper & 0x7fff) == infinity ? 0 : 0x12345678;
+      const uint64_t bits = upper << 48 | lower << 16;
+      const int64_t size = lap::cpu::item_size(dtype);
+      char* at = reinterpret_cast<char*>(memory.data()) + i * size;
+      memcpy(at, reinterpret_cast<const char*>(&bits) + 8 - size, size);
+    }
+    Strided x;
+    const int64_t one = 1;
+    REQUIRE(lap::cpu::make_strided(memory.data(), dtype, 1, &kSize, &one, &x));
+    check_energies(x, {64, 1024, 1, 1}, lap::cpu::std_thread_pool(1));
   }
 }
 
