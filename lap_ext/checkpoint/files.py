@@ -52,6 +52,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor in a file that holds elements [begin, begin + entry.numel) of a parameter."""
+
+    entry: Entry
+    begin: int
+
+
+Copy = tuple[Piece, ...]  # all of a parameter, in order
+
+
+@dataclass(frozen=True)
 class Shard:
     """One file: head bytes, then its entries without gaps."""
 

@@ -19,6 +19,7 @@ from lap_ext.checkpoint.files import FUNCTION, wrong
 
 _GIVE = "Pass model= (on the meta device will do) and example_inputs=."
 _LENGTH = 8  # tokens of the example: the topology does not depend on it
+_IMAGE = 224  # pixels, for models that take images of any size
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Target = tuple[str, tuple[Any, ...]]  # name in the model, and how tensors are put together for it
@@ -67,8 +68,8 @@ def inputs(model: Any) -> Shapes:
     found: Shapes = {}
     if main == "input_ids":
         found[main] = ids
-    elif main == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
+    elif main == "pixel_values":
+        size = getattr(config, "image_size", None) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         found[main] = ((1, getattr(config, "num_channels", 3), height, width), torch.float32)
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
@@ -76,7 +77,7 @@ def inputs(model: Any) -> Shapes:
         found[main] = ((1, config.num_mel_bins, length), torch.float32)
     else:
         raise wrong(
-            "a model whose inputs can be told from its config (text, or images of one size)",
+            "a model whose inputs can be told from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
             "Pass example_inputs=, a tensor, a tuple, or a dict of named ones.",
         )
@@ -126,6 +127,16 @@ def in_order(converter: Any, by_pattern: dict[str, list[str]]) -> list[str] | No
     if steps == [("Concatenate", 0)] and len(lists[0]) == 1:
         return [name for (name,) in lists]
     return None
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives parameters a tensor of their own, as transformers does where both are stored, unlike."""
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = module._parameters[attribute]
+        assert old is not None
+        module._parameters[attribute] = nn.Parameter(torch.empty_like(old), requires_grad=False)
 
 
 def settle(model: Any, buffers: Iterable[str]) -> None:

@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lap_ext import native
-from lap_ext.checkpoint.files import DTYPES, FUNCTION, wrong
-from lap_ext.checkpoint.names import Copy
+from lap_ext.checkpoint.files import DTYPES, FUNCTION, Copy, wrong
 from lap_ext.checkpoint.scores import row_length
 from lap_ext.criteria import Criterion, Random
 from lap_ext.topology import Layer, Topology

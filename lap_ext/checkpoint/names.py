@@ -8,24 +8,13 @@ one or more pieces (experts that are stored one by one): runs of its elements in
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lap_ext.checkpoint import hf
-from lap_ext.checkpoint.files import DTYPES, FUNCTION, Entry, Folder, wrong
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor in a file that holds elements [begin, begin + entry.numel) of a parameter."""
-
-    entry: Entry
-    begin: int
-
-
-Copy = tuple[Piece, ...]
+from lap_ext.checkpoint.files import DTYPES, FUNCTION, Copy, Folder, Piece, wrong
+from lap_ext.checkpoint.reading import Source, same
 
 
 class Names:
@@ -59,20 +48,35 @@ class Names:
 
     def copies(self, name: str) -> list[Copy]:
         """Where a parameter or buffer is stored; ValueError if it is nowhere or does not fit."""
-        found = []
-        for alias in self._aliases[id(self._tensors[name])]:
-            stored = self._stored.get(alias, [])
-            whole = [(stored_name,) for stored_name, how in stored if not how]
-            parts = [(stored_name, how) for stored_name, how in stored if how]
-            for names in whole + ([self._joined(alias, parts)] if parts else []):
-                found.append(self._copy(alias, names))
+        aliases = self._aliases[id(self._tensors[name])]
+        found = [copy for alias in aliases for copy in self._of_alias(alias)]
         if not found:
             raise self._missing(name)
         return found
 
+    def _of_alias(self, name: str) -> list[Copy]:
+        """What is stored under one name of a parameter."""
+        stored = self._stored.get(name, [])
+        whole = [(stored_name,) for stored_name, how in stored if not how]
+        parts = [(stored_name, how) for stored_name, how in stored if how]
+        joined = [self._joined(name, parts)] if parts else []
+        return [self._copy(name, names) for names in whole + joined]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the model has for a parameter or buffer."""
         return tuple(self._tensors[name].shape)
+
+    def unlike(self, source: Source) -> list[str]:
+        """Names of parameters that the model ties to another one and the files store differently."""
+        found = []
+        for aliases in self._aliases.values():
+            first, *others = [x for x in aliases if x in self._stored] or [""]
+            found += [x for x in others if not self._alike(source, first, x)]
+        return found
+
+    def _alike(self, source: Source, one: str, other: str) -> bool:
+        (first, *_), (second, *_) = self._of_alias(one), self._of_alias(other)
+        return same(source, first, second)
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name or an alias of it is stored."""

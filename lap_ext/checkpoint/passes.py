@@ -24,9 +24,8 @@ from torch import Tensor
 from lap_ext import selection
 from lap_ext.checkpoint import rank
 from lap_ext.checkpoint.energies import FileNetwork
-from lap_ext.checkpoint.files import DTYPES, wrong
+from lap_ext.checkpoint.files import DTYPES, Copy, wrong
 from lap_ext.checkpoint.memory import Limits
-from lap_ext.checkpoint.names import Copy
 from lap_ext.checkpoint.pruned import Progress
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.scores import LayerScores

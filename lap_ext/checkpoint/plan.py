@@ -12,11 +12,10 @@ from lap_ext import allocation, check, criteria, pruning
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.energies import FileNetwork
-from lap_ext.checkpoint.files import FUNCTION, Folder, wrong
+from lap_ext.checkpoint.files import FUNCTION, Copy, Folder, wrong
 from lap_ext.checkpoint.memory import limits, parsed
-from lap_ext.checkpoint.names import Copy
 from lap_ext.checkpoint.passes import Key, PieceCut, Task
-from lap_ext.checkpoint.reading import Source, same_bytes
+from lap_ext.checkpoint.reading import Source, same
 from lap_ext.checkpoint.state import Work
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import Criterion, Lookahead, Lookback, Lookforward, MagnitudeBN, Random
@@ -152,16 +151,12 @@ def _check_copies(source: Source, copies: dict[str, list[Copy]]) -> None:
     """A tied weight that is stored twice is stored alike."""
     for name, (first, *others) in copies.items():
         for other in others:
-            places = [[(x.begin, x.entry.dtype) for x in copy] for copy in (first, other)]
-            pairs = zip(first, other, strict=False)
-            if places[0] != places[1] or not all(
-                same_bytes(source, a.entry, b.entry) for a, b in pairs
-            ):
+            if not same(source, first, other):
                 raise wrong(
                     f"{first[0].entry.name!r} and {other[0].entry.name!r} alike (they are one "
                     f"weight of the model, {name!r})",
                     "different ones",
-                    "Set tie_word_embeddings to false in config.json, or remove one.",
+                    "Untie them in model.",
                 )
 
 

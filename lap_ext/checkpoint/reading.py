@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint.files import DTYPES, Entry, wrong
-from lap_ext.checkpoint.names import Copy
+from lap_ext.checkpoint.files import DTYPES, Copy, Entry, wrong
 
 _COMPARED = 1 << 22  # bytes of each at a time
 
@@ -93,10 +92,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(place).cast("B")
 
 
-def same_bytes(source: Source, one: Entry, other: Entry) -> bool:
-    """Whether two tensors in files are the same, byte for byte."""
-    if one.size != other.size:
-        return False
+def same(source: Source, one: Copy, other: Copy) -> bool:
+    """Whether two copies of a parameter are stored alike: the same pieces of the same bytes."""
+    places = [[(x.begin, x.entry.dtype, x.entry.size) for x in copy] for copy in (one, other)]
+    pairs = zip(one, other, strict=False)
+    return places[0] == places[1] and all(_same_bytes(source, a.entry, b.entry) for a, b in pairs)
+
+
+def _same_bytes(source: Source, one: Entry, other: Entry) -> bool:
     buffers = Buffer(), Buffer()
     for offset in range(0, one.size, _COMPARED):
         views = [buffer.view(min(_COMPARED, one.size - offset)) for buffer in buffers]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lap_ext import check, selection
 from lap_ext.checkpoint import rank
-from lap_ext.checkpoint.files import FUNCTION, Entry, Folder, Shard
-from lap_ext.checkpoint.names import Copy, Piece
+from lap_ext.checkpoint.files import FUNCTION, Copy, Entry, Folder, Piece, Shard
 from lap_ext.checkpoint.passes import Key, PieceCut, Task, scorer
 from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.state import Work, check_room, on_disk

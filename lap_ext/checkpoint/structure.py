@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lap_ext.checkpoint import hf
-from lap_ext.checkpoint.files import Folder, wrong
-from lap_ext.checkpoint.names import Copy, Names
+from lap_ext.checkpoint.files import Copy, Folder, wrong
+from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.topology import Topology, trace
 
@@ -58,6 +58,9 @@ def structure_of(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = _example(own, example_inputs, mode)
     names = Names(folder, own)
+    if model is None:
+        hf.untie(own, names.unlike(Source(folder.path)))
+        names = Names(folder, own)
     topology = trace(twin(own, mode), args, kwargs, unknown=unknown)
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
