@@ -144,6 +144,8 @@ def _run(plan: Plan, store: Store, options: argparse.Namespace, console: Console
     if options.fresh:
         for group in plan.groups():
             plan.checkpoint(group[0]).unlink(missing_ok=True)
+    if not store.missing(plan.keys()):
+        return
     device = torch.device(options.device)
     store.facts = machine.describe(device)
     columns = [TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn()]
