@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import lap_ext
-from lap_ext.checkpoint.files import DTYPES, MASKS, Folder, open_folder
-from lap_ext.checkpoint.names import Copy
+from lap_ext.checkpoint.files import DTYPES, MASKS, Copy, Folder, open_folder
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.structure import Structure, structure_of
 from lap_ext.cli import weights
