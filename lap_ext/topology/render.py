@@ -58,18 +58,23 @@ def dot(topology: Topology) -> str:
         shape = "x".join(map(str, layer.shape))
         lines.append(f'  {names[name]} [label="{_escaped(name)}\\n{layer.kind} {shape}"];')
     outside: dict[str, str] = {}
+    coupled: set[frozenset[str]] = set()  # drawn: each pair once
+
+    def node(name: str, inside: bool) -> str:
+        return names[name] if inside else outside.setdefault(name, f"o{len(outside)}")
+
     for name, layer in topology.layers.items():
         for edge in layer.prev:
-            if edge.kind != "layer" and edge.name not in outside:
-                outside[edge.name] = f"o{len(outside)}"
-            source = names.get(edge.name) if edge.kind == "layer" else outside[edge.name]
+            source = node(edge.name, edge.kind == "layer")
             lines.append(f'  {source} -> {names[name]} [label="{_escaped(edge.channel_map)}"];')
         for edge in layer.next:
-            if edge.kind == "coupled":
-                lines.append(f"  {names[name]} -> {names[edge.name]} [style=dotted, dir=none];")
-            elif edge.kind != "layer":
-                target = outside.setdefault(edge.name, f"o{len(outside)}")
-                lines.append(f"  {names[name]} -> {target};")
+            pair = frozenset((name, edge.name))
+            if edge.kind == "coupled" and pair not in coupled:
+                coupled.add(pair)
+                other = node(edge.name, edge.name in names)
+                lines.append(f"  {names[name]} -> {other} [style=dotted, dir=none];")
+            elif edge.kind in ("output", "boundary"):
+                lines.append(f"  {names[name]} -> {node(edge.name, inside=False)};")
     lines += [f'  {node} [label="{_escaped(name)}", shape=ellipse];'
               for name, node in outside.items()]  # fmt: skip
     return "\n".join([*lines, "}"])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lap_ext.topology import labels as lab
 from lap_ext.topology.call import Call
-from lap_ext.topology.channels import Arcs, Channels
+from lap_ext.topology.channels import Arcs
 from lap_ext.topology.roles import Part, Role
-from lap_ext.topology.value import Value, WeightView
+from lap_ext.topology.value import Value, WeightView, plain
 
 if TYPE_CHECKING:
     from lap_ext.topology.tracer import Tracer
@@ -77,9 +77,11 @@ def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
         return t.unknown(call)
     if len(full) == 3:
         return Value(call.shape, lab.none(len(call.shape)), None, WeightView(
-            w.view.parameter, w.view.meta, routed=True))  # fmt: skip
+            w.view.parameter, w.view.meta, routed=index))  # fmt: skip
     if len(full) != 2:
         return t.unknown(call)
+    if w.view.parameter.endswith("bias"):  # of the tokens' experts: a constant, as all biases
+        return plain(call.shape)
     nothing = torch.zeros(0, dtype=torch.int64)
     part = Part(full, 1, transposed=True)
     return weigh(t, call, "embedding", w.view.parameter, part, (nothing, nothing), index,
@@ -87,25 +89,30 @@ def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
 
 
 def routed(
-    t: Tracer, call: Call, parameter: str, part: Part, x: Value, dim: int, out: int
+    t: Tracer, call: Call, parameter: str, part: Part, x: Value, dim: int, out: int, by: Any
 ) -> Value:
-    """A role of routed experts: inputs along dim of x, outputs along out of the result."""
+    """A role of experts that by has picked: inputs along dim of x, outputs along out of the result."""
     experts, into = part.groups, x.shape[dim]
     index, label = lab.pairs_along(x.labels, dim, into)
-    seen = per_expert(t.channels, label, experts)  # [experts, n]
+    seen = per_expert(t, label, experts, by)  # [experts, n]
     places = (torch.arange(experts)[:, None] * into + index).flatten()
     pairs = places, seen.flatten()
     role = role_of(t, call, parameter, part, pairs, "linear", x, (dim,), (out,))
     size = role.out.size // experts
     arcs = Arcs(torch.arange(size).repeat(experts), role.out.labels)
     space = t.channels.add(size, "routed", role.layer, [arcs])
+    t.routes[len(t.channels.spaces) - 1] = by
     shape = [1] * len(call.shape)
     shape[out] = size
     return Value(call.shape, space.labels.reshape(shape))
 
 
-def per_expert(channels: Channels, labels: Tensor, experts: int) -> Tensor:
-    """The channels [n] as each expert has made them, [experts, n]."""
+def per_expert(t: Tracer, labels: Tensor, experts: int, by: Any) -> Tensor:
+    """The channels [n] as each expert has made them, [experts, n].
+
+    What another index has picked is the same for all: the tokens have met since.
+    """
+    channels = t.channels
     result = labels.repeat(experts, 1)
     places = channels.place(labels)
     for place in torch.unique(places).tolist():
@@ -116,10 +123,10 @@ def per_expert(channels: Channels, labels: Tensor, experts: int) -> Tensor:
             continue
         if space.kind == "routed":
             made = space.arcs[0].parent.reshape(-1, space.size)
-            if made.shape[0] == experts:
+            if made.shape[0] == experts and t.routes[place] is by:
                 result[:, here] = made[:, own][:, back]
             continue
-        copies = [_copied(channels, arcs, own, experts) for arcs in space.arcs]
+        copies = [_copied(t, arcs, own, experts, by) for arcs in space.arcs]
         if all(same for _, same in copies):
             continue
         arcs_copied = [arcs for arcs, _ in copies]
@@ -128,10 +135,10 @@ def per_expert(channels: Channels, labels: Tensor, experts: int) -> Tensor:
     return result
 
 
-def _copied(channels: Channels, arcs: Arcs, children: Tensor, experts: int) -> tuple[Arcs, bool]:
+def _copied(t: Tracer, arcs: Arcs, children: Tensor, experts: int, by: Any) -> tuple[Arcs, bool]:
     """The arcs of some children once an expert; and whether all experts have the same parents."""
     used = torch.isin(arcs.child, children)
-    parents = per_expert(channels, arcs.parent[used], experts)
+    parents = per_expert(t, arcs.parent[used], experts, by)
     child = torch.searchsorted(children, arcs.child[used])
     child = (torch.arange(experts)[:, None] * children.numel() + child).flatten()
 

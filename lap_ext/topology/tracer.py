@@ -49,6 +49,7 @@ class Tracer:
         self.couplings: list[tuple[Tensor, Tensor]] = []  # channels that are each other's neighbors
         self.ends: list[tuple[Tensor, str]] = []  # channels that leave: outputs and boundaries
         self.stops: list[str] = []  # operations where the trace stopped, in words
+        self.routes: dict[int, Any] = {}  # space of routed channels -> what picked their experts
         self.skipped: list[int] = []  # spaces behind operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ _LONGEST_TRAIL = 12
 class WeightView:
     """A view of one parameter, as a meta tensor: sizes, strides and offset say which part.
 
-    routed: entries of its first dimension were picked by data, such as the experts of tokens; meta
-    is the parameter before that.
+    routed: what has picked entries of its first dimension, such as the experts of tokens: an index
+    that data makes; meta is the parameter before that.
     """
 
     parameter: str
     meta: Tensor
-    routed: bool = False
+    routed: Any = None
 
 
 @dataclass(frozen=True)

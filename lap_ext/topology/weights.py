@@ -93,8 +93,8 @@ def _routed(t: Tracer, call: Call, x: Value, w: Value, dim: int) -> Result:
     part = _experts(t, w.view, inner=dim == -2)
     if part is None or x.labels.shape[0] > 1:
         return t.unknown(call)
-    return routed(t, call, w.view.parameter, part, x, dim % len(x.shape), len(call.shape) + (
-        -1 if dim == -1 else -2))  # fmt: skip
+    out = len(call.shape) + (-1 if dim == -1 else -2)
+    return routed(t, call, w.view.parameter, part, x, dim % len(x.shape), out, w.view.routed)
 
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -106,7 +106,7 @@ def _grouped(t: Tracer, call: Call) -> Result:
     part = _experts(t, w.view, inner=False)
     if part is None:
         return t.unknown(call)
-    return routed(t, call, w.view.parameter, part, x, 1, 1)
+    return routed(t, call, w.view.parameter, part, x, 1, 1, call.get("offs"))
 
 
 def _experts(t: Tracer, view: WeightView, inner: bool) -> Part | None:
