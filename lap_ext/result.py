@@ -39,6 +39,12 @@ class PruneResult:
         masks: layer name -> mask, as `Masks`.
         layers: one row a layer, in the order of the network.
         criterion: the name of what scored them.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> result = lap_ext.prune(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.ones(1, 4), 0.75)
+        >>> result.kept, result.total, result.sparsity, result.masks
+        (2, 8, 0.75, Masks(1 layer, 2 of 8 weights kept, sparsity 0.75))
     """
 
     masks: Masks

@@ -202,3 +202,54 @@ def test_one_layer_called_twice(name: str) -> None:
     check(t, "head", "lateral3: same via upsample_nearest2d add; lateral2: same via add; "
           "lateral3: same", "logits: same via relu; logits: same via relu")  # fmt: skip
     check(t, "logits", "head: same via relu; head: same via relu", "output: all; output: all")
+
+
+# ---- for people -------------------------------------------------------------------------------
+def test_table() -> None:
+    """A map that is not one to one is named; what is multiplied with a layer has an x before it."""
+    assert str(traced("cross_attention")) == "\n".join([
+        "layer                    kind    shape  fed by                         read by",
+        "-----------------------  ------  -----  -----------------------------  -------------------------",
+        "keys                     linear  6x5    x                              attention.k_proj_weight",
+        "values                   linear  7x5    x                              attention.v_proj_weight",
+        "attention.q_proj_weight  linear  8x8                                   x attention.k_proj_weight",
+        "attention.k_proj_weight  linear  8x6    keys                           x attention.q_proj_weight",
+        "attention.v_proj_weight  linear  8x7    values                         attention.out_proj",
+        "attention.out_proj       linear  8x8    attention.v_proj_weight        fc (24 pairs)",
+        "fc                       linear  4x24   attention.out_proj (24 pairs)  output",
+        "no layers, never pruned: queries",
+    ])  # fmt: skip
+    topology = traced("hf_gpt2_sdpa")
+    assert repr(topology) == f"Topology(10 layers, {topology.channels.size - 1} channels)"
+    row = next(row for row in str(topology).splitlines() if row.startswith("transformer.wpe"))
+    assert row.endswith("transformer.h.1.attn.c_attn, transformer.h.1.mlp.c_fc, and 1 more")
+
+
+def test_graph() -> None:
+    """Layers are boxes, inputs and outputs ellipses; q and k are joined by one dotted line."""
+    rule = lambda m, x: m.o((m.q(x) @ m.k(x).T).softmax(-1) @ m.v(x).flip(1))  # noqa: E731
+    model = Net(rule, **{name: nn.Linear(4, 4) for name in "qkvo"})
+    topology = lap_ext.trace(model, torch.randn(3, 4))
+    assert topology.to_dot() == "\n".join([
+        "digraph topology {",
+        "  rankdir=LR; node [shape=box, fontname=Helvetica];",
+        r'  n0 [label="q\nlinear 4x4"];', r'  n1 [label="k\nlinear 4x4"];',
+        r'  n2 [label="v\nlinear 4x4"];', r'  n3 [label="o\nlinear 4x4"];',
+        '  o0 -> n0 [label="all"];', "  n0 -> n1 [style=dotted, dir=none];",
+        '  o0 -> n1 [label="all"];', '  o0 -> n2 [label="all"];',
+        '  n2 -> n3 [label="permuted"];', "  n3 -> o1;",
+        '  o0 [label="inputs_0", shape=ellipse];', '  o1 [label="output", shape=ellipse];',
+        "}",
+    ])  # fmt: skip
+
+
+def test_queries_that_meet_the_input() -> None:
+    """The other side of a coupling need not be a layer: the model's input counts 1."""
+    model = Net(lambda m, x: m.o((m.q(x) @ x.T).softmax(-1) @ m.v(x)),
+                **{name: nn.Linear(4, 4) for name in "qvo"})  # fmt: skip
+    topology = lap_ext.trace(model, torch.randn(3, 4))
+    (edge,) = topology.layers["q"].next
+    assert (edge.name, edge.kind, edge.channel_map) == ("inputs_0", "coupled", "same")
+    assert "n0 -> o0 [style=dotted, dir=none];" in topology.to_dot()
+    scores = lap_ext.scores(model, topology)
+    torch.testing.assert_close(scores["q"], model.q.weight.detach().abs())  # 1 and 1

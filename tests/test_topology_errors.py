@@ -105,6 +105,11 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
                         ROWS, "layer 'a' feeds aten.linear.default"),
     "part_of_a_kernel": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.w[:, :3]), a=nn.Conv2d(3, 3, 1), w=nn.Parameter(torch.ones(2, 4, 1, 1))),
                          IMAGES, "layer 'a' feeds aten.conv2d.default"),
+    "written_channels": (
+        lambda: Net(lambda m, x: m.b(into_zeros(m.a(x), [2])), a=linear(1), b=linear(2)),
+        ROWS,
+        "layer 'a' feeds aten.index_put.default",
+    ),
     "repeated_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w.expand(3, 6)), a=linear(), w=nn.Parameter(torch.ones(1, 6))),
                      ROWS, "layer 'a' feeds aten.linear.default"),
     "masked_selection": (lambda: Net(lambda m, x: m.b(m.a(x)[x[:, 0] > 0]), a=linear(), b=linear()), ROWS,

@@ -172,6 +172,7 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
         lambda x: x.view(2, 3, 1, 2).expand(2, 3, 4, 2).reshape(2, 24), "rows", "linear"),
     # beside constants and each other
     "cat_ones": (lambda x: torch.cat([ONE, x, ONE], 1), "image", "conv2"),
+    "one_beside_ones": (lambda x: torch.cat([CLS[:, 0, :1], x[:, 2:3]], 1), "rows", "linear"),
     "cat_itself": (lambda x: torch.cat([x, x[:, :1]], 1), "image", "conv2"),
     "class_token": (lambda x: torch.cat([CLS, x], 1), "tokens", "linear"),
     "class_token_alone": (lambda x: torch.cat([CLS, x], 1)[:, 1:], "tokens", "linear"),
@@ -181,6 +182,7 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "hstack": (lambda x: torch.hstack([x, torch.ones(2, 1), x]), "rows", "linear"),
     "vstack": (lambda x: torch.vstack([x, x]), "rows", "linear"),
     "pad": (padded_image, "image", "conv2"),
+    "pad_one_channel": (lambda x: F.pad(x[:, 2:3], (1, 2)), "rows", "linear"),
     "crop": (lambda x: F.pad(x, (-1, -1)), "image", "conv2"),
     "pad_channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), "image", "conv2"),
     "pad_channels_ones": (lambda x: F.pad(x, (1, 2), value=1.0), "rows", "linear"),
@@ -306,3 +308,13 @@ def test_a_weight_of_positions_counts_its_mean_square() -> None:
     got = followed(lap_ext.trace(model, torch.randn(model.given)))
     roots = weight.square().mean((1, 2)).sqrt().tolist()
     assert got == pytest.approx({(c, c): roots[c] for c in range(4)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_padding_is_zero_or_a_constant(value: float) -> None:
+    """An input that is always 0 counts 0: its weights go first; one that is constant counts 1."""
+    model = Between(lambda x: F.pad(x, (1, 2), value=value), "rows", "linear")
+    scores = lap_ext.scores(model, torch.randn(model.given))["b"] / model.b.weight.detach().abs()
+    fed = model.a.weight.detach().norm(dim=1)
+    ends = torch.full((3,), value)
+    torch.testing.assert_close(scores, torch.cat([ends[:1], fed, ends[1:]]).expand(2, 9))

@@ -51,6 +51,7 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "normed": lambda x: x / x.norm(dim=1, keepdim=True),
     "standardized": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt(),
     "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "statistic_first": lambda x: x.abs().mean(1, keepdim=True) * x,
     "soft_capped": lambda x: torch.tanh(x / 30),
     "gated_by_a_constant": lambda x: x * torch.sigmoid(W),
     "added_numbers": lambda x: x + 1 - W,
@@ -194,6 +195,14 @@ def test_norms_of_rows(norm: Any, affine: bool) -> None:
     scale = torch.ones(6) if edge.scale is None else edge.scale
     torch.testing.assert_close(scale.float(), gain.abs(), rtol=1e-6, atol=0)
     assert (edge.scale is None) == (not affine and norm is not nn.BatchNorm1d)
+
+
+def test_images_that_the_model_standardizes() -> None:
+    """Constants scale the edge from the input, color by color."""
+    mean, deviation = torch.rand(3, 1, 1), torch.rand(3, 1, 1) + 0.5
+    model = Net(lambda m, x: m.a((x - mean) / deviation), a=nn.Conv2d(3, 2, 1))
+    scores = lap_ext.scores(model, torch.randn(2, 3, 4, 4))
+    torch.testing.assert_close(scores["a"], model.a.weight.detach().abs() / deviation)
 
 
 def test_gemma_norm() -> None:

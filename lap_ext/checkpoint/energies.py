@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lap_ext import ops
 from lap_ext.checkpoint.files import FUNCTION
-from lap_ext.checkpoint.scores import pieces
+from lap_ext.checkpoint.scores import of_layer, pieces
 from lap_ext.network import Network
 from lap_ext.reference import SEGMENT_ROWS
 from lap_ext.topology import Layer, Topology
@@ -42,17 +42,19 @@ class FileNetwork(Network):
 
     def measure(self, layer: Layer) -> None:
         """Energies of the layer that is held."""
-        for role in layer.roles:
-            place = self.topology.roles.index(role)
-            self._energies[place] = self._measure(place)
+        with of_layer(layer, 0, self._held[layer.name]):
+            for role in layer.roles:
+                place = self.topology.roles.index(role)
+                self._energies[place] = self._measure(place)
 
     def measure_runs(self, layer: Layer, runs: Iterable[tuple[int, Tensor]]) -> None:
         """Energies of a layer whose elements come in runs of whole rows, in order."""
         places = [self.topology.roles.index(role) for role in layer.roles]
         sums = [_Sums(self, place) for place in places]
         for first, weight in runs:
-            for found in sums:
-                found.add(first, weight)
+            with of_layer(layer, first, weight):
+                for found in sums:
+                    found.add(first, weight)
         for place, found in zip(places, sums, strict=True):
             self._energies[place] = found.energies()
 
@@ -79,10 +81,12 @@ class _Sums:
         self.role: Role = network.topology.roles[place]
         self.part = self.role.part
         self.across = network._row_weight(place, self.role)
-        self.rows: list[Tensor] = []
+        # all that stays is allocated now: small pieces between large ones would fragment the heap
         groups, width = self.part.groups, torch.Size(self.part.block[1:]).numel()
+        self.rows = torch.zeros(self.part.block[0], dtype=torch.float64)
         self.columns = torch.zeros(groups, width, dtype=torch.float64)
-        self.waiting: list[Tensor] = []  # rows of a segment that is not complete
+        self.segment: Tensor | None = None  # [64, width]: rows of one that is not complete
+        self.waiting = 0  # how many
         self.height = self.part.block[0] // groups
         self.seen = 0  # rows
 
@@ -97,7 +101,8 @@ class _Sums:
                 block = block[:, part.cols[0] : part.cols[1]]
             counted = self._counted(block, x.top)
             by_row, by_column = (counted, block) if part.transposed else (block, counted)
-            self.rows.append(self._call(ops.row_energy, by_row))
+            top = x.top - (0 if part.rows is None else part.rows[0])
+            self.rows[top : top + block.shape[0]] = self._call(ops.row_energy, by_row)
             self._add_columns(by_column)
 
     def _counted(self, block: Tensor, top: int) -> Tensor:
@@ -120,12 +125,16 @@ class _Sums:
             missing = min(SEGMENT_ROWS - place % SEGMENT_ROWS, self.height - place)
             taken, rows = rows[:missing], rows[missing:]
             self.seen += taken.shape[0]
-            if taken.shape[0] < missing:
-                self.waiting.append(taken.clone())  # the buffer is used again
-                return
-            whole = torch.cat([*self.waiting, taken]) if self.waiting else taken
-            self.waiting = []
-            self.columns[group] += self._call(ops.col_energy, whole, 1)
+            whole = taken
+            if self.waiting or taken.shape[0] < missing:  # the run's buffer is used again
+                if self.segment is None:
+                    self.segment = taken.new_empty(SEGMENT_ROWS, taken.shape[1])
+                end = self.waiting + taken.shape[0]
+                self.segment[self.waiting : end] = taken
+                self.waiting, whole = end, self.segment[:end]
+            if taken.shape[0] == missing:
+                self.columns[group] += self._call(ops.col_energy, whole, 1)
+                self.waiting = 0
 
     def _call(self, op: Callable[..., Any], block: Tensor, *options: object) -> Tensor:
         found: Tensor = ops.call(
@@ -135,10 +144,8 @@ class _Sums:
 
     def energies(self) -> Energies:
         """Of the inputs and outputs."""
-        rows = torch.cat(self.rows) if self.rows else torch.zeros(0, dtype=torch.float64)
         taps = self.columns.view(self.part.groups * self.part.block[1], -1)
         columns = torch.zeros(taps.shape[0], dtype=torch.float64)
         for tap in taps.unbind(1):
             columns += tap
-        into, out = (rows, columns) if self.part.transposed else (columns, rows)
-        return into, out
+        return (self.rows, columns) if self.part.transposed else (columns, self.rows)

@@ -130,12 +130,16 @@ class _Sample:
     def __init__(self, task: Task, layer: Layer) -> None:
         self.task, self.layer = task, layer
         self.step = task.steps.get(layer.name, 0)
-        self.found: list[Tensor] = []
+        size = -(-math.prod(layer.shape) // self.step) if self.step else 0
+        self.found = torch.empty(size, dtype=task.dtype(layer))
+        self.seen = 0
 
     def add(self, first: int, weight: Tensor) -> None:
         """The next run of its elements."""
         if self.step:
-            self.found.append(weight[-first % self.step :: self.step].clone())
+            new = weight[-first % self.step :: self.step]
+            self.found[self.seen : self.seen + new.numel()] = new
+            self.seen += new.numel()
 
     def passing(self, runs: Iterator[Any]) -> Iterator[Any]:
         """The same runs, seen in passing."""
@@ -146,7 +150,7 @@ class _Sample:
     def store(self) -> None:
         """All runs were there."""
         if self.step:
-            self.task.samples[self.layer.name] = torch.cat(self.found)
+            self.task.samples[self.layer.name] = self.found
 
 
 def sample_steps(task: Task, layers: Sequence[Layer]) -> dict[str, int]:

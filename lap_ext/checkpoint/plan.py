@@ -134,7 +134,8 @@ def plan_of(
     _check_copies(source, copies)
     task = Task(source, FileNetwork(topology, bn), criterion, layers, copies, limit)
     if scope == "global":
-        _check_dtypes(task)
+        if normalize == "none":
+            _check_dtypes(task)
         keep = allocation.total(given, shapes)
         return Plan(files, task, keeps, keep, normalize == "norm", set())
     fused = {

@@ -15,6 +15,7 @@ parts first. It is exact, whatever the sample says.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,9 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.above, self.inside = [0] * self.parts, [0] * self.parts
-        self.held: list[list[Tensor]] = [[] for _ in range(self.parts)]
+        # in one piece from the start: small ones between large ones would fragment the heap
+        self.held = torch.empty(0)
+        self.ends = [0] * self.parts  # where the keys of each part end
         self.shift = max(0, (self.high - self.low).bit_length() - (BINS.bit_length() - 1))
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
         self.complete = self.low != self.high  # one key needs no room
@@ -144,10 +147,14 @@ class _Pass:
     def _hold(self, part: int, keys: Tensor) -> None:
         places = (keys.long() - self.low) >> self.shift
         self.histogram += torch.bincount(places, minlength=BINS)
-        if self.complete and sum(self.inside) <= self.room:
-            self.held[part].append(keys)
-        else:
-            self.complete, self.held = False, []
+        begin = max(self.ends[: part + 1])
+        end = begin + keys.numel()
+        self.complete = self.complete and end <= self.room
+        if self.complete:
+            if self.held.dtype != keys.dtype:
+                self.held = torch.empty(self.room, dtype=keys.dtype)
+            self.held[begin:end] = keys
+            self.ends[part] = end
 
     def bin_of(self, rank: int) -> tuple[int, int]:
         """First and last key of the bin that holds the rank-th largest key inside."""
@@ -159,8 +166,9 @@ class _Pass:
 
 def _solved(found: _Pass, keep: int) -> Cut:
     """The cut where all keys inside the interval are at hand."""
-    held = [torch.cat(keys) if keys else torch.zeros(0, dtype=torch.int32) for keys in found.held]
-    everything = torch.cat(held)
+    ends = [0, *itertools.accumulate(found.ends, max)]
+    held = [found.held[begin:end] for begin, end in itertools.pairwise(ends)]
+    everything = found.held[: ends[-1]]
     rank = keep - sum(found.above)
     key = int(everything.kthvalue(everything.numel() - rank + 1).values)
     above = [

@@ -12,13 +12,14 @@ scored by themselves. With groups a run is cut where a group ends.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lap_ext import check, from_factors, reference
-from lap_ext.checkpoint.files import FUNCTION
+from lap_ext.checkpoint.files import FUNCTION, wrong
 from lap_ext.criteria import Criterion, Random
 from lap_ext.network import Network
 from lap_ext.topology import Layer
@@ -63,6 +64,24 @@ def pieces(part: Part, first: int, count: int) -> Iterator[Piece]:
             top = end
 
 
+@contextmanager
+def of_layer(layer: Layer, first: int, weight: Tensor) -> Iterator[None]:
+    """Errors name the layer, and the place in it where a weight is not finite."""
+    try:
+        yield
+    except ValueError as error:
+        bad = ~weight.isfinite()
+        if bad.any():
+            place = first + int(bad.flatten().to(torch.uint8).argmax())
+            count = int(bad.count_nonzero())
+            raise wrong(
+                f"finite weights in layer {layer.name!r}",
+                f"{count} non-finite values from flat index {place} on",
+                "Repair them.",
+            ) from None
+        raise check.renamed(f"{FUNCTION}, layer {layer.name!r}", error) or error from None
+
+
 class LayerScores:
     """Scores of one layer from its factors.
 
@@ -97,6 +116,10 @@ class LayerScores:
 
     def of(self, weight: Tensor, first: int) -> Tensor:
         """Scores of elements [first, first + len(weight)), flat, float32 (float64 for float64)."""
+        with of_layer(self.layer, first, weight):
+            return self._of(weight, first)
+
+    def _of(self, weight: Tensor, first: int) -> Tensor:
         if self._given is not None:
             weight = self._given[first : first + weight.numel()]
         if not self._parts:
@@ -166,11 +189,7 @@ class LayerScores:
         """|block| * (row factor * column factor)."""
         if self.how == "wide":
             return _wide(block, rows, cols, groups)
-        try:
-            return from_factors.score_from_factors(block, cols, rows, groups=groups)
-        except ValueError as error:
-            renamed = check.renamed(f"{FUNCTION}, layer {self.layer.name!r}", error)
-            raise renamed if renamed is not None else error from None
+        return from_factors.score_from_factors(block, cols, rows, groups=groups)
 
 
 def _block_of(flat: Tensor, first: int, part: Part, x: Piece) -> Tensor:

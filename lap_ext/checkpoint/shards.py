@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lap_ext import check, selection
+from lap_ext import selection
 from lap_ext.checkpoint import rank
-from lap_ext.checkpoint.files import FUNCTION, Copy, Entry, Folder, Piece, Shard
+from lap_ext.checkpoint.files import Copy, Entry, Folder, Piece, Shard
 from lap_ext.checkpoint.passes import Key, PieceCut, Task, scorer
 from lap_ext.checkpoint.reading import Buffer, bytes_of
+from lap_ext.checkpoint.scores import of_layer
 from lap_ext.checkpoint.state import Work, check_room, on_disk
 from lap_ext.checkpoint.writing import MaskFile, ShardFile
 from lap_ext.topology import Layer
@@ -107,11 +108,9 @@ class Writer:
         """Zeroes a whole layer in place by the fused mask."""
         layer, _ = self._layers[entry.name]
         self.task.network.hold(layer, weight)
-        keep, of_layer = self.keeps[layer.name], f"{FUNCTION}, layer {layer.name!r}"
-        try:
+        keep = self.keeps[layer.name]
+        with of_layer(layer, 0, weight):
             mask = selection.layer_mask(self.task.network, self.task.criterion, layer, keep, None)
-        except ValueError as error:
-            raise check.renamed(of_layer, error) or error from None
         self._apply(layer, 0, weight, mask.flatten())
 
     def _cut(self, entry: Entry, file: ShardFile) -> None:

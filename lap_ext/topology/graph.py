@@ -65,6 +65,15 @@ class Topology:
         others: parameters of two dimensions or more that are no layer (a position embedding that is
             added, a class token, a table of biases): they are never pruned.
         stops: operations at which the trace stopped, in words; empty unless unknown="stop".
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(lap_ext.trace(net, torch.ones(1, 4)))
+        layer  kind    shape  fed by  read by
+        -----  ------  -----  ------  -------
+        0      linear  8x4    input   2
+        2      linear  2x8    0       output
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer, neighbors: Mapping[str, Any]) -> None:

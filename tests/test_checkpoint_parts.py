@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""The parts of checkpoint.prune by themselves: cuts, masks in files, energies and scores of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import each_dtype
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lap_ext
+from lap_ext import mask_file
+from lap_ext.checkpoint import rank
+from lap_ext.checkpoint.energies import FileNetwork
+from lap_ext.checkpoint.scores import LayerScores, row_length
+from lap_ext.checkpoint.writing import MaskFile, pack_into
+from lap_ext.criteria import Lookahead
+from lap_ext.network import Network
+
+# --- rank ---------------------------------------------------------------------------------------------
+
+
+def cut_masks(parts: list[Tensor], keep: int, interval: tuple[int, int], room: int) -> list[Tensor]:
+    """Masks by a cut, keys coming seven at a time."""
+
+    def sweep() -> Iterator[tuple[int, Tensor]]:
+        for place, part in enumerate(parts):
+            for run in part.split(7):
+                yield place, rank.keys_of(run)
+
+    sizes, dtype = [part.numel() for part in parts], parts[0].dtype
+    found = rank.cut(sweep, sizes, keep, interval, dtype, room)
+    masks = []
+    for part, share in zip(parts, found.ties, strict=True):
+        flags, ties = [], share
+        for run in part.split(7):
+            mask, taken = rank.mask_of(rank.keys_of(run), found.key, ties)
+            ties -= taken
+            flags.append(mask)
+        masks.append(torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool))
+    assert [int(mask.sum()) for mask in masks] == list(found.kept)
+    return masks
+
+
+values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.0000001, 2.0, 3.5, 1e30, float("inf")])
+
+
+@given(
+    st.lists(st.lists(values, max_size=40), min_size=1, max_size=4),
+    st.integers(0, 170),
+    st.tuples(values, values),
+    st.sampled_from([0, 1, 5, 1000]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_cuts_are_those_of_topk_mask(
+    scores: list[list[float]], keep: int, ends: tuple[float, float], room: int, dtype: torch.dtype
+) -> None:
+    """Whatever the interval at the start, and whatever is held."""
+    parts = [torch.tensor(x, dtype=dtype) for x in scores]
+    low, high = sorted(int(rank.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
+    want = lap_ext.topk_mask(parts, keep)
+    for got, mask in zip(cut_masks(parts, keep, (low, high), room), want, strict=True):
+        assert torch.equal(got, mask)
+
+
+@pytest.mark.parametrize("room", [0, 100, 10**6])
+@pytest.mark.parametrize("keep", [1, 999, 30_000, 59_999])
+def test_cuts_of_many_keys(keep: int, room: int) -> None:
+    parts = [torch.rand(20_000).square(), torch.rand(30_000).round(decimals=2), torch.rand(10_000)]
+    sample = torch.cat(parts)[::31].double()
+    interval = rank.bracket(sample, keep, 60_000, torch.float32)
+    assert interval[0] <= interval[1]
+    want = lap_ext.topk_mask(parts, keep)
+    for start in (interval, (0, rank.largest(torch.float32))):
+        for got, mask in zip(cut_masks(parts, keep, start, room), want, strict=True):
+            assert torch.equal(got, mask)
+
+
+def test_a_good_sample_needs_one_pass() -> None:
+    scores = torch.rand(100_000)
+    interval = rank.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
+    passes = []
+
+    def sweep() -> Iterator[tuple[int, Tensor]]:
+        passes.append(1)
+        yield 0, rank.keys_of(scores)
+
+    found = rank.cut(sweep, [100_000], 50_000, interval, torch.float32, room=10_000)
+    assert len(passes) == 1
+    assert found.kept == (50_000,)
+
+
+# --- masks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64, 1000, 2**18 + 11])
+def test_pack_into(n: int) -> None:
+    mask = torch.rand(n + 3)[3:] < 0.5
+    packed = torch.full(((n + 7) // 8,), 7, dtype=torch.uint8)
+    pack_into(packed, mask)
+    assert torch.equal(packed, mask_file.pack(mask))
+
+
+def test_runs_of_masks_in_any_order(tmp_path: Path) -> None:
+    """Runs that begin and end inside a byte, and a run that is written twice."""
+    masks = {"a": torch.rand(5, 7) < 0.5, "b": torch.rand(3) < 0.5, "c": torch.rand(2, 50) < 0.5}
+    file = MaskFile(tmp_path, {name: tuple(mask.shape) for name, mask in masks.items()})
+    assert not file.complete
+    file.create()
+    assert file.complete
+    file.open()
+    for name, first, last in (
+        ("c", 61, 100), ("c", 0, 3), ("b", 0, 3), ("c", 3, 61), ("a", 8, 9), ("a", 0, 8),
+        ("a", 9, 35), ("c", 3, 61),
+    ):  # fmt: skip
+        file.write(name, first, masks[name].flatten()[first:last].clone())
+    file.close()
+    assert lap_ext.Masks.load(file.path) == lap_ext.Masks(masks)
+
+
+# --- runs of rows -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding, tied to the output; attention with packed, partly used and grouped weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(137, 24)
+        self.packed = nn.Linear(24, 3 * 24)
+        self.conv = nn.Conv1d(24, 140, 3, groups=2, padding=1)
+        self.norm = nn.BatchNorm1d(140)
+        self.back = nn.ConvTranspose1d(140, 24, 3, groups=4, padding=1)
+        self.part = nn.Parameter(torch.randn(60, 24))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.packed(x).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.back(self.norm(self.conv(x.mT)).relu()).mT
+        x = x + nn.functional.linear(x, self.part[20:44])
+        return x @ self.embed.weight.T
+
+
+@lru_cache
+def traced(dtype: torch.dtype) -> tuple[nn.Module, lap_ext.Topology]:
+    torch.manual_seed(3)
+    model = Tied().to(dtype).eval()
+    nn.init.uniform_(model.norm.running_var, 0.5, 2)
+    nn.init.uniform_(model.norm.weight, 0.5, 2)
+    return model, lap_ext.trace(model, torch.zeros(1, 6, dtype=torch.int64))
+
+
+def runs(weight: Tensor, width: int, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Elements of a weight in runs of rows; the tensor is overwritten in between, as a buffer is."""
+    buffer = torch.empty(0)
+    for first in range(0, weight.numel(), rows * width):
+        buffer.fill_(float("nan"))
+        buffer = weight.detach().flatten()[first : first + rows * width].clone()
+        yield first, buffer
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 100, 1000])
+@pytest.mark.parametrize("bn", ["paper", "fold"])
+def test_energies_and_scores_of_runs(bn: str, rows: int, dtype: torch.dtype) -> None:
+    model, topology = traced(dtype)
+    assert {"embed", "packed", "conv", "back", "part"} == set(topology.layers)
+    assert len(topology.layers["embed"].roles) == 2
+    whole, pieces = Network(topology, bn), FileNetwork(topology, bn)
+    for layer in topology.layers.values():
+        pieces.measure_runs(layer, runs(layer.weight, row_length(layer), rows))
+    for role in topology.roles:
+        for got, want in zip(pieces.factors(role), whole.factors(role), strict=True):
+            assert torch.equal(got, want), role.layer
+    want_scores = lap_ext.scores(model, topology, bn=bn)
+    for layer in topology.layers.values():
+        scores = LayerScores(pieces, Lookahead(), layer)
+        weights = runs(layer.weight, row_length(layer), rows)
+        found = torch.cat([scores.of(weight, first) for first, weight in weights])
+        assert torch.equal(found, want_scores[layer.name].flatten()), layer.name
+        position = torch.arange(0, found.numel(), 3)
+        near = scores.at(layer.weight.detach().flatten()[position], position)
+        assert torch.allclose(near, found[position].double(), rtol=1e-5)
+
+
+def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
+    """Factors so far apart that float32 products vanish: the fused mask tells them apart, so do runs."""
+    from checkpoint_cases import INPUTS, least_memory, network, prune, write
+
+    net = network()
+    with torch.no_grad():
+        net[3].weight.mul_(torch.logspace(0, -28, 150))
+        net[0].weight.mul_(torch.logspace(0, -12, 150)[:, None])
+    source = write(tmp_path / "dense", net.state_dict())
+    options: dict[str, Any] = {"sparsity": 0.2, "model": net}
+    few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **options))
+    got = prune(source, tmp_path / "out", memory=few, **options)
+    assert got.masks == lap_ext.prune(net, INPUTS, 0.2).masks

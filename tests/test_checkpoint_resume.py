@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Runs that stop in the middle: nothing is there under its name, and the next run goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_cases import dense, network, prune, write  # noqa: F401 (dense: a fixture)
+from torch import Tensor
+
+from lap_ext.checkpoint import Progress, reading, shards
+
+SHARDS = 3
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "dense", network().state_dict(), SHARDS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def stopping(step: str, count: int, error: BaseException) -> Callable[[Progress], None]:
+    """Raises at the count-th report of a step."""
+    left = [count]
+
+    def report(progress: Progress) -> None:
+        left[0] -= progress.step == step
+        if left[0] == 0 and progress.step == step:
+            raise error
+
+    return report
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    "step, count", [("measure", 1), ("measure", 3), ("write", 1), ("write", 5)]
+)
+def test_a_stopped_run_goes_on(
+    scope: str, step: str, count: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prune(source, tmp_path / "whole", scope=scope)
+    with pytest.raises(KeyboardInterrupt):
+        stop = stopping(step, count, KeyboardInterrupt())
+        prune(source, tmp_path / "out", scope=scope, on_progress=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lap_ext", "dense", "whole"]
+    before = facts(tmp_path)
+    monkeypatch.setattr(reading.Source, "fill", counted(reading.Source.fill, read := []))
+    seen: list[Progress] = []
+    again = prune(source, tmp_path / "out", scope=scope, on_progress=seen.append)
+    assert list(again.layers) == list(whole.layers)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out", "whole"]
+    assert not {name for name, _ in read} & set(before["done"])
+    assert ("measure" in {x.step for x in seen}) == (step == "measure")
+    assert seen[-1].done == seen[-1].total
+
+
+def facts(folder: Path) -> Any:
+    return json.loads((folder / ".out.lap_ext" / "state.json").read_text())["facts"]
+
+
+def counted(real: Callable[..., None], read: list[tuple[str, int]]) -> Callable[..., None]:
+    """Notes where weights are read; what is smaller is a norm's."""
+
+    def fill(self: Any, entry: Any, offset: int, into: memoryview) -> None:
+        if entry.size > 1000:
+            read.append((entry.shard, offset))
+        real(self, entry, offset, into)
+
+    return fill
+
+
+def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", on_progress=stopping("write", 4, KeyboardInterrupt()))
+    files = tmp_path / ".out.lap_ext" / "files"
+    (name, *_) = facts(tmp_path)["done"]
+    before = (files / name).stat()
+    prune(source, tmp_path / "out")
+    after = (tmp_path / "out" / name).stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+CHANGES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "sparsity": lambda folder: {"sparsity": 0.5},
+    "scope": lambda folder: {"scope": "global"},
+    "criterion": lambda folder: {"criterion": "magnitude"},
+    "touched": lambda folder: os.utime(folder / f"model-00001-of-0000{SHARDS}.safetensors") or {},
+    "resume": lambda folder: {"resume": False},
+    "shard_lost": lambda folder: lost(folder, "model-00001*") or {},
+    "masks_lost": lambda folder: lost(folder, "lap_ext_masks*") or {},
+    "state_damaged": lambda folder: state(folder, lambda text: text[:-5]) or {},
+    "energies_lost": lambda folder: (
+        (folder.parent / ".out.lap_ext" / "energies.safetensors").write_bytes(b"x") and {}
+    ),
+}
+
+
+def lost(folder: Path, pattern: str) -> None:
+    (path,) = (folder.parent / ".out.lap_ext" / "files").glob(pattern)
+    path.unlink()
+
+
+def state(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder.parent / ".out.lap_ext" / "state.json"
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_task_starts_anew(name: str, source: Path, tmp_path: Path) -> None:
+    """Or one whose files are not as they were left: the result is as if nothing had been there."""
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", on_progress=stopping("write", 5, KeyboardInterrupt()))
+    assert facts(tmp_path)["done"]
+    options = {"sparsity": 0.6} | (CHANGES[name](source) or {})
+    prune(source, tmp_path / "out", **options)
+    prune(source, tmp_path / "whole", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_without_resume_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    for step in ("measure", "write"):
+        with pytest.raises(KeyboardInterrupt):
+            stop = stopping(step, 2, KeyboardInterrupt())
+            prune(source, tmp_path / "out", resume=False, on_progress=stop)
+        assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_files_that_change_meanwhile(source: Path, tmp_path: Path) -> None:
+    def touch(progress: Progress) -> None:
+        os.utime(source / f"model-00001-of-0000{SHARDS}.safetensors")
+
+    with pytest.raises(ValueError, match="expected files that stay as they are"):
+        prune(source, tmp_path / "out", on_progress=touch)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_files_that_become_shorter_meanwhile(source: Path, tmp_path: Path) -> None:
+    def cut(progress: Progress) -> None:
+        os.truncate(source / f"model-0000{SHARDS}-of-0000{SHARDS}.safetensors", 400)
+
+    with pytest.raises(ValueError, match="as it was at the start, got a shorter file"):
+        prune(source, tmp_path / "out", on_progress=cut)
+
+
+def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a shard: not even a finally runs."""
+    prune(source, tmp_path / "whole")
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from checkpoint_cases import prune
+        left = [5]
+        def stop(progress):
+            left[0] -= progress.step == "write"
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        prune(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), on_progress=stop)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert facts(tmp_path)["done"]
+    prune(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_without_room_is_told_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
+    with pytest.raises(
+        OSError, match=r"expected [\d,]+ bytes on the disk .*, got 1,000 bytes"
+    ) as e:
+        prune(source, tmp_path / "out", resume=False)
+    assert e.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("place", ["header", "layer", "copied", "masks", "others", "state"])
+def test_a_disk_that_becomes_full(
+    place: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True]
+    with monkeypatch.context() as patched:
+        fill_up(patched, place, full)
+        with pytest.raises(OSError, match=r"expected room on the disk of .* Free some and") as e:
+            prune(source, tmp_path / "out")
+    assert e.value.errno == errno.ENOSPC
+    assert not (tmp_path / "out").exists()
+    prune(source, tmp_path / "out")
+    prune(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def fill_up(monkeypatch: pytest.MonkeyPatch, place: str, full: list[bool]) -> None:
+    """Makes the system's calls fail where a real disk would: at the second shard, or at the end."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if place == "masks":
+        monkeypatch.setattr(os, "pwrite", fail)
+    elif place == "others":
+        monkeypatch.setattr(shutil, "copy2", fail)
+    elif place == "state":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        real, calls = shards.ShardFile.write, [{"header": 1, "layer": 2, "copied": 3}[place]]
+
+        def write(self: Any, data: Any) -> None:
+            calls[0] -= 1
+            self._file = self._file if calls[0] else Failing(self._file, fail)
+            real(self, data)
+
+        monkeypatch.setattr(shards.ShardFile, "write", write)
+
+
+class Failing:
+    """A file that cannot be written."""
+
+    def __init__(self, file: Any, fail: Any) -> None:
+        self.write, self.fileno, self.close = fail, file.fileno, file.close
+
+
+def test_one_run_at_a_time(source: Path, tmp_path: Path) -> None:
+    place = tmp_path / ".out.lap_ext"
+    place.mkdir()
+    with (place / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="expected one run at a time that writes"):
+            prune(source, tmp_path / "out")
+    prune(source, tmp_path / "out")
+
+
+def test_energies_are_taken_from_an_interrupted_run(source: Path, tmp_path: Path) -> None:
+    """Other ones in their place give another result: the weights are not measured again."""
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", on_progress=stopping("write", 1, KeyboardInterrupt()))
+    path = tmp_path / ".out.lap_ext" / "energies.safetensors"
+    energies: dict[str, Tensor] = load_file(path)
+    save_file({name: torch.rand_like(x) for name, x in energies.items()}, path)
+    prune(source, tmp_path / "out")
+    prune(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") != contents(tmp_path / "whole")
