@@ -53,7 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks."""
-    config.addinivalue_line("markers", "big: more than 2**31 elements, only with --run-big")
+    config.addinivalue_line(
+        "markers", "big: more than 2**31 elements, or minutes; only with --run-big"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ import lap_ext
 from lap_ext.checkpoint import memory
 from lap_ext.checkpoint.files import MASKS
 
+pytestmark = pytest.mark.big  # minutes: each case is a process with its own budget
+
 MB = 10**6
 
 
