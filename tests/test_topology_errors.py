@@ -220,6 +220,15 @@ def test_neighbors_are_needed_on_both_sides() -> None:
         lap_ext.trace(model, ROWS.double(), neighbors={"b": ("a", "c")})
 
 
+def test_neighbors_of_every_layer_that_is_fed_to_it() -> None:
+    rule = lambda m, x: m.c(torch.fft.fft(m.a(x) + m.b(x)).real)  # noqa: E731
+    model = Net(rule, **{name: linear() for name in "abc"})
+    known = {"a": (None, "c"), "c": (["a", "b"], None)}
+    with pytest.raises(lap_ext.TopologyError, match=r"layers 'a', 'b' feed aten\.fft_fft\.default"):
+        lap_ext.trace(model, ROWS, neighbors=known)
+    assert lap_ext.trace(model, ROWS, neighbors=known | {"b": (None, "c")}).stops == []
+
+
 WRONG_NEIGHBORS: dict[str, tuple[Any, str]] = {
     "no_pair": ({"0": "2"}, "trace: expected neighbors['0'] to be (previous, next), got str."),
     "three": ({"0": (None, None, None)}, "trace: expected neighbors['0'] to be (previous, next), got tuple."),

@@ -328,12 +328,13 @@ def test_a_model_is_left_as_it_was(name: str, training: bool) -> None:
     """Values to the bit, modes, gradients, hooks, random state: after tracing, scoring, a dry run."""
     model, args, kwargs = made(name)
     model.train(training)
-    next(model.children()).eval()  # part of it in the other mode
+    list(model.children())[-1].train(not training)  # part of it in the other mode
     frozen = next(model.parameters())
     frozen.requires_grad_(False)
     seen: list[str] = []
     handle = next(model.children()).register_forward_hook(lambda *_: seen.append("called"))
     expected = scored(name)
+    torch.backends.mha.set_fastpath_enabled(True)
     before, around = values(model), surroundings(model)
     found = lap_ext.scores(model, args, kwargs=kwargs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)  # dropout and statistics of eval
@@ -341,6 +342,21 @@ def test_a_model_is_left_as_it_was(name: str, training: bool) -> None:
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
     assert surroundings(model) == around
     handle.remove()
+
+
+class Cached(nn.Linear):
+    """As transformers' language models: what is kept for the next token is no tensor."""
+
+    def forward(self, x: Tensor, use_cache: bool = True) -> Any:
+        y = super().forward(x)
+        return (y, object()) if use_cache else y
+
+
+def test_no_cache_is_asked_for() -> None:
+    model = Cached(4, 3)
+    assert list(lap_ext.trace(model, torch.randn(1, 4)).layers) == ["weight"]
+    with pytest.raises(lap_ext.TopologyError):
+        lap_ext.trace(model, torch.randn(1, 4), {"use_cache": True})
 
 
 def test_pruning_changes_the_pruned_weights_alone() -> None:

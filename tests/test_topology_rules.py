@@ -182,6 +182,13 @@ def test_norms_of_images(name: str) -> None:
     assert followed(topology) == pytest.approx(expected, rel=1e-6)
 
 
+def test_statistics_of_the_batch_count_one() -> None:
+    """Where a model asks for them itself, in whichever mode it is."""
+    weight, mean, variance = torch.rand(6) + 0.5, torch.rand(6), torch.rand(6)
+    got = followed_rows(lambda x: F.batch_norm(x, mean, variance, weight, training=True))
+    assert got == pytest.approx({(i, i): float(weight[i]) for i in range(6)})
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
 def test_norms_of_rows(norm: Any, affine: bool) -> None:
@@ -285,3 +292,75 @@ def test_sums_inside_a_product() -> None:
     model.w = nn.Parameter(torch.randn(1, 6, 6))
     model.rule = lambda m, x: m.b(torch.baddbmm(m.a(x)[None], m.c(x)[None], m.w)[0])
     assert [edge.name for edge in lap_ext.trace(model, ROWS).layers["b"].prev] == ["a", "w"]
+
+
+def test_parts_of_a_weight() -> None:
+    """Channels are counted through the whole parameter, whichever side is cut, which way it is kept."""
+
+    def rule(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)  # [N, 6]
+        rows, columns = F.linear(h, m.w[2:5]), F.linear(h[:, :4], m.w[:3, 1:5])
+        flipped = h[:, 4:] @ m.v[3:5, 2:]
+        return m.b(torch.cat([rows, columns, flipped], 1))
+
+    model = Net(rule, a=linear(), b=linear(2, 10))
+    model.w, model.v = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 6))
+    topology = lap_ext.trace(model, ROWS)
+    w, v = topology.layers["w"], topology.layers["v"]
+    assert [(r.part.rows, r.part.cols, r.part.transposed) for r in (*w.roles, *v.roles)] == [
+        ((2, 5), None, False), ((0, 3), (1, 5), False), ((3, 5), (2, 6), True)]  # fmt: skip
+    shown = [list(zip(e.here.tolist(), e.there.tolist(), strict=True)) for e in (*w.prev, *v.prev)]
+    whole = [(i, i) for i in range(6)]  # (input of the weight, channel of a)
+    assert shown == [whole, [(1, 0), (2, 1), (3, 2), (4, 3)], [(3, 4), (4, 5)]]
+    found = {e.name: list(zip(e.here.tolist(), e.there.tolist(), strict=True))
+             for e in topology.layers["b"].prev}  # fmt: skip
+    assert sorted(found["w"]) == [(0, 2), (1, 3), (2, 4), (3, 0), (4, 1), (5, 2)]
+    assert found["v"] == [(6, 2), (7, 3), (8, 4), (9, 5)]
+    readers = {e.name: set(zip(e.here.tolist(), e.there.tolist(), strict=True))
+               for e in topology.layers["a"].next}  # fmt: skip
+    assert readers == {"w": {*whole, (0, 1), (1, 2), (2, 3), (3, 4)}, "v": {(4, 3), (5, 4)}}
+
+
+def test_einsum_in_another_order() -> None:
+    """Heads and their channels change places on the way out."""
+    rule = lambda m, x: m.b(torch.einsum("nti,ihd->ntdh", m.a(x), m.w).flatten(2))  # noqa: E731
+    model = Net(rule, a=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 2, 3)))
+    topology = lap_ext.trace(model, X3)
+    assert pairs(topology, "b", "w") == [(2 * d + h, 3 * h + d) for d in range(3) for h in range(2)]
+
+
+def test_a_layer_that_nothing_reads_counts_as_the_last() -> None:
+    model = Net(lambda m, x: m.b(x) * (m.a(x) > 0), a=linear(), b=linear())
+    topology = lap_ext.trace(model, ROWS)
+    assert topology.layers["a"].next == []
+    scores = lap_ext.scores(model, topology)
+    torch.testing.assert_close(scores["a"], model.a.weight.detach().abs())
+
+
+def test_a_part_written_by_an_operation() -> None:
+    """Through views of views, without an assignment: rows 0 to 2 are read by c, then scaled."""
+
+    def rule(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        h.view(2, 2, 3)[:, 0].add_(m.c(x))
+        h.chunk(2, 1)[1].mul_(2.0)
+        return m.b(h)
+
+    topology = lap_ext.trace(Net(rule, a=linear(), c=linear(3), b=linear(2)), ROWS)
+    assert followed(topology) == {(i, i): 1.0 if i < 3 else 2.0 for i in range(6)}
+    assert pairs(topology, "b", "c") == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_result_written_elsewhere() -> None:
+    """What out= names is written over, what is read stays as it was."""
+
+    def rule(m: Any, x: Tensor) -> Tensor:
+        h, c = m.a(x), m.c(x)
+        torch.mul(c, 2, out=h)
+        return m.b(h) + m.d(c)
+
+    layers = {"a": linear(), "c": linear(), "b": linear(2), "d": linear(2)}
+    topology = lap_ext.trace(Net(rule, **layers), ROWS)
+    assert [(e.name, e.scale is None) for e in topology.layers["b"].prev] == [("c", False)]
+    assert [(e.name, e.scale is None) for e in topology.layers["d"].prev] == [("c", True)]
+    assert topology.layers["a"].next == []

@@ -94,6 +94,8 @@ def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if schema is not None:
         name = schema.name.rpartition("::")[2]
         for place, argument in enumerate(schema.arguments):
+            if argument.is_out:  # written over, not read
+                continue
             if place < len(args):
                 arguments[argument.name] = args[place]
             elif argument.name in kwargs:

@@ -89,8 +89,10 @@ class Tracer:
         call = bind(node, args, kwargs)
         result = self._result(call)
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
-            values[node.args[0]] = result  # later readers see what was written
+        if schema is not None and schema.is_mutable:
+            written = node.kwargs.get("out", node.args[0])
+            if isinstance(written, fx.Node):
+                values[written] = result  # later readers see what was written
         return result
 
     def _result(self, call: Call) -> Any:
