@@ -81,6 +81,26 @@ def test_dtypes(dtype: torch.dtype, scope: str, tmp_path: Path) -> None:
             assert torch.equal(bits(pruned[key]), bits(tensor))
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("criterion", ["lookahead", "magnitude"])
+def test_ties(criterion: str, scope: str, tmp_path: Path) -> None:
+    """Three values of weights: nearly all scores have many equals, and the first ones are kept."""
+    net = network(torch.float16)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randint(0, 3, parameter.shape))
+    source, inputs = write(tmp_path / "dense", net.state_dict()), INPUTS.half()
+    options = {"scope": scope, "criterion": criterion}
+    mine = options | {"model": net, "example_inputs": inputs}
+    few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **mine))
+    for sparsity in (0.2, 0.5, 0.9):
+        for memory in (few, 2 * few, "1GB"):
+            out = tmp_path / f"{sparsity} {memory}"
+            got = prune(source, out, sparsity, memory=memory, **mine)
+            want = lap_ext.prune(net, inputs, sparsity, apply=False, **options)
+            assert got.masks == want.masks
+
+
 NAMES = ["hf_llama_sdpa", "hf_qwen2", "hf_gpt2_sdpa", "hf_bert_mlm", "hf_gemma", "hf_t5_gated"]
 
 
@@ -164,6 +184,14 @@ def test_every_file_is_there_and_the_rest_is_as_it_was(dense: Path, tmp_path: Pa
             assert len(new) == len(old)
         else:
             assert new == old
+
+
+def test_weights_in_other_formats_come_along_with_a_warning(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+    (dense / "pytorch_model.bin").write_bytes(bytes(2_000_000))
+    (dense / "training_args.bin").write_bytes(bytes(2_000))
+    with pytest.warns(UserWarning, match=r"prune: pytorch_model.bin may hold the weights too"):
+        prune(dense, tmp_path / "out")
+    assert (tmp_path / "out" / "pytorch_model.bin").stat().st_size == 2_000_000
 
 
 def test_tensors_of_other_dtypes_are_copied(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ import lap_ext
 from lap_ext.checkpoint import memory
 from lap_ext.checkpoint.files import MASKS
 
-pytestmark = pytest.mark.big  # minutes: each case is a process with its own budget
-
 MB = 10**6
 
 
@@ -46,6 +44,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_written(tmp_path: Path
 CASES = [(200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "bn='fold'")]
 
 
+@pytest.mark.big  # a minute: each case is a process with its own budget
 @pytest.mark.parametrize("megabytes, options", CASES)
 def test_a_process_stays_within_its_budget(megabytes: int, options: str, tmp_path: Path) -> None:
     """168 MB of weights in layers of 34 and 67 MB; the peak is the kernel's own count."""

@@ -27,7 +27,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 _SINGLE, _INDEX = "model.safetensors", ".safetensors.index.json"
+_LEAST_WEIGHTS = 1_000_000  # bytes of a file that may hold weights
 _LONGEST_JSON = 100_000_000  # bytes; the limit of safetensors for a header
+_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}
 _HIDDEN = {".git", ".cache"}  # what git and the hub's downloader keep beside a checkpoint
 
 
@@ -94,12 +96,21 @@ class Folder:
             if path.is_file() and str(inner) not in mine and not _HIDDEN & set(inner.parts):
                 yield inner
 
+    def unpruned(self) -> list[str]:
+        """Other files that may hold the same weights once more: they are copied as they are."""
+        return [str(x) for x in self.others() if x.suffix in _WEIGHTS and not _is_small(self, x)]
+
     def stamps(self) -> list[list[Any]]:
         """(name, size, time of change) of each file that decides the result."""
         names = [shard.name for shard in self.shards] + [self.index or "", "config.json"]
         found = [(name, (self.path / name)) for name in names if name]
         stats = [(name, path.stat()) for name, path in found if path.exists()]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _is_small(folder: Folder, inner: Path) -> bool:
+    """Whether a file is no more than settings (training_args.bin)."""
+    return (folder.path / inner).stat().st_size < _LEAST_WEIGHTS
 
 
 def wrong(expected: str, got: object, cure: str = "") -> ValueError:

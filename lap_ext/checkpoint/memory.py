@@ -22,7 +22,7 @@ from lap_ext.criteria import Criterion, Random
 from lap_ext.topology import Layer, Topology
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_RUN = 1 << 20  # weights of a run, if they fit: more makes nothing faster
+_RUN = 1 << 18  # weights of a run, if they fit: its scores stay in the cache
 _SCRATCH = 48  # bytes a weight of a run beside itself: float64 sums over roles, keys, a mask
 _FALLBACK = 16  # bytes a weight that pure PyTorch needs for the mask of a whole layer
 _FOLDED = 16  # the same for norms of weights times their batch norm, in float64

@@ -158,7 +158,8 @@ def sample_steps(task: Task, layers: Sequence[Layer]) -> dict[str, int]:
     count = sum(math.prod(x.shape) for x in layers)
     steps = {}
     for layer in layers:
-        step = max(1, -(-count // max(1, min(task.limits.sample, rank.SAMPLE)))) | 1
+        size = max(1, min(task.limits.sample, round(count ** (2 / 3))))  # candidates: about as many
+        step = max(1, -(-count // size)) | 1
         while math.gcd(step, max(math.prod(layer.shape[1:]), 1)) > 1:
             step += 2
         steps[layer.name] = step

@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BINS = 1 << 16
-CHUNK = 1 << 15  # keys at a time: they stay in the cache, and torch uses one thread
-SAMPLE = 1 << 21  # scores that an interval is chosen from, at most
+CHUNK = BINS = 1 << 15  # elements at a time: they stay in the cache, and torch uses one thread
 _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 
 Sweep = Callable[[], Iterable[tuple[int, Tensor]]]  # (part, its next keys), all of them, in order
@@ -131,7 +129,6 @@ class _Pass:
 
     def add(self, part: int, keys: Tensor) -> None:
         """The next keys of a part."""
-        found = []
         for chunk in keys.split(CHUNK):
             at_least = chunk >= self.low
             over = chunk > self.high
@@ -140,9 +137,7 @@ class _Pass:
             self.above[part] += above
             self.inside[part] += inside
             if inside and self.low != self.high:
-                found.append(chunk[at_least ^ over])
-        if found:
-            self._hold(part, torch.cat(found))
+                self._hold(part, chunk[at_least ^ over])
 
     def _hold(self, part: int, keys: Tensor) -> None:
         places = (keys.long() - self.low) >> self.shift

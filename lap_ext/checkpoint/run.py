@@ -13,6 +13,7 @@ What is planned is in plan.py, the passes are in passes.py and shards.py.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 import lap_ext
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
-from lap_ext.checkpoint.files import MASKS, open_folder, wrong
+from lap_ext.checkpoint.files import FUNCTION, MASKS, open_folder, wrong
 from lap_ext.checkpoint.memory import parsed
 from lap_ext.checkpoint.passes import PieceCut
 from lap_ext.checkpoint.plan import Plan, check_options, check_out, plan_of
@@ -130,6 +131,12 @@ def prune(
         if files.stamps() != asked["files"]:
             raise wrong("files that stay as they are while they are read", "changed ones")
         work.finish(target)
+    unpruned = files.unpruned()
+    if unpruned:
+        warnings.warn(
+            f"{FUNCTION}: {', '.join(unpruned)} may hold the weights too, and came along unpruned.",
+            stacklevel=2,
+        )
     return result_of(target, _rows(plan), chosen.name, target / MASKS if save_masks else None)
 
 

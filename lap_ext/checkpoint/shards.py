@@ -118,13 +118,14 @@ class Writer:
         layer, piece = self._layers[entry.name]
         found = self.cuts[self._key(entry)]
         score, left = scorer(self.task, layer, found.how), found.ties
+        flags = Buffer()
         for first, weight in self.task.runs(layer, (piece,), self._buffer, "write"):
-            masks = []
-            for keys in rank.keys_of(score(weight, first)).split(rank.CHUNK):
-                mask, taken = rank.mask_of(keys, found.key, left)
+            mask = flags.tensor(weight.numel(), torch.bool)
+            keys = rank.keys_of(score(weight, first))
+            for some, kept in zip(keys.split(rank.CHUNK), mask.split(rank.CHUNK), strict=True):
+                kept[:], taken = rank.mask_of(some, found.key, left)
                 left -= taken
-                masks.append(mask)
-            self._apply(layer, first, weight, torch.cat(masks))
+            self._apply(layer, first, weight, mask)
             file.write(bytes_of(weight))
 
     def _apply(self, layer: Layer, first: int, weight: Tensor, mask: Tensor) -> None:

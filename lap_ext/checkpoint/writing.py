@@ -93,7 +93,10 @@ class MaskFile:
         pack_into(self._buffer.tensor(size, torch.uint8), mask)
         place = self._begin[name] + first // 8
         with on_disk(self.path.parent):
-            for end in {0, size - 1} if size else set():  # bits of other runs beside these
+            ends = {0} if lead else set()
+            if mask.numel() % 8:
+                ends.add(size - 1)
+            for end in ends:  # bits of other runs beside these
                 old = os.pread(self._file.fileno(), 1, place + end)
                 view[end] |= old[0] & _outside(end, size, lead, mask.numel())
             done = 0
