@@ -8,7 +8,6 @@ in the gradient's norm by which Trainer clips.
 from __future__ import annotations
 
 import copy
-import datetime
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import mask_cases as cases
 import pytest
 import torch
+from processes import two_processes
 from torch import Tensor, nn
 
 import lap_ext
@@ -320,16 +320,8 @@ def test_without_its_host(host: str, text: str) -> None:
 
 def worker(rank: int, folder: str) -> None:
     """One of two processes, each with its own half of the data."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
     torch.manual_seed(0)
     model = Net()
     schedule = lap_ext.cubic(0.8, start=1, end=7, every=3)
@@ -350,12 +342,10 @@ def worker(rank: int, folder: str) -> None:
         host._check_agreed(
             lap_ext.Masks({"even": torch.tensor([True]), "odd": torch.tensor([rank == 0])})
         )
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel over gloo, on this machine only."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # 127.0.0.1
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    two_processes(worker, tmp_path)
     masks = lap_ext.Masks.load(tmp_path / "checkpoint-10" / MASKS_NAME)
     assert masks.sparsity > 0.79

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import mask_cases as cases
 import pytest
 import torch
 from conftest import needs_cuda
+from processes import two_processes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -174,14 +174,6 @@ def test_tied_weights() -> None:
 
 def worker(rank: int, folder: str) -> None:
     """One of two processes that share each batch; the first writes what both have."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
     for buckets in (False, True):  # gradients of their own, or views of the buckets
         state: dict[str, Any] = torch.load(f"{folder}/start.pt")
         model, masks = cases.net(), Masks(state["masks"])
@@ -198,17 +190,15 @@ def worker(rank: int, folder: str) -> None:
         assert torch.equal(every[0], every[1]), "the processes stay one model"
         if rank == 0:
             torch.save(model.state_dict(), f"{folder}/end-{buckets}.pt")
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel over gloo, on this machine only."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # 127.0.0.1
     model, data = cases.net(), cases.batches(4)
     masks = cases.random_masks(model)
     start = {"model": model.state_dict(), "masks": dict(masks), "data": data}
     torch.save(start, tmp_path / "start.pt")
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    two_processes(worker, tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
     masks.keep(model, optimizer)
     cases.train(model, optimizer, data)

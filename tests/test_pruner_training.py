@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import mask_cases as cases
 import pytest
 import torch
+from processes import two_processes
 from test_pruner import EXAMPLE, train
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -299,23 +299,13 @@ def trial(rank: int, kind: str) -> None:
 
 def worker(rank: int, folder: str) -> None:
     """One of two processes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
     for kind in ("plain", "batch norm", "compiled"):
         trial(rank, kind)
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel over gloo, on this machine only.
 
     What a batch norm has seen differs between the processes, and so would their masks.
     """
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # 127.0.0.1
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    two_processes(worker, tmp_path)

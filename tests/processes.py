@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""Two processes of one training, over gloo, on this machine only."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Work = Callable[[int, str], None]  # (rank, folder)
+
+
+def two_processes(work: Work, folder: Path) -> None:
+    """Runs work in both; an exception in either is raised here."""
+    torch.multiprocessing.spawn(_process, (work, str(folder)), nprocs=2)
+
+
+def _process(rank: int, work: Work, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # 127.0.0.1
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    work(rank, folder)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DistributedDataParallel still holds the group: its threads would now and then meet an interpreter
+    # that is being taken down, and abort (pytorch issues 179291 and 190489).
+    os._exit(0)
