@@ -81,6 +81,20 @@ class TestDiagonals:
             torch.testing.assert_close(h, by_autograd(net, data, name), rtol=1e-9, atol=1e-15)
             assert h.shape == net.get_parameter(f"{name}.weight").shape
 
+    def test_a_convolution_right_behind_another(self) -> None:
+        """Bug 16 of the public code, which looks whether the module before is a convolution."""
+        net = nn.Sequential(
+            *(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)),
+            *(nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
+        )
+        cases.unsettle(net)
+        net.double().eval()
+        data = [(torch.randn(3, 1, 2, 2).double(), torch.tensor([0, 2, 1]))]
+        found = diagonals(net, data)
+        assert list(found) == ["0", "1", "3", "6"]
+        for name, h in found.items():
+            torch.testing.assert_close(h, by_autograd(net, data, name))
+
     def test_piecewise_linear(self) -> None:
         """Both curvatures are the same there."""
         net = cases.conv_net().double()

@@ -2,10 +2,13 @@
 """What the paper's public code gets wrong is right here: one test for each of its known bugs.
 
 The numbers are those of the list of bugs that was made when that code was read; those it has for
-its data sets and its training scripts do not arise here.
+its data sets and its training scripts do not arise here. 16, layers without a curvature, is in
+test_criteria_obd.py; 18, copies as large as a weight, in test_network_reads.py.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import criteria_cases as cases
 import pytest
@@ -99,6 +102,32 @@ def test_3_skips_and_projections_count() -> None:
     a, b, c = skip.a.weight, skip.b.weight, skip.c.weight
     close(found["a"], a, 1.0, energy(b, 1) + energy(c, 1))
     close(found["c"], c, energy(a, 0) + energy(b, 0), 1.0)
+
+
+class PreActivated(nn.Module):
+    """The norm reads the stream, as the projection does beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.conv, self.proj = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.fc = nn.Linear(4, 5)
+        cases.unsettle(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc((self.conv(F.relu(self.bn(x))) + self.proj(x)).mean((2, 3)))
+
+
+def test_4_a_batch_norm_before_its_consumer() -> None:
+    """It lies on that consumer's edge, and not on the projection's."""
+    net = PreActivated()
+    found, scale = lap_ext.scores(net, X), cases.bn_scale(net.bn) ** 2
+    stem, reads = energy(net.stem.weight, 0), energy(net.fc.weight, 1)
+    both = scale * energy(net.conv.weight, 1) + energy(net.proj.weight, 1)
+    close(found["stem"], net.stem.weight, 1.0, both)
+    close(found["conv"], net.conv.weight, scale * stem, reads)
+    close(found["proj"], net.proj.weight, stem, reads)
 
 
 def test_5_the_epsilon_of_the_batch_norm() -> None:
@@ -326,6 +355,19 @@ def test_14_activity_is_a_mean_of_probabilities() -> None:
     batch = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])  # active: 1 and 1/2
     found = lap_ext.scores(net, torch.zeros(1, 1, 2), criterion="lookahead_act", data=[batch])
     assert found["0"].item() == pytest.approx(5 * 0.75**0.5)
+
+
+def test_15_every_method_has_a_name() -> None:
+    """Backward, OBD with lookahead, random over all layers, global without a norm."""
+    net, data = cases.conv_net(), cases.pictures(3)
+    ways = [{"order": "backward"}, {"scope": "global", "criterion": "random"},
+            {"scope": "global"}, {"scope": "global", "criterion": "magnitude"},
+            {"criterion": "lookahead_act", "data": data}]  # fmt: skip
+    if find_spec("backpack") is not None:
+        ways += [{"criterion": "obd_lookahead", "data": data}]
+    counts = [lap_ext.prune(net, X, 0.75, apply=False, **way).kept for way in ways]
+    total = sum(layer.weight.numel() for layer in lap_ext.trace(net, X).layers.values())
+    assert all(abs(count - total / 4) <= len(net) for count in counts)
 
 
 def test_17_layers_of_every_kind() -> None:

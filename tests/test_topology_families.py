@@ -219,7 +219,6 @@ def collect(found: dict[Any, float], edge: Edge, key: Callable[[int, int], Any])
 REFUSED = {
     "local_response_norm": "layer 'conv1' feeds aten.avg_pool3d.default in module 'function'",
     "running_sum": "layer 'conv1' feeds aten.cumsum.default",
-    "sorted_channels": "layer 'conv1' feeds aten.index.Tensor",
     "standardized": "expected a weight that is a parameter in aten.conv2d.default in module '0'",
     "weight_norm": "expected a weight that is a parameter in aten.linear.default in module '0'",
     "pruned": "expected a weight that is a parameter in aten.linear.default in module '0'",
@@ -228,7 +227,7 @@ REFUSED = {
     # state times read-out: a product of channels that is read as channels, no logits
     "hf_mamba": "feed aten.matmul.default in module 'backbone.layers.0.mixer'",
 }
-FOLLOWED = {"dropped_add", "assigned_slice", "softmax_channels", "cbam"}
+FOLLOWED = {"dropped_add", "assigned_slice", "softmax_channels", "cbam", "sorted_channels"}
 
 
 def test_all_that_is_hard_is_here() -> None:
@@ -270,6 +269,12 @@ def test_assigned_slice() -> None:
 def test_softmax_of_channels() -> None:
     """An activation, as everywhere: its sum is a statistic over the very channels it divides."""
     assert pairs(traced("softmax_channels"), "conv2", "conv1") == [(i, i) for i in range(6)]
+
+
+def test_channels_in_an_order_that_data_says() -> None:
+    """Any channel may come to any place: each of them counts there."""
+    every = [(i, c) for i in range(6) for c in range(6)]
+    assert pairs(traced("sorted_channels"), "conv2", "conv1") == every
 
 
 def test_gates_of_positions_and_of_channels() -> None:

@@ -236,7 +236,7 @@ def test_modules_and_functions() -> None:
 PAIRS = [("vit_sdpa", "vit_by_hand"), ("hf_bert_eager", "hf_bert_sdpa"),
          ("hf_gpt2_eager", "hf_gpt2_sdpa"), ("hf_llama_eager", "hf_llama_sdpa"),
          ("hf_t5_eager", "hf_t5_sdpa"), ("hf_llama_sdpa", "hf_llama_padded"),
-         ("hf_mixtral_batched_mm", "hf_mixtral_grouped_mm")]  # fmt: skip
+         ("hf_mixtral_batched_mm", "hf_mixtral_grouped_mm"), ("moe_einsum", "moe_bmm")]  # fmt: skip
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

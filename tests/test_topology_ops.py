@@ -102,6 +102,8 @@ def im2col(x: Tensor) -> Tensor:
 ONE = torch.ones(2, 1, 3, 5)
 CLS = torch.ones(2, 1, 6)
 MIXED = torch.tensor([3, 1, 1, 0])
+KEPT = torch.tensor([True, False, False, True, True, False])
+PLACES = torch.tensor([2, 0, 5]).expand(2, 3)
 GRID = torch.rand(2, 4, 4, 2) - 0.5
 
 # name: (operation, what a makes, how b reads)
@@ -125,6 +127,8 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "squeeze": (lambda x: x.unsqueeze(1).squeeze(1), "rows", "linear"),
     "expand": (lambda x: x[:, None].expand(2, 3, 6), "rows", "linear"),
     "t": (lambda x: x.t().t(), "rows", "linear"),
+    "einsum": (lambda x: torch.einsum("nij->nji", x.unflatten(1, (2, 3))).flatten(1), "rows", "linear"),
+    "einsum_any": (lambda x: torch.einsum("...i->i...", x).T, "rows", "linear"),
     "mT": (lambda x: x.mT, "tokens", "conv1"),
     "swapaxes": (lambda x: x.swapaxes(1, 3), "image", "linear"),
     "movedim": (lambda x: x.movedim(1, -1), "image", "linear"),
@@ -203,6 +207,15 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
         "rows", "linear"),
     "positions_into_zeros": (
         lambda x: written(torch.zeros(2, 7, 6), (slice(None), slice(2, 7)), x), "tokens", "linear"),
+    "placed": (lambda x: written(torch.zeros(2, 8), (slice(None), [7, 0, 2]), x[:, [1, 1, 4]]), "rows", "linear"),
+    "placed_ones": (lambda x: written(x, (slice(None), [1, 3]), 1.0), "rows", "linear"),
+    "placed_zeros": (lambda x: written(x, (slice(None), torch.tensor([1, 3])), torch.zeros(2, 2)), "rows", "linear"),
+    "placed_by_mask": (lambda x: written(x, (slice(None), KEPT), 0.0), "rows", "linear"),
+    "placed_in_heads": (lambda x: written(x.unflatten(1, (2, 3)), (slice(None), [0, 1], [2, 0]), 0.0).flatten(1), "rows", "linear"),
+    "scattered": (lambda x: torch.zeros(2, 6).scatter(1, PLACES, x[:, 3:]), "rows", "linear"),
+    "scattered_number": (lambda x: x.scatter(1, PLACES, 0.0), "rows", "linear"),
+    "index_copied": (lambda x: x.index_copy(1, PLACES[0], x[:, 3:]), "rows", "linear"),
+    "index_filled": (lambda x: x.index_fill(1, PLACES[0], 0.0), "rows", "linear"),
     "copied": (lambda x: torch.ones_like(x).copy_(x.flip(1)), "rows", "linear"),
     # positions
     "max_pool": (lambda x: F.max_pool2d(x, 2), "image", "conv2"),
@@ -235,6 +248,8 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "mean_of_some": (lambda x: x[:, [0, 0, 3]].mean(1, keepdim=True), "rows", "linear"),
     "mean_with_ones": (lambda x: torch.stack([x, torch.ones(2, 6)]).mean(0), "rows", "linear"),
     "sum": (lambda x: x.sum(-1, keepdim=True), "rows", "linear"),
+    "sum_by_einsum": (lambda x: torch.einsum("nij->nj", x.unflatten(1, (2, 3))), "rows", "linear"),
+    "sum_of_all_by_einsum": (lambda x: torch.einsum("i...->", x[:1]).view(1, 1), "rows", "linear"),
     "sum_of_groups": (lambda x: x.view(2, 2, 3).sum(1), "rows", "linear"),
     "maxout": (lambda x: x.view(2, 3, 2).amax(-1), "rows", "linear"),
     "largest": (lambda x: x.max(-1, keepdim=True).values, "rows", "linear"),

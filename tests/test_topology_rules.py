@@ -106,6 +106,8 @@ JOINS: dict[str, Any] = {
     "value": lambda x, y: torch.addcmul(x, y, torch.ones(2, 6), value=2),
     "rsub": lambda x, y: torch.rsub(x, y, alpha=3), "quotient": lambda x, y: torch.addcdiv(x, y, V),
     "product": lambda x, y: torch.addcmul(torch.ones(6), x, y), "nothing": lambda x, y: 0.0 * x + y,
+    "pow": torch.pow, "clamp": lambda x, y: x.clamp(max=y), "clamp_min": lambda x, y: x.clamp_min(y),
+    "clamp_of_constant": lambda x, y: torch.ones(2, 6).clamp(x, y),
 }  # fmt: skip
 FACTORS: dict[str, tuple[Any, Any]] = {
     "mean": (0.5, 0.5), "twice": (1, 2), "lerp": (0.75, 0.25), "alpha": (1, 2), "value": (1, 2),
@@ -244,6 +246,15 @@ FORMS: dict[str, tuple[tuple[int, ...], str, Callable[[Tensor, Tensor], Tensor]]
     "addmm": ((6, 3), "io", lambda x, w: torch.addmm(W[:3], x[0], w)),
     "vector": ((6, 3), "io", lambda x, w: x[0, 0] @ w),
     "by_vector": ((3, 6), "oi", lambda x, w: w @ x[0, 0]),
+    "mv": ((3, 6), "oi", lambda x, w: torch.mv(w, x[0, 0])),
+    "tensordot": ((6, 3), "io", lambda x, w: torch.tensordot(x, w, dims=1)),
+    "tensordot_weight_first": (
+        (3, 6), "oi", lambda x, w: torch.tensordot(w, x, dims=([1], [2])).permute(1, 2, 0)),
+    "tensordot_heads": (
+        (2, 3, 3), "io", lambda x, w: torch.tensordot(x.unflatten(2, (2, 3)), w, dims=2)),
+    "einsum_any": ((3, 6), "oi", lambda x, w: torch.einsum("...i,oi->...o", x, w)),
+    "einsum_implicit": ((6, 3), "io", lambda x, w: torch.einsum("...i, ij", x, w)),
+    "einsum_any_weight_first": ((3, 6), "oi", lambda x, w: torch.einsum("oi,...i->...o", w, x)),
     "einsum": ((3, 6), "oi", lambda x, w: torch.einsum("nti,oi->nto", x, w)),
     "einsum_io": ((6, 3), "io", lambda x, w: torch.einsum("nti,io->nto", x, w)),
     "einsum_weight_first": ((3, 6), "oi", lambda x, w: torch.einsum("oi,nti->nto", w, x)),
@@ -327,6 +338,15 @@ def test_einsum_in_another_order() -> None:
     model = Net(rule, a=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 2, 3)))
     topology = lap_ext.trace(model, X3)
     assert pairs(topology, "b", "w") == [(2 * d + h, 3 * h + d) for d in range(3) for h in range(2)]
+
+
+def test_einsum_meets_from_the_right() -> None:
+    """As in broadcasting: [N, heads, channels] and [heads, channels]."""
+    rule = lambda m, x: m.b(torch.einsum(  # noqa: E731
+        "...d,...d->...d", m.a(x).unflatten(1, (2, 3)), m.c(x)[0].unflatten(0, (2, 3))).flatten(1))  # fmt: skip
+    topology = lap_ext.trace(Net(rule, a=linear(), c=linear(), b=linear()), torch.randn(3, 6))
+    for name in "ac":
+        assert pairs(topology, "b", name) == [(i, i) for i in range(6)]
 
 
 def test_a_layer_that_nothing_reads_counts_as_the_last() -> None:

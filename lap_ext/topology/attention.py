@@ -5,8 +5,9 @@ q k^T    contracts channels: q and k are each other's neighbors (the logit is bi
 distortion of one weight of q's layer is |w| * in_norm * ||row of k's||), and the
 logits carry no channels on
 a v      contracts positions: v's channels go on; those of weights a that went through a softmax
-end here
-otherwise, with both steady along what is contracted: as an element-wise product
+over positions, or over the rows of a matrix of channels, end here, as they do where a product is
+written out
+otherwise, with one of them steady along what is contracted: as an element-wise product, summed
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from lap_ext.topology import labels as lab
 from lap_ext.topology.call import Call, Result, rule
-from lap_ext.topology.joins import joined
-from lap_ext.topology.mixing import mixed
+from lap_ext.topology.joins import joined, weights_of_positions
+from lap_ext.topology.mixing import mixed, projected
 from lap_ext.topology.value import Value, plain
 
 if TYPE_CHECKING:
@@ -26,9 +27,18 @@ if TYPE_CHECKING:
 
 
 def product(
-    t: Tracer, call: Call, a: Value, b: Value, shape: tuple[int, ...] | None = None
+    t: Tracer,
+    call: Call,
+    a: Value,
+    b: Value,
+    shape: tuple[int, ...] | None = None,
+    gate: bool = False,
 ) -> Value:
-    """A [..., m, k] times b [..., k, n]; shape: of the result, if it is not the call's."""
+    """A [..., m, k] times b [..., k, n].
+
+    shape: of the result, if it is not the call's. gate: one of them has a vector where the other
+    has matrices, so that it is their element-wise product, summed.
+    """
     shape = call.shape if shape is None else shape
     if len(a.shape) < 2 or len(b.shape) < 2:
         return t.unknown(call)
@@ -38,25 +48,30 @@ def product(
     if not a.has_channels and not b.has_channels:
         return plain(shape)
     if a.has_channels and b.has_channels:
-        if _weighs(t, a):
+        weights = weights_of_positions(t, a, b)
+        if weights is a:
             t.end(a, "attention")
             return b.passed(call.name, shape, mixed(t.channels, call.name, right, [rank - 2]))
-        if changes_a and changes_b:
+        if weights is b:
+            t.end(b, "attention")
+            return a.passed(call.name, shape, mixed(t.channels, call.name, left, [rank - 1]))
+        if changes_a and changes_b and not gate:
             if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, no logits
                 return t.unknown(call)
             _couple(t, left, right)
             return plain(shape)
+    for x, other, labels, dim, flipped in (
+        (a, b, left, rank - 1, False), (b, a, right, rank - 2, True)):  # fmt: skip
+        if other.static is not None and labels.shape[dim] > 1:  # a constant matrix over channels
+            n = shape[dim]
+            made = None if len(other.shape) > 2 else projected(
+                t.channels, call.name, labels, dim, other.static, n, flipped)  # fmt: skip
+            return t.unknown(call) if made is None else Value(shape, made, trail=x.trail)
     parts = []
     for x, labels, dim in ((a, left, rank - 1), (b, right, rank - 2)):
         summed = mixed(t.channels, call.name, labels, [dim])
         parts.append(Value(shape, summed, trail=x.trail))
     return joined(t, call, parts, shape)
-
-
-def _weighs(t: Tracer, a: Value) -> bool:
-    """Whether a holds the weights of an attention: what a softmax gave."""
-    labels = a.labels[a.labels != 0]
-    return bool(t.channels.of_kind(labels, "softmax").all())
 
 
 def _couple(t: Tracer, left: Tensor, right: Tensor) -> None:

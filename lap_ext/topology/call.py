@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lap_ext.topology.error import TopologyError
 from lap_ext.topology.value import Value
 
 if TYPE_CHECKING:
@@ -57,14 +56,13 @@ class Call:
         """The shapes of all results."""
         found = self.node.meta.get("val")
         several = found if isinstance(found, (list, tuple)) else [found]
-        try:
-            return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
-        except GuardOnDataDependentSymNode:
-            raise TopologyError(
-                f"trace: expected sizes that do not depend on the values of the inputs, got "
-                f"{self.target}, whose result has as many elements as the data says. Use a mask "
-                "in place of a selection."
-            ) from None
+        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
+
+    @property
+    def operation(self) -> str:
+        """What errors call it."""
+        plain = isinstance(self.target, FunctionType)
+        return self.name if plain else str(self.target)
 
 
 def mapped(x: Any, function: Callable[[Any], Any]) -> Any:

@@ -130,6 +130,10 @@ class Channels:
                 result |= places == place
         return result
 
+    def sum_of(self, child: Tensor, labels: Tensor) -> None:
+        """The space born last sums these channels, pair by pair, though its arcs are to others."""
+        self._members[len(self.spaces) - 1] = child * _BASE + self.root(labels)
+
     def is_parent(self, labels: Tensor, of: Tensor) -> Tensor:
         """Pair by pair, whether a label is among the parents of a channel of kind "reduce"."""
         result = torch.zeros(labels.shape, dtype=torch.bool)

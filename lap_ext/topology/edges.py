@@ -35,7 +35,7 @@ class Edge:
         there: channel of the neighbor, pair by pair, int64 [n].
         scale: factor on the way, pair by pair, float64 [n] (batch norm, norm weight, layer scale;
             with the squared weights of a mean it is their root); None: ones.
-        via: operations passed on the way.
+        via: operations passed on the way, each once; where ways have met, those of all of them.
     """
 
     name: str

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink",
     "threshold", "softplus", "softsign", "log_sigmoid", "log_softmax", "_log_softmax", "exp", "expm1",
     "log", "log1p", "log2", "sqrt", "rsqrt", "neg", "abs", "sin", "cos", "atan", "erf", "square",
-    "reciprocal", "sign", "clamp", "clamp_min", "clamp_max", "clip", "dropout", "feature_dropout",
+    "reciprocal", "sign", "dropout", "feature_dropout",
     "alpha_dropout", "native_dropout", "dropout2d", "dropout3d", "feature_alpha_dropout",
-    "nan_to_num", "round", "floor", "ceil", "trunc", "masked_fill", "tril", "triu", "logit",
+    "nan_to_num", "round", "floor", "ceil", "trunc", "logit",
     "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "detach_", "alias", "lift_fresh",
     "lift_fresh_copy", "float", "double", "half", "bfloat16", "cpu", "cuda", "requires_grad",
     "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "real", "positive",
@@ -52,10 +52,18 @@ def _unary(t: Tracer, call: Call) -> Result:
     return [result, plain(call.shape)] if call.name == "native_dropout" else result
 
 
-@rule("pow")
-def _pow(t: Tracer, call: Call) -> Result:
-    found = [x for x in call.values if x.has_channels]
-    return found[0].passed("pow", call.shape, found[0].labels) if found else plain(call.shape)
+@rule("pow", "clamp", "clamp_min", "clamp_max", "clip")
+def _of_several(t: Tracer, call: Call) -> Result:
+    """An activation, but exponents and bounds may be tensors with channels of their own."""
+    return joined(t, call, call.values)
+
+
+@rule("tril", "triu")
+def _triangle(t: Tracer, call: Call) -> Result:
+    x = call.values[0]
+    if max(x.labels.shape[-2:]) > 1:
+        return t.unknown(call)
+    return x.passed(call.name, call.shape, x.labels) if x.has_channels else plain(call.shape)
 
 
 @rule(
@@ -115,50 +123,6 @@ def _lerp(t: Tracer, call: Call) -> Result:
     return joined(t, call, parts)
 
 
-@rule("copy")
-def _copy(t: Tracer, call: Call) -> Result:
-    """Written over: nothing is left of what was there."""
-    source = call["src"]
-    return source.passed(call.name, call.shape, lab.broadcast(source.labels, len(call.shape)))
-
-
-@rule("fill", "zero")
-def _fill(t: Tracer, call: Call) -> Result:
-    """Nothing is left of what was there but a constant."""
-    value = call.get("value")
-    return t.unknown(call) if isinstance(value, Value) and value.has_channels else plain(call.shape)
-
-
-@rule("where")
-def _where(t: Tracer, call: Call) -> Result:
-    return joined(t, call, call.values[1:]) if len(call.values) > 1 else t.unknown(call)
-
-
-@rule("index_add", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce",
-      "index_copy", "masked_scatter", "index_fill")  # fmt: skip
-def _write(t: Tracer, call: Call) -> Result:
-    """Rows written somewhere into a tensor: both are parents where the places don't matter."""
-    x = call.values[0]
-    source = call.get("source", call.get("src", call.get("values", call.get("value"))))
-    if not isinstance(source, Value) or not source.has_channels:
-        return x.passed(call.name, call.shape, x.labels) if x.has_channels else plain(call.shape)
-    labels = source.labels
-    dims = [call["dim"] % len(x.shape)] if call.get("dim") is not None else []
-    if call.name in {"index_put", "_index_put_impl"}:
-        indices = call["indices"]
-        lead = len(indices)
-        kept = len(x.shape) - lead
-        fixed = labels.dim() - kept
-        chosen = any(i is not None and (i.static is not None or n > 1)
-                     for i, n in zip(indices, x.labels.shape, strict=False))  # fmt: skip
-        if chosen or any(n > 1 for n in labels.shape[:fixed]):
-            return t.unknown(call)
-        labels = labels.reshape([1] * lead + list(labels.shape[fixed:]))
-    elif any(y.shape[dim] > 1 for y in (labels, x.labels) for dim in dims):
-        return t.unknown(call)
-    return joined(t, call, [x, Value(x.shape, labels, trail=source.trail)])
-
-
 @rule("mul", "div", "true_divide", "multiply", "divide")
 def _product(t: Tracer, call: Call) -> Result:
     values = call.values
@@ -173,12 +137,23 @@ def _product(t: Tracer, call: Call) -> Result:
             factor = 1.0 / factor if factor else 1.0
         return by_number(t, call, values[0], factor)
     if len(with_channels) == 2:
-        return joined(t, call, values)
+        weights = weights_of_positions(t, *values)
+        if weights is None:
+            return joined(t, call, values)
+        t.end(weights, "attention")
+        other = values[0] if weights is values[1] else values[1]
+        return joined(t, call, [other])
     (x,) = with_channels
     other = values[1] if values[0] is x else values[0]
     if other.static is None or (inverse and other is values[0]):
         return x.passed(call.name, call.shape, lab.broadcast(x.labels, len(call.shape)))
     return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
+
+
+def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
+    """The one of two factors that a softmax over positions gave, as in an attention; or None."""
+    found = [bool(t.channels.of_kind(x.labels[x.labels != 0], "softmax").all()) for x in (a, b)]
+    return None if found[0] == found[1] else (a if found[0] else b)
 
 
 def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
@@ -289,7 +264,8 @@ def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
         space = channels.add(n, "join", call.name, arcs)
         made[new] = space.labels
         trail = ()
-    return Value(a.shape, lab.compressed(made[place]), trail=trail)
+    terms = (*(a.terms or (a,)), *(b.terms or (b,))) if bool(new.all()) else ()
+    return Value(a.shape, lab.compressed(made[place]), trail=trail, terms=terms)
 
 
 def _rotary(t: Tracer, a: Tensor, b: Tensor) -> Tensor | None:

@@ -87,7 +87,8 @@ def _blocks(shape: list[int], new_shape: list[int]) -> list[tuple[list[int], lis
 
 def broadcast(labels: Tensor, rank: int) -> Tensor:
     """Labels of a tensor broadcast to a higher rank."""
-    return labels.reshape([1] * (rank - labels.dim()) + list(labels.shape))
+    more = rank - labels.dim()
+    return labels.reshape([1] * more + list(labels.shape)) if more else labels
 
 
 def pairs_along(labels: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:

@@ -138,23 +138,28 @@ def _index(t: Tracer, call: Call) -> Result:
         return picked(t, call, x, indices[0])
     if not x.has_channels:
         return t.unknown(call) if x.static is not None and x.static.trainable else plain(call.shape)
-    known: list[Tensor | None] = []
-    labels = x.labels
-    for dim, index in enumerate(indices):
+    labels, shape = x.labels, call.shape
+    known: list[Tensor | None] = []  # the places, one index a dimension; None: all
+    for index in indices:
+        dim = len(known)
+        found = None if index is None else t.constant(index)
         if index is None:
             known.append(None)
-        elif labels.shape[dim] == 1:  # whatever it picks
-            known.append(torch.zeros(index.shape, dtype=torch.int64))
-        elif index.static is not None:
-            known.append(t.constant(index))
-        else:  # which channel is where depends on the data
+        elif found is not None and found.dtype == torch.bool:
+            known += found.nonzero(as_tuple=True)
+        elif found is not None or labels.shape[dim] == 1:
+            known.append(torch.zeros(index.shape, dtype=torch.int64) if found is None else found)
+        elif index.static is not None:  # a constant without values
             return t.unknown(call)
-    if any(index is not None and index.dtype == torch.bool for index in known):
-        return t.unknown(call)
+        else:  # by data: any channel may come
+            labels = mixed(t.channels, call.name, labels, [dim])
+            known.append(torch.zeros(index.shape, dtype=torch.int64))
+    known = [None if places is None else places * (labels.shape[dim] > 1)
+             for dim, places in enumerate(known)]  # fmt: skip
     sizes = [n if labels.shape[d] > 1 or d >= len(known) or known[d] is None else 1
              for d, n in enumerate(x.shape)]  # fmt: skip
     moved = torch.ops.aten.index.Tensor(labels.expand(sizes), known)
-    return x.passed(call.name, call.shape, lab.compressed(moved))
+    return x.passed(call.name, shape, lab.compressed(moved))
 
 
 @rule("index_select", "gather", "take_along_dim")
@@ -166,8 +171,9 @@ def _gather(t: Tracer, call: Call) -> Result:
         return t.unknown(call)
     labels = x.labels
     if len(labels.shape) and labels.shape[dim] > 1:
-        if call.name == "index_select" and index.static is not None:
-            moved = labels.expand(x.shape).index_select(dim, t.constant(index).long())
+        known = t.constant(index) if call.name == "index_select" else None
+        if known is not None:
+            moved = labels.expand(x.shape).index_select(dim, known.long())
             return x.passed(call.name, call.shape, lab.compressed(moved))
         labels = mixed(t.channels, call.name, labels, [dim % len(x.shape)])
     for other, n in enumerate(call.shape):  # gather reads the first n of any other dimension

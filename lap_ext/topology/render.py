@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,15 +11,19 @@ if TYPE_CHECKING:
     from lap_ext.topology.edges import Edge
     from lap_ext.topology.graph import Topology
 
-_MOST = 4  # neighbors shown in a row
+_MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
 
 
 def table(topology: Topology) -> str:
-    """One row a layer: name, kind, shape, what feeds it, what reads it."""
+    """One row a layer: name, kind, shape, what feeds it, what reads it.
+
+    "..mlp.up" is a neighbor whose name begins as the layer's own does, by two parts or more.
+    """
     rows = [("layer", "kind", "shape", "fed by", "read by")]
     for layer in topology.layers.values():
         shape = "x".join(map(str, layer.shape))
-        rows.append((layer.name, layer.kind, shape, _list(layer.prev), _list(layer.next)))
+        around = (_list(layer.name, layer.prev), _list(layer.name, layer.next))
+        rows.append((layer.name, layer.kind, shape, *around))
     lines = [columns(rows)]
     if topology.others:
         lines.append(f"no layers, never pruned: {', '.join(topology.others)}")
@@ -39,15 +44,27 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def _list(edges: list[Edge]) -> str:
+def _list(name: str, edges: list[Edge]) -> str:
     parts = []
     for edge in edges:
         map_ = "" if edge.channel_map in ("same", "all") else f" ({edge.channel_map})"
         mark = {"coupled": "x ", "layer": ""}.get(edge.kind, "")
-        parts.append(f"{mark}{edge.name}{map_}")
+        parts.append(f"{mark}{_short(edge.name, name)}{map_}")
     parts = list(dict.fromkeys(parts))
-    more = f", and {len(parts) - _MOST} more" if len(parts) > _MOST else ""
-    return ", ".join(parts[:_MOST]) + more
+    ends = itertools.accumulate(len(part) + 2 for part in parts)
+    shown = max(1, sum(end <= _WIDEST + 2 for end in list(ends)[:_MOST]))
+    more = f", and {len(parts) - shown} more" if len(parts) > shown else ""
+    return ", ".join(parts[:shown]) + more
+
+
+def _short(name: str, row: str) -> str:
+    """A name without the parts that it begins with as the row's does, if there are several."""
+    parts = name.split(".")
+    both = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(parts, row.split("."), strict=False)
+    )
+    shared = min(len(list(both)), len(parts) - 1)
+    return name if shared < 2 else ".." + ".".join(parts[shared:])
 
 
 def dot(topology: Topology) -> str:

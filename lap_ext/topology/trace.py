@@ -19,6 +19,7 @@ from lap_ext.topology import (
     norms,
     recurrent,
     weights,
+    writes,
 )
 from lap_ext.topology.error import TopologyError
 from lap_ext.topology.export import export, first_names, named_tensors, placeholders
@@ -36,6 +37,7 @@ RULE_FILES = (
     norms,
     recurrent,
     weights,
+    writes,
 )  # imported: registered
 
 
@@ -53,6 +55,13 @@ def trace(
     through the order of the modules: sums, concatenations, splits, flatten, gates, norms, attention.
     One hop: the neighbors of a layer are the next weighted layers on the way. Several producers or
     consumers of a channel add as sums of squares.
+
+    What is not linear counts as if it were: an activation 1, a product d(ab) = da + db. What data
+    chooses counts 1 for all that may be chosen (a maximum, top-k, sort, gather or index over
+    channels, the experts of a token); a constant mask, index or matrix counts as it is. The weights
+    that a softmax over positions gives end there, and queries and keys are each other's neighbors.
+    A layer over positions (a token mixer) meets every channel at both ends, and all of them count:
+    one factor for the whole layer, larger than those of layers over channels in a global ranking.
 
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.

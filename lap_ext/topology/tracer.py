@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Walks a traced graph once, in order, and follows the channels through every operation.
 
-What an operation does is in the rules (moves, joins, mixes, norms, weights, attention, recurrent).
+What an operation does is in the rules (moves, joins, mixes, writes, norms, weights, contraction,
+attention, recurrent).
 Here: values that depend on parameters alone, calls into sub-graphs, writes in place, and what
 happens where a rule is missing.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lap_ext.topology.call import RULES, Call, bind, mapped
 from lap_ext.topology.channels import Arcs, Channels
@@ -50,6 +52,9 @@ class Tracer:
         self.ends: list[tuple[Tensor, str]] = []  # channels that leave: outputs and boundaries
         self.stops: list[str] = []  # operations where the trace stopped, in words
         self.routes: dict[int, Any] = {}  # space of routed channels -> what picked their experts
+        self.choices: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # space of a top-k -> what from, along what
         self.skipped: list[int] = []  # spaces behind operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -87,7 +92,11 @@ class Tracer:
             rest = args[args.index(body) + 1 :]
             return self.run(body, [x for x in rest if isinstance(x, Value)])
         call = bind(node, args, kwargs)
-        result = self._result(call)
+        try:
+            result = self._result(call)
+        except GuardOnDataDependentSymNode:
+            sources = [x.labels.flatten() for x in call.values]
+            raise TopologyError(describe_sizes(call, self.layers_of(torch.cat(sources)))) from None
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])
@@ -152,11 +161,12 @@ class Tracer:
         """The layer of a parameter."""
         return layer_name(parameter)
 
-    def constant(self, value: Value) -> Tensor:
-        """A static value, computed now."""
-        assert value.static is not None
-        found = value.static.value(self.tensors, {})
-        return found.to("cpu")
+    def constant(self, value: Value) -> Tensor | None:
+        """What a tensor always is; None: it depends on inputs or parameters, or has no values."""
+        if value.static is None or value.static.trainable:
+            return None
+        found: Tensor = value.static.value(self.tensors, {})
+        return None if found.is_meta else found.to("cpu")
 
     def end(self, value: Value, name: str) -> None:
         """The channels of a value leave the network here: factor 1."""
@@ -223,13 +233,12 @@ def layer_name(parameter: str) -> str:
 WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "embedding_bag",
             "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
             "conv_transpose2d", "conv_transpose3d", "einsum", "lstm", "gru", "rnn_tanh",
-            "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear"}  # fmt: skip
+            "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear",
+            "mv", "tensordot"}  # fmt: skip
 
 
 def describe(call: Call, feeding: list[str]) -> str:
     """The error for an operation that is not understood."""
-    shown = ", ".join(repr(name) for name in feeding[:3]) + (", ..." if len(feeding) > 3 else "")
-    layers = f"layer{'s' if len(feeding) > 1 else ''} {shown}" if feeding else "the model's input"
     verb = "feed" if len(feeding) > 1 else "feeds"
     around = ""
     if feeding:
@@ -237,15 +246,30 @@ def describe(call: Call, feeding: list[str]) -> str:
             f"neighbors={{{feeding[0]!r}: (previous, next), ...}} for the layers around it, or "
         )
     return (
-        f"trace: {layers} {verb} {call.target}{_where(call)}, which lap_ext cannot follow. Pass "
+        f"trace: {_listed(feeding)} {verb} {call.operation}{_where(call)}, which lap_ext cannot follow. Pass "
         f'{around}unknown="stop" to count it as a boundary (factor 1).'
     )
+
+
+def describe_sizes(call: Call, feeding: list[str]) -> str:
+    """The error for a result that has as many elements as the data says."""
+    of = f" of what {_listed(feeding)} made" if feeding else ""
+    return (
+        "trace: expected sizes that do not depend on the values of the inputs, got "
+        f"{call.operation}{of}{_where(call)}, whose result has as many elements as the data says. "
+        "Use a mask in place of a selection."
+    )
+
+
+def _listed(feeding: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in feeding[:3]) + (", ..." if len(feeding) > 3 else "")
+    return f"layer{'s' if len(feeding) > 1 else ''} {shown}" if feeding else "the model's input"
 
 
 def describe_weight(call: Call) -> str:
     """The error for a layer whose weight is not a parameter but computed from some."""
     return (
-        f"trace: expected a weight that is a parameter in {call.target}{_where(call)}, got one that "
+        f"trace: expected a weight that is a parameter in {call.operation}{_where(call)}, got one that "
         "is computed (weight norm, spectral norm, torch.nn.utils.prune). Make it permanent first: "
         "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove."
     )

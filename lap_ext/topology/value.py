@@ -38,6 +38,8 @@ class Value:
     static: Static | None = None  # it depends on parameters, buffers and constants alone
     view: WeightView | None = None  # static, and nothing but a view of a parameter
     trail: Trail = ()  # operations since its channels were born
+    terms: tuple[Value, ...] = ()  # what it is the sum of, each with channels of its own
+    choice: int | None = None  # of the indices of a top-k: the space of the channels chosen with it
 
     @property
     def has_channels(self) -> bool:
@@ -47,6 +49,7 @@ class Value:
     def passed(self, name: str, shape: tuple[int, ...], labels: Tensor) -> Value:
         """The same channels after an operation that only moves or maps them."""
         trail = self.trail if self.trail[-1:] == (name,) else (*self.trail, name)
+        same = labels is self.labels and shape == self.shape
         return replace(
             self,
             shape=shape,
@@ -54,6 +57,7 @@ class Value:
             trail=trail[-_LONGEST_TRAIL:],
             static=None,
             view=None,
+            terms=self.terms if same else (),
         )
 
 

@@ -28,7 +28,7 @@ def _linear(t: Tracer, call: Call) -> Result:
     return _times_weight(t, call, call["input"], call["weight"], flipped=False)
 
 
-@rule("addmm", "mm", "matmul", "bmm", "baddbmm")
+@rule("addmm", "mm", "mv", "matmul", "bmm", "baddbmm")
 def _matmul(t: Tracer, call: Call) -> Result:
     """A product, or beta * self + alpha * product."""
     made = _multiplied(t, call)

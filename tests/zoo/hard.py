@@ -3,7 +3,8 @@
 
 Channels that mix outside any weight layer (local response norm, Fourier transform, running sum,
 mean over channels), weights that are computed (weight norm, standardized, masked), memory that is
-shared (in-place results dropped, slices assigned), channels chosen by data, a state space model.
+shared (in-place results dropped, slices assigned), channels in an order that data says, a state space
+model.
 """
 
 from __future__ import annotations
