@@ -45,9 +45,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lap_ext
+from lap_ext.adapters._callback import TrainingCallback, check_pruned, placed
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
@@ -66,7 +67,7 @@ if not hasattr(TrainerCallback, "on_optimizer_step"):
 MASKS_NAME = "masks.safetensors"  # in a checkpoint's folder
 
 
-class PruningCallback(TrainerCallback):
+class PruningCallback(TrainingCallback, TrainerCallback):
     """Keeps pruned weights at zero while a Trainer trains, and prunes by a schedule.
 
     Exactly one of masks and schedule. A further `train()` of the same trainer starts the schedule
@@ -109,57 +110,23 @@ class PruningCallback(TrainerCallback):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        if (masks is None) == (schedule is None):
-            given = "neither" if masks is None else "both"
-            raise TypeError(
-                "PruningCallback: expected either masks (kept as they are) or schedule (step -> "
-                f"sparsity), got {given}. To prune before training call lap_ext.prune and pass "
-                "result.masks."
-            )
-        if masks is not None and (options or example_inputs is not None):
-            names = [*options] + ["example_inputs"] * (example_inputs is not None)
-            raise TypeError(
-                f"PruningCallback: expected masks alone (nothing is scored), got {', '.join(names)} "
-                "too. Leave them out."
-            )
-        self.masks = lap_ext.Masks({} if masks is None else masks)
-        self.result: lap_ext.PruneResult | None = None
-        self._schedule = schedule
-        self._example = example_inputs
+        super().__init__(masks, schedule=schedule, example_inputs=example_inputs, **options)
         self._resume_from = resume_from
-        self._options = options
-        self._pruner: lap_ext.Pruner | None = None
-        self._hooks: list[Any] = []  # each with remove()
-
-    def __repr__(self) -> str:
-        schedule = "" if self._schedule is None else f", schedule={self._schedule!r}"
-        return f"PruningCallback({self.masks!r}{schedule})"
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction removed so far of the weights of the pruned layers."""
-        return self.masks.sparsity
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Builds what prunes; a resumed run gets the masks of its checkpoint."""
         self._end()
         _check_whole(args)
         model, optimizer = kwargs["model"], _innermost(kwargs["optimizer"])
-        if self._schedule is None:
-            weights = _weights(model, self.masks)
-            self.masks = _on_device(self.masks, weights)
-            self._hooks.append(self.masks.keep(model, optimizer))
-        else:
-            self._pruner = self._built(model, optimizer)
-            self._hooks.append(self._pruner)
+        inputs: Any = None
+        options: dict[str, Any] = {}
+        if self._schedule is not None:
+            inputs, options = call_of("PruningCallback", model, self._example, self._options)
+        self._begin(model, [optimizer], inputs, options)
+        if self._pruner is not None:
             if state.global_step:
                 self._resume(self._pruner, args, state)
             self._take()
-            layers = self._pruner.topology.layers
-            weights = {name: layer.weight for name, layer in layers.items()}
-        for name, weight in weights.items():
-            if weight.requires_grad:
-                self._hooks.append(weight.register_hook(self._masking(name)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prunes if the schedule says so."""
@@ -193,43 +160,6 @@ class PruningCallback(TrainerCallback):
             self.masks = lap_ext.Masks.load(Path(best) / MASKS_NAME, model)
         self.masks.apply(model)
 
-    def _end(self) -> None:
-        """Nothing of ours is left on the optimizer and the parameters."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._pruner = None
-
-    def _take(self) -> None:
-        """What the pruner has now is what everybody sees."""
-        assert self._pruner is not None
-        self.masks, self.result = self._pruner.masks, self._pruner.result
-
-    def _masking(self, name: str) -> Any:
-        """A hook that zeroes the gradient of pruned weights: before processes average it, and clip."""
-
-        def masked(gradient: Tensor) -> Tensor:
-            mask = self.masks.get(name)
-            if mask is None or gradient.layout != torch.strided:  # Masks.keep refuses sparse ones
-                return gradient
-            return torch.where(mask, gradient, 0.0)
-
-        return masked
-
-    def _built(self, model: nn.Module, optimizer: Any) -> lap_ext.Pruner:
-        example, options = self._example, dict(self._options)
-        if example is None:
-            example = _dummy(model)
-        example = _moved(example, next(model.parameters()).device)
-        if isinstance(example, Mapping):
-            options["kwargs"] = {**example, **options.get("kwargs", {})}
-            example = ()
-        if isinstance(model, PreTrainedModel) and not isinstance(example, lap_ext.Topology):
-            if "use_cache" in inspect.signature(model.forward).parameters:
-                # a cache is an object that torch.export refuses
-                options["kwargs"] = {"use_cache": False, **options.get("kwargs", {})}
-        return lap_ext.Pruner(model, example, self._schedule, optimizer=optimizer, **options)
-
     def _resume(self, pruner: lap_ext.Pruner, args: Any, state: Any) -> None:
         """Goes on where the checkpoint was written: a schedule is a pure function of the step."""
         from safetensors.torch import load_file
@@ -246,13 +176,8 @@ class PruningCallback(TrainerCallback):
             )
         model = pruner.topology.model
         masks = lap_ext.Masks.load(file, model)
-        for name, weight in _weights(model, masks).items():
-            if bool(weight.detach()[~masks[name]].any()):
-                raise ValueError(
-                    "PruningCallback: expected the masks of the checkpoint that was loaded (its "
-                    f"pruned weights are zero), got {str(file)!r}, which prunes weights of {name!r} "
-                    "that are not. Pass resume_from=<the folder of the checkpoint>."
-                )
+        cure = "Pass resume_from=<the folder of the checkpoint>."
+        check_pruned(model, masks, repr(str(file)), cure)
         bits = load_file(file)  # one bit per weight, as in the pruner's state
         pruner.load_state_dict({**pruner.state_dict(), "step": state.global_step, "masks": bits})
 
@@ -293,39 +218,33 @@ def _check_agreed(masks: lap_ext.Masks) -> None:
         )
 
 
-def _on_device(masks: lap_ext.Masks, weights: Mapping[str, Tensor]) -> lap_ext.Masks:
-    """Each mask where its parameter is."""
-    on = {name: weights[name].device if name in weights else x.device for name, x in masks.items()}
-    return lap_ext.Masks({name: mask.to(on[name]) for name, mask in masks.items()})
+def call_of(
+    function: str, model: Any, example: Any, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """(inputs, options) for the trace of a model: dummy_inputs if need be, no cache, on its device.
 
+    Args:
+        function: whom the error message names.
+        model: of transformers, or any other if there is an example.
+        example: positional inputs, named ones, a `Topology` or None.
+        options: of `lap_ext.trace`; kwargs of them come before what is found here.
 
-def _weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mask name -> its parameter, for names as the model itself has them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {name: parameters.get(f"{name}.weight", parameters.get(name)) for name in masks}
-    return {name: weight for name, weight in found.items() if weight is not None}
-
-
-def _dummy(model: Any) -> Any:
-    """What transformers' own models are called with, to see that they run."""
-    inputs = getattr(model, "dummy_inputs", None)
-    if inputs is None:
+    Raises:
+        TypeError: there is neither an example nor dummy_inputs.
+    """
+    if example is None:
+        example = getattr(model, "dummy_inputs", None)
+    if example is None:
         raise TypeError(
-            "PruningCallback: expected example_inputs (for the trace), got none, and "
+            f"{function}: expected example_inputs (for the trace), got none, and "
             f"{type(model).__name__} has no dummy_inputs. Pass a small batch without labels."
         )
-    return inputs
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    """Tensors, in tuples and mappings, on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: _moved(x, device) for name, x in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_moved(x, device) for x in inputs)
-    return inputs
+    inputs, options = placed(example, model, options)
+    if isinstance(model, PreTrainedModel) and not isinstance(example, lap_ext.Topology):
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            # a cache is an object that torch.export refuses
+            options["kwargs"] = {"use_cache": False, **options.get("kwargs", {})}
+    return inputs, options
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""A module for Lightning's Trainer, its batches, and the same training written out by hand.
+
+What the loop written out knows is that a pruned weight does not exist: not in a step, not in the
+moments, not in the gradient's norm by which the Trainer clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import mask_cases as cases
+import torch
+from lightning.pytorch import callbacks
+from torch import Tensor, nn
+
+import lap_ext
+from lap_ext.adapters.lightning import PruningCallback
+
+RATE, CLIP = 0.05, 0.05
+NAMES = ("net.conv", "net.fc1", "net.fc2")
+EXAMPLE = torch.zeros(1, 1, 6, 6)
+
+
+class Net(pl.LightningModule):
+    """mask_cases' network as the Trainer calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cases.net()
+        self.norms: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.log("loss", self.training_step(batch), batch_size=4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.1)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        grads = [p.grad for p in self.parameters()]
+        self.norms.append(float(nn.utils.get_total_norm(grads)))
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
+
+class Batches:
+    """The same batches every time; a DataLoader would warn, depending on the machine."""
+
+    def __init__(self, count: int = 10, start: int = 0) -> None:
+        generator = torch.Generator().manual_seed(1)
+        pictures = torch.randn(start + count, 4, 1, 6, 6, generator=generator)
+        self.batches = [(x, torch.arange(4) % 3) for x in pictures][start:]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+class Watch(callbacks.Callback):
+    """Looks at the module after each batch: pruned weights are +0.0."""
+
+    def __init__(self, pruning: PruningCallback) -> None:
+        self.pruning = pruning
+        self.sparsities: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        cases.check_zero(pl_module, self.pruning.masks)
+        self.sparsities.append(round(self.pruning.sparsity, 2))
+
+
+def trainer_of(pruning: PruningCallback, *others: Any, **given: Any) -> Any:
+    usual: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "gradient_clip_val": CLIP,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(x, callbacks.ModelCheckpoint) for x in others),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=[pruning, Watch(pruning), *others], **(usual | given))
+
+
+def watched(trainer: Any) -> list[float]:
+    return next(x for x in trainer.callbacks if isinstance(x, Watch)).sparsities
+
+
+def written_out(
+    model: nn.Module, schedule: Callable[[int], Any], masks: Any = None, *, accumulate: int = 1
+) -> tuple[lap_ext.Masks, list[float]]:
+    """The same training by hand: (masks, norms of the gradients of what is left)."""
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1)
+    masks = lap_ext.Masks({} if masks is None else masks)
+    handle = masks.keep(model, optimizer) if masks else None
+    batches, norms = list(Batches()), []
+    for step in range(len(batches) // accumulate):
+        for x, labels in batches[step * accumulate : (step + 1) * accumulate]:
+            (nn.functional.cross_entropy(model(x), labels) / accumulate).backward()
+        if handle is not None:
+            handle.mask_gradients()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule(step) is not None:
+            masks = lap_ext.prune(model, EXAMPLE, schedule(step), masks=masks).masks
+            if handle is not None:
+                handle.remove()
+            handle = masks.keep(model, optimizer)
+    return masks, norms
+
+
+def check_equal(model: nn.Module, other: nn.Module) -> None:
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def check_no_hooks(trainer: Any, model: nn.Module) -> None:
+    for optimizer in trainer.optimizers:
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def checkpoints(folder: Path) -> Any:
+    """One at the end of each epoch."""
+    return callbacks.ModelCheckpoint(folder, filename="{epoch}-{sparsity:.1f}", save_top_k=-1)

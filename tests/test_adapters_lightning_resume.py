@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""PruningCallback of Lightning: checkpoints, further training, searches that go back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import mask_cases as cases
+import pytest
+import torch
+
+import lap_ext
+
+pytest.importorskip("lightning", reason="the host of this adapter")
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks
+from lightning_cases import (
+    EXAMPLE,
+    NAMES,
+    RATE,
+    Batches,
+    Net,
+    Watch,
+    check_equal,
+    checkpoints,
+    trainer_of,
+    watched,
+)
+
+from lap_ext.adapters.lightning import STATE_KEY, PruningCallback, load_masks
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")  # it is the same one
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    schedule = lap_ext.cubic(0.8, start=1, end=16, every=2)
+    model, batches = Net(), Batches(5)
+    start = copy.deepcopy(model)
+
+    def new() -> PruningCallback:
+        return PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+
+    whole = new()
+    trainer_of(whole, checkpoints(tmp_path), max_epochs=4).fit(model, batches)
+    second = tmp_path / "epoch=1-sparsity=0.7.ckpt"  # ModelCheckpoint saw what had been logged
+    saved = load_masks(second)
+    assert 0.5 < saved.sparsity < whole.sparsity
+    assert load_masks(tmp_path / "epoch=3-sparsity=0.8.ckpt") == whole.masks
+    again = new()
+    trainer = trainer_of(again, checkpoints(tmp_path), max_epochs=4)
+    trainer.fit(start, batches, ckpt_path=second)
+    check_equal(model, start)
+    assert again.masks == whole.masks and again.result is not None
+    assert len(watched(trainer)) == 10
+    # a checkpoint that is only looked at comes with its masks, too
+    trainer.test(start, batches, ckpt_path=second, verbose=False)
+    assert again.masks == saved
+    cases.check_zero(start, saved)
+
+
+def test_further_fit_of_a_trainer_goes_on() -> None:
+    """And one of a new trainer starts anew."""
+
+    class Plain(Net):  # every fit makes an optimizer: one that remembers nothing
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), RATE)
+
+    schedule = lap_ext.cubic(0.8, start=1, end=7)
+    model, batches = Plain(), Batches(5)
+    other, dense = copy.deepcopy(model), copy.deepcopy(model)
+    pruning = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+    trainer = trainer_of(pruning)
+    trainer.fit(model, batches)
+    between = pruning.masks
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, batches)
+    whole = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+    trainer_of(whole, max_epochs=2).fit(other, batches)
+    assert between.sparsity < 0.8 and pruning.masks == whole.masks
+    trainer.fit_loop.max_epochs = 3
+    with pytest.raises(
+        ValueError, match=r"got the callback's own, which prunes weights of 'net.co"
+    ):
+        trainer.fit(copy.deepcopy(dense), batches)
+    trainer_of(pruning).fit(dense, batches)
+    assert pruning.masks == between
+
+
+class Search(callbacks.LearningRateFinder):
+    """Also before the third epoch; the rate that it finds is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=3, update_attr=False)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 2:
+            self.lr_find(trainer, pl_module)
+
+
+def test_search_for_the_learning_rate(tmp_path: Path) -> None:
+    """It trains and goes back, at the start and between epochs: nobody sees it."""
+    runs = []
+    for search in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        model.lr = RATE
+        pruning = PruningCallback(
+            schedule=lap_ext.cubic(0.8, start=0, end=8), example_inputs=EXAMPLE
+        )
+        given: dict[str, Any] = {"max_epochs": 4, "default_root_dir": tmp_path}
+        trainer = trainer_of(pruning, *([Search()] if search else []), **given)
+        trainer.fit(model, Batches(5))
+        runs.append((model, pruning.masks, watched(trainer)))
+        assert pruning.result is not None and pruning.result.masks is pruning.masks
+    check_equal(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+
+
+def test_checkpoints_without_masks(tmp_path: Path) -> None:
+    schedule = lap_ext.one_shot(0.5, at=3)
+    model, batches = Net(), Batches(5)
+    file = tmp_path / "last.ckpt"
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, batches)
+    trainer.save_checkpoint(file)
+    used = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+    trainer_of(used).fit(Net(), batches)  # what it has left is not of the checkpoint
+    with pytest.raises(
+        ValueError, match=r"the masks of this callback .* got one of step 5 without"
+    ):
+        trainer_of(used, max_epochs=2).fit(model, batches, ckpt_path=file)
+    with pytest.raises(ValueError, match=r"load_masks: .*last.ckpt' without its state. ModelCheck"):
+        load_masks(file)
+    masks = lap_ext.prune(model, EXAMPLE, 0.5).masks  # masks go on from any checkpoint
+    trainer = trainer_of(PruningCallback(masks), max_epochs=2)
+    trainer.fit(model, batches, ckpt_path=file)
+    cases.check_zero(model, masks)
+    trainer.save_checkpoint(file)
+    assert load_masks(file) == masks
+    others = cases.random_masks(model, NAMES)  # and those that are given count, not the file's
+    pruning = PruningCallback(others)
+    trainer_of(pruning, max_epochs=3).fit(model, batches, ckpt_path=file)
+    assert pruning.masks == others
+    cases.check_zero(model, others)
+    torch.save({"callbacks": {STATE_KEY: Watch(used)}}, file)
+    with pytest.raises(ValueError, match=r"expected a checkpoint that torch.load reads"):
+        load_masks(file)
