@@ -9,7 +9,7 @@ sections 3 and 4 (orders and rounds).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,11 +21,19 @@ from lap_ext.allocation import Sparsity
 from lap_ext.criteria import Criterion
 from lap_ext.masks import Masks
 from lap_ext.network import BN, Network
+from lap_ext.progress import Count, Progress
 from lap_ext.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology, trace
 
 SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
 SKIPS = ("sum", "ignore")
+_NEIGHBORS = (  # criteria that ask for the norms of all layers with the first one they score
+    criteria.Lookahead,
+    criteria.Lookforward,
+    criteria.Lookback,
+    criteria.LookaheadAct,
+    criteria.OBDLookahead,
+)
 
 
 def scores(
@@ -42,6 +50,7 @@ def scores(
     neighbors: Mapping[str, Any] | None = None,
     unknown: str = "error",
     masks: Mapping[str, Tensor] | None = None,
+    on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Scores of every weight of a model; the model is not changed.
 
@@ -58,6 +67,7 @@ def scores(
         neighbors: as in `prune`.
         unknown: as in `prune`.
         masks: as in `prune`: only these weights count as their layers' neighbors'.
+        on_progress: as in `prune`.
 
     Returns:
         Layer name -> scores >= 0 of the weight's shape, on its device, float32 (float64 for float64
@@ -77,12 +87,9 @@ def scores(
     check.one_of("scores", "normalize", normalize, selection.NORMALIZATIONS)
     topology = _traced("scores", model, example_inputs, kwargs, neighbors, unknown)
     layers = _chosen("scores", topology, exclude)
-    plan = _plan("scores", topology, layers, criterion, bn, skip, data, masks)
-    result = {}
-    for layer in layers:
-        found = selection.layer_scores(plan.network, plan.criterion, layer)
-        result[layer.name] = selection.normalized(found, normalize, plan.masks.get(layer.name))
-    return result
+    plan = _plan("scores", topology, layers, criterion, bn, skip, data, masks, on_progress)
+    plan.expect(layers, 1, 1, "parallel")
+    return _scores(plan, layers, normalize, plan.masks)
 
 
 def prune(
@@ -104,6 +111,7 @@ def prune(
     unknown: str = "error",
     masks: Mapping[str, Tensor] | None = None,
     apply: bool = True,
+    on_progress: Callable[[Progress], Any] | None = None,
 ) -> PruneResult:
     """Prunes a model: keeps exactly the best weights of each layer, or of all, and zeroes the rest.
 
@@ -139,6 +147,9 @@ def prune(
         unknown: as in `trace`.
         masks: of an earlier pruning: pruned weights never return.
         apply: set the pruned weights to zero. False leaves the model as it is.
+        on_progress: called with a `lap_ext.progress.Progress` after each layer that is measured,
+            scored or ranked; the trace comes before. An error that it raises ends the pruning, and
+            the model is as it was.
 
     Returns:
         The result: `.masks`, `.sparsity`, `.layers`; print it for a table.
@@ -172,11 +183,12 @@ def prune(
         )
     topology = _traced("prune", model, example_inputs, kwargs, neighbors, unknown)
     layers = _chosen("prune", topology, exclude)
-    plan = _plan("prune", topology, layers, criterion, bn, skip, data, masks)
+    plan = _plan("prune", topology, layers, criterion, bn, skip, data, masks, on_progress)
     shapes = {layer.name: layer.shape for layer in layers}
     given = allocation.of(sparsity)
     keeps = given.keeps(shapes)
     layers = [layer for layer in layers if layer.name in keeps]
+    plan.expect(layers, 2 if scope == "global" else 1, rounds, order)
     if scope == "global":
         kept = _globally(plan, layers, allocation.total(given, shapes), normalize, rounds)
     else:
@@ -196,6 +208,35 @@ class _Plan:
     network: Network
     criterion: Criterion
     masks: dict[str, Tensor]
+    count: Count
+
+    def expect(self, layers: Sequence[Layer], passes: int, rounds: int, order: str) -> None:
+        """Says how much will be read: of layers, so many passes a round, and of their neighbors."""
+        size = rounds * passes * sum(layer.weight.nbytes for layer in layers)
+        if layers and isinstance(self.criterion, _NEIGHBORS):
+            every = self.network.topology.layers.values()
+            size += sum(map(_measured, every))  # then those whose masks have changed
+            size += (rounds - 1) * sum(map(_measured, layers))
+            if order != "parallel":
+                last = layers[0] if order == "backward" else layers[-1]
+                size += sum(map(_measured, layers)) - _measured(last)
+        self.count.expect(size)
+
+    def measure(self) -> None:
+        """Takes the norms that scoring asks for layer by layer, where it asks for all at once."""
+        if not isinstance(self.criterion, _NEIGHBORS):
+            return
+        network = self.network
+        for place, role in enumerate(network.topology.roles):
+            if network._energies[place] is None:
+                network._energies[place] = network._measure(place)
+                size = network.topology.layers[role.layer].weight.nbytes
+                self.count.read("measure", role.layer, size)
+
+
+def _measured(layer: Layer) -> int:
+    """Bytes that the norms of a layer read: its weight, once for each of its roles."""
+    return len(layer.roles) * layer.weight.nbytes
 
 
 def _traced(
@@ -218,6 +259,7 @@ def _plan(
     skip: str,
     data: Any,
     masks: Mapping[str, Tensor] | None,
+    on_progress: Callable[[Progress], Any] | None,
 ) -> _Plan:
     """Everything that scoring needs, checked."""
     check.one_of(function, "bn", bn, BN)
@@ -226,7 +268,10 @@ def _plan(
     given = _given_masks(function, topology, masks)
     chain = [layer.name for layer in layers] if skip == "ignore" else None
     network = Network(topology, bn, masks=given, chain=chain, function=function)
-    return _Plan(chosen.prepare(network, data), chosen, given)
+    count = Count(on_progress)
+    if data is not None:
+        count.read("data", "", 0)
+    return _Plan(chosen.prepare(network, data), chosen, given, count)
 
 
 def _given_masks(
@@ -260,6 +305,19 @@ def _chosen(function: str, topology: Topology, exclude: Sequence[str]) -> list[L
     ]
 
 
+def _scores(
+    plan: _Plan, layers: Sequence[Layer], normalize: str, masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scores of layers; masks: the weights that count where they are normalized."""
+    found = {}
+    for layer in layers:
+        plan.measure()
+        raw = selection.layer_scores(plan.network, plan.criterion, layer)
+        found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
+        plan.count.read("score", layer.name, layer.weight.nbytes)
+    return found
+
+
 def _globally(
     plan: _Plan, layers: list[Layer], keep: int, normalize: str, rounds: int
 ) -> dict[str, Tensor]:
@@ -267,11 +325,9 @@ def _globally(
     masks = _own_masks(plan, layers)
     left = sum(_left(layer, masks) for layer in layers)
     for step in range(1, rounds + 1):
-        found = {}
-        for layer in layers:
-            raw = selection.layer_scores(plan.network, plan.criterion, layer)
-            found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
+        found = _scores(plan, layers, normalize, masks)
         masks = selection.global_masks(found, _after(step, rounds, left, keep), masks)
+        plan.count.read("rank", "", sum(layer.weight.nbytes for layer in layers))
         _set_masks(plan, masks if step < rounds else {})
     return masks
 
@@ -286,9 +342,11 @@ def _by_layer(
         for layer in reversed(layers) if order == "backward" else layers:
             name = layer.name
             keep = _after(step, rounds, left[name], keeps[name])
+            plan.measure()
             masks[name] = selection.layer_mask(
                 plan.network, plan.criterion, layer, keep, masks.get(name)
             )
+            plan.count.read("rank", name, layer.weight.nbytes)
             if order != "parallel":
                 plan.network.set_mask(name, masks[name])
         if order == "parallel" and step < rounds:

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import cli_cases
 import pytest
 import torch
 from cli_cases import Run, dense, one_line
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lap_ext
@@ -75,7 +77,7 @@ def test_inspect_factory(run: Run) -> None:
         (["nets:net", "--checkpoint", "w.pth"], "expected --checkpoint to be a safetensors file"),
         (["nets:net", "--checkpoint", "nets.py"], "expected a whole safetensors file"),
         (["nowhere"], "and no such folder"),
-        (["model.pt2"], "torch.export.load runs what is in such a file"),
+        (["model.pt2"], "No such file or directory (model.pt2)"),
         (["model.bin"], "can run any code when it is loaded"),
         (["model.safetensors"], "does not say how its weights are connected"),
     ],
@@ -146,6 +148,79 @@ def test_nothing_half_written(
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py"}
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_page_that_fails_leaves_the_result(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    monkeypatch.setattr("lap_ext.report.page.html", lambda facts: (_ for _ in ()).throw(error))
+    shown = run("prune", "nets:net", "--sparsity", "0.5", "--out", "out", "--report", "r.html")
+    if error is KeyboardInterrupt:
+        assert shown == (130, "", "lap-ext prune: stopped. 'out' was written.\n")
+    else:
+        said = "lap-ext prune: No space left on device (r.html); 'out' is complete.\n"
+        assert one_line(shown) == said
+    assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "out"}
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_full_disk_under_the_weights(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(*given: object, **more: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    line = one_line(run("prune", "nets:net", "--sparsity", "0.5", "--out", "out"))
+    assert line == "lap-ext prune: No space left on device (out).\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"nets.py"}
+
+
+def test_warnings_are_lines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(options: object) -> int:
+        warnings.warn("prune: one\nline", stacklevel=1)
+        return 0
+
+    monkeypatch.setitem(verbs.VERBS, "info", warned)  # type: ignore[arg-type]
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run("info") == (0, "", "lap-ext info: warning: one line\n")
+    assert warnings.showwarning is shown
+
+
+def test_progress_of_a_factory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of the work on a module is told, the long ones with how much there is to do."""
+    seen: list[tuple[str, int]] = []
+    step, follow = output.Progress.step, output.Progress.follow
+
+    def stepped(self: output.Progress, text: str, total: float = 0) -> None:
+        step(self, text, total)
+        seen.append((text, int(total)))
+
+    def followed(self: output.Progress, facts: Any) -> None:
+        follow(self, facts)
+        seen.append((self.text, int(self.total)))
+
+    monkeypatch.setattr(output.Progress, "step", stepped)
+    monkeypatch.setattr(output.Progress, "follow", followed)
+    for argv, steps in (
+        (["prune", "--sparsity", "0.5", "--out", "out", "--report", "r.html"],
+         ["make nets:net", "trace", "prune", "measure", "rank", "score", "measure", "score",
+          "measure", "draw", "write"]),
+        (["score"], ["make nets:net", "trace", "score", "measure", "score"]),
+        (["inspect"], ["make nets:net", "trace", "count zeros"]),
+    ):  # fmt: skip
+        seen.clear()
+        assert run(argv[0], "nets:net", *argv[1:])[0] == 0
+        texts = [
+            text for place, (text, _) in enumerate(seen) if not place or text != seen[place - 1][0]
+        ]
+        assert sorted(texts) == sorted(steps)
+        assert all(total for text, total in seen if text in ("measure", "rank", "count zeros"))
+
+
 def test_sigterm_cleans_up(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes while the masks are written."""
     monkeypatch.setattr(lap_ext.Masks, "save", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
@@ -189,7 +264,7 @@ def test_bad_sparsities(run: Run, given: str, said: str) -> None:
 
 @pytest.mark.parametrize("argv", [[], ["prun"], ["prune"], ["verify", "a"], ["info", "--no"],
                                   ["prune", "m", "--sparsity", "1", "--out", "o", "--memory", "x"],
-                                  ["--completion"], ["--completion", "fish"]])  # fmt: skip
+                                  ["--completion"], ["--completion", "csh"]])  # fmt: skip
 def test_wrong_usage_is_one_line(run: Run, argv: list[str]) -> None:
     assert "See lap-ext" in one_line(run(*argv))
 
@@ -220,24 +295,33 @@ def test_debug_shows_where(run: Run) -> None:
 
 
 def test_completion_scripts(run: Run, tmp_path: Path) -> None:
-    script = run("--completion", "bash")[1]
-    assert run("--completion=zsh")[1].startswith("#compdef lap-ext")
-    (tmp_path / "script").write_text(script)
+    pytest.importorskip("shtab", reason="shtab writes the scripts")
+    (tmp_path / "script").write_text(run("--completion", "bash")[1])
+    for shell, begin in (("zsh", "#compdef lap-ext"), ("fish", "#"), ("tcsh", "#")):
+        status, out, error = run("--completion", shell)
+        assert (status, error) == (0, "") and out.startswith(begin) and "--normalize" in out
     ask = (
-        "source ./script; COMP_WORDS=({words}); COMP_CWORD={at}; COMPREPLY=(); _lap_ext; "
+        "source ./script; COMP_WORDS=({words}); COMP_CWORD={at}; COMPREPLY=(); _shtab_lap_ext; "
         'echo "${{COMPREPLY[@]}}"'
     )
 
-    def completed(words: str, at: int) -> list[str]:
-        command = ["bash", "-c", ask.format(words=words, at=at)]
+    def completed(words: str) -> list[str]:
+        command = ["bash", "-c", ask.format(words=f"lap-ext {words}", at=len(words.split()))]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert completed("lap-ext pr", 1) == ["prune"]
-    assert completed("lap-ext prune --sc", 2) == ["--scope"]
-    assert completed("lap-ext prune --scope g", 3) == ["global"]
-    assert completed("lap-ext verify nets", 2) == ["nets.py"]
-    assert completed("lap-ext inspect --un", 2) == ["--unknown"]
+    assert completed("pr") == ["prune"]
+    assert completed("prune --sc") == ["--scope"]
+    assert completed("prune --scope g") == ["global"]
+    assert completed("verify nets") == ["nets.py"]
+    assert completed("prune ne") == ["nets.py"]
+    assert completed("prune x --out ne") == ["nets.py"]
+    assert completed("inspect --un") == ["--unknown"]
+
+
+def test_completion_without_shtab(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "Run: pip install shtab" in one_line(run("--completion", "bash"))
 
 
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:

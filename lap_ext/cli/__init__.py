@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: lap-ext prune, inspect, verify, info, demo.
+"""The command line: lap-ext prune, score, inspect, verify, bench, demo, info.
 
 Arguments -> prune -> report; no scoring of its own. Exit status: 0 all is well, 1 verify has findings,
 2 a mistake or a bad file (one line on stderr), 130 stopped with Ctrl-C, 143 by SIGTERM.
@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-_FUNCTION = re.compile(r"^[\w.]+: (?=expected )")  # whom the library's messages name
+# Whom the library's messages name: not what its user has called.
+_FUNCTION = re.compile(r"^([\w.]+: (?=expected )|(checkpoint\.)?(prune|scores|trace): )")
 
 
 class _Terminated(BaseException):
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, a wrong option
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        with _terminating():
+        with _terminating(), _warnings_as_lines(options.verb):
             return _run(options)
     except KeyboardInterrupt:
         line(sys.stderr, f"lap-ext {options.verb}: stopped.{_goes_on(options)}")
@@ -54,19 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _goes_on(options: Any) -> str:
-    """What is left of a checkpoint that was not pruned to its end."""
-    if options.verb != "prune":
+    """What there is of the result of a command that was not run to its end."""
+    if options.verb not in ("prune", "score") or options.out is None:
         return ""
-    work = options.out.with_name(f".{options.out.name}.lap_ext")
-    if work.is_dir():
+    out = options.out.resolve()
+    work = options.out.with_name(f".{out.name}.lap_ext")
+    if options.verb == "prune" and work.is_dir():
         return f" What is done is in {str(work)!r}: the same command goes on."
-    return "" if options.out.exists() else f" {str(options.out)!r} was not written."
+    written = any(out.iterdir()) if out.is_dir() else out.exists()
+    return f" {str(options.out)!r} was {'' if written else 'not '}written."
 
 
 def _run(options: Any) -> int:
-    if options.verb == "completion":
-        line(sys.stdout, parser.completion(options.shell))
-        return 0
     from lap_ext.cli import verbs  # torch is loaded here, not for --help
 
     status: int = verbs.VERBS[options.verb](options)
@@ -82,7 +83,7 @@ def _text(error: Exception) -> str:
         return "out of memory. Give a smaller --memory, or run it on a larger machine."
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}."
+        return f"{_FUNCTION.sub('', error.strerror).rstrip('.')}{where}."
     if isinstance(error, expected) and "expected " in text:
         return _FUNCTION.sub("", text)
     return f"{type(error).__name__}: {text.rstrip('.')}. Run it with --debug for the traceback.".strip()
@@ -105,3 +106,17 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _warnings_as_lines(verb: str) -> Iterator[None]:
+    """A warning is one line on stderr, without the place in the library that it came from."""
+
+    def show(message: Warning | str, *place: object, **more: object) -> None:
+        del place, more
+        text = _FUNCTION.sub("", " ".join(str(message).split()))
+        line(sys.stderr, f"lap-ext {verb}: warning: {text}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

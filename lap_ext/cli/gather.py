@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.structure import Structure, structure_of
 from lap_ext.cli import weights
 from lap_ext.cli.output import Progress
-from lap_ext.report import Facts, LayerFacts, Measure
+from lap_ext.mask_file import BitMasks
+from lap_ext.report import Facts, Histogram, LayerFacts, Measure
 from lap_ext.topology import Layer, Topology
 
 _MOST = 4  # neighbors named in a cell
@@ -34,13 +34,8 @@ def neighbors(edges: Iterable[Any]) -> str:
 
 
 def structure(folder: Folder, unknown: str) -> Structure:
-    """A traced folder; its layers ask the topology that has the tensors which scale edges."""
-    found = structure_of(folder, None, None, unknown)
-    topology = found.topology
-    topology.layers = {
-        name: replace(layer, topology=topology) for name, layer in topology.layers.items()
-    }
-    return found
+    """A traced folder."""
+    return structure_of(folder, None, None, unknown)
 
 
 def of_model(
@@ -66,12 +61,12 @@ def of_model(
 
 def of_folder(
     facts: Facts, topology: Topology, copies: Mapping[str, list[Copy]], out: Path,
-    progress: Progress,
+    scores: Mapping[str, Histogram], progress: Progress,
 ) -> Facts:  # fmt: skip
-    """The facts of a folder and of what it was pruned to."""
+    """The facts of a folder and of what it was pruned to; scores: counted while it was pruned."""
     before, after = open_folder(Path(facts.title)), open_folder(out)
     source, buffer, found, saved = Source(before.path), Buffer(), [], 0
-    with weights.BitMasks(out / MASKS) as masks:
+    with BitMasks(out / MASKS) as masks:
         progress.step("measure", sum(topology.layers[x].weight.numel() for x in masks.shapes))
         for name in masks.shapes:
             layer, pieces = topology.layers[name], copies[name][0]
@@ -80,6 +75,7 @@ def of_folder(
                 measure.add(part, masks.part(name, first, part.numel()))
                 progress.advance(part.numel())
             measure.finish()
+            measure.facts.scores = scores.get(name)
             found.append(measure.facts)
             item = DTYPES[pieces[0].entry.dtype].itemsize
             saved += len(copies[name]) * _saved(measure.facts, item)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""MODEL of a command line: a folder, or a module that a function of the user's makes.
+"""MODEL of a command line: a folder, a program, or a module that a function of the user's makes.
 
-No pickle is loaded: weights come from safetensors files. A .pt2 program is refused too, for
-torch.export.load unpickles its example inputs and evaluates the expressions in its graph.
+No pickle is loaded: weights come from safetensors files, or from a program in which nothing can run
+(program.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lap_ext.cli import program
+from lap_ext.cli.output import Progress
 from lap_ext.topology import Topology, trace
 
+_PROGRAM = ".pt2"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
 
 
@@ -30,45 +33,82 @@ class Made:
     module: nn.Module
     example_inputs: Any
     kwargs: dict[str, Any] = field(default_factory=dict)
+    program: Any = None  # the ExportedProgram whose module it is
 
     def trace(self, unknown: str) -> Topology:
         """Who feeds whom."""
         return trace(self.module, self.example_inputs, self.kwargs, unknown=unknown)
 
 
-def is_folder(given: str) -> bool:
+def is_folder(options: Any) -> bool:
     """Whether MODEL is a folder; ValueError if it is nothing that is understood."""
+    given = options.model
     path = Path(given)
     if path.is_dir():
+        if options.checkpoint or options.input:
+            raise ValueError("expected --checkpoint and --input with a factory only, got a folder.")
         return True
-    if path.suffix == ".pt2":
-        raise ValueError(
-            f"expected a folder or package.module:factory, got the program {given!r}: "
-            "torch.export.load runs what is in such a file (pickled inputs, evaluated expressions). "
-            "If you trust it, write a factory that returns torch.export.load(...).module() and its "
-            "example_inputs."
-        )
+    if path.suffix == _PROGRAM:
+        return False
     if path.suffix in _PICKLES:
         raise ValueError(
-            f"expected a folder or package.module:factory, got the pickle file {given!r}, which "
+            f"expected a folder, a .pt2 program or package.module:factory, got the pickle file {given!r}, which "
             "can run any code when it is loaded. Save its state_dict with safetensors.torch."
             "save_file and pass that as --checkpoint of a factory."
         )
     if path.suffix == ".safetensors":
         raise ValueError(
-            f"expected a folder or package.module:factory, got the file {given!r}, which does not "
+            f"expected a folder, a .pt2 program or package.module:factory, got the file {given!r}, which does not "
             "say how its weights are connected. Pass its folder, or a factory with --checkpoint."
         )
     module, colon, name = given.partition(":")
     if not (colon and name and all(part.isidentifier() for part in module.split("."))):
         raise ValueError(
-            f"expected a folder or package.module:factory, got {given!r}, and no such folder."
+            f"expected a folder, a .pt2 program or package.module:factory, got {given!r}, and no such folder."
         )
     return False
 
 
+def ways(options: Any) -> dict[str, Any]:
+    """The options of scoring, as lap_ext.prune and lap_ext.scores take them."""
+    names = ("criterion", "normalize", "exclude", "bn")
+    return {name: getattr(options, name) for name in names}
+
+
+def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:
+    """The module of a factory, and who feeds whom in it."""
+    if getattr(options, "memory", None) is not None:
+        raise ValueError("expected --memory with a folder only: a factory's module is in memory.")
+    progress.step(f"make {options.model}")
+    made = make(options)
+    progress.step("trace")
+    return made, made.trace(options.unknown)
+
+
 def make(options: Any) -> Made:
-    """The module of a factory with the weights of --checkpoint."""
+    """The module of a factory with the weights of --checkpoint, or that of a program."""
+    is_program = Path(options.model).suffix == _PROGRAM
+    made = _of_program(options) if is_program else _of_factory(options)
+    if options.input:
+        made.example_inputs, made.kwargs = tuple(example(text) for text in options.input), {}
+    if made.example_inputs is None:
+        cure = "" if is_program else "Let it return (module, example_inputs), or "
+        raise ValueError(
+            f"expected example inputs: {options.model} gave none. {cure}"
+            f"{'Pass' if is_program else 'pass'} --input 1x3x224x224."
+        )
+    return made
+
+
+def _of_program(options: Any) -> Made:
+    if options.checkpoint is not None:
+        raise ValueError("expected --checkpoint with a factory only: a program has its weights.")
+    found, module = program.load(Path(options.model))
+    inputs, kwargs = found.example_inputs or (None, {})
+    return Made(options.model, module, inputs, dict(kwargs), found)
+
+
+def _of_factory(options: Any) -> Made:
     given = _factory(options.model)()
     module, inputs = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(module, nn.Module):
@@ -79,13 +119,6 @@ def make(options: Any) -> Made:
     if options.checkpoint is not None:
         _load(module, options.checkpoint)
     module.eval()
-    if options.input:
-        inputs = tuple(example(text) for text in options.input)
-    if inputs is None:
-        raise ValueError(
-            f"expected example inputs: {options.model} gave none. Let it return "
-            "(module, example_inputs), or pass --input 1x3x224x224."
-        )
     if isinstance(inputs, Mapping):
         return Made(options.model, module, (), dict(inputs))
     return Made(options.model, module, inputs)

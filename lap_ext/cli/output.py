@@ -7,12 +7,15 @@ line every few seconds. Nothing is shown of what takes less than a second.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 _EVERY = 10.0  # seconds between lines where no bar can be drawn
@@ -29,6 +32,19 @@ def result(options: Any, facts: Mapping[str, Any], text: str) -> None:
     """The result of a command: JSON with --json, else a text."""
     shown = json.dumps(facts, indent=2, allow_nan=False) if options.json else text
     line(sys.stdout, shown)
+
+
+@contextmanager
+def writing(path: Path, done: str = "") -> Iterator[None]:
+    """What goes wrong on the disk tells where; done: what there is nevertheless."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} ({error.filename or path}){done}") from None
+    except Exception as error:  # safetensors has an error of its own
+        if "No space left on device" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, f"No space left on device ({path}){done}") from None
 
 
 class Progress:

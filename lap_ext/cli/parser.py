@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The arguments of lap-ext, and completion scripts made from them. Needs nothing but Python."""
+"""The arguments of lap-ext. Needs nothing but Python; completion scripts are shtab's."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,20 +14,60 @@ import lap_ext
 
 _MODEL = """\
 MODEL is one of
-  a folder           of Hugging Face: config.json and safetensors, sharded or not. It is streamed:
-                     a checkpoint larger than memory is no problem.
-  package.module:f   a function of yours that returns a module, or (module, example_inputs). The
-                     weights are those of --checkpoint, or as the function made them.
-Pickle files (.pt, .pth, .bin, .pt2) are refused: to load one is to run what is in it.
+  a folder          of Hugging Face: config.json and safetensors, sharded or not.
+                    It is streamed: it may be larger than memory.
+  program.pt2       of torch.export.save. It is read first, and refused if
+                    anything in it could run when it is loaded.
+  package.module:f  a function of yours that returns a module, or (module,
+                    example_inputs). The weights are those of --checkpoint, or
+                    as the function made them.
+Pickle files (.pt, .pth, .bin) are refused: to load one is to run what is in it.
 """
 _EXAMPLES = """\
 examples:
   lap-ext prune ./llama --sparsity 0.5 --out ./llama-50 --report llama-50.html
-  lap-ext prune my.nets:resnet --checkpoint resnet.safetensors --sparsity 0.9 --scope global --out out
-  lap-ext prune ./bert --sparsity 'encoder.*=0.8' --sparsity 'pooler*=0.5' --out ./bert-pruned
+  lap-ext prune my.nets:resnet --checkpoint resnet.safetensors --sparsity 0.9 \\
+      --scope global --out ./resnet-90
+  lap-ext prune ./bert --sparsity 'encoder.*=0.8' --sparsity 'pooler*=0.5' \\
+      --out ./bert-pruned
   lap-ext verify ./llama-50 ./llama
 """
+_MORE = """\
+  lap-ext VERB --help                     what a verb takes
+  eval "$(lap-ext --completion bash)"     completion in this shell
+
+exit status:
+  0 well; 1 verify has findings; 2 a mistake or a bad file, told in one line;
+  130 stopped with Ctrl-C. Nothing is half-written, the original never touched.
+"""
+_SCORE = """\
+The table has for each layer how many scores are zero (a dead channel before or
+after); the smallest, the median, the largest, and those that 10 % and 90 % of
+the weights do not exceed; and the energy, which is the sum of the squares.
+
+example:
+  lap-ext score ./llama --out llama-scores.safetensors
+"""
+_VERIFY = """\
+Every kept weight must have its original's bits, every pruned one must be zero,
+and the counts those that were asked for. Exit status 1 if anything is not so.
+
+example:
+  lap-ext verify ./llama-50 ./llama
+"""
+_BENCH = """\
+lap_ext.mask is timed beside what one writes without it: the scores in PyTorch,
+then topk, kthvalue or a stable sort. Results are compared first. Calls are
+timed in pairs, side by side; the ratio is the median over the pairs of (the
+other's time / lap_ext's). Where 1 is between its quartiles, neither is known to
+be faster. Weights are random, of the shapes of MODEL's layers.
+
+examples:
+  lap-ext bench
+  lap-ext bench ./llama --sparsity 0.5
+"""
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
+_SHELLS = ("bash", "zsh", "fish", "tcsh")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -38,75 +78,89 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
+class _Completion(argparse.Action):
+    """Prints a script and ends."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: object = None
+    ) -> None:
+        del namespace, option
+        try:
+            script = completion(shell)
+        except ModuleNotFoundError as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+        sys.stdout.write(script)
+        parser.exit()
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; SystemExit after --help, --version or a mistake."""
-    return build().parse_args(_completion_first(sys.argv[1:] if argv is None else argv))
-
-
-def _completion_first(argv: Sequence[str]) -> Sequence[str]:
-    """`--completion bash` is the verb completion, which no help shows."""
-    first, equals, shell = argv[0].partition("=") if argv else ("", "", "")
-    if first != "--completion":
-        return argv
-    return ["completion", *([shell] if equals else []), *argv[1:]]
+    """The options; SystemExit after --help, --version, --completion or a mistake."""
+    return build().parse_args(argv)
 
 
 def build() -> argparse.ArgumentParser:
     """The parser of all verbs."""
+    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser(
         prog="lap-ext",
         description="Lookahead pruning of models and checkpoints.",
-        epilog=f'{_EXAMPLES}\n  eval "$(lap-ext --completion bash)"   completion in this shell',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_EXAMPLES}{_MORE}",
+        **raw,
     )
     parser.add_argument("--version", action="version", version=f"lap_ext {lap_ext.__version__}")
-    parser.add_argument("--completion", metavar="bash|zsh", help="print a script for a shell")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        verb = verbs.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        verb.add_argument("--json", action="store_true", help="the result as JSON on stdout")
-        verb.add_argument("--quiet", action="store_true", help="no progress on stderr")
-        verb.add_argument("--debug", action="store_true", help="the traceback of an error")
-        return verb
-
-    _prune(add("prune", "prune a model and write it to a folder", f"{_MODEL}\n{_EXAMPLES}"))
-    _inspect(add("inspect", "show the layers, who feeds whom, sizes and zeros", _MODEL))
-    _verify(add("verify", "check a pruned checkpoint against its original, bit by bit"))
-    add("info", "show versions and which kernels are loaded")
-    _demo(add("demo", "train, prune by lookahead and by magnitude, compare"))
-    shell = verbs.add_parser("completion")
-    shell.add_argument("shell", choices=("bash", "zsh"))
-    shell.set_defaults(debug=False, json=False, quiet=True)
+    parser.add_argument(
+        "--completion",
+        action=_Completion,
+        choices=_SHELLS,
+        metavar="SHELL",
+        help=f"print a completion script: {', '.join(_SHELLS)}",
+    )
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for name, (text, fill, epilog) in _VERBS.items():
+        about = f"{text[0].upper()}{text[1:]}."
+        verb = verbs.add_parser(name, help=text, description=about, epilog=epilog, **raw)
+        fill(verb)
+        add = verb.add_argument
+        add("--json", action="store_true", help="the result as JSON on stdout")
+        add("--quiet", action="store_true", help="no progress on stderr")
+        add("--debug", action="store_true", help="the traceback of an error")
     return parser
 
 
-def _model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "model", metavar="MODEL", help="a folder or package.module:factory, see below"
-    )
-    verb.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="safetensors weights for a factory's model"
-    )
-    verb.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="SHAPE",
-        help="an example input, such as 1x3x224x224 or 1x16:int64, if the factory gives none",
-    )
-    verb.add_argument(
-        "--unknown",
-        choices=("error", "stop"),
-        default="error",
-        help="at an operation that the trace does not understand (default: error)",
-    )
+def _model(verb: argparse.ArgumentParser, needed: bool = True) -> None:
+    add = verb.add_argument
+    # fmt: off
+    add("model", nargs=None if needed else "?", metavar="MODEL",
+        help="a folder, a .pt2 program or package.module:factory, see below")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="safetensors weights for a factory's model")
+    add("--input", action="append", default=[], metavar="SHAPE",
+        help="an example input, such as 1x3x224x224 or 1x16:int64, if the factory gives none")
+    _choice(verb, "--unknown", ("error", "stop"),
+            "at an operation that the trace does not understand")
+    # fmt: on
+
+
+def _choice(
+    verb: argparse.ArgumentParser, name: str, choices: Sequence[str], text: str
+) -> None:  # fmt: skip
+    """An option whose first choice is the default."""
+    shown = f"{text}: {', '.join(choices)} (default: {choices[0]})"
+    metavar = name.removeprefix("--").upper()
+    verb.add_argument(name, choices=choices, default=choices[0], metavar=metavar, help=shown)
+
+
+def _scoring(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    # fmt: off
+    _choice(verb, "--criterion", _CRITERIA, "what scores a weight")
+    _choice(verb, "--normalize", ("none", "norm", "lamp"), "scores between layers")
+    add("--exclude", action="append", default=[], metavar="PATTERN",
+        help="names of layers that are left alone, such as 'lm_*'; may be repeated")
+    _choice(verb, "--bn", ("paper", "fold", "off"), "how batch norms count")
+    add("--memory", type=memory, metavar="SIZE",
+        help="budget for a folder, such as 800MB (default: 4GB)")
+    # fmt: on
 
 
 def _prune(verb: argparse.ArgumentParser) -> None:
@@ -117,20 +171,23 @@ def _prune(verb: argparse.ArgumentParser) -> None:
         help="fraction to remove: 0.9; 'PATTERN=0.9' for some layers, may be repeated; "
         "erk:0.9, er:0.9 or uniform_plus:0.9 to share it out")
     add("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
-    add("--scope", choices=("layer", "global"), default="layer",
-        help="rank each layer by itself or all layers together (default: layer)")
-    add("--criterion", choices=_CRITERIA, default="lookahead", help="default: lookahead")
-    add("--normalize", choices=("none", "norm", "lamp"), default="none",
-        help="scores between layers (default: none)")
-    add("--exclude", action="append", default=[], metavar="PATTERN",
-        help="layers that stay as they are, may be repeated")
-    add("--bn", choices=("paper", "fold", "off"), default="paper",
-        help="how batch norms count (default: paper)")
-    add("--memory", type=memory, metavar="SIZE", help="budget for a folder, such as 4GB")
+    _choice(verb, "--scope", ("layer", "global"), "rank each layer by itself, or all together")
+    _scoring(verb)
     add("--report", type=Path, metavar="FILE.html", help="write a page about it")
     add("--plot", type=Path, metavar="FILE.png",
         help="write a picture of the layers, and FILE-distributions.png")
     # fmt: on
+
+
+def _score(verb: argparse.ArgumentParser) -> None:
+    _model(verb)
+    _scoring(verb)
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the scores as safetensors, a tensor for each layer; not there yet",
+    )
 
 
 def _inspect(verb: argparse.ArgumentParser) -> None:
@@ -139,23 +196,49 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
 
 
 def _verify(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("pruned", type=Path, metavar="PRUNED", help="folder or safetensors file")
-    verb.add_argument("original", type=Path, metavar="ORIGINAL", help="folder or safetensors file")
-    verb.add_argument(
-        "--sparsity",
-        action="append",
-        metavar="S",
-        help="that the counts must meet, as for prune (default: as the pruning has recorded it)",
-    )
-    verb.add_argument("--scope", choices=("layer", "global"), default="layer")
+    add = verb.add_argument
+    # fmt: off
+    add("pruned", type=Path, metavar="PRUNED", help="folder or safetensors file")
+    add("original", type=Path, metavar="ORIGINAL", help="folder or safetensors file")
+    add("--sparsity", action="append", metavar="S",
+        help="that the counts must meet, as for prune (default: as the pruning has recorded it)")
+    _choice(verb, "--scope", ("layer", "global"), "of --sparsity")
+    # fmt: on
+
+
+def _bench(verb: argparse.ArgumentParser) -> None:
+    _model(verb, needed=False)
+    add = verb.add_argument
+    # fmt: off
+    add("--sparsity", type=float, default=0.9, metavar="S",
+        help="fraction to remove (default: 0.9)")
+    add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: cpu)")
+    # fmt: on
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--seeds", type=_count, default=3, help="dense nets to train (default: 3)")
-    verb.add_argument("--steps", type=_count, default=200, help="fine-tuning steps (default: 200)")
-    verb.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for the plot (default: demo-out)"
-    )
+    add = verb.add_argument
+    # fmt: off
+    add("--seeds", type=_count, default=3, metavar="N", help="dense nets to train (default: 3)")
+    add("--steps", type=_count, default=200, metavar="N", help="fine-tuning steps (default: 200)")
+    add("--out", type=Path, default=Path("demo-out"), metavar="DIR",
+        help="folder for the plot (default: demo-out)")
+    # fmt: on
+
+
+def _info(verb: argparse.ArgumentParser) -> None:
+    del verb
+
+
+_VERBS = {
+    "prune": ("prune a model and write it to a folder", _prune, f"{_MODEL}\n{_EXAMPLES}"),
+    "score": ("score every weight of a model", _score, f"{_MODEL}\n{_SCORE}"),
+    "inspect": ("show the layers, who feeds whom, sizes and zeros", _inspect, _MODEL),
+    "verify": ("check a pruned checkpoint against its original", _verify, _VERIFY),
+    "bench": ("time lap_ext on this machine", _bench, f"{_MODEL}\n{_BENCH}"),
+    "demo": ("train, prune by lookahead and by magnitude, compare", _demo, ""),
+    "info": ("show versions and which kernels are loaded", _info, ""),
+}
 
 
 def _count(text: str) -> int:
@@ -222,57 +305,31 @@ def _percent(text: str) -> bool:
 
 
 def completion(shell: str) -> str:
-    """A script that completes verbs, options and their choices; files elsewhere.
+    """A script that completes verbs, options, their choices, and files.
+
+    Raises:
+        ModuleNotFoundError: shtab is not installed.
 
     Example:
-        >>> "inspect" in completion("bash"), completion("zsh").startswith("#compdef")
+        >>> "inspect" in completion("bash"), completion("zsh").startswith("#compdef lap-ext")
         (True, True)
     """
-    cases = []
-    names = []
-    for name, verb in _verbs(build()):
-        names.append(name)
-        options = [action for action in verb._actions if action.option_strings]
-        flags = " ".join(action.option_strings[-1] for action in options)
-        cases.append(f'    {name}) words="{flags}" ;;')
-        for action in options:
-            if action.choices:
-                choices = " ".join(map(str, action.choices))
-                flag = action.option_strings[-1]
-                cases.append(f'    {name}:{flag}) words="{choices}" ;;')
-    by_verb = [case for case in cases if ":" not in case.partition(")")[0]]
-    by_option = [case for case in cases if ":" in case.partition(")")[0]]
-    script = _BASH.format(
-        verbs=" ".join(names), options="\n".join(by_option), flags="\n".join(by_verb)
-    )
-    if shell == "zsh":
-        return f"#compdef lap-ext\nautoload -U +X bashcompinit && bashcompinit\n{script}"
-    return script
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "expected the shtab package (it writes completion scripts), got none. Run: pip "
+            "install shtab",
+            name="shtab",
+        ) from None
+    parser = build()
+    for verb in _verbs(parser):
+        for action in verb._actions:
+            if action.type is Path or action.dest == "model":
+                vars(action)["complete"] = shtab.FILE
+    return shtab.complete(parser, shell)
 
 
-def _verbs(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from (
-                (name, verb) for name, verb in action.choices.items() if name != "completion"
-            )
-
-
-_BASH = """\
-_lap_ext() {{
-  local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
-  if [ "$COMP_CWORD" -eq 1 ]; then
-    COMPREPLY=($(compgen -W "{verbs} --help --version --completion" -- "$cur")); return
-  fi
-  case "${{COMP_WORDS[1]}}:$prev" in
-{options}
-  esac
-  if [ -z "$words" ]; then
-    case "$cur" in -*) case "${{COMP_WORDS[1]}}" in
-{flags}
-    esac ;; esac
-  fi
-  if [ -n "$words" ]; then COMPREPLY=($(compgen -W "$words" -- "$cur"))
-  else COMPREPLY=($(compgen -f -- "$cur")); fi
-}}
-complete -o filenames -F _lap_ext lap-ext"""
+def _verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    found = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
+    return [verb for action in found for verb in action.choices.values()]

@@ -14,18 +14,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lap_ext
 from lap_ext import checkpoint, demo, report
 from lap_ext.checkpoint.files import MASKS, open_folder
 from lap_ext.checkpoint.reading import Buffer, Source
-from lap_ext.cli import gather, models, verify, weights
-from lap_ext.cli.output import Progress, result
+from lap_ext.cli import bench, gather, models, score, verify, weights
+from lap_ext.cli.output import Progress, result, writing
 from lap_ext.cli.parser import sparsity
 from lap_ext.report import Facts, plots
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.render import columns
 
-_SINGLE = "model.safetensors"
+_SINGLE, _PROGRAM = "model.safetensors", "model.pt2"
 
 
 def prune(options: Any) -> int:
@@ -34,18 +36,13 @@ def prune(options: Any) -> int:
     _can_write(options)
     start = time.monotonic()
     with Progress(not options.quiet) as progress:
-        if models.is_folder(options.model):
+        if models.is_folder(options):
             found, facts = _prune_folder(options, removed, progress)
         else:
             found, facts = _prune_module(options, removed, progress)
         if facts is not None:
             progress.step("draw")
-            if options.report:
-                report.write(options.report, facts)
-            if options.plot:
-                title = f"{facts.title}, {facts.criterion}"
-                plots.save(options.plot, plots.layers(facts.layers, title))
-                plots.save(_second(options.plot), plots.distributions(facts))
+            _draw(options, facts)
     told = json.loads(found.to_json())
     told |= {"model": options.model, "out": str(options.out), "asked": _asked(options)}
     told["seconds"] = round(time.monotonic() - start, 3)
@@ -57,6 +54,19 @@ def prune(options: Any) -> int:
     return 0
 
 
+def _draw(options: Any, facts: Facts) -> None:
+    """The page and the pictures that are asked for."""
+    done = f"; {str(options.out)!r} is complete"
+    if options.report:
+        with writing(options.report, done):
+            report.write(options.report, facts)
+    if options.plot:
+        title = f"{facts.title}, {facts.criterion}"
+        with writing(options.plot, done):
+            plots.save(options.plot, plots.layers(facts.layers, title))
+            plots.save(_second(options.plot), plots.distributions(facts))
+
+
 def _second(plot: Path) -> Path:
     """The picture of the distributions, beside that of the layers."""
     return plot.with_stem(f"{plot.stem}-distributions")
@@ -66,8 +76,6 @@ def _prune_folder(
     options: Any, removed: Any, progress: Progress
 ) -> tuple[Any, Facts | None]:  # fmt: skip
     """Streams a checkpoint."""
-    if options.checkpoint or options.input:
-        raise ValueError("expected --checkpoint and --input with a factory only, got a folder.")
     folder = Path(options.model)
     more = {} if options.memory is None else {"memory": options.memory}
     progress.step("prune")
@@ -81,54 +89,51 @@ def _prune_folder(
         exclude=tuple(options.exclude),
         bn=options.bn,
         unknown=options.unknown,
+        count_scores=bool(options.report or options.plot),
         on_progress=progress.follow,
         **more,
     )
-    report.page.replace(options.out / weights.RECORD, _record(options, found))
+    with writing(options.out):
+        report.page.replace(options.out / weights.RECORD, _record(options, found))
     if not (options.report or options.plot):
         return found, None
     known = gather.structure(open_folder(folder), options.unknown)
     facts = _facts(options)
-    gather.of_folder(facts, known.topology, known.copies, options.out, progress)
+    gather.of_folder(facts, known.topology, known.copies, options.out, found.scores, progress)
     return found, facts
 
 
 def _prune_module(
     options: Any, removed: Any, progress: Progress
 ) -> tuple[lap_ext.PruneResult, Facts | None]:
-    """Prunes in memory and writes model.safetensors and the masks."""
-    if options.memory is not None:
-        raise ValueError("expected --memory with a folder only: a factory's module is in memory.")
-    progress.step(f"make {options.model}")
-    made = models.make(options)
-    progress.step("trace")
-    topology = made.trace(options.unknown)
+    """Prunes in memory and writes the model and the masks."""
+    made, topology = models.traced(options, progress)
     progress.step("prune")
-    ways = {
-        "criterion": options.criterion,
-        "normalize": options.normalize,
-        "exclude": tuple(options.exclude),
-        "bn": options.bn,
-    }
+    ways: dict[str, Any] = models.ways(options) | {"on_progress": progress.follow}
     found = lap_ext.prune(made.module, topology, removed, scope=options.scope, apply=False, **ways)
     facts = None
     if options.report or options.plot:
         facts = _facts(options)
         facts.bytes_before = _bytes(made.module)
         facts.bytes_after = facts.bytes_before
+        progress.step("score")
         scores = lap_ext.scores(made.module, topology, **ways)
         gather.of_model(facts, topology, found.masks, scores, progress)
     found.masks.apply(made.module)
     progress.step("write")
-    _write(options, made.module, found)
+    _write(options, made, found)
     return found, facts
 
 
-def _write(options: Any, module: Any, found: lap_ext.PruneResult) -> None:
+def _write(options: Any, made: models.Made, found: lap_ext.PruneResult) -> None:
+    """The pruned model, of its own kind, the masks, and what was asked."""
     from safetensors.torch import save_model
 
-    with new_folder(options.out) as part:
-        save_model(module, str(part / _SINGLE), metadata={"format": "pt"})
+    with writing(options.out), new_folder(options.out) as part:
+        if made.program is None:
+            save_model(made.module, str(part / _SINGLE), metadata={"format": "pt"})
+        else:  # its weights are those of the module
+            torch.export.save(made.program, part / _PROGRAM)
         found.masks.save(part / MASKS)
         (part / weights.RECORD).write_text(_record(options, found), encoding="utf-8")
 
@@ -193,16 +198,11 @@ def _bytes(module: Any) -> int:
 def inspect(options: Any) -> int:
     """Shows layers, who feeds whom, sizes and zeros."""
     with Progress(not options.quiet) as progress:
-        if models.is_folder(options.model):
+        if models.is_folder(options):
             topology, rows, size = _inspect_folder(options, progress)
         else:
-            progress.step(f"make {options.model}")
-            made = models.make(options)
-            topology, size = made.trace(options.unknown), _bytes(made.module)
-            rows = [
-                _row(layer, layer.weight.numel() - int(layer.weight.count_nonzero()))
-                for layer in topology.layers.values()
-            ]
+            made, topology = models.traced(options, progress)
+            rows, size = _inspect_module(topology, progress), _bytes(made.module)
     if options.dot:
         result(options, {"dot": topology.to_dot()}, topology.to_dot())
         return 0
@@ -236,6 +236,15 @@ def _inspect_folder(
             progress.advance(piece.entry.size)
         rows.append(_row(layer, zeros))
     return known.topology, rows, weights.size(folder)
+
+
+def _inspect_module(topology: Topology, progress: Progress) -> list[dict[str, Any]]:
+    layers, rows = topology.layers.values(), []
+    progress.step("count zeros", sum(layer.weight.numel() for layer in layers))
+    for layer in layers:
+        rows.append(_row(layer, layer.weight.numel() - int(layer.weight.count_nonzero())))
+        progress.advance(layer.weight.numel())
+    return rows
 
 
 def _row(layer: Layer, zeros: int) -> dict[str, Any]:
@@ -301,8 +310,10 @@ def demo_(options: Any) -> int:
 
 VERBS: Mapping[str, Callable[[Any], int]] = {
     "prune": prune,
+    "score": score.score,
     "inspect": inspect,
     "verify": verify_,
-    "info": info,
+    "bench": bench.bench,
     "demo": demo_,
+    "info": info,
 }

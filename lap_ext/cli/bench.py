@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: MIT
+"""lap-ext bench: lap_ext.mask on this machine beside what one writes without it.
+
+    lap_ext   lap_ext.mask(w_prev, w, w_next)
+    others    |w| * ||w_prev[i]|| * ||w_next[:, o]|| in eager PyTorch, then topk, kthvalue or a stable sort
+
+Weights are random, between neighbors of as many weights (a convolution's are 1x1). Results are
+compared first. Two calls are timed in pairs, side by side, by torch.utils.benchmark, so that a
+machine that slows down slows both; ratio = median over the pairs of (other's time / lap_ext's).
+Memory is the peak above what was in use, of one call: of the process, or of the CUDA allocator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+import lap_ext
+from lap_ext import check
+from lap_ext.checkpoint.files import DTYPES, open_folder
+from lap_ext.cli import gather, models
+from lap_ext.cli.output import Progress, result
+from lap_ext.topology.render import columns
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+Call = Callable[[], Tensor]
+
+_STANDARD = ((500, 500), (512, 512, 3, 3), (4096, 4096))  # the paper's net, ResNet-18, Llama-2-7B
+_MOST_SHAPES, _MOST_WEIGHTS = 4, 1 << 26  # a sort takes six times the weights' bytes
+_PAIRS, _LEAST_PAIRS, _SECONDS = 9, 3, 6.0  # of a comparison
+_SAMPLE_S = 0.02  # seconds that a sample lasts at least
+_TOLERANCE = 1e-5  # relative, of scores with float32 norms
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One comparison. Seconds are medians, memory is in bytes, None where it cannot be measured."""
+
+    name: str
+    seconds: float
+    lap_ext_seconds: float
+    ratio: float  # of the seconds of pairs, the median and the quartiles
+    q1: float
+    q3: float
+    pairs: int
+    differ: int  # weights that one keeps and the other does not: scores at the threshold
+    memory: int | None
+    lap_ext_memory: int | None
+
+
+def bench(options: Any) -> int:
+    """Measures standard shapes, or those of a model's layers."""
+    if not 0 <= options.sparsity < 1:
+        raise ValueError(f"expected 0 <= --sparsity < 1, got {options.sparsity:g}.")
+    device = _device(options.device)
+    with Progress(not options.quiet) as progress, torch.no_grad():
+        found = _shapes(options, progress)
+        fitting = [x for x in found if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
+        chosen = fitting[:_MOST_SHAPES]
+        progress.step("bench", len(_SELECT) * sum(torch.Size(x[0]).numel() for x in chosen))
+        cases = [
+            {"shape": list(shape), "dtype": str(kind).removeprefix("torch."), "layers": found[shape, kind],
+             "rivals": [asdict(x) for x in _measured(shape, kind, device, options.sparsity, progress)]}
+            for shape, kind in chosen
+        ]  # fmt: skip
+    told = {"model": options.model, "sparsity": options.sparsity, "device": str(device)}
+    told |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    told |= {
+        "lap_ext": asdict(lap_ext.info()),
+        "left_out": len(found) - len(chosen),
+        "cases": cases,
+    }
+    result(options, told, _text(told))
+    return 0
+
+
+def _device(given: str) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:  # torch's first line says why
+        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"expected --device to be one that torch has, got {given!r}: {why}."
+        ) from None
+
+
+def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
+    """Shapes and how many layers have them, those with the most weights together first."""
+    if options.model is None:
+        if options.checkpoint or options.input:
+            raise ValueError("expected a MODEL with --checkpoint or --input, got none.")
+        return {(shape, torch.float32): 1 for shape in _STANDARD}
+    found: Counter[Shape] = Counter()
+    if models.is_folder(options):
+        progress.step("trace")
+        known = gather.structure(open_folder(Path(options.model)), options.unknown)
+        stored = {x: DTYPES[copies[0][0].entry.dtype] for x, copies in known.copies.items()}
+        found.update((x.shape, stored[name]) for name, x in known.topology.layers.items())
+    else:
+        layers = models.traced(options, progress)[1].layers.values()
+        found.update((x.shape, x.weight.dtype) for x in layers)
+    some = [x for x in found if len(x[0]) > 1 and torch.Size(x[0]).numel() > 1]
+    some.sort(key=lambda x: -found[x] * torch.Size(x[0]).numel())
+    return {x: found[x] for x in some}
+
+
+# --- what one writes without lap_ext ------------------------------------------------------------
+
+
+def _eager(w_prev: Tensor, w: Tensor, w_next: Tensor) -> Tensor:
+    """Scores with norms of w's dtype, float32 at least."""
+    kind = torch.promote_types(w.dtype, torch.float32)
+    rest = tuple(range(2, w.dim()))
+    into = torch.linalg.vector_norm(w_prev, dim=(1, *rest), dtype=kind)
+    out = torch.linalg.vector_norm(w_next, dim=(0, *rest), dtype=kind)
+    ones = [1] * len(rest)
+    return w.abs() * into.view(1, -1, *ones) * out.view(-1, 1, *ones)
+
+
+def _first(scores: Tensor, index: Tensor) -> Tensor:
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[index] = True
+    return mask.view(scores.shape)
+
+
+def _topk(scores: Tensor, keep: int) -> Tensor:
+    return _first(scores, scores.flatten().topk(keep, sorted=False).indices)
+
+
+def _kthvalue(scores: Tensor, keep: int) -> Tensor:
+    return scores >= scores.flatten().kthvalue(scores.numel() - keep + 1).values
+
+
+def _sort(scores: Tensor, keep: int) -> Tensor:
+    """Stable: of equal scores the lower index, as in lap_ext."""
+    return _first(scores, scores.flatten().sort(descending=True, stable=True).indices[:keep])
+
+
+_SELECT: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "topk": _topk,
+    "kthvalue": _kthvalue,
+    "sort": _sort,
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _measured(
+    shape: tuple[int, ...], kind: torch.dtype, device: torch.device, sparsity: float,
+    progress: Progress,
+) -> list[Rival]:  # fmt: skip
+    """All comparisons of one shape."""
+    beside = (shape[1], shape[0], *[1] * (len(shape) - 2))
+    weights = [
+        torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(device, kind)
+        for seed, size in enumerate((beside, shape, beside))
+    ]
+    w_prev, w, w_next = weights
+    keep = max(1, check.keep_count("bench", sparsity, None, w.numel()))
+
+    def ours() -> Tensor:
+        return lap_ext.mask(w_prev, w, w_next, keep=keep)
+
+    mine, scores = ours(), lap_ext.score(w_prev, w, w_next)
+    if not torch.equal(mine, _sort(scores, keep)):
+        raise RuntimeError(f"lap_ext.mask is not the sort of lap_ext.score on {list(shape)}")
+    used, found = _extra(ours, device), []
+    for name, select in _SELECT.items():
+
+        def other(select: Callable[[Tensor, int], Tensor] = select) -> Tensor:
+            return select(_eager(w_prev, w, w_next), keep)
+
+        differ = _difference(name, mine, other(), scores)
+        samples = _pairs(ours, other)
+        q1, ratio, q3 = statistics.quantiles([b / a for a, b in samples], method="inclusive")
+        seconds = [statistics.median(x) for x in zip(*samples, strict=True)]
+        memory = _extra(other, device), used
+        found.append(
+            Rival(name, seconds[1], seconds[0], ratio, q1, q3, len(samples), differ, *memory)
+        )
+        progress.advance(w.numel())
+    return found
+
+
+def _difference(name: str, mine: Tensor, other: Tensor, scores: Tensor) -> int:
+    """How many weights one keeps and the other does not; RuntimeError if one is far from the cut."""
+    off = scores[mine ^ other]
+    cut = scores[mine].min()
+    if off.numel() and bool(((off - cut).abs() > _TOLERANCE * cut).any()):
+        raise RuntimeError(f"lap_ext.mask and {name} keep different weights of {list(mine.shape)}")
+    return off.numel()
+
+
+def _pairs(ours: Call, other: Call) -> list[tuple[float, float]]:
+    """(seconds of ours, seconds of the other), measured in turns."""
+    timers = [
+        Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        for call in (ours, other)
+    ]
+    begin = time.monotonic()
+    found: list[tuple[float, float]] = []
+    while len(found) < _PAIRS:
+        turn = (0, 1) if len(found) % 2 else (1, 0)
+        took = {x: timers[x].blocked_autorange(min_run_time=_SAMPLE_S).median for x in turn}
+        found.append((took[0], took[1]))
+        if len(found) >= _LEAST_PAIRS and time.monotonic() - begin > _SECONDS:
+            break
+    return found
+
+
+def _extra(call: Call, device: torch.device) -> int | None:
+    """Peak bytes of a call above what was in use; None where that cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux") or device.type != "cpu":
+        return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # else freed memory would serve the call, unseen
+    try:
+        _RESET.write_text("5")  # the peak starts anew
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    lines = _STATUS.read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:"))
+
+
+# --- what is shown ------------------------------------------------------------------------------
+
+
+def _text(told: Mapping[str, Any]) -> str:
+    rows = [
+        ("layer", "against", "ms", "lap_ext ms", "ratio", "quartiles", "MB", "lap_ext MB", "differ")
+    ]
+    for case in told["cases"]:
+        name = f"{'x'.join(map(str, case['shape']))} {case['dtype']}"
+        for x in case["rivals"]:
+            times = _short(x["seconds"] * 1e3), _short(x["lap_ext_seconds"] * 1e3)
+            ratio = _short(x["ratio"]), f"{_short(x['q1'])} to {_short(x['q3'])}"
+            used = [_megabytes(x[key]) for key in ("memory", "lap_ext_memory")]
+            rows.append((name, x["name"], *times, *ratio, *used, str(x["differ"])))
+            name = ""
+    kernels = str(lap_ext.info())
+    lines = [
+        kernels,
+        f"sparsity {told['sparsity']:g} on {told['device']}, {told['threads']} threads",
+        "",
+    ]
+    lines += [columns(rows, right=range(2, len(rows[0]))), ""]
+    lines += [
+        "ratio: the other's time / lap_ext's, above 1 where lap_ext is faster; the median of pairs of",
+        "calls timed side by side. Where 1 is between the quartiles, neither is known to be faster.",
+        "MB: peak above the weights. differ: weights kept by one only, all with scores at the threshold.",
+    ]
+    if told["left_out"]:
+        lines.append(f"{told['left_out']} more shapes of the model were left out.")
+    return "\n".join(lines)
+
+
+def _megabytes(size: int | None) -> str:
+    return "not known" if size is None else _short(size / 1e6)
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
