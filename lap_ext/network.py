@@ -10,7 +10,7 @@ pruning) count at once: a pruned neighbor is a smaller neighbor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -84,15 +84,22 @@ class Network:
     def factors(self, role: Role) -> tuple[Tensor, Tensor]:
         """(in_norm [I], out_norm [O]) of a role, float64, on the CPU."""
         if self._factors is None:
-            roles = range(len(self.topology.roles))
-            energies = [self._energies[r] or self._measure(r) for r in roles]
-            self._energies = list(energies)
+            for _ in self.measure():
+                pass
+            energies = [found for found in self._energies if found is not None]  # which is all
             if self.chain is None:
                 self._factors = self._sweeps.factors(*zip(*energies, strict=True))
             else:
                 self._factors = self._along(self.chain)
             self._override()
         return self._factors[self.topology.roles.index(role)]
+
+    def measure(self) -> Iterator[Role]:
+        """Takes the norms that `factors` needs and has not yet; yields each role that was read."""
+        for place, role in enumerate(self.topology.roles):
+            if self._energies[place] is None:
+                self._energies[place] = self._measure(place)
+                yield role
 
     def _measure(self, place: int) -> tuple[Tensor, Tensor]:
         """Squared norms of a role's inputs [I] and outputs [O], float64, on the CPU."""

@@ -103,6 +103,43 @@ def _(scores: list[Tensor], *args: object) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=torch.bool) for x in scores]
 
 
+def _global_mask(
+    w: list[Tensor],
+    row_norm: list[Tensor],
+    col_norm: list[Tensor],
+    groups: list[int],
+    keep: int,
+    masks: list[Tensor],
+    check_finite: bool,
+) -> list[Tensor]:
+    """The definition of global_mask, by operators: topk_mask of the scores of all weights."""
+    scores = []
+    for t, (x, rows, cols, count) in enumerate(zip(w, row_norm, col_norm, groups, strict=True)):
+        if rows.numel() == 0:
+            scores.append(x)
+            continue
+        try:
+            scores.append(score(x, cols, rows, count, False, check_finite))
+        except (RuntimeError, ValueError) as error:
+            clean = _unwrapped(error)
+            if not isinstance(clean, ValueError):
+                raise
+            raise ValueError(str(clean).replace(" in w,", f" in w[{t}],")) from None
+    return topk_mask(scores, keep, masks, check_finite)
+
+
+# One ranking over weights [R, C, *K] with norms of rows [R] and of columns [groups * C] each (a
+# transposed convolution's rows are its inputs). An empty row_norm says that w is ready scores.
+@_define(
+    "global_mask(Tensor[] w, Tensor[] row_norm, Tensor[] col_norm, int[] groups, SymInt keep, "
+    "Tensor[] masks, bool check_finite) -> Tensor[]",
+    _global_mask,
+)
+def _(w: list[Tensor], *args: object) -> list[Tensor]:
+    del args
+    return [x.new_empty(x.shape, dtype=torch.bool) for x in w]
+
+
 @_define(
     "kth_largest(Tensor[] scores, SymInt k, bool check_finite) -> Tensor", reference.kth_largest
 )
@@ -123,6 +160,7 @@ score = torch.ops.lap_ext.score.default
 mask = torch.ops.lap_ext.mask.default
 prune_ = torch.ops.lap_ext.prune_.default
 topk_mask = torch.ops.lap_ext.topk_mask.default
+global_mask = torch.ops.lap_ext.global_mask.default
 kth_largest = torch.ops.lap_ext.kth_largest.default
 
 _ERRORS = {"lap_ext.ValueError: ": ValueError, "lap_ext.TypeError: ": TypeError}

@@ -88,7 +88,7 @@ def scores(
     topology = _traced("scores", model, example_inputs, kwargs, neighbors, unknown)
     layers = _chosen("scores", topology, exclude)
     plan = _plan("scores", topology, layers, criterion, bn, skip, data, masks, on_progress)
-    plan.expect(layers, 1, 1, "parallel")
+    plan.expect(layers, layers, 1, "parallel")
     return _scores(plan, layers, normalize, plan.masks)
 
 
@@ -188,7 +188,10 @@ def prune(
     given = allocation.of(sparsity)
     keeps = given.keeps(shapes)
     layers = [layer for layer in layers if layer.name in keeps]
-    plan.expect(layers, 2 if scope == "global" else 1, rounds, order)
+    read = list(layers)
+    if scope == "global":  # once more where scores are stored
+        read += [x for x in layers if selection.stores_scores(plan.criterion, x, normalize)]
+    plan.expect(layers, read, rounds, order)
     if scope == "global":
         kept = _globally(plan, layers, allocation.total(given, shapes), normalize, rounds)
     else:
@@ -210,9 +213,11 @@ class _Plan:
     masks: dict[str, Tensor]
     count: Count
 
-    def expect(self, layers: Sequence[Layer], passes: int, rounds: int, order: str) -> None:
-        """Says how much will be read: of layers, so many passes a round, and of their neighbors."""
-        size = rounds * passes * sum(layer.weight.nbytes for layer in layers)
+    def expect(
+        self, layers: Sequence[Layer], read: Sequence[Layer], rounds: int, order: str
+    ) -> None:
+        """Says how much will be read: what is scored in each round, and the layers' neighbors."""
+        size = rounds * sum(layer.weight.nbytes for layer in read)
         if layers and isinstance(self.criterion, _NEIGHBORS):
             every = self.network.topology.layers.values()
             size += sum(map(_measured, every))  # then those whose masks have changed
@@ -226,12 +231,9 @@ class _Plan:
         """Takes the norms that scoring asks for layer by layer, where it asks for all at once."""
         if not isinstance(self.criterion, _NEIGHBORS):
             return
-        network = self.network
-        for place, role in enumerate(network.topology.roles):
-            if network._energies[place] is None:
-                network._energies[place] = network._measure(place)
-                size = network.topology.layers[role.layer].weight.nbytes
-                self.count.read("measure", role.layer, size)
+        for role in self.network.measure():
+            size = self.network.topology.layers[role.layer].weight.nbytes
+            self.count.read("measure", role.layer, size)
 
 
 def _measured(layer: Layer) -> int:
@@ -325,8 +327,15 @@ def _globally(
     masks = _own_masks(plan, layers)
     left = sum(_left(layer, masks) for layer in layers)
     for step in range(1, rounds + 1):
-        found = _scores(plan, layers, normalize, masks)
-        masks = selection.global_masks(found, _after(step, rounds, left, keep), masks)
+        found = []
+        for layer in layers:
+            plan.measure()
+            own = masks.get(layer.name)
+            found.append(selection.ranked(plan.network, plan.criterion, layer, normalize, own))
+            if selection.stores_scores(plan.criterion, layer, normalize):
+                plan.count.read("score", layer.name, layer.weight.nbytes)
+        after = _after(step, rounds, left, keep)
+        masks = selection.global_masks(plan.network, layers, found, after, masks)
         plan.count.read("rank", "", sum(layer.weight.nbytes for layer in layers))
         _set_masks(plan, masks if step < rounds else {})
     return masks

@@ -15,13 +15,15 @@ Normalizations of scores for one ranking over layers:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lap_ext import check, from_factors, ops, ranking
+from lap_ext import check, from_factors, ops, ranking, tensors
 from lap_ext.criteria import Criterion
 from lap_ext.network import Network
 from lap_ext.topology import Layer
@@ -171,18 +173,83 @@ def _from_rows(rows: Tensor, part: Part) -> Tensor:
     return rows.reshape(groups, out, into // groups, -1).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """A layer in a ranking of several: a weight with norms of its rows and columns, or its scores."""
+
+    x: Tensor
+    rows: Tensor  # float64 [R]; empty: x is scores
+    cols: Tensor  # float64 [groups * C]
+    groups: int = 1
+
+
+def stores_scores(criterion: Criterion, layer: Layer, normalize: str) -> bool:
+    """Whether a ranking of several layers needs this one's scores in memory."""
+    fused = not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.whole)
+    return normalize != "none" or not fused
+
+
+def ranked(
+    network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
+) -> Ranked:
+    """What a ranking of several layers reads of one; mask: the weights that count."""
+    if stores_scores(criterion, layer, normalize):
+        scores = normalized(layer_scores(network, criterion, layer), normalize, mask)
+        none = scores.new_empty(0, dtype=torch.float64)
+        return Ranked(scores, none, none)
+    part = layer.roles[0].part
+    with _of(layer, network):
+        weight = criterion.weight(network, layer)
+        found = criterion.factors(network, layer.roles[0]) if criterion.by_role else (None, None)
+        x = tensors.weight(network.function, part.of(weight), part.groups, part.transposed)
+        into, out = _on(weight, found)
+        into, out = tensors.given_norms(
+            network.function, x, into, out, part.groups, part.transposed
+        )
+    rows, cols = (into, out) if part.transposed else (out, into)
+    return Ranked(x, rows, cols, part.groups)
+
+
 def global_masks(
-    scores: Mapping[str, Tensor], keep: int, masks: Mapping[str, Tensor]
+    network: Network,
+    layers: Sequence[Layer],
+    found: Sequence[Ranked],
+    keep: int,
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Masks of the keep best of all scores as one ranking, layers in order."""
-    eligible = None
+    """Masks of the keep best weights of all layers as one ranking, layers in order."""
+    function = network.function
+    double = torch.float64
+    kinds = [str(double if x.x.dtype == double else torch.float32) for x in found]
+    check.one_of_a_kind(function, "dtype", kinds)
+    check.one_of_a_kind(function, "device", [str(x.x.device) for x in found])
+    eligible = []
     if masks:
+        given = [masks.get(layer.name) for layer in layers]
         eligible = [
-            masks[name] if name in masks else torch.ones_like(score, dtype=torch.bool)
-            for name, score in scores.items()
+            torch.ones(x.x.shape, dtype=torch.bool, device=x.x.device)
+            if mask is None
+            else mask.reshape(x.x.shape).contiguous()
+            for x, mask in zip(found, given, strict=True)
         ]
-    kept = ranking.topk_mask(list(scores.values()), keep, mask=eligible)
-    return dict(zip(scores, kept, strict=True))
+    lists = ([x.x for x in found], [x.rows for x in found], [x.cols for x in found])
+    groups = [x.groups for x in found]
+    with _of_one(layers, network):
+        kept = ops.call(function, ops.global_mask, *lists, groups, keep, eligible, True)
+    return {layer.name: mask.reshape(layer.shape) for layer, mask in zip(layers, kept, strict=True)}
+
+
+@contextmanager
+def _of_one(layers: Sequence[Layer], network: Network) -> Iterator[None]:
+    """Errors about w[3] name the fourth layer."""
+    try:
+        yield
+    except ValueError as error:
+        place = re.search(r" in w\[(\d+)\],", str(error))
+        if place is None:
+            raise
+        with _of(layers[int(place[1])], network):
+            raise ValueError(str(error).replace(place[0], " in w,")) from None
 
 
 def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:

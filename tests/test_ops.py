@@ -18,7 +18,7 @@ import lap_ext
 import lap_ext.ops
 
 OPS = torch.ops.lap_ext
-NAMES = "row_energy col_energy energies score mask prune_ topk_mask kth_largest".split()
+NAMES = "row_energy col_energy energies score mask prune_ topk_mask global_mask kth_largest".split()
 
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +62,13 @@ def samples(op: str) -> list[tuple[Any, ...]]:
         made.append((*empty, *none, 1, False, True))
         return made
     lists = [[w] for w in weights] + [[weights[0], torch.tensor(1.0), torch.zeros(0), grouped]]
+    if op == "global_mask":
+        none = torch.zeros(0, dtype=torch.float64)
+        both = [weights[0], weights[0].bfloat16(), torch.rand(7)], [outs, outs, none]
+        return [
+            (*both, [ins, ins, none], [1, 1, 1], 3, masks, True)
+            for masks in ([], flags_of(both[0]))
+        ]
     if op == "kth_largest":
         return [(scores, 2, True) for scores in lists]
     return [(scores, 3, masks, True) for scores in lists for masks in ([], flags_of(scores))]

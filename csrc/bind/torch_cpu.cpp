@@ -153,6 +153,23 @@ std::tuple<Tensor, Tensor> energies(const Tensor& weight,
   return {row, col};
 }
 
+[[noreturn]] void fail_not_finite(const char* op, const std::string& name, const Weight& weight) {
+  const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
+  bind::fail_not_finite(op, name, found.count, found.first);
+}
+
+Tensor scores_of(const char* op, const std::string& name, const Weight& weight, bool check_finite) {
+  const bool wide = weight.x.dtype == DType::f64;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(weight.w, weight.w.sizes(), dtype);
+  lap::cpu::prefer_large_pages(out.mutable_data_ptr(), out.numel() * (wide ? 8 : 4));
+  if (!lap::cpu::score(weight.x, weight.layout, weight.row_norm, weight.col_norm, check_finite,
+                       torch_pool(), out.mutable_data_ptr())) {
+    fail_not_finite(op, name, weight);
+  }
+  return out;
+}
+
 Tensor score(const Tensor& w,
              const Tensor& in_norm,
              const Tensor& out_norm,
@@ -160,16 +177,7 @@ Tensor score(const Tensor& w,
              bool transposed,
              bool check_finite) {
   const Weight weight("score", w, in_norm, out_norm, groups, transposed, check_finite);
-  const bool wide = weight.x.dtype == DType::f64;
-  Tensor out =
-      torch::stable::new_empty(w, w.sizes(), wide ? ScalarType::Double : ScalarType::Float);
-  lap::cpu::prefer_large_pages(out.mutable_data_ptr(), out.numel() * (wide ? 8 : 4));
-  if (!lap::cpu::score(weight.x, weight.layout, weight.row_norm, weight.col_norm, check_finite,
-                       torch_pool(), out.mutable_data_ptr())) {
-    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
-    bind::fail_not_finite("score", "w", found.count, found.first);
-  }
-  return out;
+  return scores_of("score", "w", weight, check_finite);
 }
 
 Tensor select_mask(const char* op,
@@ -184,10 +192,7 @@ Tensor select_mask(const char* op,
   source.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const lap::cpu::Selection selection =
       lap::cpu::select({source}, keep, check_finite, torch_pool());
-  if (selection.outcome == lap::cpu::Outcome::not_finite) {
-    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
-    bind::fail_not_finite(op, "w", found.count, found.first);
-  }
+  if (selection.outcome == lap::cpu::Outcome::not_finite) fail_not_finite(op, "w", weight);
   if (selection.outcome == lap::cpu::Outcome::range) bind::fail_range(op);
   return mask;
 }
@@ -259,6 +264,61 @@ std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
   return out;
 }
 
+// One ranking over the weights of several layers. No score is stored, but for a layer whose norms
+// multiply to more or less than its scores' type can hold; an empty row_norm says that w is scores.
+std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
+                                const std::vector<Tensor>& row_norm,
+                                const std::vector<Tensor>& col_norm,
+                                const std::vector<int64_t>& groups,
+                                int64_t keep,
+                                const std::vector<Tensor>& masks,
+                                bool check_finite) {
+  const char* op = "global_mask";
+  if (keep < 0) bind::fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
+  if (row_norm.size() != w.size() || col_norm.size() != w.size() || groups.size() != w.size() ||
+      (!masks.empty() && masks.size() != w.size())) {
+    bind::fail(op, "expected one row_norm, col_norm, groups and mask per weight.");
+  }
+  std::vector<Tensor> held, out;
+  std::vector<std::optional<Weight>> weights(w.size());
+  std::vector<Source> sources(w.size());
+  held.reserve(w.size());
+  for (size_t t = 0; t < w.size(); ++t) {
+    const bool wide = w[t].scalar_type() == ScalarType::Double;
+    if (wide != (w[0].scalar_type() == ScalarType::Double)) {
+      bind::fail(op, "expected weights that are all float64, or none.");
+    }
+    Source& source = sources[t];
+    held.push_back(w[t]);
+    if (row_norm[t].numel() == 0) {
+      source.x = strided(op, w[t], &held[t]);
+    } else {
+      const Weight& weight =
+          weights[t].emplace(op, w[t], col_norm[t], row_norm[t], groups[t], false, check_finite);
+      source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
+      source.absolute = true;
+      if (!lap::cpu::has_plain_scores(weight.x.dtype, weight.row_norm, weight.col_norm,
+                                      weight.layout)) {
+        held[t] = scores_of(op, "w[" + std::to_string(t) + "]", weight, check_finite);
+        source = Source();
+        source.x = strided(op, held[t], &held[t]);
+      }
+    }
+    out.push_back(new_mask(w[t]));
+    source.mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
+    if (!masks.empty()) source.eligible = bind::eligible_of(op, masks[t], w[t]);
+  }
+  const lap::cpu::Selection selection = lap::cpu::select(sources, keep, check_finite, torch_pool());
+  if (selection.outcome == lap::cpu::Outcome::ok) return out;
+  for (size_t t = 0; t < w.size(); ++t) {
+    const bool is_scores = sources[t].is_scores();
+    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(sources[t].x, is_scores);
+    if (found.count == 0) continue;
+    bind::fail_not_finite(op, "w[" + std::to_string(t) + "]", found.count, found.first);
+  }
+  bind::fail(op, "expected finite weights.");
+}
+
 Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_finite) {
   std::vector<Tensor> held;
   const std::vector<Source> sources = score_sources("kth_largest", scores, &held);
@@ -286,6 +346,7 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("mask", TORCH_BOX(&mask));
   m.impl("prune_", TORCH_BOX(&prune_));
   m.impl("topk_mask", TORCH_BOX(&topk_mask));
+  m.impl("global_mask", TORCH_BOX(&global_mask));
   m.impl("kth_largest", TORCH_BOX(&kth_largest));
 }
 

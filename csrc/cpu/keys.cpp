@@ -51,8 +51,8 @@ Keys<Key>::Keys(const Source& source, Norms<Float> norms)
 template <typename Key>
 Key Keys<Key>::fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const {
   Key top = 0;
-  if (source_.row_norm == nullptr) {
-    top = kernel_.scores(elements(source_.x, begin, n, scratch->gathered), n, keys);
+  if (source_.is_scores()) {
+    top = kernel_.scores(elements(source_.x, begin, n, scratch->gathered), n, keys) - 1;
   } else {
     for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
                    [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
@@ -76,7 +76,7 @@ void Keys<Key>::pick(const int64_t* position, int64_t n, Scratch* scratch, Key* 
     default:
       pick_elements<uint64_t>(source_.x, position, n, scratch->gathered);
   }
-  if (source_.row_norm == nullptr) {
+  if (source_.is_scores()) {
     kernel_.scores(scratch->gathered, n, keys);
   } else {
     const Layout& layout = source_.layout;
@@ -111,9 +111,10 @@ Key Keys<Key>::classify(int64_t begin,
     decide_.classify(keys, n, to, base, mask, candidates, above);
     return top;
   }
-  if (source_.row_norm == nullptr) {
+  if (source_.is_scores()) {
     return kernel_.classify_scores(elements(source_.x, begin, n, scratch->gathered), n, to, base,
-                                   mask, candidates, above);
+                                   mask, candidates, above) -
+           1;
   }
   Key top = 0;
   for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
@@ -128,6 +129,7 @@ Key Keys<Key>::classify(int64_t begin,
 template <typename Key>
 bool Keys<Key>::underflows(int64_t begin, int64_t n, Scratch* scratch) const {
   bool found = false;
+  if (source_.is_scores() || source_.absolute) return found;
   for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
                  [&](const void* x, const Float* col, Float row, int64_t, int64_t count) {
                    found = found || kernel_.underflows(x, col, row, count);

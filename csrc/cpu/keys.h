@@ -13,7 +13,10 @@ namespace lap::cpu {
 constexpr int64_t kBlock = 1024;   // keys of a block and weights fill a quarter of the L1 cache
 constexpr int64_t kLongRow = 128;  // shorter rows are lined up with their norms in a buffer first
 
-// One tensor to rank: weights with their norms, or ready scores (no norms).
+// One tensor to rank: weights with their norms, or ready scores (no norms). The keys of several
+// weights can be compared only where they are absolute: made of the norms as they are, so that a
+// key is its score's bits. For this the products of norms must be normal numbers
+// (has_plain_scores).
 struct Source {
   Strided x;
   Layout layout;
@@ -21,6 +24,9 @@ struct Source {
   const double* col_norm = nullptr;   // [groups * cols]
   const uint8_t* eligible = nullptr;  // [size] or null: all
   uint8_t* mask = nullptr;            // [size] or null: only the threshold is wanted
+  bool absolute = false;
+
+  bool is_scores() const { return row_norm == nullptr; }
 };
 
 // Room for one block, one per worker.
@@ -79,7 +85,8 @@ class Keys {
 
   Keys(const Source& source, Norms<Float> norms);
 
-  // keys[0 .. n-1] of elements [begin, begin + n), n <= kBlock. Returns the largest |x| as a key.
+  // keys[0 .. n-1] of elements [begin, begin + n), n <= kBlock. Returns the largest |x| as a key,
+  // for scores one less: what reaches kInfinity is not finite, or, among scores, not a number.
   Key fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const;
 
   // keys[i] of element position[i], n <= kBlock

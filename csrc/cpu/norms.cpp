@@ -286,6 +286,26 @@ bool Norms<Float>::normal(int shift) const {
   return shift < std::numeric_limits<Float>::max_exponent && std::ldexp(least, shift) >= limit;
 }
 
+template <typename Float>
+void Norms<Float>::unscale() {
+  for (Float& norm : row) norm = std::ldexp(norm, exponent);
+  exponent = 0;
+}
+
+template <typename Float>
+bool plain(const double* row_norm, const double* col_norm, const Layout& layout, bool rounded) {
+  const Norms<Float> norms = scaled_norms<Float>(row_norm, col_norm, layout, rounded);
+  return norms.normal() && norms.normal(norms.exponent);
+}
+
+bool has_plain_scores(DType dtype,
+                      const double* row_norm,
+                      const double* col_norm,
+                      const Layout& layout) {
+  return dtype == DType::f64 ? plain<double>(row_norm, col_norm, layout, false)
+                             : plain<float>(row_norm, col_norm, layout, true);
+}
+
 template struct Norms<float>;
 template struct Norms<double>;
 template Norms<float> scaled_norms(const double*, const double*, const Layout&, bool);

@@ -35,7 +35,17 @@ struct Norms {
 
   // Is the product of any two nonzero entries, times 2^shift, a normal number?
   bool normal(int shift = 0) const;
+
+  // Puts the scale back into row, so that products are the true ones; normal(exponent) must hold.
+  void unscale();
 };
+
+// Whether every product of two nonzero norms is a normal number of the scores' type, with nothing
+// scaled: then |w| * (row_norm * col_norm) in this type is the score.
+bool has_plain_scores(DType dtype,
+                      const double* row_norm,
+                      const double* col_norm,
+                      const Layout& layout);
 
 // Rounds the norms to float's 24 bits when rounded is set (in Float = double: the wide form).
 template <typename Float>

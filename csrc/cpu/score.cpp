@@ -35,7 +35,7 @@ bool for_all_pieces(const Strided& w,
 bool score_direct(
     const Strided& w, const Layout& layout, Norms<float> norms, const Pool& pool, float* out) {
   const auto run = kernels().score[static_cast<int>(w.dtype)];
-  for (float& norm : norms.row) norm = std::ldexp(norm, norms.exponent);
+  norms.unscale();
   return for_all_pieces(
       w, layout, norms, pool,
       [&](const void* x, const float* col, float row, int64_t first, int64_t count) {

@@ -33,9 +33,7 @@ template <typename Key>
 class Selector {
  public:
   Selector(std::vector<Keys<Key>> keys, bool check_finite, const Pool& pool)
-      : sweeper_(std::move(keys), pool), check_(check_finite) {
-    limit_ = KeyTraits<Key>::kInfinity + (sweeper_.raw_scores() ? 1 : 0);  // scores may be infinite
-  }
+      : sweeper_(std::move(keys), pool), check_(check_finite) {}
 
   // The keep-th largest key, 1 <= keep <= eligible; nothing when an element is not finite.
   std::optional<Key> run(int64_t keep) {
@@ -53,10 +51,11 @@ class Selector {
     return sure.low == sure.high ? mark_ties(sure.low, &finite) : sweep(sure, &finite);
   }
 
-  bool underflows() { return !sweeper_.raw_scores() && sweeper_.underflows(); }
+  bool underflows() { return sweeper_.underflows(); }
 
  private:
   static constexpr Key kLeast = KeyTraits<Key>::kNever + 1;
+  static constexpr Key kLimit = KeyTraits<Key>::kInfinity;
   static constexpr Key kMost = KeyTraits<Key>::kMagnitude;
 
   Decision<Key> estimate() {
@@ -121,7 +120,7 @@ class Selector {
 
   std::optional<Key> sweep(Decision<Key> interval, bool* finite) {
     const Swept<Key> swept = sweeper_.sweep(interval);
-    *finite = swept.overflow || !check_ || swept.top < limit_;
+    *finite = swept.overflow || !check_ || swept.top < kLimit;
     const bool missed = keep_ <= swept.above || keep_ > swept.above + swept.candidates;
     if (swept.overflow || !*finite || missed) return std::nullopt;
     return resolve(swept, interval, keep_ - swept.above);
@@ -129,7 +128,7 @@ class Selector {
 
   std::optional<Key> mark_ties(Key threshold, bool* finite) {
     const Marked<Key> marked = sweeper_.mark_ties(threshold);
-    *finite = !check_ || marked.top < limit_;
+    *finite = !check_ || marked.top < kLimit;
     const bool missed = keep_ <= marked.above || keep_ > marked.above + marked.ties;
     if (!*finite || missed) return std::nullopt;
     sweeper_.settle_ties(marked.chunk_ties, keep_ - marked.above);
@@ -232,7 +231,6 @@ class Selector {
 
   Sweeper<Key> sweeper_;
   bool check_;
-  Key limit_ = 0;
   int64_t keep_ = 0;
   double expected_ = 0;  // candidates, by the sample
 };
@@ -268,10 +266,11 @@ std::optional<std::vector<Keys<Key>>> make_keys(const std::vector<Source>& sourc
   std::vector<Keys<Key>> keys;
   for (const Source& source : sources) {
     Norms<Float> norms;
-    if (source.row_norm != nullptr) {
+    if (!source.is_scores()) {
       const bool rounded = source.x.dtype != DType::f64;
       norms = scaled_norms<Float>(source.row_norm, source.col_norm, source.layout, rounded);
       if (!norms.normal()) return std::nullopt;
+      if (source.absolute) norms.unscale();
     }
     keys.emplace_back(source, std::move(norms));
   }
@@ -280,13 +279,13 @@ std::optional<std::vector<Keys<Key>>> make_keys(const std::vector<Source>& sourc
 
 // Whether no weight is infinite or NaN (no score is NaN), whatever the norms.
 template <typename Key>
-bool all_finite(std::vector<Source> sources, const Pool& pool) {
-  Key limit = KeyTraits<Key>::kInfinity + 1;
-  for (Source& source : sources) {
-    if (source.row_norm != nullptr) limit = KeyTraits<Key>::kInfinity;
+bool all_finite(const std::vector<Source>& sources, const Pool& pool) {
+  for (Source source : sources) {
+    const Key limit = KeyTraits<Key>::kInfinity - (source.is_scores() ? 0 : 1);  // see Keys::fill
     source.row_norm = source.col_norm = nullptr;
+    if (Sweeper<Key>(*make_keys<Key>({source}), pool).top() >= limit) return false;
   }
-  return Sweeper<Key>(*make_keys<Key>(sources), pool).top() < limit;
+  return true;
 }
 
 // Nothing when the products underflow where it matters.

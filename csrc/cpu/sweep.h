@@ -16,7 +16,7 @@ template <typename Key>
 struct Swept {
   int64_t above = 0;       // keys above Decision::high
   int64_t candidates = 0;  // keys from low to high
-  Key top = 0;             // largest |x|
+  Key top = 0;             // largest |x|, as Keys::fill tells it
   bool overflow = false;   // more candidates than there is room for: the rest means nothing
   std::vector<Run<Key>> runs;
 };
@@ -41,7 +41,6 @@ class Sweeper {
   Sweeper(std::vector<Keys<Key>> keys, const Pool& pool);
 
   int64_t size() const { return size_; }
-  bool raw_scores() const { return keys_.empty() || keys_[0].source().row_norm == nullptr; }
 
   // Keys at m hashed positions, one in each of m equal stretches.
   std::vector<Key> sample(int64_t m) const;
@@ -58,7 +57,7 @@ class Sweeper {
   // counts[b] = keys with (biased(key) - low) >> shift == b, for 0 <= b < 2^11
   std::vector<int64_t> histogram(typename std::make_unsigned<Key>::type low, int shift);
 
-  // The largest |x|, nothing written.
+  // The largest |x|, as Keys::fill tells it; nothing is written.
   Key top();
 
   // True when some product of nonzero factors left the normal range.

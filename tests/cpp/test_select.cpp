@@ -183,6 +183,69 @@ TEST_CASE("a list of score tensors is one ranking; empty tensors do not matter")
   }
 }
 
+TEST_CASE("several weights with their norms are one ranking of their scores, beside ready scores") {
+  std::mt19937_64 random(7);
+  bool doubles = false;
+  SUBCASE("float, bfloat16 and float16") {}
+  SUBCASE("double") {
+    doubles = true;
+  }
+  std::vector<Layer> layers;
+  const DType narrow[] = {DType::f32, DType::bf16, DType::f16};
+  for (int t = 0; t < 6; ++t) {
+    const DType dtype = doubles ? DType::f64 : narrow[t % 3];
+    layers.push_back(layers::random_layer(dtype, {40 + 60 * t, 97, t % 2 ? 9 : 1, 2}, random));
+    for (double& norm : layers.back().row_norm) norm *= std::ldexp(1.0, 3 * t - 9);  // far apart
+  }
+  layers[4].dtype = doubles ? DType::f64 : DType::f32;  // ready scores: of any sign, infinite ones
+  layers[4].w[5] = HUGE_VAL;
+  layers[4].store();
+  std::vector<double> all;
+  for (size_t t = 0; t < layers.size(); ++t) {
+    const Layer& layer = layers[t];
+    const std::vector<double> scores =
+        t == 4 ? layer.w
+               : naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, !doubles);
+    all.insert(all.end(), scores.begin(), scores.end());
+  }
+  const int64_t n = static_cast<int64_t>(all.size());
+  for (const int64_t keep : {int64_t{0}, int64_t{1}, n / 100, n / 2, n - 1, n}) {
+    CAPTURE(keep);
+    std::vector<uint8_t> mask(all.size(), 7);
+    std::vector<Source> sources;
+    size_t first = 0;
+    for (size_t t = 0; t < layers.size(); ++t) {
+      sources.push_back(layers[t].source(mask.data() + first));
+      sources.back().absolute = true;
+      if (t == 4) sources.back().row_norm = sources.back().col_norm = nullptr;
+      first += layers[t].w.size();
+    }
+    const Pool pool = lap::cpu::std_thread_pool(2);
+    CHECK(lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok);
+    CHECK(mask == naive::mask(all, keep, {}));
+  }
+}
+
+TEST_CASE("an infinite weight is found beside infinite scores") {
+  std::mt19937_64 random(8);
+  for (const int bad : {0, 1, 2}) {  // nothing, the weight, a score that is not a number
+    Layer weight = layers::random_layer(DType::f32, {100, 90, 1, 1}, random);
+    Layer scores = layers::random_layer(DType::f32, {100, 90, 1, 1}, random);
+    scores.w[3] = bad == 2 ? NAN : HUGE_VAL;
+    if (bad == 1) weight.w[8] = -HUGE_VAL;
+    weight.store();
+    scores.store();
+    for (const int64_t keep : {int64_t{0}, int64_t{9000}, int64_t{18000}}) {
+      std::vector<uint8_t> mask(18000);
+      std::vector<Source> sources = {weight.source(mask.data()), scores.source(mask.data() + 9000)};
+      sources[0].absolute = true;
+      sources[1].row_norm = sources[1].col_norm = nullptr;
+      const Pool pool = lap::cpu::std_thread_pool(2);
+      CHECK((lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok) == (bad == 0));
+    }
+  }
+}
+
 TEST_CASE("strides: the same bits as the contiguous weight") {
   std::mt19937_64 random(7);
   const Layer layer = layers::random_layer(DType::f32, {300, 200, 1, 1}, random);
