@@ -264,8 +264,37 @@ std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
   return out;
 }
 
-// One ranking over the weights of several layers. No score is stored, but for a layer whose norms
-// multiply to more or less than its scores' type can hold; an empty row_norm says that w is scores.
+// One of the weights that are ranked together. Its scores are stored only where its norms multiply
+// to more or less than their type can hold; an empty row_norm says that w is scores.
+struct Ranked {
+  Tensor held;  // keeps alive what source points to
+  std::optional<Weight> weight;
+  Source source;
+
+  Ranked(const char* op,
+         const std::string& name,
+         const Tensor& w,
+         const Tensor& row_norm,
+         const Tensor& col_norm,
+         int64_t groups,
+         bool check_finite)
+      : held(w) {
+    if (row_norm.numel() == 0) {
+      source.x = strided(op, w, &held);
+      return;
+    }
+    weight.emplace(op, w, col_norm, row_norm, groups, false, check_finite);
+    if (lap::cpu::has_plain_scores(weight->x.dtype, weight->row_norm, weight->col_norm,
+                                   weight->layout)) {
+      source = {weight->x, weight->layout, weight->row_norm, weight->col_norm};
+      source.absolute = true;
+    } else {
+      held = scores_of(op, name, *weight, check_finite);
+      source.x = strided(op, held, &held);
+    }
+  }
+};
+
 std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
                                 const std::vector<Tensor>& row_norm,
                                 const std::vector<Tensor>& col_norm,
@@ -279,44 +308,29 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
       (!masks.empty() && masks.size() != w.size())) {
     bind::fail(op, "expected one row_norm, col_norm, groups and mask per weight.");
   }
-  std::vector<Tensor> held, out;
-  std::vector<std::optional<Weight>> weights(w.size());
-  std::vector<Source> sources(w.size());
-  held.reserve(w.size());
+  const auto name = [](size_t t) { return "w[" + std::to_string(t) + "]"; };
+  std::vector<Ranked> ranked;
+  std::vector<Tensor> out;
+  std::vector<Source> sources;
+  ranked.reserve(w.size());
   for (size_t t = 0; t < w.size(); ++t) {
-    const bool wide = w[t].scalar_type() == ScalarType::Double;
-    if (wide != (w[0].scalar_type() == ScalarType::Double)) {
+    if ((w[t].scalar_type() == ScalarType::Double) != (w[0].scalar_type() == ScalarType::Double)) {
       bind::fail(op, "expected weights that are all float64, or none.");
     }
-    Source& source = sources[t];
-    held.push_back(w[t]);
-    if (row_norm[t].numel() == 0) {
-      source.x = strided(op, w[t], &held[t]);
-    } else {
-      const Weight& weight =
-          weights[t].emplace(op, w[t], col_norm[t], row_norm[t], groups[t], false, check_finite);
-      source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
-      source.absolute = true;
-      if (!lap::cpu::has_plain_scores(weight.x.dtype, weight.row_norm, weight.col_norm,
-                                      weight.layout)) {
-        held[t] = scores_of(op, "w[" + std::to_string(t) + "]", weight, check_finite);
-        source = Source();
-        source.x = strided(op, held[t], &held[t]);
-      }
-    }
+    ranked.emplace_back(op, name(t), w[t], row_norm[t], col_norm[t], groups[t], check_finite);
+    sources.push_back(ranked[t].source);
     out.push_back(new_mask(w[t]));
-    source.mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
-    if (!masks.empty()) source.eligible = bind::eligible_of(op, masks[t], w[t]);
+    sources[t].mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
+    if (!masks.empty()) sources[t].eligible = bind::eligible_of(op, masks[t], w[t]);
   }
   const lap::cpu::Selection selection = lap::cpu::select(sources, keep, check_finite, torch_pool());
   if (selection.outcome == lap::cpu::Outcome::ok) return out;
   for (size_t t = 0; t < w.size(); ++t) {
-    const bool is_scores = sources[t].is_scores();
-    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(sources[t].x, is_scores);
-    if (found.count == 0) continue;
-    bind::fail_not_finite(op, "w[" + std::to_string(t) + "]", found.count, found.first);
+    const Source& source = sources[t];
+    const lap::cpu::NotFinite found = lap::cpu::find_not_finite(source.x, source.is_scores());
+    if (found.count > 0) bind::fail_not_finite(op, name(t), found.count, found.first);
   }
-  bind::fail(op, "expected finite weights.");
+  bind::fail_range(op);
 }
 
 Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_finite) {
