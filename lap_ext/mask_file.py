@@ -7,7 +7,7 @@
 
 The file is written here (a length, a JSON header, the bytes): the same masks give the same bytes,
 which the safetensors package does not promise, and nothing but torch is needed. It is read by that
-package, which checks what it reads.
+package, which checks what it reads; BitMasks reads one mask at a time, or a part of one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -32,7 +33,7 @@ _MAX_WEIGHTS = 1 << 62
 
 def save(function: str, path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
     """Writes beside path and renames: path holds the old file or the new one, never a part."""
-    head = _header(function, masks)
+    head = header(function, masks)
     with _replacing(Path(path)) as file:
         file.write(len(head).to_bytes(8, "little"))
         file.write(head)
@@ -42,20 +43,90 @@ def save(function: str, path: str | os.PathLike[str], masks: Mapping[str, Tensor
 
 def load(function: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The masks of a file on the CPU, in their order; ValueError if it is no such file."""
-    opener, broken = _safetensors(function)
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{function}: expected a file, got the directory {str(path)!r}.")
-    try:
-        with opener(path, framework="pt") as file:
-            shapes = _shapes(file.metadata() or {})
-            if set(file.keys()) != set(shapes):
+    with BitMasks(path, function) as file:
+        return {name: file.whole(name) for name in file.shapes}
+
+
+class BitMasks:
+    """Masks of a file, read when they are asked for; open in `with`.
+
+    Attributes:
+        shapes: layer name -> shape, in the order in which they were saved.
+
+    Raises:
+        ValueError: the file is damaged or of something else.
+        ModuleNotFoundError: safetensors is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save("save", Path(folder) / "masks", {"fc": torch.tensor([[True, False, True]])})
+        ...     with BitMasks(Path(folder) / "masks") as masks:
+        ...         masks.shapes, masks.whole("fc"), masks.part("fc", 1, 2)
+        ({'fc': (1, 3)}, tensor([[ True, False,  True]]), tensor([False,  True]))
+    """
+
+    def __init__(self, path: str | os.PathLike[str], function: str = "masks") -> None:
+        self.path = Path(path)
+        self.function = function
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __enter__(self) -> BitMasks:
+        opener, self._broken = _safetensors(self.function)
+        if self.path.is_dir():
+            raise IsADirectoryError(
+                f"{self.function}: expected a file, got the directory {str(self.path)!r}."
+            )
+        with self._told():
+            self._file: Any = opener(self.path, framework="pt").__enter__()
+            self.shapes = _shapes(self._file.metadata() or {})
+            if set(self._file.keys()) != set(self.shapes):
                 raise _FileError("its tensors are not those its metadata lists")
-            return {name: _read(file, name, shape) for name, shape in shapes.items()}
-    except (_FileError, broken) as error:
-        raise ValueError(
-            f"{function}: expected a file written by Masks.save, got {str(path)!r}: {error}."
-        ) from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def whole(self, name: str) -> Tensor:
+        """The mask of a layer, in its shape."""
+        count = _count(self.shapes[name])
+        packed = self._bits(name)[:]
+        with self._told():
+            if count % 8 and int(packed[-1]) >> count % 8:
+                raise _FileError(f"{name!r} has bits after its last weight")
+        return unpack(packed, self.shapes[name])
+
+    def part(self, name: str, begin: int, count: int) -> Tensor:
+        """Whether weights [begin, begin + count) of a layer are kept, flat."""
+        first = begin // 8
+        packed = self._bits(name)[first : (begin + count + 7) // 8]
+        flat = unpack(packed, (packed.numel() * 8,))
+        return flat[begin - 8 * first : begin - 8 * first + count]
+
+    def _bits(self, name: str) -> Any:
+        """What is stored; nothing is allocated before its size is known to be that of the bits."""
+        stored, shape = self._file.get_slice(name), self.shapes[name]
+        with self._told():
+            if stored.get_dtype() != "U8" or list(stored.get_shape()) != [(_count(shape) + 7) // 8]:
+                raise _FileError(f"the bits of {name!r} do not fit its shape {list(shape)}")
+        return stored
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What is wrong with the file, as one ValueError."""
+        try:
+            yield
+        except (_FileError, self._broken) as error:
+            raise ValueError(
+                f"{self.function}: expected a file written by Masks.save, got "
+                f"{str(self.path)!r}: {error}."
+            ) from None
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -95,8 +166,8 @@ class _FileError(Exception):
     """What is wrong with a file, as the end of a sentence."""
 
 
-def _header(function: str, masks: Mapping[str, Tensor]) -> bytes:
-    """The JSON header, padded to 8 bytes as the format asks."""
+def header(function: str, masks: Mapping[str, Tensor]) -> bytes:
+    """The JSON header of a file, padded to 8 bytes as the format asks; only shapes are looked at."""
     layers = {name: list(mask.shape) for name, mask in masks.items()}
     if "__metadata__" in layers:
         raise ValueError(
@@ -171,17 +242,6 @@ def _is_shape(shape: object) -> bool:
     if not all(type(size) is int and 0 <= size < _MAX_WEIGHTS for size in shape):
         return False
     return _count(max(size, 1) for size in shape) < _MAX_WEIGHTS
-
-
-def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
-    """One mask; nothing is allocated before its size is known to be that of the bits."""
-    stored, count = file.get_slice(name), _count(shape)
-    if stored.get_dtype() != "U8" or list(stored.get_shape()) != [(count + 7) // 8]:
-        raise _FileError(f"the bits of {name!r} do not fit its shape {list(shape)}")
-    packed = file.get_tensor(name)
-    if count % 8 and int(packed[-1]) >> count % 8:
-        raise _FileError(f"{name!r} has bits after its last weight")
-    return unpack(packed, shape)
 
 
 def _count(shape: Any) -> int:

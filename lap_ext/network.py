@@ -84,7 +84,7 @@ class Network:
     def factors(self, role: Role) -> tuple[Tensor, Tensor]:
         """(in_norm [I], out_norm [O]) of a role, float64, on the CPU."""
         if self._factors is None:
-            for _ in self.measure():
+            for _ in self.take_norms():
                 pass
             energies = [found for found in self._energies if found is not None]  # which is all
             if self.chain is None:
@@ -94,7 +94,7 @@ class Network:
             self._override()
         return self._factors[self.topology.roles.index(role)]
 
-    def measure(self) -> Iterator[Role]:
+    def take_norms(self) -> Iterator[Role]:
         """Takes the norms that `factors` needs and has not yet; yields each role that was read."""
         for place, role in enumerate(self.topology.roles):
             if self._energies[place] is None:

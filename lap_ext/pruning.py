@@ -231,7 +231,7 @@ class _Plan:
         """Takes the norms that scoring asks for layer by layer, where it asks for all at once."""
         if not isinstance(self.criterion, _NEIGHBORS):
             return
-        for role in self.network.measure():
+        for role in self.network.take_norms():
             size = self.network.topology.layers[role.layer].weight.nbytes
             self.count.read("measure", role.layer, size)
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,19 @@ from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
+from lap_ext.checkpoint import shards
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "layer": {},
     "global": {"scope": "global"},
     "norm": {"scope": "global", "normalize": "norm"},
+    "lamp": {"scope": "global", "normalize": "lamp"},
+    "lamp_magnitude": {"criterion": "magnitude", "scope": "global", "normalize": "lamp"},
+    "lamp_random": {"criterion": "random", "scope": "global", "normalize": "lamp"},
+    "lamp_dict": {"sparsity": {"3": 0.9, "5": 0.1}, "scope": "global", "normalize": "lamp"},
+    "lamp_few": {"sparsity": 0.9998, "scope": "global", "normalize": "lamp"},
+    "lamp_none": {"sparsity": 1.0, "scope": "global", "normalize": "lamp"},
+    "lamp_layer": {"normalize": "lamp"},
     "magnitude": {"criterion": "magnitude"},
     "magnitude_global": {"criterion": "magnitude", "scope": "global"},
     "lookback": {"criterion": "lookback"},
@@ -99,6 +109,32 @@ def test_ties(criterion: str, scope: str, tmp_path: Path) -> None:
             got = prune(source, out, sparsity, memory=memory, **mine)
             want = lap_ext.prune(net, inputs, sparsity, apply=False, **options)
             assert got.masks == want.masks
+
+
+@pytest.mark.parametrize("memory", ["4GB", "least"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_slow_disk(
+    scope: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written behind is not overwritten by what is read ahead."""
+    sizes, extra = (6, 150, 70, 60, 9), {"1.copied": torch.rand(100)}
+    net = nn.Sequential(*[nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)])
+    real = shards.Writer._finish
+    source = write(tmp_path / "dense", net.state_dict() | extra, shards=1)
+    options = {"scope": scope, "model": net}
+    if memory == "least":
+        few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **options))
+        memory = str(few)
+
+    def late(self: Any, *given: Any) -> None:
+        time.sleep(0.003)
+        real(self, *given)
+
+    monkeypatch.setattr(shards.Writer, "_finish", late)
+    prune(source, tmp_path / "out", memory=memory, **options)
+    lap_ext.prune(net, INPUTS, 0.6, scope=scope)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, extra[name] if name in extra else net.state_dict()[name]), name
 
 
 NAMES = ["hf_llama_sdpa", "hf_qwen2", "hf_gpt2_sdpa", "hf_bert_mlm", "hf_gemma", "hf_t5_gated"]

@@ -16,6 +16,7 @@ from checkpoint_cases import dense, network, prune, saved, write  # noqa: F401 (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lap_ext
 from lap_ext import checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -184,8 +185,7 @@ def test_weights_that_are_not_finite(
 def test_options(dense: Path, tmp_path: Path) -> None:  # noqa: F811
     for options, text in (
         ({"scope": "model"}, "scope to be 'layer' or 'global'"),
-        ({"normalize": "lamp"}, "lamp sorts all scores"),
-        ({"normalize": "l2"}, "normalize to be 'none' or 'norm'"),
+        ({"normalize": "l2"}, "normalize to be 'none', 'norm' or 'lamp'"),
         ({"bn": "maybe"}, "bn to be"),
         ({"criterion": "wanda"}, "a criterion that reads weights only"),
         ({"criterion": lambda layer: layer.weight}, "a criterion that reads weights only"),
@@ -219,6 +219,49 @@ def test_out_is_its_own_place(dense: Path, tmp_path: Path) -> None:  # noqa: F81
     prune(dense, tmp_path / "out")  # empty: taken
     with pytest.raises(ValueError, match="out not to exist, or to be an empty folder"):
         prune(dense, tmp_path / "out")
+
+
+def test_links(tmp_path: Path) -> None:
+    """Shards that are links, as in a hub's cache, come out as files; an out that is a link stays one."""
+    blobs = write(tmp_path / "blobs", network().state_dict())
+    (tmp_path / "dense").mkdir()
+    for path in blobs.iterdir():
+        (tmp_path / "dense" / path.name).symlink_to(path)
+    for name in ("broken", "loop"):
+        (tmp_path / "dense" / name).symlink_to({"broken": "nowhere", "loop": "."}[name])
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to_empty").symlink_to(tmp_path / "empty")
+    (tmp_path / "to_new").symlink_to(tmp_path / "new")
+    (tmp_path / "to_source").symlink_to(blobs)
+    for name, real in (("to_empty", "empty"), ("to_new", "new")):
+        got = prune(tmp_path / "dense", tmp_path / name)
+        assert (tmp_path / name).is_symlink() and got.masks.kept == got.kept
+        files = {path.name: path for path in (tmp_path / real).iterdir()}
+        assert files.keys() == before.keys() | {"lap_ext_masks.safetensors"}
+        assert not any(path.is_symlink() for path in files.values())
+    with pytest.raises(ValueError, match="out not to exist"):
+        prune(tmp_path / "dense", tmp_path / "to_source")
+    assert before == {path.name: path.read_bytes() for path in blobs.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("normalize", ["none", "norm", "lamp"])
+def test_a_layer_without_weights(normalize: str, tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.full = nn.Linear(6, 0), nn.Linear(6, 8)
+
+        def forward(self, x: Any) -> Any:
+            return self.empty(x), self.full(x)
+
+    net, options = Two(), {"scope": "global", "normalize": normalize}
+    source = write(tmp_path / "dense", net.state_dict(), shards=1)
+    got = prune(source, tmp_path / "out", 0.5, model=net, count_scores=True, **options)
+    want = lap_ext.prune(net, torch.zeros(1, 6), 0.5, **options)
+    assert got.masks == want.masks and list(got.layers) == list(want.layers)
 
 
 def test_a_strange_folder_in_the_way_is_not_removed(dense: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -41,10 +41,14 @@ def test_what_does_not_fit_is_an_error_before_anything_is_written(tmp_path: Path
     prune(source, tmp_path / "out", memory=few)
 
 
-CASES = [(200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "bn='fold'")]
+CASES = [
+    (200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "bn='fold'"),
+    (40, "scope='global', normalize='lamp'"), (200, "scope='global', normalize='lamp'"),
+    (400, "count_scores=True"), (20, "scope='global', count_scores=True"),
+]  # fmt: skip
 
 
-@pytest.mark.big  # a minute: each case is a process with its own budget
+@pytest.mark.big  # minutes: each case is a process with its own budget
 @pytest.mark.parametrize("megabytes, options", CASES)
 def test_a_process_stays_within_its_budget(megabytes: int, options: str, tmp_path: Path) -> None:
     """168 MB of weights in layers of 34 and 67 MB; the peak is the kernel's own count."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,13 @@ import lap_ext
 from lap_ext import mask_file
 from lap_ext.checkpoint import rank
 from lap_ext.checkpoint.energies import FileNetwork
+from lap_ext.checkpoint.files import Entry
+from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
 from lap_ext.checkpoint.scores import LayerScores, row_length
 from lap_ext.checkpoint.writing import MaskFile, pack_into
 from lap_ext.criteria import Lookahead
 from lap_ext.network import Network
+from lap_ext.topology.roles import Part
 
 # --- rank ---------------------------------------------------------------------------------------------
 
@@ -32,7 +36,8 @@ def cut_masks(
 ) -> list[Tensor]:
     """Masks by a cut, keys coming step at a time."""
 
-    def sweep() -> Iterator[tuple[int, Tensor]]:
+    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        del low, high
         for place, part in enumerate(parts):
             for run in part.split(step):
                 yield place, rank.keys_of(run)
@@ -90,13 +95,30 @@ def test_a_good_sample_needs_one_pass() -> None:
     interval = rank.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
     passes = []
 
-    def sweep() -> Iterator[tuple[int, Tensor]]:
+    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        assert (low, high) == interval
         passes.append(1)
         yield 0, rank.keys_of(scores)
 
     found = rank.cut(sweep, [100_000], 50_000, interval, torch.float32, room=10_000)
     assert len(passes) == 1
     assert found.kept == (50_000,)
+
+
+@pytest.mark.parametrize("keys", [[5], [0, 0, 0], [7, 7, 7, 8], list(range(1000)), [0, 1 << 30]])
+@pytest.mark.parametrize("room", [1, 2, 100])
+def test_intervals_hold_all_keys_once(keys: list[int], room: int) -> None:
+    """From the highest on; as many as there is room for, or those of one bin."""
+    found = rank.Pass(1, 0, rank.largest(torch.float32), room)
+    found.add(0, torch.tensor(keys, dtype=torch.int32))
+    parts, width = list(found.intervals()), 1 << found.shift
+    counts = [sum(low <= key <= high for key in keys) for low, high in parts]
+    assert sum(counts) == len(keys)
+    assert parts == sorted(parts, reverse=True)
+    assert all(
+        n <= room or high - low < width for n, (low, high) in zip(counts, parts, strict=True)
+    )
+    assert all(above[0] > high for above, (_, high) in itertools.pairwise(parts))
 
 
 # --- masks --------------------------------------------------------------------------------------------
@@ -206,3 +228,50 @@ def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
     few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **options))
     got = prune(source, tmp_path / "out", memory=few, **options)
     assert got.masks == lap_ext.prune(net, INPUTS, 0.2).masks
+
+
+# --- places beyond 2^31 and 2^32: files with holes, so that nothing of that size is written --------------
+
+
+def test_masks_far_behind(tmp_path: Path) -> None:
+    """The bits of weight 2^33 + 5 and those around it, in a file of a gigabyte of nothing."""
+    count = (1 << 33) + 100
+    file, first = MaskFile(tmp_path, {"big": (1, count), "next": (3,)}), (1 << 33) + 5
+    file.create()
+    file.open()
+    file.write("big", first, torch.tensor([True, False, True]))
+    file.write("next", 0, torch.tensor([True, True, False]))
+    file.close()
+    with mask_file.BitMasks(file.path) as masks:
+        assert (
+            masks.part("big", first - 3, 8).tolist()
+            == [False] * 3 + [True, False, True] + [False] * 2
+        )
+        assert not masks.part("big", first - (1 << 32) - 3, 8).any()
+        assert masks.whole("next").tolist() == [True, True, False]
+
+
+def test_weights_far_behind(tmp_path: Path) -> None:
+    """Runs of rows around elements 2^31 and 2^32, whose factors are those of their rows."""
+    rows, width = (1 << 20) + 2, 4096
+    entry = Entry("w", "model.safetensors", "BF16", (rows, width), 80, 2 * rows * width)
+    with (tmp_path / entry.shard).open("wb") as file:
+        file.truncate(entry.begin + entry.size)
+        for row in (1 << 19, 1 << 20):
+            file.seek(entry.begin + 2 * row * width)
+            pair = torch.full((2,), row / 1024, dtype=torch.bfloat16)
+            file.write(bytes_of(pair))
+    source, buffer = Source(tmp_path), Buffer()
+    scores = LayerScores.__new__(LayerScores)
+    scores.how, scores._given = "plain", None
+    factors = torch.arange(rows, dtype=torch.float64)
+    scores._parts = [(Part((rows, width)), factors, None)]
+    for row in (1 << 19, 1 << 20):
+        first = row * width
+        assert first in (1 << 31, 1 << 32)
+        source.fill(entry, 2 * first, buffer.view(4 * width))
+        run = buffer.tensor(2 * width, torch.bfloat16)
+        assert run[:2].tolist() == [row / 1024] * 2 and not run[2:].any()
+        assert scores._of(run, first)[:2].tolist() == [row / 1024 * row] * 2
+        near = scores.at(run[1:3], torch.tensor([first + 1, first + width]))
+        assert near.tolist() == [row / 1024 * row, 0.0]

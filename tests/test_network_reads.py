@@ -78,13 +78,13 @@ def test_an_order_reads_twice_and_the_pruned_ones_again(order: str) -> None:
 
 
 def test_a_global_ranking_reads_twice() -> None:
-    """Norms and scores; the ranking is over the scores, which are not concatenated."""
+    """The norms, and one ranking over the weights themselves, which no score is stored for."""
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
         lap_ext.prune(model, topology, 0.5, scope="global", apply=False)
     for name, operations in reads.found.items():
-        assert operations == {"energies": 1, "score": 1}, name
+        assert operations == {"energies": 1, "global_mask": 1}, name
 
 
 class Largest(TorchDispatchMode):
@@ -107,7 +107,7 @@ def test_no_copy_of_a_weight_is_made() -> None:
     """Bug 18 of the public code: factors repeated to the weight's size, sorted copies of the scores."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     topology = lap_ext.trace(model, torch.randn(1, 64))
-    for options in ({}, {"criterion": "magnitude"}, {"criterion": "lookforward"}):
+    for options in ({}, {"criterion": "magnitude"}, {"scope": "global"}):
         with Largest(64 * 64) as largest:
             lap_ext.prune(model, topology, 0.9, **options)
         assert +largest.found == Counter({"where": 3}), options  # in place: the weights are zeroed

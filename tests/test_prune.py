@@ -149,7 +149,7 @@ class Tied(nn.Module):
         ({"criterion": "magnitude"}, 60),
         ({"criterion": "random", "rounds": 3}, 3 * 60),
         ({"rounds": 2}, 2 * (85 + 60)),
-        ({"scope": "global"}, 85 + 2 * 60),  # scores, then one ranking
+        ({"scope": "global"}, 85 + 25 + 60),  # scores of the tied layer, then one ranking
         ({"scope": "global", "rounds": 2, "normalize": "norm"}, 2 * (85 + 2 * 60)),
         (
             {"order": "forward"},

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import subprocess
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -99,6 +102,48 @@ def test_histogram_counts_every_weight_once() -> None:
     edges, kept, pruned = binned(found)
     assert sum(kept) + sum(pruned) == 1002
     assert len(edges) == len(kept) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bins_are_exact(dtype: torch.dtype) -> None:
+    """The numbers around each edge 2^(place / 4), in whole numbers: x^4 against 2^place."""
+    lowest = -4200 if dtype == torch.float64 else -4 * 126 if dtype == torch.bfloat16 else -590
+    for place in [*range(-9, 10), 401, lowest, lowest + 3]:
+        edge = torch.tensor(2.0 ** (place / 4), dtype=torch.float64).to(dtype)
+        for x in (edge, edge.nextafter(edge * 0), edge.nextafter(edge * 4)):
+            want = place + 8
+            while Fraction(float(x)) ** 4 < Fraction(2) ** want:  # coarse among denormals
+                want -= 1
+            found = Histogram()
+            found.add(x.repeat(3), torch.tensor([True, False, True]))
+            assert (found.kept, found.pruned) == ({want: 2}, {want: 1}), (place, float(x))
+            assert found.lowest == float(x)
+
+
+def test_bins_of_extremes() -> None:
+    """Infinity is with the largest number; zeros and denormals of both kinds are told apart."""
+    found = Histogram()
+    ends = torch.tensor([5e-324, 0.0, 1e-310, 1.0, 1.7e308, torch.inf], dtype=torch.float64)
+    found.add(ends, torch.arange(6) % 2 == 0)
+    assert (dict(found.kept), found.zeros_pruned) == ({-4296: 1, -4120: 1, 4095: 1}, 1)
+    assert (dict(found.pruned), found.lowest) == ({0: 1, 4095: 1}, 5e-324)
+    edges, kept, pruned = binned(found)
+    assert sum(kept) + sum(pruned) == 5 and all(map(math.isfinite, edges))
+    found.add(torch.tensor([1e-45, 0.0, torch.inf]), torch.tensor([True, True, True]))
+    assert found.kept[-149 * 4] == found.zeros_kept == found.kept[4 * 1024 - 1] - 1 == 1
+
+
+def test_histograms_add_up_and_come_back_from_json() -> None:
+    values, kept = torch.rand(100_000), torch.rand(100_000) < 0.5
+    whole, parts = Histogram(), Histogram()
+    whole.add(values, kept)
+    for some, chosen in zip(values.split(40_000), kept.split(40_000), strict=True):
+        part = Histogram()
+        part.add(some, chosen)
+        parts.update(Histogram.of_json(json.loads(json.dumps(part.to_json()))))
+    assert parts == whole
+    assert whole.lowest == float(values[kept].min())
+    assert Histogram().lowest is None
 
 
 def test_bfloat16_and_empty_layers() -> None:

@@ -101,9 +101,7 @@ class _Sums:
                 block = block[:, part.cols[0] : part.cols[1]]
             counted = self._counted(block, x.top)
             by_row, by_column = (counted, block) if part.transposed else (block, counted)
-            top = x.top - (0 if part.rows is None else part.rows[0])
-            self.rows[top : top + block.shape[0]] = self._call(ops.row_energy, by_row)
-            self._add_columns(by_column)
+            self._add(by_row.flatten(1), by_column.flatten(1))
 
     def _counted(self, block: Tensor, top: int) -> Tensor:
         """The block as a consumer's column norm counts it: with batch norms folded into its outputs."""
@@ -118,29 +116,38 @@ class _Sums:
             factor = self.across[top:bottom, None]
         return block.double() * factor.view(*factor.shape, *[1] * (block.dim() - 2))
 
-    def _add_columns(self, block: Tensor) -> None:
-        rows = block.reshape(block.shape[0], -1)
-        while rows.shape[0]:
+    def _add(self, by_row: Tensor, by_column: Tensor) -> None:
+        """The next rows, as row and as column energies count them, up to the end of each segment."""
+        begin = 0
+        while begin < by_row.shape[0]:
             group, place = divmod(self.seen, self.height)
             missing = min(SEGMENT_ROWS - place % SEGMENT_ROWS, self.height - place)
-            taken, rows = rows[:missing], rows[missing:]
-            self.seen += taken.shape[0]
-            whole = taken
-            if self.waiting or taken.shape[0] < missing:  # the run's buffer is used again
-                if self.segment is None:
-                    self.segment = taken.new_empty(SEGMENT_ROWS, taken.shape[1])
-                end = self.waiting + taken.shape[0]
-                self.segment[self.waiting : end] = taken
-                self.waiting, whole = end, self.segment[:end]
-            if taken.shape[0] == missing:
-                self.columns[group] += self._call(ops.col_energy, whole, 1)
-                self.waiting = 0
+            rows, columns = by_row[begin : begin + missing], by_column[begin : begin + missing]
+            complete, count = rows.shape[0] == missing, rows.shape[0]
+            if complete and not self.waiting and self.across is None:
+                row, column = self._call(ops.energies, rows, 1)  # one reading for both
+                self.columns[group] += column
+            else:
+                row = self._call(ops.row_energy, rows)
+                columns = self._joined(columns, complete)
+                if complete:
+                    self.columns[group] += self._call(ops.col_energy, columns, 1)
+            self.rows[self.seen : self.seen + count] = row
+            self.seen, begin = self.seen + count, begin + count
 
-    def _call(self, op: Callable[..., Any], block: Tensor, *options: object) -> Tensor:
-        found: Tensor = ops.call(
-            FUNCTION, op, block, *options, self.network.check_finite, self.role.layer
-        )
-        return found
+    def _joined(self, rows: Tensor, complete: bool) -> Tensor:
+        """The rows behind those that wait for the end of their segment."""
+        if complete and not self.waiting:
+            return rows
+        if self.segment is None:
+            self.segment = rows.new_empty(SEGMENT_ROWS, rows.shape[1])
+        end = self.waiting + rows.shape[0]
+        self.segment[self.waiting : end] = rows  # copied: the run's buffer is used again
+        self.waiting = 0 if complete else end
+        return self.segment[:end]
+
+    def _call(self, op: Callable[..., Any], block: Tensor, *options: object) -> Any:
+        return ops.call(FUNCTION, op, block, *options, self.network.check_finite, self.role.layer)
 
     def energies(self) -> Energies:
         """Of the inputs and outputs."""

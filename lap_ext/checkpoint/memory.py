@@ -5,7 +5,8 @@ Counted: everything that pruning allocates itself: buffers, what operators need 
 energies and factors of all channels, samples, candidates of a ranking. Not counted: the interpreter,
 the libraries and the traced model, which are there before the first weight is read.
 
-    whole   a layer in one piece: its bytes, its mask (n bytes); read ahead: the next one's bytes too
+    whole   a layer in one piece: its bytes, its mask (n bytes); read ahead: the next one's bytes too;
+            written behind: and the bytes and mask of the one before
     run     rows of a layer: bytes, scores, and float64 numbers on the way to them
 """
 
@@ -27,6 +28,7 @@ _SCRATCH = 48  # bytes a weight of a run beside itself: float64 sums over roles,
 _FALLBACK = 16  # bytes a weight that pure PyTorch needs for the mask of a whole layer
 _FOLDED = 16  # the same for norms of weights times their batch norm, in float64
 _KEY, _SAMPLED = 24, 64  # bytes for a candidate of a ranking, for a weight of a sample
+_SORTED = 48  # bytes for a score that is sorted: itself, the sorted one, its place, merging, slack
 _CHANNEL = 40  # bytes for a channel in the two sweeps
 _SHARE = 8  # candidates and samples get one part in so many, each
 
@@ -39,8 +41,10 @@ class Limits:
     measured_whole: frozenset[str]  # layers whose energies are taken in one piece
     masked_whole: frozenset[str]  # layers that the fused mask takes
     ahead: bool  # whether the next layer is read while one is worked on
+    behind: bool  # and the one before is written
     room: int  # candidates of a ranking
     sample: int  # weights of a sample
+    sorted: int  # scores that are sorted at a time
 
 
 def parsed(memory: int | str) -> int:
@@ -97,20 +101,23 @@ def limits(
     masked = {x.name: sizes[x.name] + beside * _count(x) for x in layers}
     fits_measured = {name for name, need in measured.items() if need <= rest}
     fits_masked = {name for name, need in masked.items() if need <= rest}
+    ahead = _largest(sizes, fits_measured) + _largest(measured, fits_measured) <= rest
+    writing = _largest(sizes, fits_masked) + _largest(masked, fits_masked)
+    before = _largest({x.name: sizes[x.name] + _count(x) for x in layers}, fits_masked)
     return Limits(
         run,
         frozenset(fits_measured),
         frozenset(fits_masked),
-        _ahead(sizes, measured, fits_measured, rest) and _ahead(sizes, masked, fits_masked, rest),
+        ahead and writing <= rest,
+        ahead and writing + before <= rest,
         left // _SHARE // _KEY,
         left // _SHARE // _SAMPLED,
+        max(1, rest // _SORTED),
     )
 
 
-def _ahead(sizes: dict[str, int], needs: dict[str, int], fits: set[str], rest: int) -> bool:
-    """Whether two buffers of the largest size and what the largest layer needs beside fit."""
-    largest = max((sizes[name] for name in fits), default=0)
-    return largest + max((needs[name] for name in fits), default=0) <= rest
+def _largest(needs: dict[str, int], fits: set[str]) -> int:
+    return max((needs[name] for name in fits), default=0)
 
 
 def _count(layer: Layer) -> int:

@@ -3,7 +3,7 @@
 
     measure  each layer once, for its row and column energies (criteria with factors of neighbors)
              and for a sample of its weights
-    sizes    the L2 norm of a layer's scores (normalize="norm")
+    sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: the largest, and a layer's share
     rank     the cut of a ranking over more than is in memory: of all layers (scope="global"), of
              one that does not fit, is used twice or is stored in pieces
 
@@ -26,10 +26,10 @@ from lap_ext.checkpoint import rank
 from lap_ext.checkpoint.energies import FileNetwork
 from lap_ext.checkpoint.files import DTYPES, Copy, wrong
 from lap_ext.checkpoint.memory import Limits
-from lap_ext.checkpoint.pruned import Progress
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.scores import LayerScores
 from lap_ext.criteria import Criterion
+from lap_ext.progress import Progress
 from lap_ext.topology import Layer
 
 Key = tuple[str, int]  # a piece of a layer: its name, the first element
@@ -42,7 +42,7 @@ class PieceCut:
     key: int
     ties: int
     kept: int  # in all
-    how: str  # the scores were ranked: "plain", "scaled" or "wide"
+    how: str  # the scores were ranked: "plain", "scaled", "wide" or "squared"
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Task:
     done: int = 0
     samples: dict[str, Tensor] = field(default_factory=dict)  # "w" of a layer, flat
     steps: dict[str, int] = field(default_factory=dict)  # a sample has every so many-th weight
-    sizes: dict[str, float] = field(default_factory=dict)  # L2 norm of a layer's scores
+    sizes: dict[str, float] = field(default_factory=dict)  # layer name -> what scores are over
 
     def dtype(self, layer: Layer) -> torch.dtype:
         """As it is stored."""
@@ -73,25 +73,30 @@ class Task:
         if self.on_progress is not None:
             self.on_progress(Progress(step, name, self.done, self.total))
 
-    def runs(self, layer: Layer, copy: Copy, buffer: Buffer, step: str) -> Iterator[Any]:
+    def runs(
+        self, layer: Layer, copy: Copy, buffers: Buffer | Sequence[Buffer], step: str
+    ) -> Iterator[Any]:
         """(first element, elements) of a layer in runs of whole rows."""
-        for first, weight in self.source.runs(copy, self.limits.run[layer.name], buffer):
+        for first, weight in self.source.runs(copy, self.limits.run[layer.name], buffers):
             yield first, weight
             self.report(step, layer.name, weight.nbytes)
 
-    def whole(self, jobs: Sequence[Copy]) -> Iterator[Tensor]:
-        """Copies one after the other, each all in memory; the next one is read meanwhile."""
-        buffers = Buffer(), Buffer()
+    def whole(self, jobs: Sequence[Copy], behind: bool = False) -> Iterator[Tensor]:
+        """Copies one after the other, each all in memory; the next one is read meanwhile.
+
+        behind: each stays until the one behind the next is asked for.
+        """
+        buffers = [Buffer() for _ in range(1 + self.limits.ahead + behind)]
         if not self.limits.ahead:
             yield from (self.source.whole(job, buffers[0]) for job in jobs)
             return
         with ThreadPoolExecutor(1) as reader:
             waiting: Future[Tensor] | None = None
             for place, job in enumerate(jobs):
-                now = waiting or reader.submit(self.source.whole, job, buffers[place % 2])
+                now = waiting or reader.submit(self.source.whole, job, buffers[0])
                 weight = now.result()
                 if place + 1 < len(jobs):
-                    following = jobs[place + 1], buffers[(place + 1) % 2]
+                    following = jobs[place + 1], buffers[(place + 1) % len(buffers)]
                     waiting = reader.submit(self.source.whole, *following)
                 yield weight
 
@@ -153,12 +158,12 @@ class _Sample:
             self.task.samples[self.layer.name] = self.found
 
 
-def sample_steps(task: Task, layers: Sequence[Layer]) -> dict[str, int]:
+def sample_steps(layers: Sequence[Layer], limit: int) -> dict[str, int]:
     """How far apart the weights of a sample of these layers are, together within the limit."""
     count = sum(math.prod(x.shape) for x in layers)
     steps = {}
     for layer in layers:
-        size = max(1, min(task.limits.sample, round(count ** (2 / 3))))  # candidates: about as many
+        size = max(1, min(limit, round(count ** (2 / 3))))  # candidates: about as many
         step = max(1, -(-count // size)) | 1
         while math.gcd(step, max(math.prod(layer.shape[1:]), 1)) > 1:
             step += 2
@@ -166,15 +171,19 @@ def sample_steps(task: Task, layers: Sequence[Layer]) -> dict[str, int]:
     return steps
 
 
-def score_sizes(task: Task) -> None:
-    """The norm of every layer's scores, as selection.normalized has it."""
-    buffer = Buffer()
+def score_sizes(task: Task) -> dict[str, float]:
+    """Layer name -> the norm of its scores, as selection.normalized has it."""
+    buffer, sizes = Buffer(), {}
     for layer in task.layers:
         scores = LayerScores(task.network, task.criterion, layer)
         energies: list[float] = []
         for first, weight in task.runs(layer, task.copies[layer.name][0], buffer, "rank"):
             energies += selection.row_energies(scores.of(weight, first), layer.shape[-1])
-        task.sizes[layer.name] = math.sqrt(math.fsum(energies))
+        size = math.sqrt(math.fsum(energies))
+        if not math.isfinite(size):
+            raise wrong(f"scores with a finite norm in layer {layer.name!r}", size)
+        sizes[layer.name] = size
+    return sizes
 
 
 def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key, PieceCut]:
@@ -184,7 +193,8 @@ def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key
     dtype = _score_dtype(task, layers, how)
     buffer, passes = Buffer(), 0
 
-    def sweep() -> Iterator[tuple[int, Tensor]]:
+    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        del low, high  # all keys
         nonlocal passes
         passes += 1
         if passes > 1:
@@ -210,10 +220,13 @@ def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key
 
 def scorer(task: Task, layer: Layer, how: str) -> Callable[[Tensor, int], Tensor]:
     """Scores of runs of a layer, as they are ranked."""
-    scores = LayerScores(task.network, task.criterion, layer, how)
+    squared = how == "squared"
+    scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
     size = task.sizes.get(layer.name)
     if size is None:
         return scores.of
+    if squared:
+        return lambda weight, first: selection.over(scores.of(weight, first), size).square()
     return lambda weight, first: selection.over(scores.of(weight, first), size)
 
 
@@ -230,8 +243,11 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
         if weight is None:
             return found[0]
         position = torch.arange(weight.numel()) * task.steps[layer.name]
-        scores = LayerScores(task.network, task.criterion, layer, how).at(weight, position)
-        found.append(scores / (task.sizes.get(layer.name) or 1.0))
+        squared = how == "squared"
+        scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
+        size = task.sizes.get(layer.name) or 1.0
+        about = scores.at(weight, position) / size
+        found.append(about.square() if squared else about)
     return torch.cat(found)
 
 

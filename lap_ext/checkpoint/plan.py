@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lap_ext import allocation, check, criteria, pruning
+from lap_ext import allocation, check, criteria, pruning, selection
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.energies import FileNetwork
@@ -24,7 +24,6 @@ from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)
 MEASURED = (Lookahead, Lookforward, Lookback)  # whose factors are norms of neighbors
-NORMALIZATIONS = ("none", "norm")
 
 
 @dataclass
@@ -33,6 +32,8 @@ class Plan:
 
     keeps: weights that each layer keeps where it is ranked by itself; keep: of all together (one
     ranking), or None.
+    normalize: how scores of layers are made comparable for one ranking; "lamp" gives each layer its
+    share (keeps), and then ranks it by itself.
     fused: layers that the fused mask takes in one piece; all others need cuts.
     """
 
@@ -40,7 +41,7 @@ class Plan:
     task: Task
     keeps: dict[str, int]
     keep: int | None
-    normalized: bool
+    normalize: str
     fused: set[str]
     cuts: dict[Key, PieceCut] = field(default_factory=dict)
 
@@ -51,27 +52,30 @@ class Plan:
 
     def rankings(self) -> Iterator[tuple[list[Layer], int, str]]:
         """(layers ranked together, how many they keep, how they are scored) that need a cut."""
-        if self.keep is not None:
+        if self.keep is not None and self.normalize != "lamp":
             if self.task.layers:
                 yield self.task.layers, self.keep, "plain"
             return
         for layer in self.task.layers:
             if layer.name not in self.fused:
                 how = "scaled" if used_once(self.task.criterion, layer) else "plain"
+                how = "squared" if self.normalize == "lamp" else how
                 yield [layer], self.keeps[layer.name], how
 
     def steps(self) -> dict[str, int]:
         """Layer name -> which weights the first pass samples, for the rankings."""
         steps: dict[str, int] = {}
-        for layers, _, _ in self.rankings():
-            steps |= passes.sample_steps(self.task, layers)
+        rankings = [layers for layers, _, _ in self.rankings()]
+        for layers in rankings:  # all samples are held at a time
+            limit = max(1, self.task.limits.sample // len(rankings))
+            steps |= passes.sample_steps(layers, limit)
         return steps
 
     def bytes(self, work: Work) -> int:
         """Bytes that are still to be read, where no ranking needs a second pass."""
         every = [self._size(x) for x in self.task.network.topology.layers.values()]
         total = sum(every) if self.measured and "steps" not in work.facts else 0
-        if self.normalized and "sizes" not in work.facts:
+        if self.normalize != "none" and "sizes" not in work.facts:
             total += sum(self._size(x) for x in self.task.layers)
         ranked = {found[0] for found in work.facts.get("cuts", [])}
         for layers, _, _ in self.rankings():
@@ -92,9 +96,7 @@ def check_options(scope: str, criterion: Any, normalize: str, bn: str) -> Criter
     """The criterion, if it and the other options are among those for checkpoints."""
     check.one_of(FUNCTION, "scope", scope, pruning.SCOPES)
     check.one_of(FUNCTION, "bn", bn, BN)
-    if normalize == "lamp":
-        raise wrong("normalize 'none' or 'norm' (lamp sorts all scores of a layer)", "'lamp'")
-    check.one_of(FUNCTION, "normalize", normalize, NORMALIZATIONS)
+    check.one_of(FUNCTION, "normalize", normalize, selection.NORMALIZATIONS)
     chosen = criteria.of(criterion, FUNCTION)
     if type(chosen) not in DATA_FREE:
         names = ", ".join(repr(kind.name) for kind in DATA_FREE)
@@ -137,7 +139,7 @@ def plan_of(
         if normalize == "none":
             _check_dtypes(task)
         keep = allocation.total(given, shapes)
-        return Plan(files, task, keeps, keep, normalize == "norm", set())
+        return Plan(files, task, keeps, keep, normalize, set())
     fused = {
         layer.name
         for layer in layers
@@ -145,7 +147,7 @@ def plan_of(
         and all(len(copy) == 1 for copy in copies[layer.name])
         and used_once(criterion, layer)
     }
-    return Plan(files, task, keeps, None, False, fused)
+    return Plan(files, task, keeps, None, "none", fused)
 
 
 def _check_copies(source: Source, copies: dict[str, list[Copy]]) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from lap_ext import mask_file
 from lap_ext.masks import Masks
+from lap_ext.report import Histogram
 from lap_ext.result import LayerResult, PruneResult
 
 
@@ -27,9 +28,8 @@ class StoredMasks(Masks):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._shapes:
             raise KeyError(name)
-        opener, _ = mask_file._safetensors("StoredMasks")
-        with opener(self.path, framework="pt") as file:
-            return mask_file._read(file, name, self._shapes[name])
+        with mask_file.BitMasks(self.path, "StoredMasks") as file:
+            return file.whole(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -46,34 +46,22 @@ class CheckpointResult(PruneResult):
         masks: read from masks_file one at a time; empty with save_masks=False.
         folder: the pruned checkpoint.
         masks_file: the masks beside the weights, as `Masks.load` reads them, or None.
+        scores: layer name -> its scores, counted in bins; empty unless they were asked for.
     """
 
     folder: Path
     masks_file: Path | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a pruning is, for on_progress.
-
-    Attributes:
-        step: "measure" (energies), "rank" (the cut of a ranking over more than is in memory) or
-            "write".
-        name: the layer or tensor.
-        done: bytes read so far, over all steps.
-        total: bytes that will be read; grows if a ranking needs another pass.
-    """
-
-    step: str
-    name: str
-    done: int
-    total: int
+    scores: Mapping[str, Histogram] = field(default_factory=dict)
 
 
 def result_of(
-    folder: Path, rows: Sequence[LayerResult], criterion: str, masks_file: Path | None
+    folder: Path,
+    rows: Sequence[LayerResult],
+    criterion: str,
+    masks_file: Path | None,
+    scores: Mapping[str, Histogram],
 ) -> CheckpointResult:
     """The result whose masks are in a file, or nowhere."""
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
-    return CheckpointResult(masks, rows, criterion, folder, masks_file)
+    return CheckpointResult(masks, rows, criterion, folder, masks_file, scores)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,8 @@ from torch import Tensor
 CHUNK = BINS = 1 << 15  # elements at a time: they stay in the cache, and torch uses one thread
 _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 
-Sweep = Callable[[], Iterable[tuple[int, Tensor]]]  # (part, its next keys), all of them, in order
+# (part, some of its keys), in the order of parts: all keys from low on; low and high are given
+Sweep = Callable[[int, int], Iterable[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def cut(
     """The cut of the keep largest keys of all parts.
 
     Args:
-        sweep: gives all keys, once each time it is called.
+        sweep: gives all keys, once each time it is called; it may leave out those below the first
+            number that it is given, and put other ones for those above the second.
         sizes: number of keys of each part.
         keep: how many to keep, of all.
         interval: lowest and highest key to look at first.
@@ -90,8 +92,8 @@ def cut(
         return Cut(0, tuple(sizes), tuple(sizes))
     low, high = interval
     while True:
-        found = _Pass(len(sizes), low, high, room)
-        for part, keys in sweep():
+        found = Pass(len(sizes), low, high, room)
+        for part, keys in sweep(low, high):
             found.add(part, keys)
         above, inside = sum(found.above), sum(found.inside)
         if keep <= above:
@@ -107,7 +109,7 @@ def cut(
 
 
 @dataclass
-class _Pass:
+class Pass:
     """What one pass over all keys has found."""
 
     parts: int
@@ -158,8 +160,24 @@ class _Pass:
         first = self.low + (place << self.shift)
         return first, min(first + (1 << self.shift) - 1, self.high)
 
+    def intervals(self) -> Iterator[tuple[int, int]]:
+        """The interval in parts, the highest first: each has as many keys as there is room for.
 
-def _solved(found: _Pass, keep: int) -> Cut:
+        Or those of one bin.
+        """
+        last, count = self.high, 0
+        for place, more in reversed(list(enumerate(self.histogram.tolist()))):
+            if count and count + more > self.room:
+                yield self.low + ((place + 1) << self.shift), last
+                count = 0
+            if not count:
+                last = min(self.low + ((place + 1) << self.shift) - 1, self.high)
+            count += more
+        if count:
+            yield self.low, last
+
+
+def _solved(found: Pass, keep: int) -> Cut:
     """The cut where all keys inside the interval are at hand."""
     ends = [0, *itertools.accumulate(found.ends, max)]
     held = [found.held[begin:end] for begin, end in itertools.pairwise(ends)]

@@ -7,7 +7,8 @@ read(), not mmap: pages of a mapped file count as memory of the process, a buffe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,17 +70,21 @@ class Source:
             self.fill(piece.entry, 0, view[first : first + piece.entry.size])
         return buffer.tensor(size // dtype.itemsize, dtype)
 
-    def runs(self, pieces: Copy, step: int, buffer: Buffer) -> Iterator[tuple[int, Tensor]]:
+    def runs(
+        self, pieces: Copy, step: int, buffers: Buffer | Sequence[Buffer]
+    ) -> Iterator[tuple[int, Tensor]]:
         """(first element, elements) of a copy, step elements at a time and piece by piece.
 
-        The tensors lie in the buffer: each is gone when the next is asked for.
+        The tensors lie in the buffers, in turns: each is gone when that buffer's next is asked for.
         """
         dtype = DTYPES[pieces[0].entry.dtype]
+        turns = itertools.cycle([buffers] if isinstance(buffers, Buffer) else buffers)
         for piece in pieces:
             count = piece.entry.numel
             for first in range(0, count, step):
                 length = min(step, count - first)
                 size = length * dtype.itemsize
+                buffer = next(turns)
                 self.fill(piece.entry, first * dtype.itemsize, buffer.view(size))
                 yield piece.begin + first, buffer.tensor(length, dtype)
 

@@ -22,16 +22,18 @@ from torch import nn
 
 import lap_ext
 from lap_ext.allocation import Sparsity
-from lap_ext.checkpoint import passes
+from lap_ext.checkpoint import lamp, passes
 from lap_ext.checkpoint.files import FUNCTION, MASKS, open_folder, wrong
 from lap_ext.checkpoint.memory import parsed
 from lap_ext.checkpoint.passes import PieceCut
 from lap_ext.checkpoint.plan import Plan, check_options, check_out, plan_of
-from lap_ext.checkpoint.pruned import CheckpointResult, Progress, result_of
+from lap_ext.checkpoint.pruned import CheckpointResult, result_of
 from lap_ext.checkpoint.shards import Writer, check_disk
 from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.checkpoint.writing import MaskFile
+from lap_ext.progress import Progress
+from lap_ext.report import Histogram
 from lap_ext.result import LayerResult
 
 
@@ -50,6 +52,7 @@ def prune(
     model: nn.Module | None = None,
     unknown: str = "error",
     save_masks: bool = True,
+    count_scores: bool = False,
     resume: bool = True,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> CheckpointResult:
@@ -67,7 +70,8 @@ def prune(
             ranking: one for lookahead criteria, two or three for magnitudes.
         criterion: one that reads weights only: "lookahead", "lookforward", "lookback", "magnitude",
             "magnitude_bn" or "random".
-        normalize: "none" or "norm", as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`. "lamp" sorts all scores that may be kept, as many at a time
+            as there is room for.
         exclude: as in `lap_ext.prune`.
         bn: as in `lap_ext.prune`.
         memory: what pruning may hold at a time, such as "4GB", "512MiB" or a number of bytes, beside
@@ -79,6 +83,9 @@ def prune(
             class of transformers that config.json names.
         unknown: as in `lap_ext.trace`.
         save_masks: write the masks, one bit a weight, to lap_ext_masks.safetensors in out.
+        count_scores: count each layer's scores in bins on the way, kept and pruned ones, for a report:
+            a histogram of the scores that `lap_ext.scores` gives, normalized by "norm", and not by
+            "lamp". No file is read again for it.
         resume: go on where an interrupted run of the same task has stopped, and leave what is done
             if this one is interrupted. False: start anew, and leave nothing.
         on_progress: called with a `Progress` after each tensor or run of rows.
@@ -121,26 +128,30 @@ def prune(
         "scope": scope, "normalize": normalize, "bn": bn, "unknown": unknown, "keep": plan.keep,
         "criterion": [chosen.name, getattr(chosen, "seed", 0)],
         "layers": [[x.name, x.shape, plan.keeps[x.name]] for x in plan.task.layers],
+        "count_scores": count_scores,
         "roles": [[x.layer, x.part.shape] for x in structure.topology.roles],
     }  # fmt: skip
-    with working(target, asked, resume) as work:
+    with working(target.resolve(), asked, resume) as work:  # a link stays a link
         masks = None
         if save_masks:
             masks = MaskFile(work.files, {x.name: x.shape for x in plan.task.layers})
-        _run(plan, masks, work)
+        _run(plan, masks, work, count_scores)
+        scores = _scores(plan, work)
         if files.stamps() != asked["files"]:
             raise wrong("files that stay as they are while they are read", "changed ones")
-        work.finish(target)
+        work.finish(target.resolve())
     unpruned = files.unpruned()
     if unpruned:
         warnings.warn(
             f"{FUNCTION}: {', '.join(unpruned)} may hold the weights too, and came along unpruned.",
             stacklevel=2,
         )
-    return result_of(target, _rows(plan), chosen.name, target / MASKS if save_masks else None)
+    return result_of(
+        target, _rows(plan), chosen.name, target / MASKS if save_masks else None, scores
+    )
 
 
-def _run(plan: Plan, masks: MaskFile | None, work: Work) -> None:
+def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
     """All passes, from where an earlier run has stopped."""
     task, files = plan.task, plan.files
     kept = {shard.name for shard in files.shards if work.has(shard.name, shard.size)}
@@ -158,14 +169,26 @@ def _run(plan: Plan, masks: MaskFile | None, work: Work) -> None:
         work.save_tensors(task.network.state() | samples)
         work.facts["steps"] = task.steps
         work.save()
-    if plan.normalized:
-        if "sizes" not in work.facts:
-            passes.score_sizes(task)
-            work.facts["sizes"] = task.sizes
-            work.save()
-        task.sizes = dict(work.facts["sizes"])
+    if plan.normalize != "none":
+        _normalize(plan, work)
     _rank(plan, work)
-    Writer(task, files, plan.keeps, plan.cuts, masks).run(work)
+    Writer(task, files, plan.keeps, plan.cuts, masks, counted).run(work)
+
+
+def _normalize(plan: Plan, work: Work) -> None:
+    """What makes scores of layers comparable, unless an earlier run has found it."""
+    task, facts = plan.task, work.facts
+    if "sizes" not in facts:
+        if plan.normalize == "norm":
+            facts["sizes"] = passes.score_sizes(task)
+        else:
+            assert plan.keep is not None
+            shares = lamp.kept(task, task.layers, plan.keep)
+            facts["keeps"] = {name: keep for name, (keep, _) in shares.items()}
+            facts["sizes"] = {name: size for name, (_, size) in shares.items()}
+        work.save()
+    task.sizes = dict(facts["sizes"])
+    plan.keeps |= facts.get("keeps", {})
 
 
 def _measured_before(plan: Plan, work: Work) -> bool:
@@ -193,6 +216,18 @@ def _rank(plan: Plan, work: Work) -> None:
             plan.cuts.update(new)
             facts += [[*key, x.key, x.ties, x.kept, x.how] for key, x in new.items()]
             work.save()
+
+
+def _scores(plan: Plan, work: Work) -> dict[str, Histogram]:
+    """The counts of all shards, in the order of layers."""
+    found: dict[str, Histogram] = {}
+    for layer in plan.task.layers:
+        for counts in work.facts.get("scores", {}).values():
+            if layer.name in counts:
+                found.setdefault(layer.name, Histogram()).update(
+                    Histogram.of_json(counts[layer.name])
+                )
+    return found
 
 
 def _rows(plan: Plan) -> list[LayerResult]:

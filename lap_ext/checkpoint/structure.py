@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ class Structure:
 
 
 class FileTopology(Topology):
-    """A topology whose scales are computed from tensors of files, not of its model."""
+    """A topology whose scales, and those of its layers' edges, are computed from tensors of files."""
 
     def __init__(self, topology: Topology, tensors: Mapping[str, Tensor]) -> None:
         self.__dict__.update(topology.__dict__)
         self._read = dict(tensors)
+        self.layers = {name: replace(x, topology=self) for name, x in topology.layers.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What has been read."""

@@ -59,7 +59,7 @@ class MaskFile:
         empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = mask_file._header(FUNCTION, empty)
+        self._head = mask_file.header(FUNCTION, empty)
         self._begin, begin = {}, 8 + len(self._head)
         for name, mask in empty.items():
             self._begin[name] = begin

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 STEPS = 4  # bins an octave
+_LAST = 1024 * STEPS - 1  # the bin of the largest double
+_UP = 600  # a denormal double times 2^600 is normal, and exact
+_CHUNK = 1 << 15  # values whose bins are counted together: they stay in the cache
 _PIECE = 1 << 22  # weights measured at once: 32 MB in float64
 
 
@@ -28,30 +31,38 @@ _PIECE = 1 << 22  # weights measured at once: 32 MB in float64
 class Histogram:
     """Counts of positive values by bin; bin b holds 2^(b / STEPS) <= value < 2^((b + 1) / STEPS).
 
-    Zeros are counted apart: they have no place on a logarithmic axis.
+    Zeros are counted apart: they have no place on a logarithmic axis. Infinity counts as the largest
+    number. lowest: the least value that is kept; None where none is.
+
+    Example:
+        >>> import torch
+        >>> found = Histogram()
+        >>> found.add(torch.tensor([0., 1., 1.1, 2.]), torch.tensor([False, False, True, True]))
+        >>> dict(found.kept), dict(found.pruned), found.zeros_pruned, round(found.lowest, 2)
+        ({0: 1, 4: 1}, {0: 1}, 1, 1.1)
     """
 
     kept: Counter[int] = field(default_factory=Counter)
     pruned: Counter[int] = field(default_factory=Counter)
     zeros_kept: int = 0
     zeros_pruned: int = 0
+    lowest: float | None = None
 
     def add(self, values: Tensor, kept: Tensor) -> None:
         """Counts values >= 0 (any shape) and whether each is kept."""
-        for counter, chosen in ((self.kept, kept), (self.pruned, ~kept)):
-            some = values[chosen]
-            positive = some[some > 0]
-            zeros = some.numel() - positive.numel()
-            if counter is self.kept:
-                self.zeros_kept += zeros
-            else:
-                self.zeros_pruned += zeros
-            if positive.numel():
-                bins = (positive.double().log2_() * STEPS).floor_().long()
-                low = int(bins.min())
-                for place, count in enumerate(torch.bincount(bins - low).tolist()):
-                    if count:
-                        counter[low + place] += count
+        counts: dict[int, Tensor] = {}
+        flat = values.reshape(-1), kept.reshape(-1)
+        for some, chosen in zip(*(x.split(_CHUNK) for x in flat), strict=True):
+            _count(some if some.dtype == torch.float32 else some.double(), chosen, counts)
+            if int(chosen.count_nonzero()):
+                self._lower(float(torch.where(chosen, some, torch.inf).min()))
+        for shift, found in counts.items():
+            self.zeros_pruned += int(found[0, 0])
+            self.zeros_kept += int(found[0, 1])
+            for counter, column in ((self.pruned, found[1:, 0]), (self.kept, found[1:, 1])):
+                places = column.nonzero().flatten()
+                for place, count in zip(places.tolist(), column[places].tolist(), strict=True):
+                    counter[min(place + 1 + shift, _LAST)] += count
 
     def update(self, other: Histogram) -> None:
         """Adds the counts of another."""
@@ -59,6 +70,50 @@ class Histogram:
         self.pruned.update(other.pruned)
         self.zeros_kept += other.zeros_kept
         self.zeros_pruned += other.zeros_pruned
+        if other.lowest is not None:
+            self._lower(other.lowest)
+
+    def to_json(self) -> list[Any]:
+        """The counts as JSON can hold them; `of_json` has them back."""
+        counts = [sorted(self.kept.items()), sorted(self.pruned.items())]
+        return [*counts, self.zeros_kept, self.zeros_pruned, self.lowest]
+
+    @classmethod
+    def of_json(cls, found: Sequence[Any]) -> Histogram:
+        """What `to_json` gave."""
+        kept, pruned, *others = found
+        return cls(Counter(dict(kept)), Counter(dict(pruned)), *others)
+
+    def _lower(self, value: float) -> None:
+        self.lowest = value if self.lowest is None else min(self.lowest, value)
+
+
+def _count(values: Tensor, kept: Tensor, counts: dict[int, Tensor], up: int = 0) -> None:
+    """Adds values times 2^up to counts: shift of bins -> (pruned, kept) by bin, int64 [bins, 2].
+
+    The bin is read from a number's bits: STEPS times its exponent, and one for each fourth root of 2,
+    4 or 8 that its mantissa has reached. Zeros are in bin 0, which no normal number has.
+    """
+    single = values.dtype == torch.float32
+    bits, mantissa = (values.view(torch.int32), 23) if single else (values.view(torch.int64), 52)
+    if int((bits < 1 << mantissa).count_nonzero()) > int((bits == 0).count_nonzero()):  # denormals
+        if single:
+            _count(values.double(), kept, counts)
+            return
+        denormal = (bits > 0) & (bits < 1 << mantissa)
+        _count(values[denormal] * 2.0**_UP, kept[denormal], counts, _UP)
+        values, kept = values[~denormal], kept[~denormal]
+        bits = values.view(torch.int64)
+    exponents = 1 << (8 if single else 11)
+    bins = bits >> mantissa
+    for step in range(1, STEPS):
+        root = math.isqrt(math.isqrt(1 << (4 * mantissa + step))) + 1 - (1 << mantissa)
+        bins += (bits + ((1 << mantissa) - root)) >> mantissa  # carries where the root is reached
+    bins = bins.mul_(2).add_(kept.to(bins.dtype))
+    shift = -(exponents // 2 - 1 + up) * STEPS
+    size = 2 * STEPS * exponents
+    new = torch.bincount(bins, minlength=size).view(-1, 2)
+    counts[shift] = counts[shift] + new if shift in counts else new
 
 
 @dataclass
@@ -80,7 +135,11 @@ class LayerFacts:
     dead_columns: int = 0
     weights: Histogram = field(default_factory=Histogram)
     scores: Histogram | None = None
-    threshold: float | None = None  # the lowest score kept
+
+    @property
+    def threshold(self) -> float | None:
+        """The lowest score kept; None where no score is known, or none is kept."""
+        return None if self.scores is None else self.scores.lowest
 
     @property
     def sparsity(self) -> float:
@@ -213,10 +272,6 @@ class Measure:
         if scores is not None:
             facts.scores = facts.scores or Histogram()
             facts.scores.add(scores, kept)
-            if kept.any():
-                lowest = float(scores[kept].min())
-                known = facts.threshold
-                facts.threshold = lowest if known is None else min(known, lowest)
 
 
 def binned(
@@ -251,5 +306,6 @@ def binned(
         found[0] += sum(count for place, count in counter.items() if place < low)
         return found
 
-    edges = [2.0 ** (place / STEPS) for place in range(low, high + 2)]
+    largest = 1024 - 2.0**-40  # a power of 2 that is finite
+    edges = [2.0 ** min(place / STEPS, largest) for place in range(low, high + 2)]
     return edges, counts(histogram.kept), counts(histogram.pruned)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""How many weights each layer keeps of one ranking by LAMP scores that are never all in memory.
+
+    lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j          (selection.lamp)
+
+Within a layer LAMP scores fall as scores do, so a layer is walked from its largest score on: keys of
+scores come sorted, a range of them at a time, and squares are added in that order, one by one, as in
+memory: the same bits. A walk ends where LAMP scores are below the interval that the cut (rank.py)
+looks at, and the next one, of a narrower interval, begins at a mark that the last one left.
+
+The layers then keep so many weights each, by their squares: equal squares are ranked by index alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lap_ext.checkpoint import rank
+from lap_ext.checkpoint.files import wrong
+from lap_ext.checkpoint.passes import Task
+from lap_ext.checkpoint.reading import Buffer
+from lap_ext.checkpoint.scores import LayerScores
+from lap_ext.topology import Layer
+
+_BETWEEN = 1 << 18  # weights between two marks
+_WIDER = (
+    1 << 47
+)  # keys (some 2 %) that the interval gets on either side: sums of a sample are rough
+_TOP = rank.largest(torch.float64)
+
+
+def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int, float]]:
+    """Layer name -> (weights it keeps of keep in all, its largest score)."""
+    buffer = Buffer()
+    walks = [_Walk(task, layer, buffer) for layer in layers]
+
+    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        for place, walk in enumerate(walks):
+            for keys in walk.keys(low, high):
+                yield place, keys
+
+    counts = [math.prod(layer.shape) for layer in layers]
+    low, high = rank.bracket(_sampled(task, layers), keep, sum(counts), torch.float64)
+    interval = max(low - _WIDER, 0), min(high + _WIDER, _TOP)
+    found = rank.cut(sweep, counts, keep, interval, torch.float64, task.limits.room)
+    for walk, ties in zip(walks, found.ties, strict=True):
+        if ties and found.key in walk.blurred:
+            raise wrong(
+                f"LAMP scores that tell the weights of layer {walk.layer.name!r} apart",
+                "float64 squares around the threshold that underflow",
+            )
+    sizes = [float(walk.size) for walk in walks]
+    return {x.name: (n, size) for x, n, size in zip(layers, found.kept, sizes, strict=True)}
+
+
+def _sampled(task: Task, layers: Sequence[Layer]) -> Tensor:
+    """About the LAMP scores of a sample of these layers, float64; empty if there is none."""
+    found = [torch.zeros(0, dtype=torch.float64)]
+    for layer in layers:
+        weight, step = task.samples.get(layer.name), task.steps.get(layer.name, 1)
+        if weight is None:
+            return found[0]
+        position = torch.arange(weight.numel()) * step
+        scores = LayerScores(task.network, task.criterion, layer).at(weight, position)
+        squares = scores.sort(descending=True).values
+        squares = (squares / squares[:1].clamp(min=1e-300)).square()
+        found.append(torch.where(squares > 0, squares / (squares.cumsum(0) * step), 0.0))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A place in a layer's ranking, behind some of its weights."""
+
+    lamp: int  # key of the last one's LAMP score
+    score: int  # key of its score
+    equal: int  # how many of them have that score
+    rank: int  # how many they are
+    above: float  # the sum of their squares
+
+
+class _Walk:
+    """The LAMP scores of a layer, the largest first.
+
+    Attributes:
+        size: the largest score, float64; 1 before the first walk.
+        blurred: keys of LAMP scores that weights of different squares share, and that index alone
+            would rank in memory: of float64 weights whose squares underflow.
+    """
+
+    def __init__(self, task: Task, layer: Layer, buffer: Buffer) -> None:
+        self.task, self.layer, self._buffer = task, layer, buffer
+        self.size = torch.ones((), dtype=torch.float64)
+        self.blurred: set[int] = set()
+        double = task.dtype(layer) == torch.float64
+        self._dtype = torch.float64 if double else torch.float32
+        self._room = min(task.limits.sorted, math.prod(layer.shape))
+        self._marks = [_Mark(_TOP, rank.largest(self._dtype), 0, 0, 0.0)]
+        self._passes = 0
+
+    def keys(self, low: int, high: int) -> Iterator[Tensor]:
+        """Keys of LAMP scores, falling: all in [low, high], and for each one above some key above."""
+        mark = next(x for x in reversed(self._marks) if x.lamp > high or x.rank == 0)
+        least = next((x.score for x in self._marks if x.lamp < low), 0)
+        yield torch.full((1,), _TOP).expand(mark.rank)
+        left = mark.equal  # those of the first range that the mark has passed
+        for scores in self._falling(least, mark.score):
+            for begin in range(left, scores.numel(), rank.CHUNK):
+                lamps, mark = self._next(scores[begin : begin + rank.CHUNK], mark)
+                yield rank.keys_of(lamps)
+                if mark.lamp < low:
+                    return
+            left = max(left - scores.numel(), 0)
+
+    def _next(self, scores: Tensor, before: _Mark) -> tuple[Tensor, _Mark]:
+        """LAMP scores of the next weights by rank, and the place behind them."""
+        double = scores.double()
+        if before.rank == 0:
+            self.size = double[0].clone()
+            if not bool(self.size.isfinite()):
+                raise wrong(f"finite scores in layer {self.layer.name!r}", float(self.size))
+        squares = (double / self.size).square() if bool(self.size > 0) else double
+        sums = torch.cat([torch.tensor([before.above], dtype=torch.float64), squares]).cumsum(0)[1:]
+        lamps = torch.where(squares > 0, squares / sums, 0.0)
+        if self._dtype == torch.float64:
+            same = (lamps[1:] == lamps[:-1]) & (squares[1:] != squares[:-1])
+            self.blurred.update(rank.keys_of(lamps[1:][same]).tolist())
+        last = int(rank.keys_of(scores[-1:]))
+        equal = int((rank.keys_of(scores) == last).count_nonzero())
+        passed = before.rank + scores.numel()
+        if equal == scores.numel() and last == before.score:
+            equal += before.equal
+        mark = _Mark(int(rank.keys_of(lamps[-1:])), last, equal, passed, float(sums[-1]))
+        if passed // _BETWEEN > self._marks[-1].rank // _BETWEEN:
+            self._marks.append(mark)
+        return lamps, mark
+
+    def _falling(self, low: int, high: int) -> Iterator[Tensor]:
+        """All scores whose keys lie in [low, high], falling; as many at a time as there is room for."""
+        found = rank.Pass(1, low, high, self._room)
+        pieces = self.task.copies[self.layer.name][0]
+        self._passes += 1
+        if self._passes > 1:  # the first one was foreseen
+            self.task.total += sum(piece.entry.size for piece in pieces)
+        scores = LayerScores(self.task.network, self.task.criterion, self.layer)
+        for first, weight in self.task.runs(self.layer, pieces, self._buffer, "rank"):
+            found.add(0, rank.keys_of(scores.of(weight, first)))
+        del scores  # Random's are as large as the layer
+        count = found.inside[0]
+        if low == high:
+            one = torch.tensor(
+                [low], dtype=torch.int64 if self._dtype == torch.float64 else torch.int32
+            )
+            yield one.view(self._dtype).expand(count)
+        elif count and found.complete:
+            yield found.held[:count].sort(descending=True).values.view(self._dtype)
+        else:
+            found.held = found.held[:0]
+            yield from itertools.chain.from_iterable(
+                self._falling(*interval) for interval in found.intervals()
+            )

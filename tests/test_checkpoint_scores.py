@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""count_scores: the scores of a folder in bins, as lap_ext.scores has them, without another reading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_cases import INPUTS, least_memory, network, prune, saved, write
+from torch import nn
+
+import lap_ext
+from lap_ext import checkpoint
+from lap_ext.checkpoint import reading
+from lap_ext.report import Histogram
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layer": {},
+    "global": {"scope": "global"},
+    "norm": {"scope": "global", "normalize": "norm"},
+    "lamp": {"scope": "global", "normalize": "lamp"},
+    "random": {"criterion": "random"},
+    "bf16": {"dtype": torch.bfloat16},
+    "dict": {"sparsity": {"3": 0.9, "5": 0.0}},
+}
+
+
+def wanted(model: nn.Module, inputs: Any, masks: Any, **options: Any) -> dict[str, Histogram]:
+    """Histograms of scores in memory."""
+    if options.get("normalize") == "lamp":
+        options["normalize"] = "none"
+    options.pop("scope", None)
+    scores = lap_ext.scores(model, inputs, **options)
+    found = {name: Histogram() for name in masks}
+    for name, histogram in found.items():
+        histogram.add(scores[name], masks[name])
+    return found
+
+
+@pytest.mark.parametrize("memory", ["4GB", "least"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_counts_are_those_of_scores_in_memory(name: str, memory: str, tmp_path: Path) -> None:
+    options = {"sparsity": 0.6} | OPTIONS[name]
+    net = network(options.pop("dtype", torch.float32))
+    inputs, source = INPUTS.to(net[0].weight.dtype), write(tmp_path / "dense", net.state_dict())
+    mine = {"model": net, "example_inputs": inputs, "count_scores": True} | options
+    if memory == "least":
+        few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **mine))
+        memory = str(few)
+    got = prune(source, tmp_path / "out", memory=memory, **mine)
+    options.pop("sparsity")
+    want = wanted(net, inputs, got.masks, **options)
+    assert list(got.scores) == list(want) == [row.name for row in got.layers]
+    for layer, counts in want.items():
+        assert got.scores[layer] == counts, layer
+    assert {row.name: row.kept for row in got.layers} == {
+        name: found.kept.total() + found.zeros_kept for name, found in got.scores.items()
+    }
+
+
+def test_a_tied_weight_is_counted_once(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    net[2].weight = net[0].weight
+    twice = {"0.weight": net[0].weight.detach(), "2.weight": net[0].weight.detach().clone()}
+    source = write(tmp_path / "dense", twice)
+    got = prune(source, tmp_path / "out", model=net, count_scores=True)
+    assert got.scores == wanted(net, INPUTS, got.masks)
+
+
+def test_experts_in_many_tensors_and_shards(tmp_path: Path) -> None:
+    model, args, kwargs = saved("hf_qwen3_moe", tmp_path / "dense")
+    got = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.7, count_scores=True)
+    model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
+    scores = lap_ext.scores(model, args, kwargs=kwargs)
+    for name, counts in got.scores.items():
+        want = Histogram()
+        want.add(scores[name], got.masks[name])
+        assert counts == want, name
+
+
+def test_nothing_is_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "dense", network().state_dict())
+    reads: list[int] = []
+    real = reading.Source.fill
+
+    def fill(self: Any, entry: Any, offset: int, into: memoryview) -> None:
+        reads[-1] += len(into)
+        real(self, entry, offset, into)
+
+    monkeypatch.setattr(reading.Source, "fill", fill)
+    for counted in (False, True):
+        reads.append(0)
+        got = prune(source, tmp_path / str(counted), scope="global", count_scores=counted)
+        assert bool(got.scores) == counted
+    assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_counts_of_a_run_that_was_stopped(count: int, tmp_path: Path) -> None:
+    """Also where a finished shard is lost: no weight is counted twice."""
+    source = write(tmp_path / "dense", network().state_dict(), 3)
+    whole = prune(source, tmp_path / "whole", count_scores=True)
+    left = [count]
+
+    def stop(progress: checkpoint.Progress) -> None:
+        left[0] -= progress.step == "write"
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", count_scores=True, on_progress=stop)
+    work = tmp_path / ".out.lap_ext"
+    done = json.loads((work / "state.json").read_text())["facts"]["done"]
+    if done and count % 2:
+        (work / "files" / done[0]).unlink()
+    assert prune(source, tmp_path / "out", count_scores=True).scores == whole.scores
