@@ -314,8 +314,9 @@ def _scores(
     found = {}
     for layer in layers:
         plan.measure()
-        raw = selection.layer_scores(plan.network, plan.criterion, layer)
-        found[layer.name] = selection.normalized(raw, normalize, masks.get(layer.name))
+        found[layer.name] = selection.comparable_scores(
+            plan.network, plan.criterion, layer, normalize, masks.get(layer.name)
+        )
         plan.count.read("score", layer.name, layer.weight.nbytes)
     return found
 

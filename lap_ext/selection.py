@@ -38,6 +38,14 @@ def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor
         return _layer_scores(network, criterion, layer)
 
 
+def comparable_scores(
+    network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
+) -> Tensor:
+    """Scores of a layer's weights, normalized; mask: the weights that count."""
+    with _of(layer, network):
+        return normalized(_layer_scores(network, criterion, layer), normalize, mask)
+
+
 def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
     weight = criterion.weight(network, layer)
     roles = layer.roles
@@ -194,7 +202,7 @@ def ranked(
 ) -> Ranked:
     """What a ranking of several layers reads of one; mask: the weights that count."""
     if stores_scores(criterion, layer, normalize):
-        scores = normalized(layer_scores(network, criterion, layer), normalize, mask)
+        scores = comparable_scores(network, criterion, layer, normalize, mask)
         none = scores.new_empty(0, dtype=torch.float64)
         return Ranked(scores, none, none)
     part = layer.roles[0].part
@@ -259,6 +267,12 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
     left = scores.double()
     if mask is not None:
         left = left * mask
+    if bool(left.isinf().any()):
+        raise ValueError(
+            f"normalize: expected finite scores for normalize={how!r}, got infinite ones: products "
+            "of a weight and norms beyond the range of their dtype. Convert the model to float64, or "
+            "scale its weights down."
+        )
     if how == "norm":
         width = left.shape[-1] if left.dim() else 1
         return over(left, math.sqrt(math.fsum(row_energies(left, width))))

@@ -123,6 +123,19 @@ def test_no_score_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == [[(w.data_ptr(), w.shape[0]) for w in weights]]
 
 
+@pytest.mark.parametrize("normalize", ["norm", "lamp"])
+def test_infinite_scores_are_not_normalized(normalize: str) -> None:
+    """They would be not a number, or nothing, and their layer the first to go."""
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(1e30)
+        model[2].weight.mul_(1e20)
+    options: dict[str, Any] = {"scope": "global", "normalize": normalize}
+    with pytest.raises(ValueError, match=r"^prune: expected finite scores .* \(layer '0'\)$"):
+        lap_ext.prune(model, torch.ones(1, 4), 0.5, **options)
+    assert lap_ext.prune(model.double(), torch.ones(1, 4).double(), 0.5, **options).kept == 16
+
+
 def test_errors_name_the_layer() -> None:
     model: Any = net()
     with torch.no_grad():
