@@ -94,7 +94,9 @@ def test_walkthrough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"texts": data, "lap_ext": lap_ext}
     exec(compile(code, "README.md", "exec"), names)
     assert main(lines[2]) == 0
-    dense, pruned, tuned = (loss(folder, data[:64]) for folder in ("llama", "llama-80", "llama-tuned"))
+    dense, pruned, tuned = (
+        loss(folder, data[:64]) for folder in ("llama", "llama-80", "llama-tuned")
+    )
     assert dense < tuned < pruned
     masks = names["masks"]
     assert masks.sparsity == pytest.approx(0.8, abs=1e-3)
