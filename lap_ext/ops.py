@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from lap_ext import check, native, reference
 
-_library = torch.library.Library("lap_ext", "DEF")
+_library = library.Library("lap_ext", "DEF")
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
 
 
@@ -27,7 +27,7 @@ def _define(schema: str, kernel: Callable[..., Any]) -> Callable[[_Fake], _Fake]
     _library.impl(name, kernel, "CompositeExplicitAutograd")
 
     def register(fake: _Fake) -> _Fake:
-        torch.library.register_fake(f"lap_ext::{name}", fake, lib=_library)
+        library.register_fake(f"lap_ext::{name}", fake, lib=_library)
         return fake
 
     return register

@@ -267,7 +267,7 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
     left = scores.double()
     if mask is not None:
         left = left * mask
-    if bool(left.isinf().any()):
+    if left.numel() and math.isinf(left.max()):
         raise ValueError(
             f"normalize: expected finite scores for normalize={how!r}, got infinite ones: products "
             "of a weight and norms beyond the range of their dtype. Convert the model to float64, or "

@@ -8,6 +8,7 @@ moments, not in the gradient's norm by which the Trainer clips.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +101,16 @@ def written_out(
 ) -> tuple[lap_ext.Masks, list[float]]:
     """The same training by hand: (masks, norms of the gradients of what is left)."""
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1)
-    masks = lap_ext.Masks({} if masks is None else masks)
-    handle = masks.keep(model, optimizer) if masks else None
-    batches, norms = list(Batches()), []
-    for step in range(len(batches) // accumulate):
-        for x, labels in batches[step * accumulate : (step + 1) * accumulate]:
-            (nn.functional.cross_entropy(model(x), labels) / accumulate).backward()
-        if handle is not None:
-            handle.mask_gradients()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-        optimizer.step()
-        optimizer.zero_grad()
-        if schedule(step) is not None:
-            masks = lap_ext.prune(model, EXAMPLE, schedule(step), masks=masks).masks
-            if handle is not None:
-                handle.remove()
-            handle = masks.keep(model, optimizer)
-    return masks, norms
+    batches = list(Batches())
 
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), labels)
 
-def check_equal(model: nn.Module, other: nn.Module) -> None:
-    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+    steps = [
+        [partial(loss, *batch) for batch in batches[first : first + accumulate]]
+        for first in range(0, len(batches) // accumulate * accumulate, accumulate)
+    ]
+    return cases.by_hand(model, optimizer, steps, schedule, masks, example=EXAMPLE, clip=CLIP)
 
 
 def check_no_hooks(trainer: Any, model: nn.Module) -> None:

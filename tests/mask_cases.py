@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import lap_ext
 from lap_ext.masks import Masks
 
 
@@ -69,6 +71,41 @@ class Multiply(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
+
+
+def by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[list[Callable[[], Tensor]]],
+    schedule: Callable[[int], Any],
+    masks: Any,
+    *,
+    example: Any,
+    clip: float,
+) -> tuple[Masks, list[float]]:
+    """A training written out, each step its losses: (masks, norms of the gradients of what is left)."""
+    masks = Masks({} if masks is None else masks)
+    handle = masks.keep(model, optimizer) if masks else None
+    norms = []
+    for step, losses in enumerate(steps):
+        for loss in losses:
+            (loss() / len(losses)).backward()
+        if handle is not None:
+            handle.mask_gradients()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule(step) is not None:
+            masks = lap_ext.prune(model, example, schedule(step), masks=masks).masks
+            if handle is not None:
+                handle.remove()
+            handle = masks.keep(model, optimizer)
+    return masks, norms
+
+
+def check_equal(model: nn.Module, other: nn.Module) -> None:
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def multiplied(model: nn.Module, masks: Masks) -> nn.Module:

@@ -30,7 +30,6 @@ from lightning_cases import (
     RATE,
     Batches,
     Net,
-    check_equal,
     check_no_hooks,
     checkpoints,
     trainer_of,
@@ -56,7 +55,7 @@ def test_kept_masks(accumulate: int) -> None:
     trainer.fit(model, Batches())
     cases.check_zero(model, masks)
     _, norms = written_out(other, lambda step: None, masks, accumulate=accumulate)
-    check_equal(model, other)
+    cases.check_equal(model, other)
     assert model.norms == pytest.approx(norms, rel=1e-6)
     assert float(trainer.callback_metrics["sparsity"]) == pytest.approx(masks.sparsity)
     check_no_hooks(trainer, model)
@@ -74,7 +73,7 @@ def test_schedule(tmp_path: Path, accumulate: int) -> None:
     trainer = trainer_of(pruning, **given)
     trainer.fit(model, Batches())
     masks, norms = written_out(other, schedule, accumulate=accumulate)
-    check_equal(model, other)
+    cases.check_equal(model, other)
     assert model.norms == pytest.approx(norms, rel=1e-6)
     assert pruning.masks == masks and pruning.result is not None
     assert [row.name for row in pruning.result.layers] == list(NAMES)

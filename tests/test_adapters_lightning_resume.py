@@ -24,7 +24,6 @@ from lightning_cases import (
     Batches,
     Net,
     Watch,
-    check_equal,
     checkpoints,
     trainer_of,
     watched,
@@ -56,7 +55,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     again = new()
     trainer = trainer_of(again, checkpoints(tmp_path), max_epochs=4)
     trainer.fit(start, batches, ckpt_path=second)
-    check_equal(model, start)
+    cases.check_equal(model, start)
     assert again.masks == whole.masks and again.result is not None
     assert len(watched(trainer)) == 10
     # a checkpoint that is only looked at comes with its masks, too
@@ -119,7 +118,7 @@ def test_search_for_the_learning_rate(tmp_path: Path) -> None:
         trainer.fit(model, Batches(5))
         runs.append((model, pruning.masks, watched(trainer)))
         assert pruning.result is not None and pruning.result.masks is pruning.masks
-    check_equal(runs[0][0], runs[1][0])
+    cases.check_equal(runs[0][0], runs[1][0])
     assert runs[0][1:] == runs[1][1:]
 
 

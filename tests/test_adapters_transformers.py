@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,35 +108,18 @@ def written_out(
     plain = {"params": [p for n, p in model.named_parameters() if "bias" in n], "weight_decay": 0.0}
     decayed = {"params": [p for n, p in model.named_parameters() if "bias" not in n]}
     optimizer = torch.optim.AdamW([decayed, plain], RATE, weight_decay=0.1)
-    masks = lap_ext.Masks({} if masks is None else masks)
-    handle = masks.keep(model, optimizer) if masks else None
-    data, norms = dataset(), []
-    for step in range(10):
-        for part in range(accumulate):
-            start = (step * accumulate + part) * 4 % 48
-            rows = data[start : start + 4]
-            x, labels = (
-                torch.stack([r["x"] for r in rows]),
-                torch.tensor([r["labels"] for r in rows]),
-            )
-            (model(x, labels)["loss"] / accumulate).backward()
-        if handle is not None:
-            handle.mask_gradients()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
-        optimizer.step()
-        optimizer.zero_grad()
-        if schedule(step) is not None:
-            found = lap_ext.prune(model, EXAMPLE, schedule(step), masks=masks)
-            masks = found.masks
-            if handle is not None:
-                handle.remove()
-            handle = masks.keep(model, optimizer)
-    return masks, norms
+    data = dataset()
 
+    def loss(place: int) -> Tensor:
+        rows = data[place * 4 % 48 : place * 4 % 48 + 4]
+        x, labels = torch.stack([r["x"] for r in rows]), torch.tensor([r["labels"] for r in rows])
+        return model(x, labels)["loss"]
 
-def check_equal(model: nn.Module, other: nn.Module) -> None:
-    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+    steps = [
+        [partial(loss, step * accumulate + part) for part in range(accumulate)]
+        for step in range(10)
+    ]
+    return cases.by_hand(model, optimizer, steps, schedule, masks, example=EXAMPLE, clip=0.05)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -150,7 +134,7 @@ def test_kept_masks(tmp_path: Path, accumulate: int) -> None:
     run.train()
     cases.check_zero(model, masks)
     _, norms = written_out(other, lambda step: None, masks, accumulate=accumulate)
-    check_equal(model, other)
+    cases.check_equal(model, other)
     logs = [log for log in run.state.log_history if "loss" in log]
     assert [log["grad_norm"] for log in logs] == pytest.approx(norms, rel=1e-6)
     assert all(log["sparsity"] == masks.sparsity for log in run.state.log_history)
@@ -166,7 +150,7 @@ def test_schedule(tmp_path: Path) -> None:
     run = trainer(model, arguments(tmp_path), pruning)
     run.train()
     masks, norms = written_out(other, schedule)
-    check_equal(model, other)
+    cases.check_equal(model, other)
     assert pruning.masks == masks and pruning.result.masks == masks
     assert [row.name for row in pruning.result.layers] == list(NAMES)
     sparsities = run.callback_handler.callbacks[-2].sparsities
@@ -210,7 +194,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
         again = new(resume_from=checkpoint)
     run = trainer(start, args, again)
     run.train(resume_from_checkpoint=str(checkpoint))
-    check_equal(model, start)
+    cases.check_equal(model, start)
     assert again.masks == whole.masks
     assert len(run.callback_handler.callbacks[-2].sparsities) == 5
 

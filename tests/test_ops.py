@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DTYPES, SCORE_DTYPE, each_dtype
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import lap_ext
 import lap_ext.ops
@@ -78,7 +78,7 @@ def samples(op: str) -> list[tuple[Any, ...]]:
 def test_opcheck(op: str, device: str) -> None:
     for args in samples(op):
         moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device), args)
-        torch.library.opcheck(getattr(OPS, op).default, moved)
+        library.opcheck(getattr(OPS, op).default, moved)
 
 
 def test_schemas() -> None:
