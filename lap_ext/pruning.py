@@ -27,13 +27,6 @@ from lap_ext.topology import Layer, Topology, trace
 
 SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
 SKIPS = ("sum", "ignore")
-_NEIGHBORS = (  # criteria that ask for the norms of all layers with the first one they score
-    criteria.Lookahead,
-    criteria.Lookforward,
-    criteria.Lookback,
-    criteria.LookaheadAct,
-    criteria.OBDLookahead,
-)
 
 
 def scores(
@@ -218,7 +211,7 @@ class _Plan:
     ) -> None:
         """Says how much will be read: what is scored in each round, and the layers' neighbors."""
         size = rounds * sum(layer.weight.nbytes for layer in read)
-        if layers and isinstance(self.criterion, _NEIGHBORS):
+        if layers and self.criterion.reads_norms:
             every = self.network.topology.layers.values()
             size += sum(map(_measured, every))  # then those whose masks have changed
             size += (rounds - 1) * sum(map(_measured, layers))
@@ -229,7 +222,7 @@ class _Plan:
 
     def measure(self) -> None:
         """Takes the norms that scoring asks for layer by layer, where it asks for all at once."""
-        if not isinstance(self.criterion, _NEIGHBORS):
+        if not self.criterion.reads_norms:
             return
         for role in self.network.take_norms():
             size = self.network.topology.layers[role.layer].weight.nbytes

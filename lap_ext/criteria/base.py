@@ -25,6 +25,7 @@ class Criterion:
     """Magnitude, |w|; the base of all others."""
 
     name: ClassVar[str] = "magnitude"  # as prune(criterion=...) takes it
+    reads_norms: ClassVar[bool] = False  # whether factors asks for the norms of all layers
 
     @property
     def by_role(self) -> bool:

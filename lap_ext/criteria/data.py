@@ -92,6 +92,7 @@ class LookaheadAct(Criterion):
     """
 
     name: ClassVar[str] = "lookahead_act"
+    reads_norms = True
 
     def prepare(self, network: Network, data: Any) -> Network:
         """Measures how often units are active."""
@@ -175,6 +176,7 @@ class OBDLookahead(OBD):
     """Lookahead of the weights sqrt(h) |w|."""
 
     name: ClassVar[str] = "obd_lookahead"
+    reads_norms = True
 
     def prepare(self, network: Network, data: Any) -> Network:
         """Measures h, and puts sqrt(h) |w| in place of every weight."""

@@ -34,6 +34,7 @@ class Lookahead(Criterion):
     """|w| * ||W_prev[i]|| * ||W_next[:, o]|| (Park et al., ICLR 2020)."""
 
     name: ClassVar[str] = "lookahead"
+    reads_norms = True
 
     def factors(self, network: Network, role: Role) -> Factors:
         """(in_norm, out_norm)."""
@@ -44,6 +45,7 @@ class Lookforward(Criterion):
     """|w| * ||W_next[:, o]||."""
 
     name: ClassVar[str] = "lookforward"
+    reads_norms = True
 
     def factors(self, network: Network, role: Role) -> Factors:
         """(ones, out_norm)."""
@@ -54,6 +56,7 @@ class Lookback(Criterion):
     """|w| * ||W_prev[i]||."""
 
     name: ClassVar[str] = "lookback"
+    reads_norms = True
 
     def factors(self, network: Network, role: Role) -> Factors:
         """(in_norm, ones)."""
