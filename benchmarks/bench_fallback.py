@@ -14,7 +14,7 @@ import lap_ext
 from benchmarks import cases, checks, rivals
 from benchmarks.cases import Layer, Weights
 from benchmarks.rows import Bench, Contest, Target, nbytes
-from lap_ext import reference
+from lap_ext.ops import reference
 
 
 def run(bench: Bench) -> None:

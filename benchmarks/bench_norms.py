@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import cases, checks, rivals
 from benchmarks.rows import Bench, Contest, Target, nbytes
-from lap_ext import ops
+from lap_ext.ops import schema
 
 DTYPES = (torch.float32, torch.bfloat16)
 APART = "row_energy, col_energy"
@@ -26,7 +26,7 @@ def run(bench: Bench) -> None:
     for layer in cases.layers(bench.quick)[-2:]:
         for dtype in DTYPES:
             w = layer.make(bench.device, dtype)[1]
-            ours = partial(ops.energies, w, 1, True, "w")
+            ours = partial(schema.energies, w, 1, True, "w")
             judged = w.numel() >= cases.BIG and w.device.type == "cpu"  # CUDA: two passes
             bench.measure(
                 "norms",
@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
 
 
 def _apart(w: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.row_energy(w, True, "w"), ops.col_energy(w, 1, True, "w")
+    return schema.row_energy(w, True, "w"), schema.col_energy(w, 1, True, "w")
 
 
 def _close(ours: Any, theirs: Any) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 import lap_ext
 from benchmarks import cases, rivals
 from benchmarks.paper import nets
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
 
 SPARSITY = 0.9
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import lap_ext
 from benchmarks import big_models, checks, machine, memory, report, rivals
-from lap_ext.network import Network
-from lap_ext.selection import layer_scores
+from lap_ext.criteria.context import Network
+from lap_ext.pruning.selection import layer_scores
 
 OURS = ("lap_ext.prune", "lap_ext.prune global")
 RIVALS = ("eager + topk", "public code", "prune.global_unstructured")

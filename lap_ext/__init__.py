@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from lap_ext.allocation import paper as paper
     from lap_ext.allocation import uniform as uniform
     from lap_ext.allocation import uniform_plus as uniform_plus
-    from lap_ext.api import bn_scale as bn_scale
-    from lap_ext.api import factors as factors
-    from lap_ext.api import mask as mask
-    from lap_ext.api import prune_ as prune_
-    from lap_ext.api import score as score
-    from lap_ext.from_factors import mask_from_factors as mask_from_factors
-    from lap_ext.from_factors import prune_from_factors_ as prune_from_factors_
-    from lap_ext.from_factors import score_from_factors as score_from_factors
+    from lap_ext.errors import TopologyError as TopologyError
     from lap_ext.masks import Masks as Masks
-    from lap_ext.neighbors import IDENTITY as IDENTITY
-    from lap_ext.neighbors import Neighbor as Neighbor
-    from lap_ext.ops import info as info
-    from lap_ext.pruner import Pruner as Pruner
-    from lap_ext.pruning import prune as prune
-    from lap_ext.pruning import scores as scores
-    from lap_ext.ranking import kth_largest as kth_largest
-    from lap_ext.ranking import topk_mask as topk_mask
-    from lap_ext.result import PruneResult as PruneResult
+    from lap_ext.ops.from_norms import mask_from_factors as mask_from_factors
+    from lap_ext.ops.from_norms import prune_from_factors_ as prune_from_factors_
+    from lap_ext.ops.from_norms import score_from_factors as score_from_factors
+    from lap_ext.ops.layer import bn_scale as bn_scale
+    from lap_ext.ops.layer import factors as factors
+    from lap_ext.ops.layer import mask as mask
+    from lap_ext.ops.layer import prune_ as prune_
+    from lap_ext.ops.layer import score as score
+    from lap_ext.ops.neighbors import IDENTITY as IDENTITY
+    from lap_ext.ops.neighbors import Neighbor as Neighbor
+    from lap_ext.ops.ranking import kth_largest as kth_largest
+    from lap_ext.ops.ranking import topk_mask as topk_mask
+    from lap_ext.ops.schema import info as info
+    from lap_ext.pruning.model import prune as prune
+    from lap_ext.pruning.model import scores as scores
+    from lap_ext.pruning.pruner import Pruner as Pruner
+    from lap_ext.pruning.result import PruneResult as PruneResult
     from lap_ext.schedule import cubic as cubic
     from lap_ext.schedule import exponential as exponential
     from lap_ext.schedule import iterative as iterative
     from lap_ext.schedule import linear as linear
     from lap_ext.schedule import one_shot as one_shot
     from lap_ext.topology import Topology as Topology
-    from lap_ext.topology import TopologyError as TopologyError
     from lap_ext.topology import trace as trace
 
 __version__ = "0.1.0"
@@ -80,30 +80,35 @@ __all__ = [
     "uniform_plus",
 ]
 
-_HOME = {  # the others live in api.py
-    "IDENTITY": "neighbors",
+_HOME = {
+    "IDENTITY": "ops.neighbors",
     "Masks": "masks",
-    "Neighbor": "neighbors",
-    "PruneResult": "result",
-    "Pruner": "pruner",
+    "Neighbor": "ops.neighbors",
+    "PruneResult": "pruning.result",
+    "Pruner": "pruning.pruner",
     "Topology": "topology",
-    "TopologyError": "topology",
+    "TopologyError": "errors",
+    "bn_scale": "ops.layer",
     "cubic": "schedule",
     "er": "allocation",
     "erk": "allocation",
     "exponential": "schedule",
-    "info": "ops",
+    "factors": "ops.layer",
+    "info": "ops.schema",
     "iterative": "schedule",
-    "kth_largest": "ranking",
+    "kth_largest": "ops.ranking",
     "linear": "schedule",
-    "mask_from_factors": "from_factors",
+    "mask": "ops.layer",
+    "mask_from_factors": "ops.from_norms",
     "one_shot": "schedule",
     "paper": "allocation",
-    "prune": "pruning",
-    "prune_from_factors_": "from_factors",
-    "score_from_factors": "from_factors",
-    "scores": "pruning",
-    "topk_mask": "ranking",
+    "prune": "pruning.model",
+    "prune_": "ops.layer",
+    "prune_from_factors_": "ops.from_norms",
+    "score": "ops.layer",
+    "score_from_factors": "ops.from_norms",
+    "scores": "pruning.model",
+    "topk_mask": "ops.ranking",
     "trace": "topology",
     "uniform": "allocation",
     "uniform_plus": "allocation",
@@ -111,9 +116,9 @@ _HOME = {  # the others live in api.py
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'lap_ext' has no attribute {name!r}")
-    value = getattr(import_module(f"lap_ext.{_HOME.get(name, 'api')}"), name)
+    value = getattr(import_module(f"lap_ext.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeAlias, overload
 
-from lap_ext import arrays, check
-from lap_ext.arrays import Array, Mask
-from lap_ext.neighbors import IDENTITY, Neighbor
+from lap_ext.ops import check, numpy_args
+from lap_ext.ops.neighbors import IDENTITY, Neighbor
+from lap_ext.ops.numpy_args import Array, Mask
 
 __all__ = [
     "IDENTITY",
@@ -52,9 +52,11 @@ def score(
         >>> lap.score(np.array([[3., 4.]]), np.array([[-2.]]), np.array([[1.]]))  # |-2| * 5 * 1
         array([[10.]])
     """
-    arrays.weight("score", w, groups, transposed)
-    norms = arrays.norms("score", w_prev, w, w_next, groups, transposed, check_finite)
-    return arrays.call("score", arrays.kernels.score, w, *norms, groups, transposed, check_finite)
+    numpy_args.weight("score", w, groups, transposed)
+    norms = numpy_args.norms("score", w_prev, w, w_next, groups, transposed, check_finite)
+    return numpy_args.call(
+        "score", numpy_args.kernels.score, w, *norms, groups, transposed, check_finite
+    )
 
 
 def mask(
@@ -77,12 +79,12 @@ def mask(
         array([[False,  True,  True],
                [ True, False, False]])
     """
-    arrays.weight("mask", w, groups, transposed)
+    numpy_args.weight("mask", w, groups, transposed)
     count = check.keep_count("mask", sparsity, keep, w.size)
-    eligible = arrays.eligible("mask", "mask", mask, "w", w)
-    norms = arrays.norms("mask", w_prev, w, w_next, groups, transposed, check_finite)
+    eligible = numpy_args.eligible("mask", "mask", mask, "w", w)
+    norms = numpy_args.norms("mask", w_prev, w, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    return arrays.call("mask", arrays.kernels.mask, w, *norms, *options)
+    return numpy_args.call("mask", numpy_args.kernels.mask, w, *norms, *options)
 
 
 def prune_(
@@ -105,13 +107,13 @@ def prune_(
         >>> lap.prune_(None, w, None, keep=1), w
         (array([[False, False,  True]]), array([[0., 0., 3.]]))
     """
-    arrays.weight("prune_", w, groups, transposed)
-    arrays.writable("prune_", w)
+    numpy_args.weight("prune_", w, groups, transposed)
+    numpy_args.writable("prune_", w)
     count = check.keep_count("prune_", sparsity, keep, w.size)
-    eligible = arrays.eligible("prune_", "mask", mask, "w", w)
-    norms = arrays.norms("prune_", w_prev, w, w_next, groups, transposed, check_finite)
+    eligible = numpy_args.eligible("prune_", "mask", mask, "w", w)
+    norms = numpy_args.norms("prune_", w_prev, w, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    return arrays.call("prune_", arrays.kernels.prune_, w, *norms, *options)
+    return numpy_args.call("prune_", numpy_args.kernels.prune_, w, *norms, *options)
 
 
 def factors(
@@ -130,8 +132,8 @@ def factors(
         >>> lap.factors(np.array([[3., 4.]]), np.ones((2, 1)), None)
         (array([5.]), array([1., 1.]))
     """
-    arrays.weight("factors", w, groups, transposed)
-    return arrays.norms("factors", w_prev, w, w_next, groups, transposed, check_finite)
+    numpy_args.weight("factors", w, groups, transposed)
+    return numpy_args.norms("factors", w_prev, w, w_next, groups, transposed, check_finite)
 
 
 def score_from_factors(
@@ -145,8 +147,10 @@ def score_from_factors(
 ) -> Array:
     """Score of every weight from factors [I] and [O]; see `lap_ext.score_from_factors`."""
     name = "score_from_factors"
-    norms = arrays.given_norms(name, w, in_norm, out_norm, groups, transposed)
-    return arrays.call(name, arrays.kernels.score, w, *norms, groups, transposed, check_finite)
+    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
+    return numpy_args.call(
+        name, numpy_args.kernels.score, w, *norms, groups, transposed, check_finite
+    )
 
 
 def mask_from_factors(
@@ -163,11 +167,11 @@ def mask_from_factors(
 ) -> Mask:
     """Mask of the keep largest scores, from factors; see `lap_ext.mask_from_factors`."""
     name = "mask_from_factors"
-    norms = arrays.given_norms(name, w, in_norm, out_norm, groups, transposed)
+    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
     count = check.keep_count(name, sparsity, keep, w.size)
-    eligible = arrays.eligible(name, "mask", mask, "w", w)
-    return arrays.call(
-        name, arrays.kernels.mask, w, *norms, count, eligible, groups, transposed, check_finite
+    eligible = numpy_args.eligible(name, "mask", mask, "w", w)
+    return numpy_args.call(
+        name, numpy_args.kernels.mask, w, *norms, count, eligible, groups, transposed, check_finite
     )
 
 
@@ -185,12 +189,20 @@ def prune_from_factors_(
 ) -> Mask:
     """As `mask_from_factors`, and prunes w in place; see `lap_ext.prune_from_factors_`."""
     name = "prune_from_factors_"
-    norms = arrays.given_norms(name, w, in_norm, out_norm, groups, transposed)
-    arrays.writable(name, w)
+    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
+    numpy_args.writable(name, w)
     count = check.keep_count(name, sparsity, keep, w.size)
-    eligible = arrays.eligible(name, "mask", mask, "w", w)
-    return arrays.call(
-        name, arrays.kernels.prune_, w, *norms, count, eligible, groups, transposed, check_finite
+    eligible = numpy_args.eligible(name, "mask", mask, "w", w)
+    return numpy_args.call(
+        name,
+        numpy_args.kernels.prune_,
+        w,
+        *norms,
+        count,
+        eligible,
+        groups,
+        transposed,
+        check_finite,
     )
 
 
@@ -227,13 +239,13 @@ def topk_mask(
         >>> lap.topk_mask(np.array([3., 1., 3., 2.]), 2)
         array([ True, False,  True, False])
     """
-    single, checked = arrays.score_list("topk_mask", scores)
+    single, checked = numpy_args.score_list("topk_mask", scores)
     count = check.keep_count("topk_mask", sparsity, keep, sum(x.size for x in checked))
-    masks = arrays.mask_list(mask, single, checked)
+    masks = numpy_args.mask_list(mask, single, checked)
     if not checked:
         return []
-    kept: list[Mask] = arrays.call(
-        "topk_mask", arrays.kernels.topk_mask, checked, count, masks, check_finite
+    kept: list[Mask] = numpy_args.call(
+        "topk_mask", numpy_args.kernels.topk_mask, checked, count, masks, check_finite
     )
     return kept[0] if single else kept
 
@@ -248,7 +260,9 @@ def kth_largest(
         >>> float(lap.kth_largest(np.array([3., 1., 3., 2.]), 3))
         2.0
     """
-    _, checked = arrays.score_list("kth_largest", scores)
+    _, checked = numpy_args.score_list("kth_largest", scores)
     count = check.rank("kth_largest", k, sum(x.size for x in checked))
-    value = arrays.call("kth_largest", arrays.kernels.kth_largest, checked, count, check_finite)
+    value = numpy_args.call(
+        "kth_largest", numpy_args.kernels.kth_largest, checked, count, check_finite
+    )
     return checked[0].dtype.type(value)

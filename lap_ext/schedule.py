@@ -24,8 +24,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from lap_ext import check
-from lap_ext.check import Number
+from lap_ext.ops import check
+from lap_ext.ops.check import Number
 
 
 class Schedule(Protocol):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lap_ext import allocation, check
+from lap_ext import allocation
 from lap_ext.allocation import Allocation, er, erk, of, paper, per_layer, uniform, uniform_plus
+from lap_ext.ops import check
 
 SOLVED = (er, erk, uniform_plus)
 Shapes = dict[str, tuple[int, ...]]

@@ -13,8 +13,9 @@ from checkpoint_cases import INPUTS, check_same, network, prune, saved, write
 from torch import nn
 
 import lap_ext
-from lap_ext import checkpoint, selection
-from lap_ext.checkpoint import lamp, plan, rank
+from lap_ext import checkpoint
+from lap_ext.checkpoint import lamp, plan, ranking
+from lap_ext.pruning import selection
 
 LAMP: dict[str, Any] = {"scope": "global", "normalize": "lamp"}
 
@@ -29,7 +30,7 @@ def narrow(patch: pytest.MonkeyPatch, room: int, few: int, run: int | None = Non
         return replace(found, sorted=few, room=room, run=runs, masked_whole=frozenset())
 
     patch.setattr(plan, "limits", limits)
-    patch.setattr(rank, "CHUNK", 64)
+    patch.setattr(ranking, "CHUNK", 64)
     patch.setattr(lamp, "_BETWEEN", 100)
 
 
@@ -140,12 +141,14 @@ def test_the_walk_has_the_bits_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for walk, score in zip(walks, scores.values(), strict=True):
         want = selection.lamp(score).flatten().sort(descending=True).values
         for _ in range(2):  # the second time there are marks
-            got = torch.cat(list(walk.keys(0, rank.largest(torch.float64)))).view(torch.float64)
+            got = torch.cat(list(walk.keys(0, ranking.largest(torch.float64)))).view(torch.float64)
             assert torch.equal(got, want)
-        middle = int(rank.keys_of(want[len(want) // 2 :][:1]))
+        middle = int(ranking.keys_of(want[len(want) // 2 :][:1]))
         got = torch.cat(list(walk.keys(middle, middle + 1000)))
-        assert int((got > middle + 1000).sum()) == int((rank.keys_of(want) > middle + 1000).sum())
-        assert int((got == middle).sum()) == int((rank.keys_of(want) == middle).sum())
+        assert int((got > middle + 1000).sum()) == int(
+            (ranking.keys_of(want) > middle + 1000).sum()
+        )
+        assert int((got == middle).sum()) == int((ranking.keys_of(want) == middle).sum())
 
 
 def test_scores_that_leave_the_range(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext import mask_file
-from lap_ext.checkpoint import rank
+from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.energies import FileNetwork
 from lap_ext.checkpoint.files import Entry
+from lap_ext.checkpoint.layer_scores import LayerScores, row_length
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
-from lap_ext.checkpoint.scores import LayerScores, row_length
 from lap_ext.checkpoint.writing import MaskFile, pack_into
 from lap_ext.criteria import Lookahead
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
+from lap_ext.masks import BitMasks, pack
 from lap_ext.topology.roles import Part
 
 # --- rank ---------------------------------------------------------------------------------------------
@@ -40,15 +40,15 @@ def cut_masks(
         del low, high
         for place, part in enumerate(parts):
             for run in part.split(step):
-                yield place, rank.keys_of(run)
+                yield place, ranking.keys_of(run)
 
     sizes, dtype = [part.numel() for part in parts], parts[0].dtype
-    found = rank.cut(sweep, sizes, keep, interval, dtype, room)
+    found = ranking.cut(sweep, sizes, keep, interval, dtype, room)
     masks = []
     for part, share in zip(parts, found.ties, strict=True):
         flags, ties = [], share
         for run in part.split(step):
-            mask, taken = rank.mask_of(rank.keys_of(run), found.key, ties)
+            mask, taken = ranking.mask_of(ranking.keys_of(run), found.key, ties)
             ties -= taken
             flags.append(mask)
         masks.append(torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool))
@@ -71,7 +71,7 @@ def test_cuts_are_those_of_topk_mask(
 ) -> None:
     """Whatever the interval at the start, and whatever is held."""
     parts = [torch.tensor(x, dtype=dtype) for x in scores]
-    low, high = sorted(int(rank.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
+    low, high = sorted(int(ranking.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
     want = lap_ext.topk_mask(parts, keep)
     for got, mask in zip(cut_masks(parts, keep, (low, high), room), want, strict=True):
         assert torch.equal(got, mask)
@@ -82,25 +82,25 @@ def test_cuts_are_those_of_topk_mask(
 def test_cuts_of_many_keys(keep: int, room: int) -> None:
     parts = [torch.rand(20_000).square(), torch.rand(30_000).round(decimals=2), torch.rand(10_000)]
     sample = torch.cat(parts)[::31].double()
-    interval = rank.bracket(sample, keep, 60_000, torch.float32)
+    interval = ranking.bracket(sample, keep, 60_000, torch.float32)
     assert interval[0] <= interval[1]
     want = lap_ext.topk_mask(parts, keep)
-    for start in (interval, (0, rank.largest(torch.float32))):
+    for start in (interval, (0, ranking.largest(torch.float32))):
         for got, mask in zip(cut_masks(parts, keep, start, room, 997), want, strict=True):
             assert torch.equal(got, mask)
 
 
 def test_a_good_sample_needs_one_pass() -> None:
     scores = torch.rand(100_000)
-    interval = rank.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
+    interval = ranking.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
     passes = []
 
     def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
         assert (low, high) == interval
         passes.append(1)
-        yield 0, rank.keys_of(scores)
+        yield 0, ranking.keys_of(scores)
 
-    found = rank.cut(sweep, [100_000], 50_000, interval, torch.float32, room=10_000)
+    found = ranking.cut(sweep, [100_000], 50_000, interval, torch.float32, room=10_000)
     assert len(passes) == 1
     assert found.kept == (50_000,)
 
@@ -109,7 +109,7 @@ def test_a_good_sample_needs_one_pass() -> None:
 @pytest.mark.parametrize("room", [1, 2, 100])
 def test_intervals_hold_all_keys_once(keys: list[int], room: int) -> None:
     """From the highest on; as many as there is room for, or those of one bin."""
-    found = rank.Pass(1, 0, rank.largest(torch.float32), room)
+    found = ranking.Pass(1, 0, ranking.largest(torch.float32), room)
     found.add(0, torch.tensor(keys, dtype=torch.int32))
     parts, width = list(found.intervals()), 1 << found.shift
     counts = [sum(low <= key <= high for key in keys) for low, high in parts]
@@ -129,7 +129,7 @@ def test_pack_into(n: int) -> None:
     mask = torch.rand(n + 3)[3:] < 0.5
     packed = torch.full(((n + 7) // 8,), 7, dtype=torch.uint8)
     pack_into(packed, mask)
-    assert torch.equal(packed, mask_file.pack(mask))
+    assert torch.equal(packed, pack(mask))
 
 
 def test_runs_of_masks_in_any_order(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_masks_far_behind(tmp_path: Path) -> None:
     file.write("big", first, torch.tensor([True, False, True]))
     file.write("next", 0, torch.tensor([True, True, False]))
     file.close()
-    with mask_file.BitMasks(file.path) as masks:
+    with BitMasks(file.path) as masks:
         assert (
             masks.part("big", first - 3, 8).tolist()
             == [False] * 3 + [True, False, True] + [False] * 2

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext import mask_file
 from lap_ext.checkpoint import passes
 from lap_ext.cli import score
+from lap_ext.masks import file
 
 run, folders = cli_cases.run, cli_cases.folders  # fixtures
 
@@ -237,7 +237,7 @@ def test_full_disk_is_known_before(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         free = 100
 
     monkeypatch.setattr(score.shutil, "disk_usage", lambda path: Usage)
-    monkeypatch.setattr(mask_file, "_replacing", None)  # not even begun
+    monkeypatch.setattr(file, "_replacing", None)  # not even begun
     assert "on the disk of 's', got 100 that are free" in one_line(
         run("score", "nets:net", "--out", "s")
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lap_ext
-from lap_ext import check
+from lap_ext.ops import check
 
 # floor((1 - s) * n + 1/2), worked by hand; s is exactly the number given.
 TABLE: list[tuple[Any, int, int]] = [

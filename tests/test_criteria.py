@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
-from lap_ext import criteria, selection
+from lap_ext import criteria
+from lap_ext.pruning import selection
 from lap_ext.topology.roles import Part
 
 NAMES = (

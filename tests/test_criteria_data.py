@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.measure.activations import active_fractions, mean_squares
+from lap_ext.criteria.statistics.activations import active_fractions, mean_squares
 
 NAMES = {"function": "prune", "criterion": "wanda"}
 DATA_CRITERIA = ("wanda", "lookahead_act", "weight_gradient")

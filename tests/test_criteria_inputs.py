@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.overrides import TorchFunctionMode
 
 import lap_ext
-from lap_ext.measure.activations import mean_squares
+from lap_ext.criteria.statistics.activations import mean_squares
 
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 CONVOLUTIONS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.measure.curvature import hessian_diagonals
+from lap_ext.criteria.statistics.curvature import hessian_diagonals
 
 needs_backpack = pytest.mark.skipif(
     find_spec("backpack") is None, reason="the extra obd is not installed"

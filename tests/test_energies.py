@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lap_ext
-from lap_ext import ops, reference
+from lap_ext.ops import reference, schema
 
 # Around rows at once (4), row segments (1024), column segments (64 rows) and lanes (32).
 SHAPES = [(1, 5), (3, 1025), (4, 31), (5, 33), (64, 1024), (65, 1023), (68, 2049), (129, 7)]
@@ -32,21 +32,21 @@ RANGE = (
 
 def check(weight: Tensor, groups: int = 1) -> None:
     """Bits of both results against the reference and against one operator each."""
-    row, col = ops.energies(weight, groups, True, "w")
+    row, col = schema.energies(weight, groups, True, "w")
     assert row.dtype == col.dtype == torch.float64
     assert row.device == col.device == weight.device
-    assert torch.equal(row, ops.row_energy(weight, True, "w"))
-    assert torch.equal(col, ops.col_energy(weight, groups, True, "w"))
+    assert torch.equal(row, schema.row_energy(weight, True, "w"))
+    assert torch.equal(col, schema.col_energy(weight, groups, True, "w"))
     expected = reference.energies(weight.cpu(), groups, True, "w")
     assert torch.equal(row.cpu(), expected[0]) and torch.equal(col.cpu(), expected[1])
 
 
 def test_worked_by_hand(device: str) -> None:
     weight = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[1.0, 2.0], [-2.0, 0.0]]], device=device)
-    row, col = ops.energies(weight, 1, True, "w")
+    row, col = schema.energies(weight, 1, True, "w")
     assert row.tolist() == [9 + 16 + 0 + 1, 1 + 4 + 4 + 0]
     assert col.tolist() == [(9 + 1) + (16 + 4), (0 + 4) + (1 + 0)]
-    row, col = ops.energies(weight, 2, True, "w")
+    row, col = schema.energies(weight, 2, True, "w")
     assert row.tolist() == [26, 9] and col.tolist() == [9 + 16, 0 + 1, 1 + 4, 4 + 0]
 
 
@@ -55,7 +55,7 @@ def test_worked_by_hand(device: str) -> None:
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
     check(weight.to(device))
-    row, col = ops.energies(weight.to(device), 1, True, "w")
+    row, col = schema.energies(weight.to(device), 1, True, "w")
     assert torch.equal(row.cpu(), oracle.row_energy(weight))
     assert torch.equal(col.cpu(), oracle.col_energy(weight))
 
@@ -79,7 +79,7 @@ def test_layouts(shape: tuple[int, ...], device: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (5, 0, 2), (5, 3, 0)], ids=str)
 def test_empty(shape: tuple[int, ...], device: str) -> None:
-    row, col = ops.energies(torch.zeros(shape, device=device), 1, True, "w")
+    row, col = schema.energies(torch.zeros(shape, device=device), 1, True, "w")
     assert row.tolist() == [0.0] * shape[0] and col.tolist() == [0.0] * shape[1]
 
 
@@ -97,12 +97,12 @@ def test_not_finite(dtype: torch.dtype, device: str) -> None:
     weight = torch.ones(70, 9, dtype=dtype, device=device)
     weight[66, 2], weight[69, 8] = float("inf"), float("nan")
     with pytest.raises(ValueError) as caught:
-        ops.call("prune", ops.energies, weight, 1, True, "fc1")
+        schema.call("prune", schema.energies, weight, 1, True, "fc1")
     assert str(caught.value) == (
         f"prune: expected finite weights in fc1, got 2 non-finite values, the first at flat index "
         f"{66 * 9 + 2}. Repair them, or pass check_finite=False to rank them as they come."
     )
-    row, col = ops.energies(weight, 1, False, "fc1")
+    row, col = schema.energies(weight, 1, False, "fc1")
     assert row[66] == torch.inf and row[69].isnan() and row[:66].eq(9).all()
     assert col[2] == torch.inf and col[8].isnan() and col[3:8].eq(70).all()
 
@@ -114,9 +114,9 @@ def test_out_of_range(value: float, many: str, device: str) -> None:
     weight = torch.ones(5, 6, dtype=torch.float64, device=device)
     weight[:, 4 if many == "columns" else slice(None)] *= value
     with pytest.raises(ValueError) as caught:
-        ops.call("factors", ops.energies, weight, 1, True, "w")
+        schema.call("factors", schema.energies, weight, 1, True, "w")
     assert str(caught.value) == RANGE
-    ops.energies(weight, 1, False, "w")
+    schema.energies(weight, 1, False, "w")
 
 
 class _Count(TorchDispatchMode):

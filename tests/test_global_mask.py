@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext import ops
+from lap_ext.ops import schema
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 NONE = torch.zeros(0, dtype=torch.float64)
@@ -54,14 +54,14 @@ def test_masks_are_those_of_the_scores(dtypes: tuple[torch.dtype, ...], spread: 
         given = lists(dtypes, spread, random.choice([0, 0, 0.5]), random.choice([0, 0.4]))
         w, rows, cols, groups = given
         scores = [
-            x if r.numel() == 0 else ops.score(x, c, r, g, False, True)
+            x if r.numel() == 0 else schema.score(x, c, r, g, False, True)
             for x, r, c, g in zip(w, rows, cols, groups, strict=True)
         ]
         n = sum(x.numel() for x in w)
         keep = random.choice([0, 1, n // 10, n // 2, n - 1, n, n + 5])
         masks = [torch.rand(x.shape) > 0.3 for x in w] if trial % 3 == 0 else []
         want = lap_ext.topk_mask(scores, keep, mask=masks or None)
-        got = ops.global_mask(*given, keep, masks, True)
+        got = schema.global_mask(*given, keep, masks, True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -70,10 +70,10 @@ def test_scores_of_a_few_bits_tie() -> None:
     w = [torch.randn(50, 40) * 2.0**-22, torch.randn(60, 40) * 2.0**-22]
     rows = [torch.full((x.shape[0],), 2.0**-60, dtype=torch.float64) for x in w]
     cols = [torch.full((40,), 2.0**-63, dtype=torch.float64)] * 2
-    scores = [ops.score(x, c, r, 1, False, True) for x, r, c in zip(w, rows, cols, strict=True)]
+    scores = [schema.score(x, c, r, 1, False, True) for x, r, c in zip(w, rows, cols, strict=True)]
     assert 5 < len(torch.cat(scores).unique()) < 60
     want = lap_ext.topk_mask(scores, 2000)
-    got = ops.global_mask(w, rows, cols, [1, 1], 2000, [], True)
+    got = schema.global_mask(w, rows, cols, [1, 1], 2000, [], True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -83,7 +83,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     norms = [torch.ones(2, dtype=torch.float64)] * 2, [torch.ones(3, dtype=torch.float64)] * 2
     for keep in (0, 3, 12):
         with pytest.raises(ValueError, match=r"^f: .* in w\[1\], got 1 .* at flat index 3\."):
-            ops.call("f", ops.global_mask, w, *norms, [1, 1], keep, [], True)
+            schema.call("f", schema.global_mask, w, *norms, [1, 1], keep, [], True)
 
 
 def net() -> Any:
@@ -110,13 +110,13 @@ def test_a_model_equals_its_scores(criterion: str, dtype: torch.dtype) -> None:
 def test_no_score_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of one use are read where they are; a tied weight's scores are needed."""
     read = []
-    fused = ops.global_mask
+    fused = schema.global_mask
 
     def spied(w: list[Tensor], rows: list[Tensor], *rest: Any) -> list[Tensor]:
         read.append([(x.data_ptr(), r.numel()) for x, r in zip(w, rows, strict=True)])
         return fused(w, rows, *rest)
 
-    monkeypatch.setattr(ops, "global_mask", spied)
+    monkeypatch.setattr(schema, "global_mask", spied)
     model: Any = net()
     lap_ext.prune(model, torch.randn(2, 9), 0.5, scope="global", apply=False)
     weights = [model[place].weight for place in (0, 2, 4)]

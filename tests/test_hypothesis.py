@@ -107,7 +107,7 @@ def test_pruning_twice(layer: tuple[Tensor, ...], first: float, second: float) -
 
 @given(st.floats(0, 1), st.integers(0, 2**60))
 def test_keep_count_is_exact(sparsity: float, n: int) -> None:
-    from lap_ext import check
+    from lap_ext.ops import check
 
     assert check.keep_count("mask", sparsity, None, n) == oracle.keep_count(sparsity, n)
 

@@ -26,8 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext import mask_file
-from lap_ext.masks import Masks
+from lap_ext.masks import Masks, file
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])  # 1 + 4 + 32
 
@@ -70,7 +69,7 @@ def test_the_safetensors_package_reads_it(tmp_path: Path) -> None:
 
 def test_what_the_safetensors_package_writes_is_read(tmp_path: Path) -> None:
     """Its order of tensors and metadata is its own; the layers' order is in the metadata."""
-    packed = {"b": mask_file.pack(BITS), "a": mask_file.pack(~BITS)}
+    packed = {"b": file.pack(BITS), "a": file.pack(~BITS)}
     layers = metadata({"b": [2, 3], "a": [2, 3]})
     safetensors.torch.save_file(packed, tmp_path / "m", layers)
     masks = Masks.load(tmp_path / "m")
@@ -92,9 +91,9 @@ def test_every_shape(shape: tuple[int, ...], tmp_path: Path, device: str) -> Non
 def test_pack_against_numpy(rows: list[list[bool]]) -> None:
     for row in rows:
         mask = torch.tensor(row, dtype=torch.bool)
-        packed = mask_file.pack(mask)
+        packed = file.pack(mask)
         assert np.array_equal(packed.numpy(), np.packbits(mask.numpy(), bitorder="little"))
-        assert torch.equal(mask_file.unpack(packed, (len(row),)), mask)
+        assert torch.equal(file.unpack(packed, (len(row),)), mask)
 
 
 def test_any_strides(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_an_interrupted_save_leaves_the_old_file(
             raise kind
         return torch.zeros(1, dtype=torch.uint8)
 
-    monkeypatch.setattr(mask_file, "pack", pack)
+    monkeypatch.setattr(file, "pack", pack)
     with pytest.raises(kind):
         new.save(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"] and Masks.load(tmp_path / "m") == old

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.pruner import Pruner
+from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, exponential, iterative, linear, one_shot
 
 EXAMPLE = torch.zeros(1, 1, 6, 6)

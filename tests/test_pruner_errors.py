@@ -15,8 +15,8 @@ from torch import nn
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.network import Network
-from lap_ext.pruner import Pruner
+from lap_ext.criteria.context import Network
+from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import iterative, linear, one_shot
 
 

@@ -20,7 +20,7 @@ from test_pruner import EXAMPLE
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.pruner import Pruner
+from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, iterative, one_shot
 
 STEPS = 20

@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lap_ext
-from lap_ext import pruner
-from lap_ext.pruner import Pruner
+from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, iterative, linear, one_shot
 
 
@@ -76,8 +75,8 @@ def test_the_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         traced.append(args)
         return lap_ext.trace(*args, **kwargs)
 
-    monkeypatch.setattr(pruner, "trace", counted)
-    monkeypatch.setattr(lap_ext.pruning, "trace", counted)
+    monkeypatch.setattr("lap_ext.pruning.pruner.trace", counted)
+    monkeypatch.setattr("lap_ext.pruning.model.trace", counted)
     first = Pruner(model, EXAMPLE, linear(0.5, start=0, end=4))
     for _ in range(5):
         first.step()

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.result import row_of
+from lap_ext.pruning.result import row_of
 
 X = torch.zeros(1, 2, 4, 4)
 WITH_DATA = ("wanda", "lookahead_act", "weight_gradient", "obd", "obd_lookahead")

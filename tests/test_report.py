@@ -260,7 +260,7 @@ def test_plots(tmp_path: Path) -> None:
 def test_plot_of_rows_without_masses() -> None:
     """As a PruneResult has them."""
     pytest.importorskip("matplotlib", reason="matplotlib draws")
-    from lap_ext.result import LayerResult
+    from lap_ext.pruning.result import LayerResult
 
     figure = plots.layers([LayerResult("fc", "linear", (2, 2), 1, 4)])
     bars = [bar.get_width() for axes in figure.axes for bar in axes.patches]

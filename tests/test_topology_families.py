@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
 

@@ -15,7 +15,7 @@ import torch
 from conftest import each_dtype, each_threads
 from torch import Tensor
 
-from lap_ext import reference
+from lap_ext.ops import reference
 
 OPS = torch.ops.lap_ext
 SHAPE_IDS = pytest.mark.parametrize("shape", cases.SHAPES, ids=lambda s: s.name)

@@ -20,7 +20,7 @@ from benchmarks import checks
 from benchmarks.gpu.device import Device, Graph
 from benchmarks.gpu.steps import NotRunError, Save, each
 from benchmarks.machine import ROOT
-from lap_ext import ops, reference
+from lap_ext.ops import reference, schema
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -54,8 +54,8 @@ class Pair:
 
     def same(self, op: str, *args: Any) -> None:
         """Calls op on both sides with the same arguments (CPU tensors)."""
-        here = getattr(ops, op)(*_moved(list(args), self._device.device))
-        there = getattr(reference if self._device.rehearse else ops, op)(*args)
+        here = getattr(schema, op)(*_moved(list(args), self._device.device))
+        there = getattr(reference if self._device.rehearse else schema, op)(*args)
         for got, expected in zip(_listed(here), _listed(there), strict=True):
             equal_bits(got.cpu(), expected, op)
             self.compared += 1
@@ -64,8 +64,8 @@ class Pair:
         """prune_, which also changes w: mask and weights."""
         here = _like(w, self._device.device)
         there = _like(w, torch.device("cpu"))
-        got = ops.prune_(here, *_moved(list(args), self._device.device))
-        expected = (reference if self._device.rehearse else ops).prune_(there, *args)
+        got = schema.prune_(here, *_moved(list(args), self._device.device))
+        expected = (reference if self._device.rehearse else schema).prune_(there, *args)
         equal_bits(got.cpu(), expected, "prune_")
         equal_bits(here.cpu(), there, "prune_'s weights")
         self.compared += 2

@@ -10,5 +10,5 @@
     lap_ext.adapters.nncf            nncf: our masks in its models, so that export follows
 
 Nothing of lap_ext imports them, and they use what lap_ext exports, no more (lightning also the
-packing of masks, mask_file). _callback.py is what the two callbacks share.
+packing of masks). _callback.py is what the two callbacks share.
 """

@@ -58,8 +58,8 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from lap_ext import mask_file
 from lap_ext.adapters._callback import TrainingCallback, check_pruned, placed
+from lap_ext.masks import pack, unpack
 
 try:
     from lightning.pytorch import Callback
@@ -180,7 +180,7 @@ class PruningCallback(TrainingCallback, Callback):
             return self._state
         return {
             "step": 0,
-            "masks": {name: mask_file.pack(mask) for name, mask in self.masks.items()},
+            "masks": {name: pack(mask) for name, mask in self.masks.items()},
             "layers": {name: list(mask.shape) for name, mask in self.masks.items()},
         }
 
@@ -271,7 +271,7 @@ def _unpacked(state: Mapping[str, Any]) -> lap_ext.Masks:
     """The masks of a state."""
     shapes = state["layers"]
     return lap_ext.Masks(
-        {name: mask_file.unpack(x, tuple(shapes[name])) for name, x in state["masks"].items()}
+        {name: unpack(x, tuple(shapes[name])) for name, x in state["masks"].items()}
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext import ops
 from lap_ext.checkpoint.files import FUNCTION
-from lap_ext.checkpoint.scores import of_layer, pieces
-from lap_ext.network import Network
-from lap_ext.reference import SEGMENT_ROWS
+from lap_ext.checkpoint.layer_scores import of_layer, pieces
+from lap_ext.criteria.context import Network
+from lap_ext.ops import schema
+from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.roles import Role
 
@@ -125,13 +125,13 @@ class _Sums:
             rows, columns = by_row[begin : begin + missing], by_column[begin : begin + missing]
             complete, count = rows.shape[0] == missing, rows.shape[0]
             if complete and not self.waiting and self.across is None:
-                row, column = self._call(ops.energies, rows, 1)  # one reading for both
+                row, column = self._call(schema.energies, rows, 1)  # one reading for both
                 self.columns[group] += column
             else:
-                row = self._call(ops.row_energy, rows)
+                row = self._call(schema.row_energy, rows)
                 columns = self._joined(columns, complete)
                 if complete:
-                    self.columns[group] += self._call(ops.col_energy, columns, 1)
+                    self.columns[group] += self._call(schema.col_energy, columns, 1)
             self.rows[self.seen : self.seen + count] = row
             self.seen, begin = self.seen + count, begin + count
 
@@ -147,7 +147,9 @@ class _Sums:
         return self.segment[:end]
 
     def _call(self, op: Callable[..., Any], block: Tensor, *options: object) -> Any:
-        return ops.call(FUNCTION, op, block, *options, self.network.check_finite, self.role.layer)
+        return schema.call(
+            FUNCTION, op, block, *options, self.network.check_finite, self.role.layer
+        )
 
     def energies(self) -> Energies:
         """Of the inputs and outputs."""

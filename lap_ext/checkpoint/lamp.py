@@ -21,18 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint import rank
+from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.files import wrong
+from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.passes import Task
 from lap_ext.checkpoint.reading import Buffer
-from lap_ext.checkpoint.scores import LayerScores
 from lap_ext.topology import Layer
 
 _BETWEEN = 1 << 18  # weights between two marks
 _WIDER = (
     1 << 47
 )  # keys (some 2 %) that the interval gets on either side: sums of a sample are rough
-_TOP = rank.largest(torch.float64)
+_TOP = ranking.largest(torch.float64)
 
 
 def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int, float]]:
@@ -46,9 +46,9 @@ def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int,
                 yield place, keys
 
     counts = [math.prod(layer.shape) for layer in layers]
-    low, high = rank.bracket(_sampled(task, layers), keep, sum(counts), torch.float64)
+    low, high = ranking.bracket(_sampled(task, layers), keep, sum(counts), torch.float64)
     interval = max(low - _WIDER, 0), min(high + _WIDER, _TOP)
-    found = rank.cut(sweep, counts, keep, interval, torch.float64, task.limits.room)
+    found = ranking.cut(sweep, counts, keep, interval, torch.float64, task.limits.room)
     for walk, ties in zip(walks, found.ties, strict=True):
         if ties and found.key in walk.blurred:
             raise wrong(
@@ -101,7 +101,7 @@ class _Walk:
         double = task.dtype(layer) == torch.float64
         self._dtype = torch.float64 if double else torch.float32
         self._room = min(task.limits.sorted, math.prod(layer.shape))
-        self._marks = [_Mark(_TOP, rank.largest(self._dtype), 0, 0, 0.0)]
+        self._marks = [_Mark(_TOP, ranking.largest(self._dtype), 0, 0, 0.0)]
         self._passes = 0
 
     def keys(self, low: int, high: int) -> Iterator[Tensor]:
@@ -111,9 +111,9 @@ class _Walk:
         yield torch.full((1,), _TOP).expand(mark.rank)
         left = mark.equal  # those of the first range that the mark has passed
         for scores in self._falling(least, mark.score):
-            for begin in range(left, scores.numel(), rank.CHUNK):
-                lamps, mark = self._next(scores[begin : begin + rank.CHUNK], mark)
-                yield rank.keys_of(lamps)
+            for begin in range(left, scores.numel(), ranking.CHUNK):
+                lamps, mark = self._next(scores[begin : begin + ranking.CHUNK], mark)
+                yield ranking.keys_of(lamps)
                 if mark.lamp < low:
                     return
             left = max(left - scores.numel(), 0)
@@ -130,27 +130,27 @@ class _Walk:
         lamps = torch.where(squares > 0, squares / sums, 0.0)
         if self._dtype == torch.float64:
             same = (lamps[1:] == lamps[:-1]) & (squares[1:] != squares[:-1])
-            self.blurred.update(rank.keys_of(lamps[1:][same]).tolist())
-        last = int(rank.keys_of(scores[-1:]))
-        equal = int((rank.keys_of(scores) == last).count_nonzero())
+            self.blurred.update(ranking.keys_of(lamps[1:][same]).tolist())
+        last = int(ranking.keys_of(scores[-1:]))
+        equal = int((ranking.keys_of(scores) == last).count_nonzero())
         passed = before.rank + scores.numel()
         if equal == scores.numel() and last == before.score:
             equal += before.equal
-        mark = _Mark(int(rank.keys_of(lamps[-1:])), last, equal, passed, float(sums[-1]))
+        mark = _Mark(int(ranking.keys_of(lamps[-1:])), last, equal, passed, float(sums[-1]))
         if passed // _BETWEEN > self._marks[-1].rank // _BETWEEN:
             self._marks.append(mark)
         return lamps, mark
 
     def _falling(self, low: int, high: int) -> Iterator[Tensor]:
         """All scores whose keys lie in [low, high], falling; as many at a time as there is room for."""
-        found = rank.Pass(1, low, high, self._room)
+        found = ranking.Pass(1, low, high, self._room)
         pieces = self.task.copies[self.layer.name][0]
         self._passes += 1
         if self._passes > 1:  # the first one was foreseen
             self.task.total += sum(piece.entry.size for piece in pieces)
         scores = LayerScores(self.task.network, self.task.criterion, self.layer)
         for first, weight in self.task.runs(self.layer, pieces, self._buffer, "rank"):
-            found.add(0, rank.keys_of(scores.of(weight, first)))
+            found.add(0, ranking.keys_of(scores.of(weight, first)))
         del scores  # Random's are as large as the layer
         count = found.inside[0]
         if low == high:

@@ -16,10 +16,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lap_ext import native
 from lap_ext.checkpoint.files import DTYPES, FUNCTION, Copy, wrong
-from lap_ext.checkpoint.scores import row_length
+from lap_ext.checkpoint.layer_scores import row_length
 from lap_ext.criteria import Criterion, Random
+from lap_ext.ops import native
 from lap_ext.topology import Layer, Topology
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

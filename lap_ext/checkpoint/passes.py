@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext import selection
-from lap_ext.checkpoint import rank
+from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.energies import FileNetwork
 from lap_ext.checkpoint.files import DTYPES, Copy, wrong
+from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.reading import Buffer, Source
-from lap_ext.checkpoint.scores import LayerScores
 from lap_ext.criteria import Criterion
 from lap_ext.progress import Progress
+from lap_ext.pruning import selection
 from lap_ext.topology import Layer
 
 Key = tuple[str, int]  # a piece of a layer: its name, the first element
@@ -204,11 +204,11 @@ def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key
             score = scorer(task, layer, how)
             for piece in task.copies[layer.name][0]:
                 for first, weight in task.runs(layer, (piece,), buffer, "rank"):
-                    yield place, rank.keys_of(score(weight, first))
+                    yield place, ranking.keys_of(score(weight, first))
                 place += 1
 
-    interval = rank.bracket(_sampled(task, layers, how), keep, sum(counts), dtype)
-    found = rank.cut(sweep, counts, keep, interval, dtype, task.limits.room)
+    interval = ranking.bracket(_sampled(task, layers, how), keep, sum(counts), dtype)
+    found = ranking.cut(sweep, counts, keep, interval, dtype, task.limits.room)
     if how == "scaled" and 0 < keep < sum(counts) and _underflows(found.key, dtype, layers[0]):
         return cut_of(task, layers, keep, "wide")
     shared = zip(parts, found.ties, found.kept, strict=True)
@@ -254,7 +254,7 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
 def _underflows(key: int, dtype: torch.dtype, layer: Layer) -> bool:
     """Whether products of factors may have lost the order around a threshold."""
     tiny = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
-    if key > int(rank.keys_of(tiny)):
+    if key > int(ranking.keys_of(tiny)):
         return False
     if dtype == torch.float64 and key > 0:
         raise wrong(

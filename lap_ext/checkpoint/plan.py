@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lap_ext import allocation, check, criteria, pruning, selection
+from lap_ext import allocation, criteria
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.energies import FileNetwork
@@ -19,7 +19,10 @@ from lap_ext.checkpoint.reading import Source, same
 from lap_ext.checkpoint.state import Work
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import Criterion, Lookahead, Lookback, Lookforward, MagnitudeBN, Random
-from lap_ext.network import BN
+from lap_ext.criteria.context import BN
+from lap_ext.ops import check
+from lap_ext.pruning import selection
+from lap_ext.pruning.model import SCOPES, chosen
 from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)
@@ -94,7 +97,7 @@ def used_once(criterion: Criterion, layer: Layer) -> bool:
 
 def check_options(scope: str, criterion: Any, normalize: str, bn: str) -> Criterion:
     """The criterion, if it and the other options are among those for checkpoints."""
-    check.one_of(FUNCTION, "scope", scope, pruning.SCOPES)
+    check.one_of(FUNCTION, "scope", scope, SCOPES)
     check.one_of(FUNCTION, "bn", bn, BN)
     check.one_of(FUNCTION, "normalize", normalize, selection.NORMALIZATIONS)
     chosen = criteria.of(criterion, FUNCTION)
@@ -127,7 +130,7 @@ def plan_of(
     """The plan; ValueError where options, files or the budget do not allow it."""
     topology, copies = structure.topology, structure.copies
     limit = limits(parsed(memory), topology, copies, criterion, bn)
-    layers = pruning._chosen(FUNCTION, topology, exclude)
+    layers = chosen(FUNCTION, topology, exclude)
     shapes = {layer.name: layer.shape for layer in layers}
     given = allocation.of(sparsity, FUNCTION)
     keeps = given.keeps(shapes)

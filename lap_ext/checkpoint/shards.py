@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext import selection
-from lap_ext.checkpoint import rank
+from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.files import Copy, Entry, Folder, Piece, Shard
+from lap_ext.checkpoint.layer_scores import LayerScores, of_layer
 from lap_ext.checkpoint.passes import Key, PieceCut, Task, scorer
 from lap_ext.checkpoint.reading import Buffer, bytes_of
-from lap_ext.checkpoint.scores import LayerScores, of_layer
 from lap_ext.checkpoint.state import Work, check_room, on_disk
 from lap_ext.checkpoint.writing import MaskFile, ShardFile
+from lap_ext.pruning import selection
 from lap_ext.report import Histogram
 from lap_ext.topology import Layer
 
@@ -178,9 +178,11 @@ class Writer:
         for first, weight in self.task.runs(layer, (piece,), buffers, "write"):
             mask = next(flags).tensor(weight.numel(), torch.bool)
             scores = score(weight, first)
-            keys = rank.keys_of(scores)
-            for some, kept in zip(keys.split(rank.CHUNK), mask.split(rank.CHUNK), strict=True):
-                kept[:], taken = rank.mask_of(some, found.key, left)
+            keys = ranking.keys_of(scores)
+            for some, kept in zip(
+                keys.split(ranking.CHUNK), mask.split(ranking.CHUNK), strict=True
+            ):
+                kept[:], taken = ranking.mask_of(some, found.key, left)
                 left -= taken
             if shown:
                 self._count(layer, scores if shows is score else shows(weight, first), mask)
@@ -200,7 +202,7 @@ class Writer:
     ) -> None:
         """Zeroes what a mask drops (+0.0), and writes the weights and the mask."""
         bits = weight.view(_INTEGER[weight.dtype])
-        for some, kept in zip(bits.split(rank.CHUNK), mask.split(rank.CHUNK), strict=True):
+        for some, kept in zip(bits.split(ranking.CHUNK), mask.split(ranking.CHUNK), strict=True):
             some.mul_(kept.view(torch.int8))  # of integers: 0 is +0.0, and 1 changes no bit
         if self.masks is not None:
             self.masks.write(self._layers[entry.name][0].name, first, mask)

@@ -2,7 +2,7 @@
 """Writes shards from front to back, and masks at the place of their bits.
 
 A shard has the header of its original, byte for byte, and the same tensors at the same offsets. The
-file of masks is that of `Masks.save` (mask_file.py): its layout is known before the first mask.
+file of masks is that of `Masks.save` (masks/file.py): its layout is known before the first mask.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lap_ext import mask_file
 from lap_ext.checkpoint.files import FUNCTION, MASKS
-from lap_ext.checkpoint.rank import CHUNK
+from lap_ext.checkpoint.ranking import CHUNK
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.state import on_disk
+from lap_ext.masks.file import header, pack
 
 _SPREAD = 0x0102040810204080  # moves bit 0 of byte b of 8 bytes to bit 56 + b
 
@@ -59,7 +59,7 @@ class MaskFile:
         empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = mask_file.header(FUNCTION, empty)
+        self._head = header(FUNCTION, empty)
         self._begin, begin = {}, 8 + len(self._head)
         for name, mask in empty.items():
             self._begin[name] = begin
@@ -122,7 +122,7 @@ def _outside(byte: int, size: int, lead: int, bits: int) -> int:
 
 
 def pack_into(packed: Tensor, mask: Tensor) -> None:
-    """Writes the bits of a flat mask [n] to packed [ceil(n / 8)], as mask_file.pack has them."""
+    """Writes the bits of a flat mask [n] to packed [ceil(n / 8)], as pack has them."""
     whole = mask.numel() // 8 * 8
     if whole:
         words = mask[:whole].view(torch.int64) if _aligned(mask) else mask[:whole].clone().view(
@@ -131,7 +131,7 @@ def pack_into(packed: Tensor, mask: Tensor) -> None:
             bits = words[begin : begin + CHUNK] * _SPREAD
             packed[begin : begin + bits.numel()] = bits >> 56  # the byte's sign is cut off
     if whole < mask.numel():
-        packed[whole // 8 :] = mask_file.pack(mask[whole:])
+        packed[whole // 8 :] = pack(mask[whole:])
 
 
 def _aligned(mask: Tensor) -> bool:

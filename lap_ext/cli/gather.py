@@ -15,7 +15,7 @@ from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.structure import Structure, structure_of
 from lap_ext.cli import weights
 from lap_ext.cli.output import Progress
-from lap_ext.mask_file import BitMasks
+from lap_ext.masks.file import BitMasks
 from lap_ext.report import Facts, Histogram, LayerFacts, Measure
 from lap_ext.topology import Layer, Topology
 

@@ -27,7 +27,7 @@ from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.cli import parser, weights
 from lap_ext.cli.output import Progress
-from lap_ext.mask_file import BitMasks
+from lap_ext.masks.file import BitMasks
 from lap_ext.topology.render import columns
 
 

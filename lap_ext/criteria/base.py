@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 

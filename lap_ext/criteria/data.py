@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lap_ext import check
 from lap_ext.criteria.base import Criterion, Factors
-from lap_ext.measure.activations import active_fractions, mean_squares
-from lap_ext.measure.curvature import CURVATURES, hessian_diagonals
-from lap_ext.measure.gradients import Loss, weight_gradients
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
+from lap_ext.criteria.statistics.activations import active_fractions, mean_squares
+from lap_ext.criteria.statistics.curvature import CURVATURES, hessian_diagonals
+from lap_ext.criteria.statistics.gradients import Loss, weight_gradients
+from lap_ext.ops import check
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 

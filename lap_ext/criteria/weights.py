@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lap_ext.criteria.base import Criterion, Factors
-from lap_ext.network import Network
+from lap_ext.criteria.context import Network
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 

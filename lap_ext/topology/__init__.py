@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """A model and example inputs to its topology: which channels of which layers feed each weight."""
 
+from lap_ext.errors import TopologyError as TopologyError
 from lap_ext.topology.edges import Edge as Edge
-from lap_ext.topology.error import TopologyError as TopologyError
 from lap_ext.topology.graph import Layer as Layer
 from lap_ext.topology.graph import Topology as Topology
-from lap_ext.topology.trace import trace as trace
+from lap_ext.topology.tracing import trace as trace
 
 __all__ = ["Edge", "Layer", "Topology", "TopologyError", "trace"]

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lap_ext.topology.error import TopologyError
+from lap_ext.errors import TopologyError
 
 _WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
 _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squeeze", "expand",

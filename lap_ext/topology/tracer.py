@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from lap_ext.errors import TopologyError
 from lap_ext.topology.call import RULES, Call, bind, mapped
 from lap_ext.topology.channels import Arcs, Channels
-from lap_ext.topology.error import TopologyError
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static
 from lap_ext.topology.value import Value, WeightView, plain

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: MIT
+"""How many weights stay in each layer."""
+
+from lap_ext.allocation.layerwise import Allocation as Allocation
+from lap_ext.allocation.layerwise import Shapes as Shapes
+from lap_ext.allocation.layerwise import Sparsity as Sparsity
+from lap_ext.allocation.layerwise import er as er
+from lap_ext.allocation.layerwise import erk as erk
+from lap_ext.allocation.layerwise import of as of
+from lap_ext.allocation.layerwise import paper as paper
+from lap_ext.allocation.layerwise import per_layer as per_layer
+from lap_ext.allocation.layerwise import total as total
+from lap_ext.allocation.layerwise import uniform as uniform
+from lap_ext.allocation.layerwise import uniform_plus as uniform_plus

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: MIT
+"""How much each layer gives: the layers' shapes -> how many weights each of them keeps.
+
+    uniform        density d in every layer
+    uniform_plus   first convolution dense, last layer d or 1/5 if that is more, d solves the total
+    er, erk        density ~ sum(dims) / prod(dims), at most 1, the factor solves the total;
+                   er counts a convolution's channels only, erk also its window
+    per_layer      a sparsity for each pattern of names; layers that match nothing stay dense
+    paper          1 - (1 - ratio)^step, a ratio for each layer
+
+n is the number of all weights. uniform_plus, er and erk keep exactly floor((1 - sparsity) * n + 1/2)
+in total: each layer gets its share rounded down, and what is left goes, one weight each, to the
+largest remainders, of equal ones to the earlier layer. The others round each layer by itself,
+floor((1 - sparsity) * size + 1/2). Everything is computed in whole numbers and fractions.
+
+Sources: uniform_plus as in Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning",
+ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in Park et al., ICLR 2020.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Protocol, runtime_checkable
+
+from lap_ext.ops import check
+from lap_ext.ops.check import Number
+
+Shapes = Mapping[str, Sequence[int]]  # layer name -> shape of its weight, in the model's order
+
+LAST_LAYER = Fraction(1, 5)  # uniform_plus: the last layer keeps at least this
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """Anything that says how many weights each layer keeps; your own class needs this method only.
+
+    Example:
+        >>> class HalfOfTheFirst:
+        ...     def keeps(self, shapes):
+        ...         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        ...         return sizes | {name: sizes[name] // 2 for name in list(sizes)[:1]}
+        >>> of(HalfOfTheFirst()).keeps({"a": (2, 4), "b": (3, 2)})
+        {'a': 4, 'b': 6}
+    """
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer that shapes names, at most all of them."""
+        ...
+
+
+Sparsity = Number | Mapping[str, Number] | Allocation  # what prune takes
+
+
+def of(sparsity: Sparsity, function: str = "prune") -> Allocation:
+    """The allocation that a sparsity stands for: a number is uniform, a dict per_layer.
+
+    Args:
+        sparsity: a number, a dict pattern -> number, or an allocation, which is returned as it is.
+        function: whom error messages name.
+
+    Example:
+        >>> of(0.5), of({"fc*": 0.9})
+        (uniform(sparsity=0.5), per_layer(sparsity={'fc*': 0.9}))
+    """
+    if isinstance(sparsity, Mapping):
+        return per_layer(sparsity, function)
+    if isinstance(sparsity, Allocation) and not isinstance(sparsity, type):
+        return sparsity
+    if isinstance(sparsity, (bool, type)) or not hasattr(sparsity, "as_integer_ratio"):
+        given = sparsity if isinstance(sparsity, type) else type(sparsity)
+        raise TypeError(
+            f"{function}: expected sparsity to be a number (the fraction removed), a dict pattern "
+            f"-> number or an allocation such as lap_ext.erk(0.9), got {given.__name__}."
+        )
+    check.keep_count(function, sparsity, None, 0)
+    return uniform(sparsity)
+
+
+def total(found: Allocation, shapes: Shapes) -> int:
+    """Weights to keep where all layers are ranked together.
+
+    A uniform sparsity counts from all weights together, floor((1 - sparsity) * n + 1/2); any other
+    allocation gives the sum of what it keeps.
+
+    Example:
+        >>> shapes = {"a": (1, 5), "b": (1, 5)}
+        >>> total(uniform(0.5), shapes), total(per_layer({"*": 0.5}), shapes)  # 5; 3 + 3
+        (5, 6)
+    """
+    if isinstance(found, uniform):
+        n = sum(_sizes(shapes).values())
+        return check.keep_count("uniform", found.sparsity, None, n)
+    return sum(found.keeps(shapes).values())
+
+
+@dataclass(frozen=True)
+class uniform:  # noqa: N801 (reads as the function that it is used as; so do the others)
+    """The same sparsity in every layer.
+
+    Example:
+        >>> uniform(0.75).keeps({"a": (4, 4), "b": (2, 5)})  # floor(10 / 4 + 1/2)
+        {'a': 4, 'b': 3}
+    """
+
+    sparsity: Number
+
+    def __post_init__(self) -> None:
+        check.keep_count("uniform", self.sparsity, None, 0)
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer."""
+        return {
+            name: check.keep_count("uniform", self.sparsity, None, n)
+            for name, n in _sizes(shapes).items()
+        }
+
+
+@dataclass(frozen=True)
+class uniform_plus:  # noqa: N801
+    """The first convolution stays dense, the last layer keeps a fifth or more, the rest is uniform.
+
+    Args:
+        sparsity: the fraction removed of all weights together.
+        first: name of the layer that stays dense; None: the first weight of 3 dimensions or more,
+            no layer if there is none.
+        last: name of the layer that keeps a fifth at least; None: the last one.
+
+    Example:
+        >>> uniform_plus(0.75).keeps({"conv": (2, 1, 1, 1), "fc": (4, 4), "out": (2, 5)})
+        {'conv': 2, 'fc': 3, 'out': 2}
+
+        28 weights, 7 to keep: 2 dense; of 5 for the rest 5/26 each, so that out has its minimum, 2.
+    """
+
+    sparsity: Number
+    first: str | None = None
+    last: str | None = None
+
+    def __post_init__(self) -> None:
+        check.keep_count("uniform_plus", self.sparsity, None, 0)
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer.
+
+        Raises:
+            ValueError: the dense layer and the fifth of the last one are more than the total.
+        """
+        for role, name in (("first", self.first), ("last", self.last)):
+            if name is not None and name not in shapes:
+                raise ValueError(_no_layer("uniform_plus", role, name, shapes))
+        sizes = _sizes(shapes)
+        first = self.first or next((x for x, dims in shapes.items() if len(dims) > 2), None)
+        last = self.last or next(reversed(sizes), None)
+        least = dict.fromkeys(sizes, 0)
+        if last is not None:
+            least[last] = math.ceil(LAST_LAYER * sizes[last])
+        if first is not None:
+            least[first] = sizes[first]
+        n, needed = sum(sizes.values()), sum(least.values())
+        total = check.keep_count("uniform_plus", self.sparsity, None, n)
+        if needed > total:
+            raise ValueError(
+                f"uniform_plus: expected a sparsity that leaves {needed} of {n} weights (the first "
+                f"convolution stays dense, the last layer keeps a fifth), got {self.sparsity}, "
+                f"which leaves {total}. Use erk, uniform or scope='global'."
+            )
+        return _rounded(_solved(sizes, sizes, least, total), total)
+
+
+@dataclass(frozen=True)
+class er:  # noqa: N801
+    """Density ~ (out + in) / (out * in): wide layers give more. A convolution's window is ignored.
+
+    Example:
+        >>> er(0.75).keeps({"a": (8, 8), "b": (8, 2)})  # 20 of 80, split 16 : 10
+        {'a': 12, 'b': 8}
+    """
+
+    sparsity: Number
+
+    def __post_init__(self) -> None:
+        check.keep_count(type(self).__name__, self.sparsity, None, 0)
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer."""
+        sizes = _sizes(shapes)
+        n = sum(sizes.values())
+        total = check.keep_count(type(self).__name__, self.sparsity, None, n)
+        weights = {name: max(1, self._weight(dims)) for name, dims in shapes.items()}
+        return _rounded(_solved(sizes, weights, dict.fromkeys(sizes, 0), total), total)
+
+    def _weight(self, dims: Sequence[int]) -> int:
+        """Density * size: the product cancels, but for the window."""
+        return sum(dims[:2]) * math.prod(dims[2:])
+
+
+@dataclass(frozen=True)
+class erk(er):  # noqa: N801
+    """Density ~ (out + in + height + width) / (out * in * height * width); linear layers as in er.
+
+    Example:
+        >>> erk(0.75).keeps({"conv": (4, 2, 3, 3), "fc": (3, 4)})  # 21 of 84, split 12 : 7
+        {'conv': 13, 'fc': 8}
+    """
+
+    def _weight(self, dims: Sequence[int]) -> int:
+        return sum(dims)
+
+
+@dataclass(frozen=True)
+class per_layer:  # noqa: N801
+    """A sparsity for each fnmatch pattern of names. The first that matches counts.
+
+    Example:
+        >>> shapes = {"body.0": (4, 4), "body.1": (4, 4), "head": (2, 4)}
+        >>> per_layer({"body.0": 0.25, "body.*": 0.5}).keeps(shapes)
+        {'body.0': 12, 'body.1': 8, 'head': 8}
+    """
+
+    sparsity: Mapping[str, Number]
+    function: str = field(default="per_layer", repr=False, compare=False)  # whom errors name
+
+    def __post_init__(self) -> None:
+        for pattern, sparsity in self.sparsity.items():
+            check.keep_count(f"{self.function}, pattern {pattern!r}", sparsity, None, 0)
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer, all of them where no pattern matches.
+
+        Raises:
+            ValueError: a pattern matches no layer, or none that an earlier one has not taken.
+        """
+        given = _by_layer(self.function, self.sparsity, shapes)
+        return {
+            name: check.keep_count(self.function, given[name], None, n)
+            for name, n in _sizes(shapes).items()
+        }
+
+
+@dataclass(frozen=True)
+class paper:  # noqa: N801
+    """The lookahead paper's one-shot levels: a layer loses 1 - (1 - ratio)^step at once.
+
+    Args:
+        ratios: one for each layer, in order, or a dict pattern -> ratio (no match: dense).
+        step: how often the ratios are applied; 0 is the dense net.
+
+    Example:
+        >>> paper([0.5, 0.25], 2).keeps({"fc": (4, 4), "out": (2, 8)})  # 16 / 4, 16 * 9 / 16
+        {'fc': 4, 'out': 9}
+    """
+
+    ratios: Sequence[Number] | Mapping[str, Number]
+    step: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
+            raise ValueError(
+                f"paper: expected step to be a whole number >= 0 (how often the ratios are "
+                f"applied), got {self.step!r}."
+            )
+        ratios = self.ratios.values() if isinstance(self.ratios, Mapping) else self.ratios
+        for ratio in ratios:
+            check.keep_count("paper", ratio, None, 0)
+
+    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
+        """Weights to keep of each layer."""
+        if isinstance(self.ratios, Mapping):
+            ratios = _by_layer("paper", self.ratios, shapes)
+        elif len(self.ratios) != len(shapes):
+            raise ValueError(
+                f"paper: expected one ratio for each of the {len(shapes)} layers "
+                f"({', '.join(shapes)}), got {len(self.ratios)}. Name them: a dict pattern -> ratio."
+            )
+        else:
+            ratios = dict(zip(shapes, self.ratios, strict=True))
+        kept = {name: 1 - Fraction(*ratio.as_integer_ratio()) for name, ratio in ratios.items()}
+        return {
+            name: check.keep_count("paper", 1 - kept[name] ** self.step, None, n)
+            for name, n in _sizes(shapes).items()
+        }
+
+
+def _by_layer(function: str, by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Number]:
+    """Each layer's number, 0 where no pattern matches; the first that matches counts."""
+    found: dict[str, str] = {}
+    for pattern in by_pattern:
+        fitting = [name for name in shapes if name == pattern or fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(_no_layer(function, "a pattern", pattern, shapes))
+        free = [name for name in fitting if name not in found]
+        if not free:
+            raise ValueError(
+                f"{function}: expected patterns of which each decides about a layer (the first "
+                f"match counts), got {pattern!r} after {found[fitting[0]]!r}. Put it first."
+            )
+        found.update(dict.fromkeys(free, pattern))
+    return {name: by_pattern[found[name]] if name in found else 0 for name in shapes}
+
+
+def _no_layer(function: str, what: str, given: str, shapes: Shapes) -> str:
+    """Message: a name or pattern fits no layer; with what may have been meant."""
+    close = difflib.get_close_matches(given, list(shapes), n=3)
+    if close:
+        cure = f"Did you mean {' or '.join(map(repr, close))}?"
+    elif shapes:
+        cure = f"The layers are {', '.join(list(shapes)[:5])}{', ...' if len(shapes) > 5 else ''}."
+    else:
+        cure = "There are no layers."
+    return f"{function}: expected {what} that names a layer, got {given!r}. {cure}"
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {name: math.prod(dims) for name, dims in shapes.items()}
+
+
+def _solved(
+    sizes: Mapping[str, int], weights: Mapping[str, int], least: Mapping[str, int], total: int
+) -> dict[str, Fraction]:
+    """The shares min(size, max(least, x * weight)), with the x that makes their sum the total.
+
+    Needs sum(least) <= total <= sum(sizes). The sum grows with x, and is linear between the places
+    where a layer leaves its least or reaches its size. Two neighbors of these enclose the total.
+    """
+
+    def shares(x: Fraction) -> dict[str, Fraction]:
+        return {
+            name: min(Fraction(n), max(Fraction(least[name]), x * weights[name]))
+            for name, n in sizes.items()
+        }
+
+    def kept(x: Fraction) -> Fraction:
+        return sum(shares(x).values(), Fraction(0))
+
+    ends = [(end[name], weight) for end in (least, sizes) for name, weight in weights.items()]
+    bends = sorted({Fraction(0), *(Fraction(end, weight) for end, weight in ends if weight)})
+    right = bisect_left(bends, Fraction(total), key=kept)  # the first bend that keeps total or more
+    if right == 0:
+        return shares(bends[0])
+    low, high = bends[right - 1], bends[right]
+    part = (total - kept(low)) / (kept(high) - kept(low))
+    return shares(low + part * (high - low))
+
+
+def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
+    """Whole numbers with this total: rounded down, the rest to the largest remainders."""
+    keeps = {name: math.floor(share) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: keeps[name] - shares[name])  # stable: earlier
+    for name in by_remainder[: total - sum(keeps.values())]:
+        keeps[name] += 1
+    return keeps

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: MIT
+"""Which weights are kept: applied, kept through training, saved with one bit a weight, read again."""
+
+from lap_ext.masks.file import BitMasks as BitMasks
+from lap_ext.masks.file import pack as pack
+from lap_ext.masks.file import unpack as unpack
+from lap_ext.masks.masks import Masks as Masks
+
+__all__ = ["BitMasks", "Masks", "pack", "unpack"]

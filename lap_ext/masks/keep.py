@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""Keeps pruned weights at zero while any torch optimizer trains: hooks on the optimizer alone.
+
+    before a step   the gradients of pruned weights become 0, so that moments stay 0 (a closure's too)
+    after a step    pruned weights become +0.0, whatever the optimizer added to them
+    at once, and after optimizer.load_state_dict
+                    what the optimizer remembers of pruned weights becomes 0
+
+The model has no hook and no wrapper. A hook sees only the parameters that its optimizer has at that
+moment, never waits for the device, and writes in place: buckets of DistributedDataParallel and
+captured graphs keep their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lap_ext.masks.targets import Target, is_plain, zero_
+from lap_ext.ops import check
+
+_FUNCTION = "Masks.keep"
+
+
+class KeepHandle:
+    """What `Masks.keep` returns: ends with remove(), or as a context manager."""
+
+    def __init__(self, targets: Iterable[Target], optimizer: Optimizer) -> None:
+        self._layers = [_Layer(target.name, target.weight, target.mask) for target in targets]
+        if self._layers and not self._members(optimizer):
+            raise ValueError(
+                f"{_FUNCTION}: expected the optimizer to train the masked layers, got one that has "
+                f"none of the {len(self._layers)}. Make it from the parameters of this model."
+            )
+        self._clear(optimizer, loaded=False)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(self._clear),
+        ]
+
+    def mask_gradients(self) -> None:
+        """Zeroes the gradients of pruned weights now, not at the next step.
+
+        Before `torch.nn.utils.clip_grad_norm_`, so that they do not count in the norm.
+        """
+        _mask_gradients(self._layers)
+
+    def remove(self) -> None:
+        """Ends it: the optimizer is as before and may move pruned weights again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> KeepHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _members(self, optimizer: Optimizer) -> list[_Layer]:
+        """The layers that the optimizer has now: groups may be added while training."""
+        members = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        return [layer for layer in self._layers if id(layer.weight) in members]
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layers = self._members(optimizer)
+        _mask_gradients(layers)
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": _masking(kwargs["closure"], layers)}
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            return (args[0], _masking(args[1], layers), *args[2:]), kwargs
+        return None
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for layer in self._members(optimizer):
+            layer.zero_(layer.weight)
+
+    def _clear(self, optimizer: Optimizer, loaded: bool = True) -> None:
+        """Zeroes what is remembered of pruned weights.
+
+        In place, for captured graphs; but what was loaded is still the caller's: torch does not copy.
+        """
+        layers = self._members(optimizer)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            _clear_history(optimizer, layers)
+            return
+        for layer in layers:
+            state = optimizer.state.get(layer.weight, {})
+            for key, value in state.items() if isinstance(state, MutableMapping) else ():
+                if _is_per_weight(value, layer.weight):
+                    state[key] = own = value.clone() if loaded else value
+                    layer.zero_(own)
+
+
+class _Layer:
+    """One parameter and its mask, which follows it when the model moves to another device."""
+
+    def __init__(self, name: str, weight: Tensor, mask: Tensor) -> None:
+        self.name = name
+        self.weight = weight
+        self.mask = mask
+
+    def zero_(self, x: Tensor) -> None:
+        """Zeroes what the mask prunes of x, a tensor of the parameter's shape."""
+        if self.mask.device != x.device:
+            self.mask = self.mask.to(x.device)
+        zero_(x, self.mask)
+
+
+def _mask_gradients(layers: list[_Layer]) -> None:
+    for layer in layers:
+        grad = layer.weight.grad
+        if grad is not None and not is_plain(grad):
+            raise TypeError(
+                f"{_FUNCTION}: expected dense gradients, got layout {grad.layout} for "
+                f"{layer.name!r}. An Embedding needs sparse=False."
+            )
+    for layer in layers:
+        grad = layer.weight.grad
+        if grad is None:
+            continue
+        if check.may_overlap(grad.shape, grad.stride()):  # an expanded tensor cannot be written
+            layer.weight.grad = grad = grad.detach().clone(memory_format=torch.contiguous_format)
+        layer.zero_(grad)
+
+
+def _masking(closure: Callable[[], Any], layers: list[_Layer]) -> Callable[[], Any]:
+    """The closure, its gradients masked: within a step too no pruned weight moves."""
+
+    def masked() -> Any:
+        loss = closure()
+        _mask_gradients(layers)
+        return loss
+
+    return masked
+
+
+def _is_per_weight(value: Any, weight: Tensor) -> bool:
+    """Whether an entry of the optimizer's state has one number per weight.
+
+    Not the step count, which looks like the moment of a 0-dimensional parameter; not quantized
+    states, whose zero is another number.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.shape == weight.shape
+        and value.dim() > 0
+        and (value.is_floating_point() or value.is_complex())
+        and is_plain(value)
+    )
+
+
+def _clear_history(optimizer: torch.optim.LBFGS, layers: list[_Layer]) -> None:
+    """LBFGS remembers vectors over all its parameters.
+
+    A history that would move pruned weights is of another function: the search starts afresh. One
+    that would not (it was collected under these masks) stays, so that a run can be resumed.
+    """
+    params = optimizer.param_groups[0]["params"]
+    state = optimizer.state.get(params[0], {})
+    vectors = [state.get("d"), state.get("prev_flat_grad")]
+    vectors += [*(state.get("old_dirs") or ()), *(state.get("old_stps") or ())]
+    kept = {id(p): torch.ones_like(p, dtype=torch.bool) for p in params}
+    for layer in layers:
+        kept[id(layer.weight)] = layer.mask.to(layer.weight.device)
+    pruned = torch.cat([kept[id(p)].flatten() for p in params]).logical_not()
+    for vector in vectors:
+        if vector is not None and (vector.shape != pruned.shape or bool(vector[pruned].any())):
+            optimizer.state.clear()
+            return

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: MIT
+"""Masks of a model's layers: applied, kept through training, saved, handed to torch's own pruning.
+
+A mask is a bool tensor of its parameter's shape, True: kept. The model stays the user's model: no
+wrapper, no parametrization, the same keys in state_dict. Every function checks all layers before it
+changes the first; the names are resolved in targets.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils import prune as torch_prune
+from torch.optim import Optimizer
+
+from lap_ext.masks import file
+from lap_ext.masks.keep import KeepHandle
+from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, zero_
+
+
+class Masks(Mapping[str, Tensor]):
+    """Which weights of a model are kept: layer name -> bool tensor of the parameter's shape.
+
+    A layer is named after its parameter without ".weight" ("conv1"); a parameter that is not called
+    weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer, under any of
+    its names. Names that DataParallel, DistributedDataParallel, torch.compile and AveragedModel put
+    in front are seen through.
+
+    Args:
+        masks: layer name -> bool tensor, True: kept. The tensors are taken as they are, not copied.
+
+    Raises:
+        TypeError: a mask is not a dense bool tensor, or a name not a string.
+        ValueError: a mask is on the meta device.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> masks = lap_ext.Masks({"0": model[0].weight > 0, "2": torch.tensor([[True, False]])})
+        >>> masks.apply(model)
+        >>> bool(((model[0].weight != 0) == masks["0"]).all()), model[2].weight[0, 1].item()
+        (True, 0.0)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with masks.keep(model, optimizer):
+        ...     for _ in range(3):
+        ...         model(torch.ones(1, 3)).sum().backward()
+        ...         optimizer.step()
+        >>> model[2].weight[0, 1].item()
+        0.0
+        >>> lap_ext.Masks({"2": masks["2"]})
+        Masks(1 layer, 1 of 2 weights kept, sparsity 0.5)
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        if not isinstance(masks, Mapping):
+            raise TypeError(
+                "Masks: expected a mapping of layer name -> bool tensor, "
+                f"got {type(masks).__name__}."
+            )
+        for name, mask in masks.items():
+            _check_mask(name, mask)
+        self._masks = dict(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        """Same layers, in any order, and the same weights kept."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # the tensors can change
+
+    def __repr__(self) -> str:
+        layers = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
+        return (
+            f"Masks({layers}, {self.kept} of {self.total} weights kept, "
+            f"sparsity {self.sparsity:.4g})"
+        )
+
+    @property
+    def kept(self) -> int:
+        """Weights kept, in all layers, exactly."""
+        return sum(kept for kept, _ in self.counts().values())
+
+    @property
+    def total(self) -> int:
+        """Weights of all layers."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed of the weights of all layers; 0.0 where there are none."""
+        total = self.total
+        return (total - self.kept) / total if total else 0.0
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(kept, total) of each layer, exactly.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> lap_ext.Masks({"fc": torch.tensor([[True, False, True]])}).counts()
+            {'fc': (2, 3)}
+        """
+        return {name: (int(m.count_nonzero()), m.numel()) for name, m in self.items()}
+
+    def to(self, device: torch.device | str | int) -> Masks:
+        """The masks on a device; those that are there already are not copied."""
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    def apply(self, model: Module) -> None:
+        """Sets the weights that are not kept to +0.0, in place; autograd sees the change.
+
+        Args:
+            model: the model that the masks were made for, or a copy: an average of the weights
+                (AveragedModel) that began before the pruning needs it once, later averages of
+                zeros are zero.
+
+        Raises:
+            ValueError: layers that the model does not have, of another shape, on another device or
+                not writable, all listed; nothing was changed.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(layer)
+            >>> layer.weight[0, 0].item()
+            0.0
+        """
+        for target in find("Masks.apply", model, self):
+            zero_(target.weight, target.mask)
+
+    def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
+        """Applies the masks and keeps pruned weights at zero while the optimizer trains the model.
+
+        Before each step the gradients of pruned weights become 0, after it the weights +0.0; what
+        the optimizer remembers of them becomes 0 now and after its load_state_dict. So the kept
+        weights train as if the pruned ones did not exist: bit for bit as with the weight multiplied
+        by the mask, for optimizers that treat each weight by itself. With gradient accumulation,
+        GradScaler, fused and foreach variants, DistributedDataParallel (the same masks on each
+        process) and torch.compile nothing else is needed.
+
+        LBFGS: gradients are masked at every evaluation of the closure, so pruned weights do not
+        move within a step either; a history from before the pruning is dropped.
+
+        Not seen by the optimizer, so yours to do: after model.load_state_dict call apply; before
+        clip_grad_norm_ call mask_gradients() of the handle, or pruned weights count in the norm.
+        Parameters that the optimizer does not have are applied once and not watched. A copy of the
+        optimizer has no hooks: call keep for it. On a 0-dimensional parameter the optimizer's
+        memory is not cleared (a step count looks the same).
+
+        Args:
+            model: the model that the masks were made for.
+            optimizer: any torch.optim.Optimizer of its parameters. With several, call keep for each.
+
+        Returns:
+            A handle: remove() ends it, as does leaving a `with` block. Masks may be kept on top of
+            each other; what one of them prunes stays zero.
+
+        Raises:
+            ValueError: as `apply`, or the optimizer has none of the parameters. Nothing was changed.
+            TypeError: not a torch optimizer; from optimizer.step: a gradient is sparse.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+            >>> handle = lap_ext.Masks({"weight": torch.tensor([[False, True]])}).keep(layer, optimizer)
+            >>> layer(torch.ones(2)).sum().backward()
+            >>> optimizer.step()
+            >>> layer.weight[0, 0].item()
+            0.0
+            >>> handle.remove()
+        """
+        # a wrapper may derive from Optimizer and yet have no hooks (it was not initialized as one)
+        if not isinstance(optimizer, Optimizer) or not hasattr(
+            optimizer, "_optimizer_step_pre_hooks"
+        ):
+            raise TypeError(
+                "Masks.keep: expected a torch.optim.Optimizer with its step hooks, "
+                f"got {type(optimizer).__name__}. Pass the optimizer that a wrapper holds."
+            )
+        targets = find("Masks.keep", model, self)
+        handle = KeepHandle(targets, optimizer)
+        for target in targets:
+            zero_(target.weight, target.mask)
+        return handle
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the masks to a safetensors file, one bit per weight.
+
+        The file is complete or not there: it is written beside path and renamed, so an old file
+        stays until then. The same masks give the same bytes.
+
+        Example:
+            >>> import tempfile, torch, lap_ext
+            >>> masks = lap_ext.Masks({"fc": torch.tensor([[True, False, True]])})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     masks.save(f"{folder}/masks.safetensors")
+            ...     lap_ext.Masks.load(f"{folder}/masks.safetensors") == masks
+            True
+        """
+        file.save("Masks.save", path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Module | None = None) -> Masks:
+        """Reads what `save` wrote. Needs the safetensors package.
+
+        Args:
+            path: the file.
+            model: checked to have every layer, of the same shape; each mask then comes on the
+                device of its parameter. None: no check, on the CPU.
+
+        Raises:
+            ValueError: the file is damaged or of something else; layers that do not fit the model,
+                all listed.
+            ModuleNotFoundError: safetensors is not installed.
+
+        Example:
+            >>> import tempfile, torch, lap_ext
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     lap_ext.Masks({"0": torch.tensor([[True, False, True]])}).save(f"{folder}/masks")
+            ...     lap_ext.Masks.load(f"{folder}/masks", model).apply(model)
+            >>> model[0].weight[0, 1].item()
+            0.0
+        """
+        masks = cls(file.load("Masks.load", path))
+        if model is None:
+            return masks
+        targets = find("Masks.load", model, masks, write=False)
+        return cls(
+            {t.name: t.mask if t.weight.is_meta else t.mask.to(t.weight.device) for t in targets}
+        )
+
+    def to_torch_prune(self, model: Module) -> None:
+        """Hands the masks to torch.nn.utils.prune: each weight is then computed as orig * mask.
+
+        The parameter is renamed to "<name>_orig", the mask becomes a buffer "<name>_mask", and tied
+        parameters are masked wherever they are used. The same Parameter objects stay, in the same
+        order, so an optimizer goes on; the keys of state_dict change. `remove` undoes it.
+
+        Raises:
+            ValueError: as `apply`; a module that is never called itself, for torch recomputes the
+                weight in that call (MultiheadAttention.out_proj, ParameterList). Nothing was
+                changed.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
+            >>> masks.to_torch_prune(layer)
+            >>> torch.nn.utils.prune.is_pruned(layer), [name for name, _ in layer.named_parameters()]
+            (True, ['weight_orig', 'bias'])
+            >>> masks.remove(layer)
+            >>> [name for name, _ in layer.named_parameters()]
+            ['weight', 'bias']
+        """
+        targets = find("Masks.to_torch_prune", model, self)
+        places = [place for target in targets for place in owners(model, target)]
+        _check_called(places)
+        for place in places:
+            order = list(place.owner._parameters)
+            torch_prune.custom_from_mask(place.owner, place.attribute, place.mask)
+            _reorder(place, order, place.attribute, f"{place.attribute}_orig")
+
+    def remove(self, model: Module) -> None:
+        """Undoes `to_torch_prune`: plain parameters again, pruned weights +0.0 for good.
+
+        Raises:
+            ValueError: layers that are not pruned with torch.nn.utils.prune, or of another shape,
+                all listed; nothing was changed.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
+            >>> masks.to_torch_prune(layer)
+            >>> masks.remove(layer)
+            >>> layer.weight[0, 0].item()
+            0.0
+        """
+        for target, places in find_pruned("Masks.remove", model, self):
+            for place in places:
+                order = list(place.owner._parameters)
+                torch_prune.remove(place.owner, place.attribute)
+                _reorder(place, order, f"{place.attribute}_orig", place.attribute)
+            zero_(target.weight, target.mask.to(target.weight.device))
+
+
+def _check_mask(name: object, mask: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"Masks: expected layer names to be strings, got {name!r}.")
+    if not isinstance(mask, Tensor):
+        hint = " Use torch.from_numpy." if type(mask).__name__ == "ndarray" else ""
+        raise TypeError(
+            f"Masks: expected {name!r} to be a bool tensor, got {type(mask).__name__}.{hint}"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"Masks: expected a bool mask (True: kept), got {mask.dtype} for {name!r}. "
+            "Pass mask != 0."
+        )
+    if not is_plain(mask):
+        raise TypeError(
+            f"Masks: expected a plain dense mask, got {type(mask).__name__} with layout "
+            f"{mask.layout} for {name!r}."
+        )
+    if mask.is_meta:
+        raise ValueError(f"Masks: expected masks with data, got a meta tensor for {name!r}.")
+
+
+def _check_called(places: list[Target]) -> None:
+    """The modules' own forward runs: there torch.nn.utils.prune recomputes the weight."""
+    for place in places:
+        kind = type(place.owner)
+        inner = issubclass(kind, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if inner or kind.forward is Module.forward:
+            raise ValueError(
+                "Masks.to_torch_prune: expected layers whose module is called in the forward pass "
+                f"(there torch recomputes the weight), got {place.name!r}, in {kind.__name__}. "
+                "Leave it out, or use Masks.keep."
+            )
+
+
+def _reorder(place: Target, order: list[str], old: str, new: str) -> None:
+    """Puts the parameter under its new name where it was: torch appends it, and order is visible."""
+    parameters = place.owner._parameters
+    moved = {name: parameters[name] for name in (new if n == old else n for n in order)}
+    parameters.clear()
+    parameters.update(moved)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""Scores and masks of one layer from the weights of its neighbors.
+
+    score[o, i, ...] = |w[o, i, ...]| * in_norm[i] * out_norm[o]
+    in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2)
+    out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2)
+
+Each function checks its arguments, then calls the operators of schema.py; nothing is changed when an
+error is raised. Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based
+Pruning", ICLR 2020, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import SupportsIndex, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lap_ext.ops import check, schema, torch_args
+from lap_ext.ops.neighbors import Neighbor
+
+Neighbors: TypeAlias = Tensor | Neighbor | Sequence[Tensor | Neighbor | None] | None
+
+
+def score(
+    w_prev: Neighbors,
+    w: Tensor,
+    w_next: Neighbors,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    check_finite: bool = True,
+) -> Tensor:
+    """Lookahead score of every weight of one layer.
+
+        score[o, i, ...] = |w[o, i, ...]| * ||w_prev[i]||_F * ||w_next[:, o]||_F
+
+    A small score means: removing the weight changes the product of the three layers little. The
+    norms are summed in float64 in a fixed order and rounded to the score's precision; their product
+    and the score are rounded once each. The result is the same bits on every device, memory layout
+    and number of threads.
+
+    Args:
+        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. A `Neighbor` for
+            a grouped, depthwise or transposed convolution or a batch norm between, `IDENTITY` for a
+            skip connection, a list of these for several producers (their squares add). None for a
+            first layer: its norms count as 1. Its dtype may differ from w's.
+        w: weight to score, [O, I / groups, *K], float32, float64, float16 or bfloat16, any strides.
+        w_next: weight of the layer after, [N, O, *K], likewise. Between a convolution and a linear
+            layer a channel-major flatten is understood: [N, O * S] for S positions per channel.
+        groups: groups of w.
+        transposed: w is the weight of a transposed convolution, [I, O / groups, *K].
+        check_finite: raise on a weight that is inf or NaN. False skips the check.
+
+    Returns:
+        Scores >= 0, shape of w, contiguous, w's device, float32 (float64 for float64 weights). Not
+        differentiable.
+
+    Raises:
+        ValueError: channels do not meet, the tensors are on different devices, or a weight is not
+            finite.
+        TypeError: a weight is not a floating-point tensor.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> w_prev, w, w_next = torch.tensor([[3., 4.]]), torch.tensor([[-2.]]), torch.tensor([[1.]])
+        >>> lap_ext.score(w_prev, w, w_next)        # |-2| * 5 * 1
+        tensor([[10.]])
+        >>> lap_ext.score([w_prev, lap_ext.IDENTITY], w, None)  # |-2| * sqrt(25 + 1)
+        tensor([[10.1980]])
+    """
+    w = torch_args.weight("score", w, groups, transposed)
+    norms = torch_args.norms("score", w_prev, w, w_next, groups, transposed, check_finite)
+    return schema.call("score", schema.score, w, *norms, groups, transposed, check_finite)
+
+
+def mask(
+    w_prev: Neighbors,
+    w: Tensor,
+    w_next: Neighbors,
+    sparsity: check.Number | None = None,
+    *,
+    keep: SupportsIndex | None = None,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+    check_finite: bool = True,
+) -> Tensor:
+    """Mask of the weights with the largest lookahead scores: exactly `keep` of them.
+
+        keep = floor((1 - sparsity) * w.numel() + 1/2)
+
+    Of equal scores the one with the lower flat (C-order) index is kept. The ranking is that of the
+    exact product: a product of norms too small or large for float32 does not decide. No score is
+    stored: w is read once.
+
+    Args:
+        w_prev: weight of the layer before, [I, P, *K], as in `score`.
+        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
+        w_next: weight of the layer after, [N, O, *K], as in `score`.
+        sparsity: fraction of all weights of w to remove, 0 to 1. It counts for exactly the number it
+            is: 0.9 is the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
+        keep: number of weights to keep, instead of sparsity. More than there are keeps all.
+        mask: bool, shape of w: the weights that may be kept. Pruned ones (False) never return; if
+            fewer than keep survive, all survivors are kept.
+        groups: groups of w.
+        transposed: w is the weight of a transposed convolution.
+        check_finite: raise on a weight that is inf or NaN. False skips the check; such weights then
+            rank by the bits of their scores.
+
+    Returns:
+        Bool tensor, True: kept; shape of w, contiguous, w's device.
+
+    Raises:
+        ValueError: as `score`; sparsity outside [0, 1], keep negative, both or neither given; mask
+            of another shape; float64 scores that span more than float64's range.
+        TypeError: a weight is not a floating-point tensor, mask is not bool, keep not an integer.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> w = torch.tensor([[1., -2., 3.], [2., 0., -2.]])
+        >>> lap_ext.mask(None, w, None, 0.5)        # 3 of 6; of the three twos the first two
+        tensor([[False,  True,  True],
+                [ True, False, False]])
+    """
+    w = torch_args.weight("mask", w, groups, transposed)
+    count = check.keep_count("mask", sparsity, keep, w.numel())
+    eligible = torch_args.eligible("mask", "mask", mask, "w", w)
+    norms = torch_args.norms("mask", w_prev, w, w_next, groups, transposed, check_finite)
+    options = (count, eligible, groups, transposed, check_finite)
+    return schema.call("mask", schema.mask, w, *norms, *options)
+
+
+def prune_(
+    w_prev: Neighbors,
+    w: Tensor,
+    w_next: Neighbors,
+    sparsity: check.Number | None = None,
+    *,
+    keep: SupportsIndex | None = None,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+    check_finite: bool = True,
+) -> Tensor:
+    """As `mask`, and sets the weights of w that are not kept to zero (+0.0), in place.
+
+    Args:
+        w_prev: weight of the layer before, [I, P, *K], as in `score`.
+        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed). It may require
+            grad; autograd sees that it was changed.
+        w_next: weight of the layer after, [N, O, *K], as in `score`.
+        sparsity: fraction of all weights of w to remove, 0 to 1, as in `mask`.
+        keep: number of weights to keep, instead of sparsity.
+        mask: bool, shape of w: the weights that may be kept.
+        groups: groups of w.
+        transposed: w is the weight of a transposed convolution.
+        check_finite: raise on a weight that is inf or NaN, before anything is changed.
+
+    Returns:
+        Bool tensor, True: kept; shape of w, contiguous, w's device.
+
+    Raises:
+        ValueError: as `mask`; elements of w share memory (an expanded tensor).
+        TypeError: as `mask`.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> w = torch.tensor([[1., -2., 3.], [2., 0., -2.]])
+        >>> kept = lap_ext.prune_(None, w, None, keep=2)
+        >>> w
+        tensor([[ 0., -2.,  3.],
+                [ 0.,  0.,  0.]])
+    """
+    target = torch_args.weight("prune_", w, groups, transposed)
+    torch_args.writable("prune_", target)
+    count = check.keep_count("prune_", sparsity, keep, w.numel())
+    eligible = torch_args.eligible("prune_", "mask", mask, "w", target)
+    norms = torch_args.norms("prune_", w_prev, target, w_next, groups, transposed, check_finite)
+    options = (count, eligible, groups, transposed, check_finite)
+    kept = schema.call("prune_", schema.prune_, target, *norms, *options)
+    torch_args.mark_changed(w)
+    return kept
+
+
+def factors(
+    w_prev: Neighbors,
+    w: Tensor,
+    w_next: Neighbors,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The two factors of the scores of w, one per input and one per output channel.
+
+        in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2 * scale[i]^2)
+        out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2 * scale[o]^2)
+
+    Args:
+        w_prev: weight of the layer before, [I, P, *K], as in `score`.
+        w: weight between them, [O, I / groups, *K]; only its shape and device count.
+        w_next: weight of the layer after, [N, O, *K], as in `score`.
+        groups: groups of w.
+        transposed: w is the weight of a transposed convolution, [I, O / groups, *K].
+        check_finite: raise on a neighbor's weight that is inf or NaN.
+
+    Returns:
+        (in_norm [I], out_norm [O]), float64, w's device. Not differentiable.
+
+    Raises:
+        ValueError: as `score`; float64 weights whose squares leave float64's range.
+        TypeError: as `score`.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> w_prev, w, w_next = torch.tensor([[3., 4.]]), torch.ones(2, 1), torch.tensor([[6., 1.]])
+        >>> lap_ext.factors(w_prev, w, w_next)
+        (tensor([5.], dtype=torch.float64), tensor([6., 1.], dtype=torch.float64))
+    """
+    w = torch_args.weight("factors", w, groups, transposed)
+    return torch_args.norms("factors", w_prev, w, w_next, groups, transposed, check_finite)
+
+
+def bn_scale(module: torch.nn.Module) -> Tensor:
+    """Factor of each channel of a batch norm in evaluation mode, for `Neighbor(scale=...)`.
+
+        scale[c] = gamma[c] / sqrt(running_var[c] + eps)
+
+    Args:
+        module: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm; gamma [C] counts as 1 where
+            it is not affine.
+
+    Returns:
+        float64 [C], on the module's device. Not differentiable.
+
+    Raises:
+        TypeError: another module.
+        ValueError: a module without running statistics, or not initialized yet.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> bn = torch.nn.BatchNorm2d(2, eps=0.)
+        >>> bn.running_var.copy_(torch.tensor([4., 0.25]))
+        tensor([4.0000, 0.2500])
+        >>> lap_ext.bn_scale(bn)
+        tensor([0.5000, 2.0000], dtype=torch.float64)
+    """
+    if not isinstance(module, _BatchNorm):
+        raise TypeError(
+            "bn_scale: expected a BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, "
+            f"got {type(module).__name__}."
+        )
+    variance: Tensor | None = module.running_var
+    gamma: Tensor | None = module.weight  # None: not affine
+    if variance is None:
+        raise ValueError(
+            "bn_scale: expected a batch norm with running statistics (the scale in evaluation "
+            "mode), got track_running_stats=False. Pass your own scale to Neighbor."
+        )
+    if is_lazy(variance):
+        raise ValueError(
+            "bn_scale: expected an initialized batch norm, got a lazy one. Run the model once."
+        )
+    deviation = (variance.detach().to(torch.float64) + module.eps).sqrt()
+    if gamma is None:
+        return 1.0 / deviation
+    return gamma.detach().to(torch.float64) / deviation

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Loads the native kernels of the package, and tells what is loaded (`info`).
+
+The reference kernels of schema.py serve every device; a native library only adds faster ones for CPU
+or CUDA. A library that is not there is a fallback (one warning). A library that is there and does
+not load is an error: it would hide a broken installation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lap_ext import __version__
+
+_CPU, _CUDA = "_C.abi3.so", "_C_cuda.abi3.so"
+_FOLDER = Path(__file__).parents[1]  # of the package
+
+
+@dataclass(frozen=True)
+class Info:
+    """What lap_ext computes with; str() gives one line per fact."""
+
+    version: str
+    torch: str  # version
+    native: bool  # the CPU library is loaded
+    isa: str | None  # its SIMD level: "baseline", "v3" (AVX2) or "v4" (AVX-512)
+    cuda_built: bool  # the CUDA library is installed
+    cuda_usable: bool  # and loaded: torch sees a CUDA device
+    threads: int  # of torch, which the CPU kernels use
+    fallback: str | None  # why pure PyTorch is in use somewhere
+
+    def __str__(self) -> str:
+        native = f"native, {self.isa}" if self.native else "pure PyTorch"
+        cuda = "usable" if self.cuda_usable else "built" if self.cuda_built else "not built"
+        lines = [
+            f"lap_ext {self.version}, torch {self.torch}",
+            f"CPU: {native}, threads: {self.threads}",
+            f"CUDA kernels: {cuda}",
+        ]
+        return "\n".join(lines + ([f"fallback: {self.fallback}"] if self.fallback else []))
+
+
+@dataclass
+class _State:
+    cpu: bool = False
+    cuda: bool = False
+    fallback: str | None = None
+
+
+_state = _State()
+
+
+def load() -> None:
+    """Loads what is installed and usable. Called once, after schema.py has defined the operators."""
+    if os.environ.get("LAP_EXT_NATIVE") == "0":
+        _state.fallback = "LAP_EXT_NATIVE=0"
+        return
+    _state.cpu = _load(_CPU)
+    if _state.cpu:
+        _isa()
+    if torch.cuda.is_available():
+        _state.cuda = _load(_CUDA)
+
+
+def _load(file: str) -> bool:
+    path = _FOLDER / file
+    if not path.exists():
+        reason = f"{file} is not in {_FOLDER}"
+        _state.fallback = f"{_state.fallback}; {reason}" if _state.fallback else reason
+        what = "CUDA kernels" if file == _CUDA else "native library"
+        warnings.warn(
+            f"lap_ext: no {what}, pure PyTorch is used (slower, same results): {reason}. Install "
+            "with LAP_EXT_BUILD=require to see why it was not built.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"lap_ext: expected {path} to load, got: {error}. Reinstall lap_ext for this "
+            "machine and torch, or set LAP_EXT_NATIVE=0 to use pure PyTorch."
+        ) from error
+    return True
+
+
+def info() -> Info:
+    """What is loaded: native kernels and their SIMD level, CUDA, threads, versions, fallbacks.
+
+    Returns:
+        An `Info`; print it, or read its fields.
+
+    Example:
+        >>> import lap_ext
+        >>> lap_ext.info().version == lap_ext.__version__
+        True
+    """
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        native=_state.cpu,
+        isa=_isa() if _state.cpu else None,
+        cuda_built=(_FOLDER / _CUDA).exists(),
+        cuda_usable=_state.cuda,
+        threads=torch.get_num_threads(),
+        fallback=_state.fallback,
+    )
+
+
+def _isa() -> str:
+    level = ctypes.CDLL(str(_FOLDER / _CPU)).lap_ext_isa
+    level.argtypes, level.restype = [], ctypes.c_char_p
+    name = level()
+    if name is None:
+        asked = os.environ.get("LAP_EXT_ISA")
+        raise ImportError(
+            f"lap_ext: expected LAP_EXT_ISA to be baseline, v3 or v4 and supported by this CPU, "
+            f"got {asked!r}. Unset it to use the best level."
+        )
+    return name.decode()

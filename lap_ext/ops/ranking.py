@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Exact selection among ready scores, of one tensor or of a list of tensors ranked together.
+
+The larger score comes first; of equal scores the one of the earlier tensor, then of the lower flat
+(C-order) index. -0.0 equals +0.0. Nothing is sorted and nothing is concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, overload
+
+from torch import Tensor
+
+from lap_ext.ops import check, schema, torch_args
+
+
+@overload
+def topk_mask(
+    scores: Tensor,
+    keep: SupportsIndex | None = None,
+    *,
+    sparsity: check.Number | None = None,
+    mask: Tensor | None = None,
+    check_finite: bool = True,
+) -> Tensor: ...
+@overload
+def topk_mask(
+    scores: Sequence[Tensor],
+    keep: SupportsIndex | None = None,
+    *,
+    sparsity: check.Number | None = None,
+    mask: Sequence[Tensor] | None = None,
+    check_finite: bool = True,
+) -> list[Tensor]: ...
+def topk_mask(
+    scores: Tensor | Sequence[Tensor],
+    keep: SupportsIndex | None = None,
+    *,
+    sparsity: check.Number | None = None,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    check_finite: bool = True,
+) -> Tensor | list[Tensor]:
+    """Mask of the largest scores: exactly `keep` of them.
+
+        keep = floor((1 - sparsity) * n + 1/2)      n: number of all scores
+
+    Args:
+        scores: tensor of any shape and strides, float32, float64, float16 or bfloat16, any sign,
+            +-inf allowed. A list or tuple of tensors (one dtype, one device) is one ranking.
+        keep: number of scores to keep, over all tensors. More than there are keeps all.
+        sparsity: fraction of all scores to drop, 0 to 1, instead of keep.
+        mask: bool, shape of scores (a list for a list): the scores that may be kept.
+        check_finite: raise on NaN. False skips the check; a NaN then ranks by its bits.
+
+    Returns:
+        Bool tensor of the shape of scores, True: kept; for a list of scores a list of these.
+        The pure-PyTorch fallback needs the memory of one integer key per score.
+
+    Raises:
+        ValueError: NaN; sparsity outside [0, 1], keep negative, both or neither given; a mask of
+            another shape; different devices.
+        TypeError: scores that are not floating-point tensors, or of different dtypes.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> lap_ext.topk_mask(torch.tensor([3., 1., 3., 2.]), 2)
+        tensor([ True, False,  True, False])
+        >>> lap_ext.topk_mask([torch.tensor([1., 5.]), torch.tensor([4.])], sparsity=0.5)
+        [tensor([False,  True]), tensor([True])]
+    """
+    single, checked = _scores("topk_mask", scores)
+    count = check.keep_count("topk_mask", sparsity, keep, sum(x.numel() for x in checked))
+    masks = _masks(mask, single, checked)
+    if not checked:
+        return []
+    kept = schema.call("topk_mask", schema.topk_mask, checked, count, masks, check_finite)
+    return kept[0] if single else kept
+
+
+def kth_largest(
+    scores: Tensor | Sequence[Tensor], k: SupportsIndex, *, check_finite: bool = True
+) -> Tensor:
+    """The k-th largest of all scores, exactly; k = 1 is the largest.
+
+    Args:
+        scores: tensor of any shape and strides, or a list or tuple of tensors, as in `topk_mask`.
+        k: rank, 1 to the number of all scores.
+        check_finite: raise on NaN. False skips the check; a NaN then ranks by its bits.
+
+    Returns:
+        0-d tensor, dtype and device of scores; a zero is +0.0.
+
+    Raises:
+        ValueError: NaN; k outside 1 to n; different devices.
+        TypeError: scores that are not floating-point tensors, or of different dtypes.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> lap_ext.kth_largest(torch.tensor([[3., 1.], [3., 2.]]), 3)
+        tensor(2.)
+    """
+    _, checked = _scores("kth_largest", scores)
+    count = check.rank("kth_largest", k, sum(x.numel() for x in checked))
+    value = schema.call("kth_largest", schema.kth_largest, checked, count, check_finite)
+    return value.to(checked[0].dtype)
+
+
+def _scores(function: str, scores: Any) -> tuple[bool, list[Tensor]]:
+    """(whether scores is one tensor, its tensors)."""
+    if not isinstance(scores, (list, tuple)):
+        return True, [torch_args.floating(function, "scores", scores)]
+    checked = [torch_args.floating(function, f"scores[{t}]", x) for t, x in enumerate(scores)]
+    for x in checked[1:]:
+        if x.dtype != checked[0].dtype:
+            check.one_of_a_kind(function, "dtype", [str(x.dtype) for x in checked])
+        if x.device != checked[0].device:
+            check.one_of_a_kind(function, "device", [str(x.device) for x in checked])
+    return False, checked
+
+
+def _masks(mask: Any, single: bool, scores: list[Tensor]) -> list[Tensor]:
+    """One contiguous mask per tensor of scores, or none."""
+    if mask is None:
+        return []
+    if single:
+        found = [torch_args.eligible("topk_mask", "mask", mask, "scores", scores[0])]
+    else:
+        check.one_mask_each("topk_mask", mask, len(scores))
+        found = [
+            torch_args.eligible("topk_mask", f"mask[{t}]", m, f"scores[{t}]", x)
+            for t, (m, x) in enumerate(zip(mask, scores, strict=True))
+        ]
+    return [m for m in found if m is not None]

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""Ordered integer keys of scores in plain PyTorch: they sort as the scores do (csrc/math/key.h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def never(integer: torch.dtype) -> int:
+    """The key of a weight that may not be kept, below every other key."""
+    return torch.iinfo(integer).min
+
+
+def ordered_keys(scores: Tensor, without_nan: bool) -> Tensor:
+    """Int32 (int64 for float64) keys that sort as the scores do, contiguous; -0.0 equals +0.0.
+
+    A NaN, unless it is known that there is none, has the largest key.
+    """
+    double = scores.dtype == torch.float64
+    wide = scores.to(torch.float64 if double else torch.float32) + 0.0
+    keys = flip(wide.contiguous().view(torch.int64 if double else torch.int32))
+    return keys if without_nan else keys.masked_fill_(wide.isnan(), torch.iinfo(keys.dtype).max)
+
+
+def flip(bits: Tensor) -> Tensor:
+    """Float bits to ordered key, and back."""
+    info = torch.iinfo(bits.dtype)
+    return bits ^ ((bits >> (info.bits - 1)) & info.max)
+
+
+def score_keys(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys of scores, whose sign is dropped; overwrites scores."""
+    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    keys = scores.view(integer)
+    keys &= torch.iinfo(integer).max
+    if mask is not None:
+        keys.masked_fill_(~mask, never(integer))
+    return keys

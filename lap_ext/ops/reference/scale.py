@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The range of norms in plain PyTorch: whether products of two are normal numbers, and their scaling.
+
+Norms are scaled by powers of two to at most 1, so that a plain product cannot overflow; the scale
+drops out of every comparison.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def is_plain(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no norm and no product of two norms leaves the normal numbers of dtype."""
+    info = torch.finfo(dtype)
+    low_row, high_row = extremes(rows)
+    low_col, high_col = extremes(cols)
+    low, high = min(low_row, low_col), max(high_row, high_col)
+    return (
+        low >= info.tiny
+        and low_row * low_col >= info.tiny
+        and high < info.max / 2
+        and high_row * high_col < info.max / 2
+    )
+
+
+def extremes(norm: Tensor) -> tuple[float, float]:
+    """Smallest and largest finite nonzero entry; 1, 1 when there is none."""
+    size = norm.abs()
+    size = size[(size > 0) & (size < torch.inf)]
+    if size.numel() == 0:
+        return 1.0, 1.0
+    low, high = size.aminmax()
+    return float(low), float(high)
+
+
+def scaled_to_one(norm: Tensor) -> tuple[Tensor, float]:
+    """Norm times the power of two that brings its largest entry into [0.5, 1); its least nonzero.
+
+    An entry 2^-1074 times the largest becomes 0; the least, then 0 too, tells.
+    """
+    low, high = extremes(norm)
+    exponent = math.frexp(high)[1]
+    half = -exponent // 2
+    return norm * 2.0**half * 2.0 ** (-exponent - half), math.ldexp(low, -exponent)

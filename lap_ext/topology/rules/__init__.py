@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: MIT
+"""What an ATen operation does to channels: one file a kind. Importing the package registers them."""
+
+from lap_ext.topology.rules import attention as attention
+from lap_ext.topology.rules import contraction as contraction
+from lap_ext.topology.rules import joins as joins
+from lap_ext.topology.rules import mixes as mixes
+from lap_ext.topology.rules import moves as moves
+from lap_ext.topology.rules import norms as norms
+from lap_ext.topology.rules import recurrent as recurrent
+from lap_ext.topology.rules import weights as weights
+from lap_ext.topology.rules import writes as writes

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Normalizations: their statistics count as 1, their weights are scales on the edge.
+
+A batch norm in evaluation mode is exact: gamma / sqrt(running_var + eps).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.rules.joins import scaled
+from lap_ext.topology.static import Scale, Static
+from lap_ext.topology.value import Value, plain
+
+if TYPE_CHECKING:
+    from lap_ext.topology.tracer import Tracer
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm",
+      "_batch_norm_no_update")  # fmt: skip
+def _batch_norm(t: Tracer, call: Call) -> Result:
+    x, gamma, variance = call["input"], call["weight"], call["running_var"]
+    training = call.get("training", call.get("cudnn_enabled", False)) and call.name == "batch_norm"
+    if variance is None or (training and call["training"]):
+        return _several(call, _times(t, call, x, gamma, x.shape[1], 1))
+    return _running(t, call)
+
+
+def _running(t: Tracer, call: Call) -> Result:
+    """By the running statistics: exactly gamma / sqrt(running_var + eps)."""
+    x, gamma, variance = call["input"], call["weight"], call["running_var"]
+    sources = (None if gamma is None else gamma.static, variance.static)
+    scale = Scale("batch_norm", sources, eps=float(call["eps"]))
+    return _several(call, _by_channel(t, call, x, scale, variance, 1))
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(t: Tracer, call: Call) -> Result:
+    x, weight = call["input"], call["weight"]
+    if not x.has_channels:
+        return _several(call, plain(call.shape))
+    if weight is None or weight.static is None:
+        return _several(call, x.passed(call.name, call.shape, x.labels))
+    scale = Scale("parameter", (weight.static,))
+    return _several(call, scaled(t, call, x, weight, scale))
+
+
+@rule("group_norm", "native_group_norm", "instance_norm")
+def _group_norm(t: Tracer, call: Call) -> Result:
+    x = call["input"]
+    if call.name == "instance_norm" and not call["use_input_stats"]:
+        return _running(t, call)
+    return _several(call, _times(t, call, x, call["weight"], x.shape[1], 1))
+
+
+@rule("cosine_similarity", "pairwise_distance", "cdist")
+def _unsupported(t: Tracer, call: Call) -> Result:
+    return t.unknown(call)
+
+
+def _times(t: Tracer, call: Call, x: Value, weight: Value | None, channels: int, dim: int) -> Value:
+    """X times a weight [channels] along dim; None counts as 1."""
+    del channels
+    if weight is None or weight.static is None:
+        return x.passed(call.name, call.shape, x.labels)
+    return _by_channel(t, call, x, Scale("parameter", (weight.static,)), weight, dim)
+
+
+def _by_channel(t: Tracer, call: Call, x: Value, scale: Scale, source: Value, dim: int) -> Value:
+    """X times a scale [C] along dim."""
+    if not x.has_channels:
+        return plain(call.shape)
+    shape = tuple(n if d == dim else 1 for d, n in enumerate(x.shape))
+    static = source.static or Static()
+    return scaled(t, call, x, Value(shape, source.labels, static), scale)
+
+
+def _several(call: Call, value: Value) -> Any:
+    """The first of several results; the others are statistics."""
+    shapes = call.shapes
+    return value if len(shapes) == 1 else [value, *map(plain, shapes[1:])]

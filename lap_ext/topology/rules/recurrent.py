@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""LSTM, GRU and plain RNN layers: every gate's row j of both weights makes the state's channel j.
+
+    state j: parents weight_ih[g * H + j] and weight_hh[g * H + j] for all gates g
+    weight_hh reads the state itself: the state's consumers are weight_hh and what follows
+
+A gate multiplies what another one adds: linearized at 1, both are parents, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lap_ext.topology import labels as lab
+from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.channels import Arcs, Trail
+from lap_ext.topology.roles import Part
+from lap_ext.topology.rules.routing import role_of
+from lap_ext.topology.value import Value
+
+if TYPE_CHECKING:
+    from lap_ext.topology.tracer import Tracer
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(t: Tracer, call: Call) -> Result:
+    if call.get("input") is None or call.get("batch_first") is None:
+        return t.unknown(call)  # packed sequences
+    x, layers = call["input"], call["num_layers"]
+    directions = 2 if call["bidirectional"] else 1
+    weights = [p for p in call["params"] if len(p.shape) == 2]
+    if any(w.view is None for w in weights):
+        return t.unknown(call)
+    per_cell = len(weights) // (layers * directions)
+    starts = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
+    inputs = lab.pairs_along(x.labels, 2, x.shape[2])
+    finals: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the outputs, of an LSTM's cells
+    sides: list[Tensor] = []
+    for layer in range(layers):
+        sides = []
+        for direction in range(directions):
+            cell = layer * directions + direction
+            own = weights[cell * per_cell : (cell + 1) * per_cell]
+            trail = x.trail if layer == 0 else ()
+            state, inner = _cell(t, call, own, inputs, trail, starts, cell)
+            sides.append(state)
+            finals[0].append(state)
+            finals[1].append(inner)
+        joined = torch.cat(sides)
+        inputs = torch.arange(joined.numel()), joined
+    outputs = torch.cat(sides).reshape(1, 1, -1)
+    result = [Value(call.shapes[0], outputs, trail=(call.name,))]
+    for shape, states in zip(call.shapes[1:], finals, strict=False):
+        result.append(Value(shape, torch.stack(states).unsqueeze(1), trail=(call.name,)))
+    return result
+
+
+def _cell(
+    t: Tracer,
+    call: Call,
+    weights: list[Value],
+    inputs: Any,
+    trail: Trail,
+    starts: Sequence[Any],
+    cell: int,
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr].
+
+    Returns:
+        The labels of its output and of its cell, which differ only where w_hr projects the output.
+    """
+    nothing = (torch.zeros(0, dtype=torch.int64),) * 2
+    roles = []
+    for place, weight in enumerate(weights):
+        assert weight.view is not None
+        part = Part(weight.shape)
+        given = inputs if place == 0 else nothing
+        roles.append(role_of(t, call, weight.view.parameter, part, given, call.name))
+    roles[0].trail = trail
+    hidden = weights[1].shape[1] if len(weights) == 2 else weights[2].shape[1]
+    gates = weights[0].shape[0] // hidden
+    child = torch.arange(hidden).repeat(gates)
+    made = [Arcs(child, role.out.labels) for role in roles[:2]]
+    carried = (
+        starts[:1] if call.name == "gru" else starts[1:]
+    )  # a first state that goes on as it is
+    made += [Arcs(*_first(x, cell, hidden)) for x in carried]
+    state = inner = t.state(hidden, call.name, made)
+    if len(weights) == 3:  # an LSTM's projection of the state
+        roles[2].inputs = torch.arange(hidden), state
+        state = roles[2].out.labels
+    more, first = _first(None if call.name == "gru" else starts[0], cell, state.numel())
+    roles[1].inputs = (
+        torch.cat([torch.arange(state.numel()), more]),
+        torch.cat([state, first]),
+    )
+    return state, inner
+
+
+def _first(start: Any, cell: int, size: int) -> tuple[Tensor, Tensor]:
+    """(place, label) pairs of a first state [cells, batch, size] that is computed; else none."""
+    if not isinstance(start, Value) or not start.has_channels:
+        return (torch.zeros(0, dtype=torch.int64),) * 2
+    labels = start.labels[cell if start.labels.shape[0] > 1 else 0]  # [batch or 1, size]
+    return lab.pairs_along(labels, 1, size)
