@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.progress import Count, Progress
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
