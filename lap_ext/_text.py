@@ -1,21 +1,92 @@
 # SPDX-License-Identifier: MIT
-"""Names and texts that several rooms share."""
+"""Text for people: aligned columns, enumerations, "did you mean", patterns and names of layers."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
-def layer_name(parameter: str) -> str:
-    """Returns the name of a parameter's layer: its own without a trailing ".weight".
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Aligns rows in columns; the first row is the head. right: places of columns of numbers.
 
     Example:
-        >>> layer_name("conv1.weight"), layer_name("embedding")
-        ('conv1', 'embedding')
+        >>> print(columns([("layer", "kept"), ("fc", "8"), ("head", "16")], right=[1]))
+        layer  kept
+        -----  ----
+        fc        8
+        head     16
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def some(items: Iterable[str], most: int) -> str:
+    """Enumerates the first items and counts the others.
+
+    Example:
+        >>> some(["a", "b", "c", "d"], 2), some(["a", "b"], 2)
+        ('a, b and 2 more', 'a, b')
+    """
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def lines(items: Sequence[str], most: int) -> str:
+    r"""Puts the first items on indented lines of their own, each after a line break.
+
+    Example:
+        >>> lines(["fc: [1, 2]", "head: [3]"], 1)
+        '\n  fc: [1, 2].\n  and 1 more.'
+    """
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return "".join(f"\n  {item}." for item in [*items[:most], *more])
+
+
+def did_you_mean(given: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """Suggests names close to a wrong one, as a sentence; empty where none is close.
+
+    Args:
+        given: the wrong name.
+        known: the right ones.
+        most: how many to suggest.
+        cutoff: how close they must be, 0 to 1 (as in difflib).
+
+    Example:
+        >>> did_you_mean("lookahed", ["lookahead", "magnitude"]), did_you_mean("x", ["magnitude"])
+        ("Did you mean 'lookahead'?", '')
+    """
+    close = difflib.get_close_matches(given, list(known), n=most, cutoff=cutoff)
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer's name is the pattern, or fits it as file names do (*, ?, [abc])."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def layer_name(parameter: str) -> str:
+    """Names the layer of a parameter: the parameter's name without a trailing ".weight".
+
+    Example:
+        >>> layer_name("conv1.weight"), layer_name("attn.in_proj_weight")
+        ('conv1', 'attn.in_proj_weight')
     """
     return parameter.removesuffix(".weight")
 
 
 def parameter_names(layer: str) -> tuple[str, str]:
-    """Returns the names that the parameter of a layer may have; the first one that exists is it.
+    """Lists the parameters that a layer's name may stand for, the likelier one first.
 
     Example:
         >>> parameter_names("conv1")

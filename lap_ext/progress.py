@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How far a work on many weights is, for on_progress: counted in bytes of weights that are read."""
+"""Tells a listener, on_progress, how far a step of the work is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a pruning or scoring is, for on_progress.
+    """How far one step of a pruning or scoring is.
 
     Attributes:
-        step: "measure" (energies), "score" (scores that are kept), "rank" (which weights are kept;
-            of a checkpoint: the cut of a ranking over more than is in memory), "write" (a
-            checkpoint's files), or "data" (criteria that look at data, which has no known length).
+        step: "measure" (norms of neighbors), "score" (scores that are stored), "rank" (which weights
+            are kept), "write" (a checkpoint's files), or "data" (criteria that look at data, which
+            has no known length). A step comes once in each round or pass.
         name: the layer or tensor; "" for all of them.
-        done: bytes read so far, over all steps.
-        total: bytes that will be read; grows if a ranking needs another pass.
+        done: bytes of weights that the step has read, or written, so far.
+        total: all bytes that it will read or write; 0: not known.
     """
 
     step: str
@@ -27,27 +27,29 @@ class Progress:
     total: int
 
 
-class Count:
-    """The bytes that have been read of those that will be.
+class Step:
+    """One step of the work, as it goes on.
+
+    Args:
+        on_progress: the listener, or None.
+        name: of the step.
+        total: bytes of weights that it will read.
 
     Example:
-        >>> count = Count(lambda progress: print(progress.step, progress.done, progress.total))
-        >>> count.expect(8)
-        >>> count.read("measure", "fc", 4)
-        measure 4 8
+        >>> step = Step(lambda progress: print(progress.name, progress.done, progress.total), "rank", 8)
+        >>> step.read("fc", 4)
+        fc 4 8
     """
 
-    def __init__(self, on_progress: Callable[[Progress], Any] | None) -> None:
-        self.on_progress = on_progress
-        self.done = self.total = 0
+    def __init__(
+        self, on_progress: Callable[[Progress], Any] | None, name: str, total: int
+    ) -> None:
+        self._on_progress = on_progress
+        self.name = name
+        self.done, self.total = 0, total
 
-    def expect(self, size: int) -> None:
-        """Size bytes more will be read."""
-        self.total += size
-
-    def read(self, step: str, name: str, size: int) -> None:
-        """Size bytes more have been read."""
+    def read(self, name: str, size: int) -> None:
+        """Counts size bytes more, of a layer or tensor, and tells the listener."""
         self.done += size
-        self.total = max(self.total, self.done)
-        if self.on_progress is not None:
-            self.on_progress(Progress(step, name, self.done, self.total))
+        if self._on_progress is not None:
+            self._on_progress(Progress(self.name, name, self.done, self.total))

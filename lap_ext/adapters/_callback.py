@@ -8,7 +8,6 @@ where masks are stored; it is called PruningCallback, as the messages here name 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -111,13 +110,7 @@ class TrainingCallback:
         self, model: nn.Module, optimizers: Sequence[Any], inputs: Any, options: Mapping[str, Any]
     ) -> lap_ext.Pruner:
         pruner = lap_ext.Pruner(model, inputs, self._schedule, **options)  # traces, and checks all
-        exclude = options.get("exclude", ())
-        patterns = [exclude] if isinstance(exclude, str) else exclude
-        weights = [
-            layer.weight
-            for name, layer in pruner.topology.layers.items()
-            if not any(fnmatchcase(name, pattern) for pattern in patterns)
-        ]
+        weights = [layer.weight for layer in pruner.layers]
         chosen = _trainers(optimizers, weights)
         return lap_ext.Pruner(model, pruner.topology, self._schedule, optimizer=chosen, **options)
 

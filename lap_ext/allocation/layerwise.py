@@ -19,15 +19,14 @@ ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in P
 
 from __future__ import annotations
 
-import difflib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
+from lap_ext._text import did_you_mean, matches, some
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
 
@@ -291,7 +290,7 @@ def _by_layer(function: str, by_pattern: Mapping[str, Number], shapes: Shapes) -
     """Each layer's number, 0 where no pattern matches; the first that matches counts."""
     found: dict[str, str] = {}
     for pattern in by_pattern:
-        fitting = [name for name in shapes if name == pattern or fnmatchcase(name, pattern)]
+        fitting = [name for name in shapes if matches(name, pattern)]
         if not fitting:
             raise ValueError(_no_layer(function, "a pattern", pattern, shapes))
         free = [name for name in fitting if name not in found]
@@ -306,13 +305,8 @@ def _by_layer(function: str, by_pattern: Mapping[str, Number], shapes: Shapes) -
 
 def _no_layer(function: str, what: str, given: str, shapes: Shapes) -> str:
     """Message: a name or pattern fits no layer; with what may have been meant."""
-    close = difflib.get_close_matches(given, list(shapes), n=3)
-    if close:
-        cure = f"Did you mean {' or '.join(map(repr, close))}?"
-    elif shapes:
-        cure = f"The layers are {', '.join(list(shapes)[:5])}{', ...' if len(shapes) > 5 else ''}."
-    else:
-        cure = "There are no layers."
+    listed = f"The layers are {some(shapes, 5)}." if shapes else "There are no layers."
+    cure = did_you_mean(given, shapes, most=3) or listed
     return f"{function}: expected {what} that names a layer, got {given!r}. {cure}"
 
 

@@ -22,7 +22,7 @@ from lap_ext.criteria import Criterion, Lookahead, Lookback, Lookforward, Magnit
 from lap_ext.criteria.context import BN
 from lap_ext.ops import check
 from lap_ext.pruning import selection
-from lap_ext.pruning.model import SCOPES, chosen
+from lap_ext.pruning.plan import SCOPES, chosen
 from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)

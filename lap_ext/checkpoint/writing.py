@@ -60,7 +60,7 @@ class MaskFile:
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
         self._head = header(FUNCTION, empty)
-        self._begin, begin = {}, 8 + len(self._head)
+        self._begin, begin = {}, len(self._head)
         for name, mask in empty.items():
             self._begin[name] = begin
             begin += (mask.numel() + 7) // 8
@@ -75,7 +75,6 @@ class MaskFile:
     def create(self) -> None:
         """A file without a weight kept."""
         with on_disk(self.path.parent), self.path.open("wb") as file:
-            file.write(len(self._head).to_bytes(8, "little"))
             file.write(self._head)
             file.truncate(self.size)
 

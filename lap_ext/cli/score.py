@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 import lap_ext
+from lap_ext._files import replacing
 from lap_ext.checkpoint import memory, passes, plan
 from lap_ext.checkpoint.files import open_folder
 from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result, writing
-from lap_ext.masks.file import _replacing
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
 from lap_ext.topology.render import columns
@@ -189,7 +189,7 @@ def _writing(out: Path, size: int) -> Iterator[IO[bytes]]:
     if free < size:
         text = f"expected {size:,} bytes on the disk of {str(out)!r}, got {free:,} that are free."
         raise ValueError(text)
-    with writing(out), _replacing(out) as file:
+    with writing(out), replacing(out) as file:
         yield file
 
 

@@ -95,6 +95,11 @@ class Network:
             self._override()
         return self._factors[self.topology.roles.index(role)]
 
+    def unmeasured(self) -> list[Role]:
+        """The roles whose norms `factors` needs and has not yet."""
+        pairs = zip(self.topology.roles, self._energies, strict=True)
+        return [role for role, energies in pairs if energies is None]
+
     def take_norms(self) -> Iterator[Role]:
         """Takes the norms that `factors` needs and has not yet; yields each role that was read."""
         for place, role in enumerate(self.topology.roles):

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import lap_ext
+from lap_ext import __version__
+from lap_ext._files import replacing, safetensors_header, safetensors_package
 
 FORMAT = "1"
 _MAX_DIMS = 64  # torch's own limit for most of its operations
@@ -34,8 +34,7 @@ _MAX_WEIGHTS = 1 << 62
 def save(function: str, path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
     """Writes beside path and renames: path holds the old file or the new one, never a part."""
     head = header(function, masks)
-    with _replacing(Path(path)) as file:
-        file.write(len(head).to_bytes(8, "little"))
+    with replacing(path) as file:
         file.write(head)
         for mask in masks.values():
             file.write(_bytes(pack(mask)))
@@ -73,13 +72,14 @@ class BitMasks:
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __enter__(self) -> BitMasks:
-        opener, self._broken = _safetensors(self.function)
+        package = safetensors_package(self.function, "it reads the file")
+        self._broken: type[Exception] = package.SafetensorError
         if self.path.is_dir():
             raise IsADirectoryError(
                 f"{self.function}: expected a file, got the directory {str(self.path)!r}."
             )
         with self._told():
-            self._file: Any = opener(self.path, framework="pt").__enter__()
+            self._file: Any = package.safe_open(self.path, framework="pt").__enter__()
             self.shapes = _shapes(self._file.metadata() or {})
             if set(self._file.keys()) != set(self.shapes):
                 raise _FileError("its tensors are not those its metadata lists")
@@ -167,57 +167,16 @@ class _FileError(Exception):
 
 
 def header(function: str, masks: Mapping[str, Tensor]) -> bytes:
-    """The JSON header of a file, padded to 8 bytes as the format asks; only shapes are looked at."""
+    """What a file of masks begins with; only shapes are looked at."""
     layers = {name: list(mask.shape) for name, mask in masks.items()}
-    if "__metadata__" in layers:
-        raise ValueError(
-            f"{function}: expected layer names that a safetensors file can hold, "
-            "got '__metadata__'. Rename that parameter."
-        )
+    sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {
         "format": FORMAT,
-        "lap_ext": lap_ext.__version__,
+        "lap_ext": __version__,
         "layers": json.dumps(layers, separators=(",", ":"), ensure_ascii=False),
     }
-    header: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for name, mask in masks.items():
-        size = (mask.numel() + 7) // 8
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of path once it is complete and on the disk."""
-    path = path.resolve()  # a link stays a link
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _safetensors(function: str) -> tuple[Any, type[Exception]]:
-    """safetensors.safe_open and the error it raises."""
-    try:
-        import safetensors
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            f"{function}: expected the safetensors package (it reads the file), got none. "
-            "Run: pip install safetensors",
-            name="safetensors",
-        ) from None
-    return safetensors.safe_open, safetensors.SafetensorError
+    tensors = ((name, "U8", [size], size) for name, size in sizes.items())
+    return safetensors_header(function, tensors, metadata)
 
 
 def _shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

@@ -120,6 +120,18 @@ class _Layer:
         zero_(x, self.mask)
 
 
+def check_hooks(function: str, optimizer: object) -> None:
+    """Checks that an optimizer can have hooks.
+
+    A wrapper may derive from Optimizer and yet have none: it was not initialized as one.
+    """
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{function}: expected a torch.optim.Optimizer with its step hooks, "
+            f"got {type(optimizer).__name__}. Pass the optimizer that a wrapper holds."
+        )
+
+
 def _mask_gradients(layers: list[_Layer]) -> None:
     for layer in layers:
         grad = layer.weight.grad

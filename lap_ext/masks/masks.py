@@ -18,7 +18,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
 
 from lap_ext.masks import file
-from lap_ext.masks.keep import KeepHandle
+from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, zero_
 
 
@@ -185,14 +185,7 @@ class Masks(Mapping[str, Tensor]):
             0.0
             >>> handle.remove()
         """
-        # a wrapper may derive from Optimizer and yet have no hooks (it was not initialized as one)
-        if not isinstance(optimizer, Optimizer) or not hasattr(
-            optimizer, "_optimizer_step_pre_hooks"
-        ):
-            raise TypeError(
-                "Masks.keep: expected a torch.optim.Optimizer with its step hooks, "
-                f"got {type(optimizer).__name__}. Pass the optimizer that a wrapper holds."
-            )
+        check_hooks("Masks.keep", optimizer)
         targets = find("Masks.keep", model, self)
         handle = KeepHandle(targets, optimizer)
         for target in targets:

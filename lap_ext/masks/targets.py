@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from lap_ext._text import layer_name, lines, parameter_names, some
 from lap_ext.ops import check
 
 _WRAPPED = ("module", "_orig_mod")  # what wrappers call the module inside
@@ -129,8 +130,8 @@ def _modules(function: str, model: Module) -> Modules:
 def _place(modules: Modules, name: str, suffix: str = "") -> Place | None:
     """Where the parameter with this layer name is."""
     for layer in _spellings(name):
-        for parameter in (f"{layer}.weight{suffix}", f"{layer}{suffix}"):
-            path, _, attribute = parameter.rpartition(".")
+        for parameter in parameter_names(layer):
+            path, _, attribute = f"{parameter}{suffix}".rpartition(".")
             owner = modules.get(path)
             weight = None if owner is None else owner._parameters.get(attribute)
             if owner is not None and weight is not None:
@@ -165,11 +166,11 @@ def _why_not(modules: Modules, name: str) -> str:
             "pruned with torch.nn.utils.prune, which keeps its own mask. "
             "Call masks.remove(model) first"
         )
-    for layer in (f"{name}.weight", name):
-        path, _, attribute = layer.rpartition(".")
+    for parameter in parameter_names(name):
+        path, _, attribute = parameter.rpartition(".")
         if isinstance(getattr(modules.get(path), attribute, None), Tensor):
             return (
-                f"{layer} is no parameter but computed from others (a parametrization or "
+                f"{parameter} is no parameter but computed from others (a parametrization or "
                 "weight norm) or a buffer. Undo that first"
             )
     return _MISSING
@@ -208,21 +209,18 @@ def _without_mask(model: Module, found: Iterable[Target]) -> list[str]:
     """Layers of the model (of 2 dimensions or more) that have no mask."""
     masked = {id(target.weight) for target in found}
     return [
-        name.removesuffix(".weight")
+        layer_name(name)
         for name, weight in model.named_parameters()
         if id(weight) not in masked and not is_lazy(weight) and weight.dim() >= 2
     ]
 
 
 def _listing(function: str, problems: dict[str, str], without: list[str]) -> str:
-    few = [f"\n  {name!r}: {problem}." for name, problem in list(problems.items())[:_LISTED]]
-    if len(problems) > _LISTED:
-        few.append(f"\n  and {len(problems) - _LISTED} more.")
     text = f"{function}: expected masks that fit the model, got {len(problems)} that do not:"
+    text += lines([f"{name!r}: {problem}" for name, problem in problems.items()], _LISTED)
     if without:
-        more = f" and {len(without) - _LISTED} more" if len(without) > _LISTED else ""
-        few.append(f"\nLayers of the model without a mask: {', '.join(without[:_LISTED])}{more}.")
-    return text + "".join(few)
+        text += f"\nLayers of the model without a mask: {some(without, _LISTED)}."
+    return text
 
 
 def _join(path: str, name: str) -> str:

@@ -11,24 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from lap_ext import allocation, criteria
+from lap_ext import allocation
 from lap_ext.allocation import Sparsity
-from lap_ext.criteria import Criterion
-from lap_ext.criteria.context import BN, Network
+from lap_ext.criteria.context import Network
 from lap_ext.masks import Masks
-from lap_ext.ops import check
-from lap_ext.progress import Count, Progress
+from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
+from lap_ext.pruning.plan import Plan, checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.topology import Layer, Topology, trace
-
-SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
-SKIPS = ("sum", "ignore")
+from lap_ext.topology import Layer
 
 
 def scores(
@@ -79,12 +74,22 @@ def scores(
         >>> lap_ext.scores(net, torch.ones(1, 1))       # |3| * 1 * |-2| and |-2| * |3| * 1
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
-    check.one_of("scores", "normalize", normalize, selection.NORMALIZATIONS)
-    topology = _traced("scores", model, example_inputs, kwargs, neighbors, unknown)
-    layers = chosen("scores", topology, exclude)
-    plan = _plan("scores", topology, layers, criterion, bn, skip, data, masks, on_progress)
-    plan.expect(layers, layers, 1, "parallel")
-    return _scores(plan, layers, normalize, plan.masks)
+    options = options_of(
+        "scores", criterion=criterion, normalize=normalize, exclude=exclude, bn=bn, skip=skip
+    )
+    topology = topology_of("scores", model, example_inputs, kwargs, neighbors, unknown)
+    plan = plan_of("scores", topology, options)
+    scoring = _scoring(plan, checked_masks("scores", topology, masks), data, on_progress)
+    scoring.measure()
+    step = scoring.step("score", plan.layers)
+    found = {}
+    for layer in plan.layers:
+        mask = scoring.masks.get(layer.name)
+        found[layer.name] = selection.comparable_scores(
+            scoring.network, plan.criterion, layer, normalize, mask
+        )
+        step.read(layer.name, layer.weight.nbytes)
+    return found
 
 
 def prune(
@@ -164,204 +169,134 @@ def prune(
         >>> int((net[0].weight != 0).sum())
         36
     """
-    for name, value, known in (
-        ("scope", scope, SCOPES),
-        ("normalize", normalize, selection.NORMALIZATIONS),
-        ("order", order, ORDERS),
-    ):
-        check.one_of("prune", name, value, known)
-    check.positive("prune", "rounds", rounds)
-    if scope == "global" and order != "parallel":
-        raise ValueError(
-            f'prune: expected order="parallel" with scope="global" (one ranking needs all scores '
-            f"at once), got order={order!r}. Use rounds to score anew in between."
-        )
-    topology = _traced("prune", model, example_inputs, kwargs, neighbors, unknown)
-    layers = chosen("prune", topology, exclude)
-    plan = _plan("prune", topology, layers, criterion, bn, skip, data, masks, on_progress)
-    shapes = {layer.name: layer.shape for layer in layers}
-    given = allocation.of(sparsity)
-    keeps = given.keeps(shapes)
-    layers = [layer for layer in layers if layer.name in keeps]
-    read = list(layers)
-    if scope == "global":  # once more where scores are stored
-        read += [x for x in layers if selection.stores_scores(plan.criterion, x, normalize)]
-    plan.expect(layers, read, rounds, order)
-    if scope == "global":
-        kept = _globally(plan, layers, allocation.total(given, shapes), normalize, rounds)
-    else:
-        kept = _by_layer(plan, layers, keeps, order, rounds)
-    result = PruneResult(
-        Masks(kept), [row_of(layer, kept[layer.name]) for layer in layers], plan.criterion.name
+    options = options_of(
+        "prune",
+        criterion=criterion,
+        scope=scope,
+        normalize=normalize,
+        order=order,
+        rounds=rounds,
+        exclude=exclude,
+        bn=bn,
+        skip=skip,
     )
+    topology = topology_of("prune", model, example_inputs, kwargs, neighbors, unknown)
+    plan = plan_of("prune", topology, options)
+    result = run(plan, sparsity, masks, data, on_progress)
     if apply:
         result.masks.apply(model)
     return result
 
 
-@dataclass
-class _Plan:
-    """What scoring needs."""
+def run(
+    plan: Plan,
+    sparsity: Sparsity,
+    masks: Mapping[str, Tensor] | None,
+    data: Iterable[Any] | None,
+    on_progress: Callable[[Progress], Any] | None,
+) -> PruneResult:
+    """Finds the masks that a plan and a sparsity ask for; the model is not changed."""
+    given = checked_masks(plan.function, plan.topology, masks)
+    shapes = {layer.name: layer.shape for layer in plan.layers}
+    allocated = allocation.of(sparsity, plan.function)
+    keeps = allocated.keeps(shapes)
+    layers = [layer for layer in plan.layers if layer.name in keeps]
+    scoring = _scoring(plan, given, data, on_progress)
+    if plan.options.scope == "global":
+        kept = _globally(scoring, layers, allocation.total(allocated, shapes))
+    else:
+        kept = _by_layer(scoring, layers, keeps)
+    rows = [row_of(layer, kept[layer.name]) for layer in layers]
+    return PruneResult(Masks(kept), rows, plan.criterion.name)
 
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What scoring needs, and who listens."""
+
+    plan: Plan
     network: Network
-    criterion: Criterion
     masks: dict[str, Tensor]
-    count: Count
-
-    def expect(
-        self, layers: Sequence[Layer], read: Sequence[Layer], rounds: int, order: str
-    ) -> None:
-        """Says how much will be read: what is scored in each round, and the layers' neighbors."""
-        size = rounds * sum(layer.weight.nbytes for layer in read)
-        if layers and self.criterion.reads_norms:
-            every = self.network.topology.layers.values()
-            size += sum(map(_measured, every))  # then those whose masks have changed
-            size += (rounds - 1) * sum(map(_measured, layers))
-            if order != "parallel":
-                last = layers[0] if order == "backward" else layers[-1]
-                size += sum(map(_measured, layers)) - _measured(last)
-        self.count.expect(size)
+    on_progress: Callable[[Progress], Any] | None
 
     def measure(self) -> None:
-        """Takes the norms that scoring asks for layer by layer, where it asks for all at once."""
-        if not self.criterion.reads_norms:
+        """Takes the norms that scoring will ask for layer by layer all at once, to be listened to."""
+        if not self.plan.criterion.reads_norms:
             return
+        layers = self.plan.topology.layers
+        total = sum(layers[role.layer].weight.nbytes for role in self.network.unmeasured())
+        step = Step(self.on_progress, "measure", total)
         for role in self.network.take_norms():
-            size = self.network.topology.layers[role.layer].weight.nbytes
-            self.count.read("measure", role.layer, size)
+            step.read(role.layer, layers[role.layer].weight.nbytes)
+
+    def step(self, name: str, layers: Sequence[Layer]) -> Step:
+        """Begins a step that reads the weights of layers once."""
+        return Step(self.on_progress, name, sum(layer.weight.nbytes for layer in layers))
 
 
-def _measured(layer: Layer) -> int:
-    """Bytes that the norms of a layer read: its weight, once for each of its roles."""
-    return len(layer.roles) * layer.weight.nbytes
-
-
-def _traced(
-    function: str, model: nn.Module, given: Any, kwargs: Any, neighbors: Any, unknown: str
-) -> Topology:
-    """The topology of a model, or the one that is given in place of example inputs."""
-    if not isinstance(given, Topology):
-        return trace(model, given, kwargs, neighbors=neighbors, unknown=unknown)
-    if given.model is not model:
-        raise ValueError(f"{function}: expected the topology of this model, got another's.")
-    return given
-
-
-def _plan(
-    function: str,
-    topology: Topology,
-    layers: list[Layer],
-    criterion: Any,
-    bn: str,
-    skip: str,
-    data: Any,
-    masks: Mapping[str, Tensor] | None,
+def _scoring(
+    plan: Plan,
+    masks: dict[str, Tensor],
+    data: Iterable[Any] | None,
     on_progress: Callable[[Progress], Any] | None,
-) -> _Plan:
-    """Everything that scoring needs, checked."""
-    check.one_of(function, "bn", bn, BN)
-    check.one_of(function, "skip", skip, SKIPS)
-    chosen = criteria.of(criterion, function)
-    given = _given_masks(function, topology, masks)
-    chain = [layer.name for layer in layers] if skip == "ignore" else None
-    network = Network(topology, bn, masks=given, chain=chain, function=function)
-    count = Count(on_progress)
+) -> _Scoring:
+    """Lets the criterion look at data, if it does."""
     if data is not None:
-        count.read("data", "", 0)
-    return _Plan(chosen.prepare(network, data), chosen, given, count)
+        Step(on_progress, "data", 0).read("", 0)
+    network = plan.criterion.prepare(plan.network(masks), data)
+    return _Scoring(plan, network, masks, on_progress)
 
 
-def _given_masks(
-    function: str, topology: Topology, masks: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    given = dict(masks or {})
-    for name, mask in given.items():
-        if name not in topology.layers:
-            raise ValueError(
-                f"{function}: expected masks of the model's layers, got one for {name!r}. The "
-                f"layers are {', '.join(list(topology.layers)[:5])}, ..."
-            )
-        shape = topology.layers[name].shape
-        check.mask_like(function, f"masks[{name!r}]", str(mask.dtype), tuple(mask.shape),
-                        "weight", shape)  # fmt: skip
-    return given
-
-
-def chosen(function: str, topology: Topology, exclude: Sequence[str]) -> list[Layer]:
-    """The layers that no pattern of exclude names; each pattern must name one."""
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in topology.layers):
-            raise ValueError(
-                f"{function}: expected exclude patterns that name a layer, got {pattern!r}. The "
-                f"layers are {', '.join(list(topology.layers)[:5])}, ..."
-            )
-    return [
-        layer
-        for name, layer in topology.layers.items()
-        if not any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
-
-
-def _scores(
-    plan: _Plan, layers: Sequence[Layer], normalize: str, masks: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Scores of layers; masks: the weights that count where they are normalized."""
-    found = {}
-    for layer in layers:
-        plan.measure()
-        found[layer.name] = selection.comparable_scores(
-            plan.network, plan.criterion, layer, normalize, masks.get(layer.name)
-        )
-        plan.count.read("score", layer.name, layer.weight.nbytes)
-    return found
-
-
-def _globally(
-    plan: _Plan, layers: list[Layer], keep: int, normalize: str, rounds: int
-) -> dict[str, Tensor]:
+def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Tensor]:
     """The masks of one ranking over all layers, after all rounds."""
-    masks = _own_masks(plan, layers)
+    network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
+    masks = _own_masks(scoring, layers)
     left = sum(_left(layer, masks) for layer in layers)
-    for step in range(1, rounds + 1):
-        found = []
+    stored = [x for x in layers if selection.stores_scores(criterion, x, options.normalize)]
+    for number in range(1, options.rounds + 1):
+        if layers:
+            scoring.measure()
+        step, found = scoring.step("score", stored), []
         for layer in layers:
-            plan.measure()
             own = masks.get(layer.name)
-            found.append(selection.ranked(plan.network, plan.criterion, layer, normalize, own))
-            if selection.stores_scores(plan.criterion, layer, normalize):
-                plan.count.read("score", layer.name, layer.weight.nbytes)
-        after = _after(step, rounds, left, keep)
-        masks = selection.global_masks(plan.network, layers, found, after, masks)
-        plan.count.read("rank", "", sum(layer.weight.nbytes for layer in layers))
-        _set_masks(plan, masks if step < rounds else {})
+            found.append(selection.ranked(network, criterion, layer, options.normalize, own))
+            if selection.stores_scores(criterion, layer, options.normalize):
+                step.read(layer.name, layer.weight.nbytes)
+        after = _after(number, options.rounds, left, keep)
+        step = scoring.step("rank", layers)
+        masks = selection.global_masks(network, layers, found, after, masks)
+        step.read("", step.total)
+        if number < options.rounds:
+            _set_masks(network, masks)
     return masks
 
 
 def _by_layer(
-    plan: _Plan, layers: list[Layer], keeps: Mapping[str, int], order: str, rounds: int
+    scoring: _Scoring, layers: list[Layer], keeps: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """The masks of layers that are ranked each by itself, after all rounds."""
-    masks = _own_masks(plan, layers)
+    network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
+    masks = _own_masks(scoring, layers)
     left = {layer.name: _left(layer, masks) for layer in layers}
-    for step in range(1, rounds + 1):
-        for layer in reversed(layers) if order == "backward" else layers:
+    for number in range(1, options.rounds + 1):
+        if layers:
+            scoring.measure()
+        step = scoring.step("rank", layers)
+        for layer in reversed(layers) if options.order == "backward" else layers:
             name = layer.name
-            keep = _after(step, rounds, left[name], keeps[name])
-            plan.measure()
-            masks[name] = selection.layer_mask(
-                plan.network, plan.criterion, layer, keep, masks.get(name)
-            )
-            plan.count.read("rank", name, layer.weight.nbytes)
-            if order != "parallel":
-                plan.network.set_mask(name, masks[name])
-        if order == "parallel" and step < rounds:
-            _set_masks(plan, masks)
+            keep = _after(number, options.rounds, left[name], keeps[name])
+            masks[name] = selection.layer_mask(network, criterion, layer, keep, masks.get(name))
+            step.read(name, layer.weight.nbytes)
+            if options.order != "parallel":
+                network.set_mask(name, masks[name])
+        if options.order == "parallel" and number < options.rounds:
+            _set_masks(network, masks)
     return {layer.name: masks[layer.name] for layer in layers}
 
 
-def _own_masks(plan: _Plan, layers: list[Layer]) -> dict[str, Tensor]:
-    return {layer.name: plan.masks[layer.name] for layer in layers if layer.name in plan.masks}
+def _own_masks(scoring: _Scoring, layers: list[Layer]) -> dict[str, Tensor]:
+    given = scoring.masks
+    return {layer.name: given[layer.name] for layer in layers if layer.name in given}
 
 
 def _left(layer: Layer, masks: Mapping[str, Tensor]) -> int:
@@ -370,11 +305,11 @@ def _left(layer: Layer, masks: Mapping[str, Tensor]) -> int:
     return layer.weight.numel() if mask is None else int(mask.count_nonzero())
 
 
-def _after(step: int, rounds: int, left: int, keep: int) -> int:
+def _after(number: int, rounds: int, left: int, keep: int) -> int:
     """Weights to keep after a round: each removes the same number."""
-    return left - max(left - keep, 0) * step // rounds
+    return left - max(left - keep, 0) * number // rounds
 
 
-def _set_masks(plan: _Plan, masks: Mapping[str, Tensor]) -> None:
+def _set_masks(network: Network, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
-        plan.network.set_mask(name, mask)
+        network.set_mask(name, mask)

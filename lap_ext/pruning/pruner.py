@@ -12,6 +12,7 @@ of steps and the masks: a schedule is a pure function of the step.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,18 +24,22 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lap_ext import criteria
-from lap_ext.allocation import Shapes, Sparsity
+from lap_ext._text import did_you_mean, lines, some
+from lap_ext.allocation import Sparsity
 from lap_ext.criteria import Criterion
 from lap_ext.masks import Masks, pack, unpack
+from lap_ext.masks.keep import check_hooks
 from lap_ext.masks.targets import zero_
-from lap_ext.pruning.model import prune
+from lap_ext.pruning.model import run
+from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.topology import Topology, trace
+from lap_ext.topology import Layer
 
 Schedule: TypeAlias = Callable[[int], Sparsity | None]
 
 _TRACE = ("kwargs", "neighbors", "unknown")  # the options of prune that are trace's
+_PLAN = tuple(inspect.signature(options_of).parameters)[1:]  # those that say how it ranks
+_RUN = ("data", "on_progress")  # those that each pruning takes
 _OWN = ("sparsity", "masks", "apply")  # those that the pruner decides
 _LISTED = 10  # of many differences, the first ones say it
 
@@ -61,6 +66,7 @@ class Pruner:
             and unknown, as in `prune`. data is iterated over at every pruning.
 
     Attributes:
+        layers: the layers that it prunes, in the network's order.
         topology: the trace. Another pruner of this model takes it in place of example_inputs.
         masks: the masks so far, `Masks`; empty before the first pruning.
         result: the last pruning's `PruneResult`, or None.
@@ -109,17 +115,17 @@ class Pruner:
         _check_schedule(schedule)
         _check_options(options)
         self._schedule = schedule
-        self._options = options
         self._model, self._group = _unwrapped(model)
-        self._criterion = criteria.of(options.get("criterion", "lookahead"), "Pruner")
-        if isinstance(example_inputs, Topology):
-            self.topology = example_inputs
-        else:
-            named = {name: options[name] for name in _TRACE if name in options}
-            self.topology = trace(self._model, example_inputs, **named)
-        shapes = self._tried()
+        traced = {name: options.pop(name) for name in _TRACE if name in options}
+        self._data = options.pop("data", None)
+        self._on_progress = options.pop("on_progress", None)
+        checked = options_of("Pruner", **options)
+        self.topology = topology_of("Pruner", self._model, example_inputs, **traced)
+        self._plan = plan_of("Pruner", self.topology, checked)
+        self.layers: Sequence[Layer] = tuple(self._plan.layers)
+        self._check_data()
         self._optimizers = _optimizers(optimizer)
-        self._check_trained(shapes)
+        self._check_optimizers()
         self._step = 0
         self._removed = False
         self._hooks = ExitStack()
@@ -213,9 +219,7 @@ class Pruner:
         here = {
             name: self.masks[name].to(weight.device) for name, weight in self._weights(self.masks)
         }
-        result = prune(
-            self._model, self.topology, sparsity, **self._options, masks=here, apply=False
-        )
+        result = run(self._plan, sparsity, here, self._data, self._on_progress)
         self._adopt({**here, **_agreed(result.masks, self._group)})
 
     def _adopt(self, masks: Mapping[str, Tensor]) -> None:
@@ -233,7 +237,7 @@ class Pruner:
             self._hooks = hooks.pop_all()
         self.masks = found
         rows = [row_of(layers[name], mask) for name, mask in found.items()]
-        self.result = PruneResult(found, rows, self._criterion.name) if rows else None
+        self.result = PruneResult(found, rows, self._plan.criterion.name) if rows else None
 
     def _weights(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The masked layers in the network's order, each with its parameter as it is now."""
@@ -245,24 +249,18 @@ class Pruner:
         """Name -> shape: what a state must fit."""
         return {name: list(layer.shape) for name, layer in self.topology.layers.items()}
 
-    def _tried(self) -> Shapes:
-        """Shapes of the layers that it will prune; raises what prune would, now and not at step k.
+    def _check_data(self) -> None:
+        """Raises what the criterion says of the data, but does not read it yet."""
+        overridden = type(self._plan.criterion).prepare != Criterion.prepare
+        if self._data is None or not overridden:
+            self._plan.criterion.prepare(self._plan.network({}), self._data)
 
-        Data is left alone, unless the criterion has no use for it.
-        """
-        options = dict(self._options)
-        if options.get("data") is not None and type(self._criterion).prepare != Criterion.prepare:
-            options.update(criterion="magnitude", data=None)
-        probe = _Probe()
-        prune(self._model, self.topology, probe, **options, apply=False)
-        return probe.shapes
-
-    def _check_trained(self, shapes: Shapes) -> None:
-        weights = {id(self.topology.layers[name].weight) for name in shapes}
+    def _check_optimizers(self) -> None:
+        weights = {id(layer.weight) for layer in self.layers}
         for optimizer in self._optimizers:
-            Masks({}).keep(self._model, optimizer).remove()  # it has hooks
+            check_hooks("Pruner", optimizer)
             if not any(id(p) in weights for g in optimizer.param_groups for p in g["params"]):
-                few = ", ".join(list(shapes)[:_LISTED])
+                few = some((layer.name for layer in self.layers), _LISTED)
                 raise ValueError(
                     "Pruner: expected an optimizer that trains layers to prune, got "
                     f"{type(optimizer).__name__} with none of {few}. Make it from the parameters "
@@ -275,18 +273,6 @@ class Pruner:
                 f"Pruner.{name}: expected a pruner that still prunes, got one after remove(). "
                 "Make a new one and load this one's state_dict()."
             )
-
-
-class _Probe:
-    """An allocation that names no layer, so that prune checks all and scores nothing."""
-
-    def __init__(self) -> None:
-        self.shapes: Shapes = {}
-
-    def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Nothing."""
-        self.shapes = shapes
-        return {}
 
 
 def _check_schedule(schedule: object) -> None:
@@ -302,11 +288,16 @@ def _check_schedule(schedule: object) -> None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    for name in _OWN:
-        if name in options:
+    for name in options:
+        if name in _OWN:
             raise TypeError(
                 f"Pruner: expected no {name} (the schedule says how much, masks carry over and are "
                 "applied), got one. Leave it out."
+            )
+        if name not in (known := (*_TRACE, *_PLAN, *_RUN)):
+            raise TypeError(
+                f"Pruner: expected options of prune, got {name!r}. "
+                f"{did_you_mean(name, known) or 'They are ' + ', '.join(known) + '.'}"
             )
     if isinstance(options.get("data"), Iterator):
         raise TypeError(
@@ -368,17 +359,16 @@ def _unpacked(
             f"{got}."
         )
     saved = {name: list(shape) for name, shape in state["layers"].items()}
-    lines = [
-        f"\n  {name!r}: {saved.get(name, 'none')} in the state, {layers.get(name, 'none')} here."
+    differing = [
+        f"{name!r}: {saved.get(name, 'none')} in the state, {layers.get(name, 'none')} here"
         for name in {**layers, **saved}
         if saved.get(name) != layers.get(name)
     ]
-    if lines:
-        more = [f"\n  and {len(lines) - _LISTED} more."] if len(lines) > _LISTED else []
+    if differing:
         raise ValueError(
             f"{function}: expected the state of a pruner of the same layers, got one that differs "
-            f"in {len(lines)}. Build the model as it was then."
-            f"{''.join(lines[:_LISTED] + more)}"
+            f"in {len(differing)}. Build the model as it was then."
+            f"{lines(differing, _LISTED)}"
         )
     step, bits = state.get("step"), state["masks"]
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:

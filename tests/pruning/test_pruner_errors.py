@@ -174,7 +174,7 @@ def test_a_pruning_that_fails_changes_nothing() -> None:
 def test_what_a_schedule_may_not_return(sparsity: Any) -> None:
     pruner = Pruner(cases.net(), EXAMPLE, {1: sparsity}.get)
     pruner.step()
-    with pytest.raises((TypeError, ValueError), match=r"prune|per_layer"):
+    with pytest.raises((TypeError, ValueError), match=r"Pruner|per_layer"):
         pruner.step()
 
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""Files that are complete or not there, the header of a safetensors file, and sizes such as "4GB"."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Opens a new file that takes the place of path once it is complete and on the disk.
+
+    An old file stays until then, and for good if anything fails. A link stays a link.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     with replacing(Path(directory) / "note") as file:
+        ...         _ = file.write(b"done")
+        ...     (Path(directory) / "note").read_bytes()
+        b'done'
+    """
+    path = Path(path).resolve()
+    with _beside(path) as part:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a directory beside path that takes its name once its files are on the disk.
+
+    It goes away if anything fails.
+    """
+    path = Path(path).resolve()
+    with _beside(path) as part:
+        part.mkdir(parents=True)
+        yield part
+        for file in part.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        part.rename(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Names something beside path; it is removed if it is still there after an error."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+    except BaseException:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+        raise
+
+
+def safetensors_header(
+    function: str,
+    tensors: Iterable[tuple[str, str, Sequence[int], int]],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Makes what a safetensors file begins with: the length of its JSON table, and the table.
+
+    Args:
+        function: whom errors name.
+        tensors: (name, dtype as the format spells it, shape, bytes), in the order of the file.
+        metadata: texts about the whole file.
+
+    Raises:
+        ValueError: a name that the table cannot hold.
+
+    Example:
+        >>> header = safetensors_header("save", [("a", "U8", [3], 3)], {})
+        >>> int.from_bytes(header[:8], "little"), header[8:]
+        (72, b'{"__metadata__":{},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}} ')
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, dtype, shape, size in tensors:
+        if name in table:
+            raise ValueError(
+                f"{function}: expected layer names that a safetensors file can hold, got {name!r}. "
+                "Rename that parameter."
+            )
+        offsets = [begin, begin + size]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        begin += size
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_package(function: str, why: str) -> Any:
+    """Imports the safetensors package, or says in the name of function why it is needed."""
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            f"{function}: expected the safetensors package ({why}), got none. "
+            "Run: pip install safetensors",
+            name="safetensors",
+        ) from None
+    return safetensors
+
+
+def parsed_size(text: str) -> int | None:
+    """Reads a number of bytes such as "4GB" (10^9 each) or "512MiB" (2^20 each).
+
+    Returns:
+        The bytes, rounded down; None if the text is no such number.
+
+    Example:
+        >>> parsed_size("4GB"), parsed_size("1.5 MiB"), parsed_size("1000"), parsed_size("4 apples")
+        (4000000000, 1572864, 1000, None)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    if found is None:
+        return None
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** _POWERS[found[2] or ""])
