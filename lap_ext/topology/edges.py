@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.graph.channels import Arcs, Space, Trail
+from lap_ext.topology.channels import Arcs, Space, Trail
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 from lap_ext.topology.value import merged

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lap_ext._text import columns
 from lap_ext.topology.edges import Edge
 
 _MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
@@ -36,20 +37,6 @@ def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) ->
     if others:
         lines.append(f"no layers, never pruned: {', '.join(others)}")
     return "\n".join([*lines, *(f"stopped at: {text}" for text in stops)])
-
-
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows in aligned columns, the first one as the head; right: columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def _list(name: str, edges: list[Edge]) -> str:

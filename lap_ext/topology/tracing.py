@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
-from lap_ext._text import layer_name
+from lap_ext._text import did_you_mean, layer_name
 from lap_ext.errors import TopologyError
 from lap_ext.topology.export import export, first_names, named_tensors, placeholders
 from lap_ext.topology.graph import Graph
@@ -33,8 +32,8 @@ def trace(
 
     Channels are followed through the graph of torch.export (no computation, nothing is changed),
     not through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
-    attention. One hop: the neighbors of a layer are the next weighted layers on the way. Several producers or
-    consumers of a channel add as sums of squares.
+    attention. One hop: the neighbors of a layer are the next weighted layers on the way. Several
+    producers or consumers of a channel add as sums of squares.
 
     Nonlinear operations are linearized: activations have gain 1, a product is d(ab) = da + db.
     Where data selects (a maximum, top-k, sort, gather or index over channels, the experts of a
@@ -105,11 +104,9 @@ def _check_neighbors(topology: Topology, skipped: list[int]) -> None:
             )
         names = [name, *(x for side in given for x in _names(side))]
         for wrong in (x for x in names if x not in topology.layers):
-            close = difflib.get_close_matches(layer_name(wrong), topology.layers, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"trace: expected neighbors to name layers of the model, got {wrong!r}.{hint}"
-            )
+            hint = did_you_mean(layer_name(wrong), topology.layers)
+            text = f"trace: expected neighbors to name layers of the model, got {wrong!r}. {hint}"
+            raise ValueError(text.rstrip())
     for place in skipped:
         for role in topology.graph.read_by(place):
             if role.layer not in topology.neighbors:

@@ -62,7 +62,7 @@ def role_of(
     space = t.channels.add(part.channels[1], "role", name)
     trail = () if x is None else x.trail
     place = next((n for n, value in enumerate(call.values) if value is x), -1)
-    role = Role(name, parameter, kind, part, call.node, inputs, space, trail, None, place, in_dims,
+    role = Role(name, parameter, kind, part, call.node, inputs, space, trail, place, in_dims,
                 out_dims)  # fmt: skip
     t.roles.append(role)
     return role
