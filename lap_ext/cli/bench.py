@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import lap_ext
+from lap_ext._text import columns
 from lap_ext.checkpoint.files import DTYPES, open_folder
 from lap_ext.cli import gather, models
 from lap_ext.cli.output import Progress, result
 from lap_ext.ops import check
-from lap_ext.topology.render import columns
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 Call = Callable[[], Tensor]

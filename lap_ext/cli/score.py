@@ -24,6 +24,7 @@ from torch import Tensor
 
 import lap_ext
 from lap_ext._files import replacing
+from lap_ext._text import columns
 from lap_ext.checkpoint import memory, passes, plan
 from lap_ext.checkpoint.files import open_folder
 from lap_ext.checkpoint.reading import Buffer, bytes_of
@@ -32,7 +33,6 @@ from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result, writing
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
-from lap_ext.topology.render import columns
 
 _TENTHS = {"min": 0, "10%": 1, "median": 5, "90%": 9, "max": 10}
 _MEMORY = 4 * 10**9  # as checkpoint.prune's

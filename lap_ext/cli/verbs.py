@@ -18,6 +18,7 @@ import torch
 
 import lap_ext
 from lap_ext import checkpoint, demo, report
+from lap_ext._text import columns
 from lap_ext.checkpoint.files import MASKS, open_folder
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.cli import bench, gather, models, score, verify, weights
@@ -25,7 +26,6 @@ from lap_ext.cli.output import Progress, result, writing
 from lap_ext.cli.parser import sparsity
 from lap_ext.report import Facts, plots
 from lap_ext.topology import Layer, Topology
-from lap_ext.topology.render import columns
 
 _SINGLE, _PROGRAM = "model.safetensors", "model.pt2"
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lap_ext import allocation
+from lap_ext._text import columns
 from lap_ext.checkpoint import hf
 from lap_ext.checkpoint.files import Entry, Folder
 from lap_ext.checkpoint.names import Names
@@ -28,7 +29,6 @@ from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.cli import parser, weights
 from lap_ext.cli.output import Progress
 from lap_ext.masks.file import BitMasks
-from lap_ext.topology.render import columns
 
 
 @dataclass(frozen=True)

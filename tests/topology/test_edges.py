@@ -200,7 +200,7 @@ def test_table() -> None:
         "no layers, never pruned: queries",
     ])  # fmt: skip
     topology = traced("hf_gpt2_sdpa")
-    assert repr(topology) == f"Topology(10 layers, {topology.channels.size - 1} channels)"
+    assert repr(topology) == f"Topology(10 layers, {topology.graph.channels.size - 1} channels)"
     row = next(row for row in str(topology).splitlines() if row.startswith("transformer.wpe"))
     assert row.endswith("  transformer.h.0.attn.c_attn, and 4 more")
 

@@ -97,7 +97,8 @@ Walk = tuple[Role, list[Edge], list[Edge]]  # a role, what feeds it, what reads 
 @cache
 def walked(name: str) -> list[Walk]:
     topology = traced(name)
-    return [(r, producers(topology, r), consumers(topology, r)) for r in topology.roles]
+    graph, tensors = topology.graph, topology.tensors()
+    return [(r, producers(graph, r, tensors), consumers(graph, r, tensors)) for r in graph.roles]
 
 
 def energies(weight: Tensor, role: Role) -> tuple[Tensor, Tensor]:
