@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,4 +137,4 @@ def parsed_size(text: str) -> int | None:
     if found is None:
         return None
     base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** _POWERS[found[2] or ""])
+    return int(Fraction(found[1]) * base ** _POWERS[found[2] or ""])

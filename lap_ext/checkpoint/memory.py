@@ -73,7 +73,7 @@ def limits(
 ) -> Limits:
     """The limits of a budget; ValueError where it is too small for anything."""
     channels = sum(sum(role.part.channels) for role in topology.roles)
-    left = memory - _CHANNEL * topology.channels.size - 4 * 8 * channels
+    left = memory - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
     layers = topology.layers.values()
     needed = {x.name: row_length(x) * (_SCRATCH + _itemsize(copies[x.name])) for x in layers}
     if isinstance(criterion, Random):  # scores all weights of a layer at once

@@ -90,7 +90,7 @@ def checkpoint_facts(
         facts.bytes_before, facts.bytes_after = before.size, after.size
         layers = [known.topology.layers[name] for name in masks.shapes]
         total = sum(_stored(known.copies[layer.name][0]) for layer in layers)
-        return gather(facts, map(weights, layers), Step(on_progress, _STEP, total))
+        return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)
 
 
 def model_facts(
@@ -134,7 +134,7 @@ def model_facts(
     facts.bytes_before = facts.bytes_after = model_bytes(topology.model)
     layers = [topology.layers[name] for name in result.masks]
     step = Step(on_progress, _STEP, sum(layer.weight.nbytes for layer in layers))
-    return gather(facts, map(weights, layers), step)
+    return gather(facts, map(weights, layers), step.read)
 
 
 def _facts(

@@ -24,12 +24,13 @@ from lap_ext.checkpoint.plan import Plan, check_options, plan_of
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.stream import ScoreStream
 from lap_ext.checkpoint.structure import structure_of
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.progress import Progress
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
 
 _FUNCTION = "checkpoint.scores"
-# float32 numbers a weight: its score, and what normalizing needs
+# scores that are in memory for a weight: its own, and what normalizing needs
 _BESIDE = {"none": 1, "norm": 5, "lamp": 16}
 
 
@@ -114,8 +115,7 @@ def _computed(plan: Plan, normalize: str) -> Iterator[Tensor]:
         buffer = Buffer()
         for layer in task.layers:
             scorer = passes.scorer(task, layer, "plain")
-            kind = _dtype("none", task.dtype(layer))
-            found = torch.empty(math.prod(layer.shape), dtype=kind)
+            found = torch.empty(math.prod(layer.shape), dtype=score_dtype(task.dtype(layer)))
             for first, weight in task.runs(layer, task.copies[layer.name][0], buffer, "score"):
                 found[first : first + weight.numel()] = scorer(weight, first)
             yield selection.normalized(found.view(layer.shape), normalize, None)
@@ -123,15 +123,14 @@ def _computed(plan: Plan, normalize: str) -> Iterator[Tensor]:
 
 def _dtype(normalize: str, weight: torch.dtype) -> torch.dtype:
     """The dtype of scores, as lap_ext.scores has it."""
-    single = normalize == "none" and weight != torch.float64
-    return torch.float32 if single else torch.float64
+    return score_dtype(weight) if normalize == "none" else torch.float64
 
 
 def _limits(task: passes.Task, normalize: str, bn: str, budget: int) -> budgets.Limits:
     """The limits of what the budget leaves beside the scores of the largest layer."""
 
     def needed(layer: Layer) -> int:
-        width = 4 * (1 + (task.dtype(layer) == torch.float64))
+        width = score_dtype(task.dtype(layer)).itemsize
         return math.prod(layer.shape) * width * _BESIDE[normalize]
 
     largest = max(task.layers, key=needed, default=None)

@@ -111,7 +111,7 @@ def _example(
 
 def _scaling(topology: Topology) -> set[str]:
     """Names of the parameters and buffers that factors on edges are computed from."""
-    arcs = [arcs for space in topology.channels.spaces for arcs in space.arcs]
+    arcs = [arcs for space in topology.graph.channels.spaces for arcs in space.arcs]
     return {name for x in arcs if x.scale is not None for name in x.scale.names}
 
 

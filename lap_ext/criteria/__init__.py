@@ -10,10 +10,10 @@ returns scores of its weight's shape, larger: kept first.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
+from lap_ext._text import did_you_mean
 from lap_ext.criteria.base import Criterion as Criterion
 from lap_ext.criteria.base import Factors as Factors
 from lap_ext.criteria.data import OBD as OBD
@@ -52,12 +52,11 @@ def of(criterion: Any, function: str) -> Criterion:
         return criterion
     if isinstance(criterion, str):
         if criterion not in REGISTRY:
-            close = difflib.get_close_matches(criterion, REGISTRY, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
+            text = (
                 f"{function}: expected criterion to be one of {', '.join(sorted(REGISTRY))}, a "
-                f"Criterion or a function, got {criterion!r}.{hint}"
+                f"Criterion or a function, got {criterion!r}. {did_you_mean(criterion, REGISTRY)}"
             )
+            raise ValueError(text.rstrip())
         return REGISTRY[criterion]()
     if callable(criterion):
         return Custom(criterion)

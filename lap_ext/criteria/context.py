@@ -3,9 +3,9 @@
 
     score^2 = w^2 * in_norm[i]^2 * out_norm[o]^2, summed over the roles of the weight
 
-Each weight is read once for its squared row and column norms (the operators of ops/schema.py); two sweeps
-over the channel graph (topology/propagate.py) give all factors. Masks set on the way (sequential
-pruning) count at once: a pruned neighbor is a smaller neighbor.
+Each weight is read once for its squared row and column norms (the operators of ops/schema.py); two
+sweeps over the channel graph (topology/propagate.py) give all factors. Masks set on the way
+(sequential pruning) count at once: a pruned neighbor is a smaller neighbor.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Network:
         self.activity = activity or [None] * len(topology.roles)
         self._weights = dict(weights or {})
         self.masks = dict(masks or {})
-        self._sweeps = Sweeps(topology, batch_norm=bn != "off")
+        self._sweeps = Sweeps(topology.graph, topology.tensors(), batch_norm=bn != "off")
         self._energies: list[tuple[Tensor, Tensor] | None] = [None] * len(topology.roles)
         self._factors: list[tuple[Tensor, Tensor]] | None = None
 
@@ -155,6 +155,7 @@ class Network:
         before = {b: a for a, b in pairwise(chain)}
         after = dict(pairwise(chain))
         roles, batch_norm = self.topology.roles, self.bn != "off"
+        graph, tensors = self.topology.graph, self.topology.tensors()
         result = []
         for role in roles:
             sides = (
@@ -165,7 +166,7 @@ class Network:
             for find, neighbor, n, side in sides:
                 energy = torch.zeros(n, dtype=torch.float64)
                 name = neighbor.get(role.layer)
-                found = [] if name is None else find(self.topology, role, batch_norm)
+                found = [] if name is None else find(graph, role, tensors, batch_norm)
                 met = [edge for edge in found if edge.kind == "layer" and edge.name == name]
                 for edge in met:
                     given = self._energies[self._first_role(edge.name)]

@@ -72,7 +72,6 @@ class Random(Criterion):
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
         """Numbers in (0, 1]."""
-        del network
         source = torch.Generator().manual_seed(self.seed ^ zlib.crc32(layer.name.encode()))
         return (1.0 - torch.rand(layer.shape, generator=source)).to(layer.weight.device)
 

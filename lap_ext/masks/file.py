@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lap_ext
+from lap_ext import __version__
 from lap_ext._files import replacing, safetensors_header, safetensors_package
 
 FORMAT = "1"
@@ -172,7 +172,7 @@ def header(function: str, masks: Mapping[str, Tensor]) -> bytes:
     sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {
         "format": FORMAT,
-        "lap_ext": lap_ext.__version__,
+        "lap_ext": __version__,
         "layers": json.dumps(layers, separators=(",", ":"), ensure_ascii=False),
     }
     tensors = ((name, "U8", [size], size) for name, size in sizes.items())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, library
 
 from lap_ext.ops import check, native, reference
+from lap_ext.ops.reference.common import score_dtype
 
 _library = library.Library("lap_ext", "DEF")
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
@@ -75,8 +76,7 @@ def _(energies: list[Tensor]) -> Tensor:
 )
 def _(w: Tensor, *args: object) -> Tensor:
     del args
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    return w.new_empty(w.shape, dtype=dtype)
+    return w.new_empty(w.shape, dtype=score_dtype(w.dtype))
 
 
 @_define(
@@ -145,8 +145,7 @@ def _(w: list[Tensor], *args: object) -> list[Tensor]:
 )
 def _(scores: list[Tensor], *args: object) -> Tensor:
     del args
-    double = scores[0].dtype == torch.float64
-    return scores[0].new_empty([], dtype=torch.float64 if double else torch.float32)
+    return scores[0].new_empty([], dtype=score_dtype(scores[0].dtype))
 
 
 native.load()

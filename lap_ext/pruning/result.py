@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lap_ext._text import columns
 from lap_ext.masks import Masks
 from lap_ext.topology import Layer
-from lap_ext.topology.render import columns
 
 
 @dataclass(frozen=True)

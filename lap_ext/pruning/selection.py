@@ -26,6 +26,7 @@ from torch import Tensor
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
 
@@ -57,8 +58,7 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
     for role in roles:
         scores = _role_scores(network, criterion, role, weight)
         role.part.of(total).add_(scores.double().square_())
-    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return total.sqrt_().to(kind)
+    return total.sqrt_().to(score_dtype(weight.dtype))
 
 
 @contextmanager
@@ -227,8 +227,7 @@ def global_masks(
 ) -> dict[str, Tensor]:
     """Masks of the keep best weights of all layers as one ranking, layers in order."""
     function = network.function
-    double = torch.float64
-    kinds = [str(double if x.x.dtype == double else torch.float32) for x in found]
+    kinds = [str(score_dtype(x.x.dtype)) for x in found]
     check.one_of_a_kind(function, "dtype", kinds)
     check.one_of_a_kind(function, "device", [str(x.x.device) for x in found])
     eligible = []

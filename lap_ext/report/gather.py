@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from lap_ext.progress import Step
 from lap_ext.report.facts import Facts, LayerFacts, Measure
 
 Chunk = tuple[
@@ -44,13 +44,15 @@ class LayerWeights:
         return self.copies * (pruned - (facts.total + 7) // 8)
 
 
-def gather(facts: Facts, layers: Iterable[LayerWeights], step: Step) -> Facts:
+def gather(
+    facts: Facts, layers: Iterable[LayerWeights], on_read: Callable[[str, int], Any]
+) -> Facts:
     """Measures all layers, and fills in what follows from them.
 
     Args:
         facts: about all of the pruning.
         layers: in the order of the network.
-        step: counts the bytes of weights that are measured.
+        on_read: called with a layer's name and bytes, after each chunk that is measured.
 
     Returns:
         The same facts, with layers and the size in a sparse format.
@@ -60,7 +62,8 @@ def gather(facts: Facts, layers: Iterable[LayerWeights], step: Step) -> Facts:
         >>> weights = torch.tensor([[3., 1.]]), torch.tensor([[True, False]]), None
         >>> layer = LayerWeights(LayerFacts("fc", "linear", (1, 2)), (1, 2), 1, 4, 1,
         ...                      lambda most: iter([weights]))
-        >>> found = gather(Facts("net", "lookahead", [], bytes_before=8), [layer], Step(None, "", 8))
+        >>> found = gather(Facts("net", "lookahead", [], bytes_before=8), [layer], print)
+        fc 8
         >>> found.kept, found.mass, found.bytes_sparse       # 9 / 10; 8 - 4 + 1
         (1, 0.9, 5)
     """
@@ -69,7 +72,7 @@ def gather(facts: Facts, layers: Iterable[LayerWeights], step: Step) -> Facts:
         measure = Measure(layer.facts, layer.matrix, layer.groups)
         for weights, kept, scores in layer.chunks(measure.step):
             measure.add(weights, kept, scores)
-            step.read(layer.facts.name, weights.nbytes)
+            on_read(layer.facts.name, weights.nbytes)
         measure.finish()
         found.append(layer.facts)
         saved += layer.saved

@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""One operation of the traced graph: its arguments by the names of its schema, and its result's shape.
-
-rule("relu", "gelu") registers a function for all overloads of these ATen operations.
-"""
+"""One operation of the traced graph: its name, its arguments by those of its schema, its shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, fx
 
 from lap_ext.topology.value import Value
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
-
-Result: TypeAlias = Value | list[Any] | None
-Rule: TypeAlias = Callable[["Tracer", "Call"], Result]
-RULES: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True)
@@ -83,14 +73,26 @@ def _values(x: Any) -> Iterator[Value]:
             yield from _values(item)
 
 
+def operation_name(node: fx.Node) -> str:
+    """The operation of a node: "conv2d" of aten.conv2d.default, "relu" of aten.relu_.default."""
+    schema = getattr(node.target, "_schema", None)
+    plain = getattr(node.target, "__name__", str(node.target))
+    name = plain if schema is None else str(schema.name).rpartition("::")[2]
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that a node belongs to; empty: the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(list(stack.values())) if path), "")
+
+
 def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The call of a node; args and kwargs as they are known."""
     target: Any = node.target
     schema = getattr(target, "_schema", None)
     arguments: dict[str, Any] = {}
-    name = getattr(target, "__name__", str(target))
     if schema is not None:
-        name = schema.name.rpartition("::")[2]
         for place, argument in enumerate(schema.arguments):
             if argument.is_out:  # written over, not read
                 continue
@@ -102,17 +104,4 @@ def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
                 arguments[argument.name] = argument.default_value
     else:  # torch.cond and its like: no rule knows them, but what feeds them counts
         arguments = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
-    in_place = name.endswith("_") and not name.endswith("__")
-    return Call(node, name.removesuffix("_") if in_place else name, target, arguments, args, kwargs)
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for ATen operations by name."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            assert name not in RULES, name
-            RULES[name] = function
-        return function
-
-    return register
+    return Call(node, operation_name(node), target, arguments, args, kwargs)

@@ -59,9 +59,9 @@ class Arcs:
 class Space:
     """Channels first, first + 1, ... of one origin.
 
-    kind: role (a weighted layer's output), input, boundary, zero (padded), batch_norm, scale, number (a scalar multiple),
-    position (times a constant that changes with the position), softmax, join, reduce, state (of a
-    recurrent layer), routed (of experts that data chooses).
+    kind: role (a weighted layer's output), input, boundary, zero (padded), batch_norm, scale,
+    number (a scalar multiple), position (times a constant that changes with the position), softmax,
+    join, reduce, state (of a recurrent layer), routed (of experts that data chooses).
     """
 
     first: int

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Edges between layers, for people and for tests: found by walking the channel graph one hop.
 
-Scores do not need them (energy.py sweeps the graph at once); that both agree is tested.
+Scores do not need them (propagate.py sweeps the graph at once); that both agree is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology.channels import Arcs, Space, Trail
+from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 from lap_ext.topology.value import merged
-
-if TYPE_CHECKING:
-    from lap_ext.topology.graph import Topology
 
 _SOURCES = ("role", "input", "boundary")
 
@@ -75,65 +73,11 @@ class _Walk:
     via: Trail
 
 
-class Links:
-    """The channel graph indexed downwards: who is made of, reads or ends each space."""
-
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
-        channels = topology.channels
-        self.below: dict[int, list[tuple[int, Arcs]]] = {}
-        for place, space in enumerate(channels.spaces):
-            for arcs in space.arcs:
-                for above in torch.unique(channels.place(arcs.parent)).tolist():
-                    self.below.setdefault(above, []).append((place, arcs))
-        self.made = {role.out.first: role for role in topology.roles}
-        self.readers: dict[int, list[Role]] = {}
-        for role in topology.roles:
-            for above in torch.unique(channels.place(role.inputs[1])).tolist():
-                self.readers.setdefault(above, []).append(role)
-        self.coupled: dict[int, list[tuple[Tensor, Tensor]]] = {}  # (channels there, the others)
-        for left, right in topology.couplings:
-            for mine, other in ((left, right), (right, left)):
-                for above in torch.unique(channels.place(mine)).tolist():
-                    self.coupled.setdefault(above, []).append((mine, other))
-        self.ended: dict[int, list[tuple[Tensor, str]]] = {}
-        for labels, name in topology.ends:
-            for above in torch.unique(channels.place(labels)).tolist():
-                self.ended.setdefault(above, []).append((labels, name))
-
-    def channel(self, space: Space, labels: Tensor) -> Tensor:
-        """Channels of a source as its layer counts them."""
-        role = self.made.get(space.first)
-        return labels - space.first + (0 if role is None else role.part.first[1])
-
-    def read_by(self, place: int) -> list[Role]:
-        """The roles that read channels made of those of a space, itself included."""
-        found, seen, queue = [], set(), [place]
-        while queue:
-            at = queue.pop()
-            if at not in seen:
-                seen.add(at)
-                found += self.readers.get(at, [])
-                queue += [below for below, _ in self.below.get(at, [])]
-        return found
-
-    def only_norm(self, role: Role) -> Space | None:
-        """The batch norm that reads a role's channels and that nothing else does; or None."""
-        channels = self.topology.channels
-        place = int(channels.place(role.out.labels[:1])) if role.out.size else -1
-        below = self.below.get(place, [])
-        if len(below) != 1 or place in {**self.readers, **self.coupled, **self.ended}:
-            return None
-        space = channels.spaces[below[0][0]]
-        whole = torch.equal(torch.unique(below[0][1].parent), role.out.labels)
-        return space if space.kind == "batch_norm" and whole else None
-
-
 class _Facts:
     """The model's weights of now, for the factors of arcs."""
 
-    def __init__(self, topology: Topology, batch_norm: bool) -> None:
-        self.tensors = topology.tensors()
+    def __init__(self, tensors: Mapping[str, Tensor], batch_norm: bool) -> None:
+        self.tensors = tensors
         self.batch_norm = batch_norm
         self.known: dict[int, Any] = {}  # static values of this pass
 
@@ -143,44 +87,62 @@ class _Facts:
         return torch.ones(arcs.child.shape, dtype=torch.float64) if found is None else found
 
 
-def producers(topology: Topology, role: Role, batch_norm: bool = True) -> list[Edge]:
-    """The edges to what feeds a role; batch_norm: whether batch norms are among the scales."""
+def producers(
+    graph: Graph, role: Role, tensors: Mapping[str, Tensor], batch_norm: bool = True
+) -> list[Edge]:
+    """Finds the edges to what feeds a role.
+
+    Args:
+        graph: of the network.
+        role: one of its roles.
+        tensors: the model's parameters and buffers by name, for the scales.
+        batch_norm: whether batch norms are among the scales.
+    """
     index, labels = role.inputs
-    facts = _Facts(topology, batch_norm)
+    facts = _Facts(tensors, batch_norm)
     here = index + role.part.first[0]
     start = _Walk(here, labels, torch.ones(index.shape).double(), role.trail)
-    pending = list(_by_place(topology, start))
+    pending = list(_by_place(graph, start))
     found = []
     while pending:
         place = max(place for place, _ in pending)
         walk = _together([w for p, w in pending if p == place])
         pending = [(p, w) for p, w in pending if p != place]
-        space = topology.channels.spaces[place]
+        space = graph.channels.spaces[place]
         if space.kind in _SOURCES:
-            there = topology.links.channel(space, walk.label)
+            there = graph.channel(space, walk.label)
             found.append(_edge(space.name, _kind(space), walk, there))
             continue
         for arcs in space.arcs:
             step = _up(walk, space, arcs, facts)
-            pending += _by_place(topology, step)
+            pending += _by_place(graph, step)
     return _merged(found[::-1])
 
 
-def consumers(topology: Topology, role: Role, batch_norm: bool = True) -> list[Edge]:
-    """The edges to what reads a role; batch_norm: whether batch norms are among the scales."""
+def consumers(
+    graph: Graph, role: Role, tensors: Mapping[str, Tensor], batch_norm: bool = True
+) -> list[Edge]:
+    """Finds the edges to what reads a role.
+
+    Args:
+        graph: of the network.
+        role: one of its roles.
+        tensors: the model's parameters and buffers by name, for the scales.
+        batch_norm: whether batch norms are among the scales.
+    """
     labels = role.out.labels
-    facts = _Facts(topology, batch_norm)
+    facts = _Facts(tensors, batch_norm)
     here = torch.arange(role.out.size) + role.part.first[1]
     start = _Walk(here, labels, torch.ones(labels.shape).double(), ())
-    pending = list(_by_place(topology, start))
+    pending = list(_by_place(graph, start))
     found: list[Edge] = []
     while pending:
         place = min(place for place, _ in pending)
         walk = _together([w for p, w in pending if p == place])
         pending = [(p, w) for p, w in pending if p != place]
-        found += _read(topology, place, walk, facts)
-        for child_place, arcs in topology.links.below.get(place, []):
-            step = _down(walk, topology.channels.spaces[child_place], arcs, facts)
+        found += _read(graph, place, walk, facts)
+        for child_place, arcs in graph.below.get(place, []):
+            step = _down(walk, graph.channels.spaces[child_place], arcs, facts)
             pending += [(child_place, step)] if step.here.numel() else []
     return _merged(found)
 
@@ -216,40 +178,40 @@ def _distinct(
     return keys // base, keys % base, total.sqrt()
 
 
-def _read(topology: Topology, place: int, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
+def _read(graph: Graph, place: int, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
     """The layers, couplings and ends that the channels of a walk reach here."""
-    for reader in topology.links.readers.get(place, []):
+    for reader in graph.readers.get(place, []):
         a, b = _matches(walk.label, reader.inputs[1])
         if a.numel():
             met = _Walk(walk.here[a], walk.label[a], walk.factor[a], merged(walk.via, reader.trail))
             there = reader.inputs[0][b] + reader.part.first[0]
             yield _edge(reader.layer, "layer", met, there)
-    for mine, other in topology.links.coupled.get(place, []):
+    for mine, other in graph.coupled.get(place, []):
         a, b = _matches(walk.label, mine)
         if a.numel():
             met = _Walk(walk.here[a], other[b], walk.factor[a], walk.via)
-            yield from _coupled(topology, met, facts)
-    for labels, name in topology.links.ended.get(place, []):
+            yield from _coupled(graph, met, facts)
+    for labels, name in graph.ended.get(place, []):
         a, _ = _matches(walk.label, labels)
         if a.numel():
             met = _Walk(walk.here[a], walk.label[a], walk.factor[a], walk.via)
             yield _edge(name, "output" if name == "output" else "boundary", met, walk.here[a])
 
 
-def _coupled(topology: Topology, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
+def _coupled(graph: Graph, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
     """What the channels that those of a walk are multiplied with come from."""
-    pending = list(_by_place(topology, walk))
+    pending = list(_by_place(graph, walk))
     while pending:
         place = max(place for place, _ in pending)
         part = _together([w for p, w in pending if p == place])
         pending = [(p, w) for p, w in pending if p != place]
-        space = topology.channels.spaces[place]
+        space = graph.channels.spaces[place]
         if space.kind in _SOURCES:
-            there = topology.links.channel(space, part.label)
+            there = graph.channel(space, part.label)
             yield _edge(space.name, "coupled", part, there)
             continue
         for arcs in space.arcs:
-            pending += _by_place(topology, _up(part, space, arcs, facts))
+            pending += _by_place(graph, _up(part, space, arcs, facts))
 
 
 def _up(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
@@ -265,8 +227,8 @@ def _down(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
     return _Walk(walk.here[a], arcs.child[b] + space.first, factor, via)
 
 
-def _by_place(topology: Topology, walk: _Walk) -> Iterator[tuple[int, _Walk]]:
-    places = topology.channels.place(walk.label)
+def _by_place(graph: Graph, walk: _Walk) -> Iterator[tuple[int, _Walk]]:
+    places = graph.channels.place(walk.label)
     for place in torch.unique(places).tolist():
         here = places == place
         yield place, _Walk(walk.here[here], walk.label[here], walk.factor[here], walk.via)

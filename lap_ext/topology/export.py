@@ -21,6 +21,8 @@ from torch.export.graph_signature import InputKind
 
 from lap_ext.errors import TopologyError
 
+# Calls of a sub-graph that run as if it stood in place of the call.
+INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"}
 _WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
 _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squeeze", "expand",
           "narrow", "split", "chunk", "unbind", "t", "detach", "alias", "reshape", "flatten",
@@ -43,7 +45,7 @@ def export(
     named = dict(kwargs or {})
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _quiet(model):
+    with evaluating(model), _quiet():
         try:
             program = torch.export.export(model, args, named, strict=False)
             if _writes_into_views(program):
@@ -101,21 +103,29 @@ def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no fused attention module, no gradients, no warnings; all undone after."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode; afterwards every module's training flag is as it was."""
     modes = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module in modes:
             module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Switches off the fused attention module, gradients and warnings."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
         torch.backends.mha.set_fastpath_enabled(False)
         with warnings.catch_warnings(), torch.no_grad():  # chunks may be written
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _writes_into_views(program: ExportedProgram) -> bool:

@@ -1,119 +1,93 @@
 # SPDX-License-Identifier: MIT
-"""The result of a trace: layers, their roles, and the channels between them."""
+"""The graph of a traced network: its channels, the roles of its weights, and who reads what.
+
+Pure data: it knows neither the model nor the values of its weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import torch
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from lap_ext.topology import edges, render
-from lap_ext.topology.channels import Channels
-from lap_ext.topology.edges import Edge
-from lap_ext.topology.export import named_tensors
+from lap_ext.topology.channels import Arcs, Channels, Space
 from lap_ext.topology.roles import Role
-from lap_ext.topology.tracer import Tracer, layer_name
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One weight of the model and its roles in the network.
-
-    name: the parameter's name without ".weight"; parameter: its full name. kind: linear, conv2d,
-    conv_transpose2d, embedding, lstm, ... of its first role.
-    """
-
-    name: str
-    parameter: str
-    kind: str
-    shape: tuple[int, ...]
-    roles: tuple[Role, ...]
-    topology: Topology = field(repr=False, compare=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter as the model has it now."""
-        return self.topology.model.get_parameter(self.parameter)
-
-    @property
-    def groups(self) -> int:
-        """Groups of a grouped or depthwise convolution, experts of a batched weight."""
-        return self.roles[0].part.groups
-
-    @property
-    def prev(self) -> list[Edge]:
-        """What feeds it: one edge per producer and role."""
-        return [edge for role in self.roles for edge in edges.producers(self.topology, role)]
-
-    @property
-    def next(self) -> list[Edge]:
-        """What reads it: one edge per consumer and role."""
-        return [edge for role in self.roles for edge in edges.consumers(self.topology, role)]
-
-
-class Topology:
-    """Who feeds whom in a model, channel by channel. Made by `trace`; print it for a table.
+class Graph:
+    """What a trace has found, indexed by the spaces that are read.
 
     Attributes:
-        layers: name -> Layer, in the order in which the network uses them.
-        model: the model that was traced.
-        channels, roles, couplings, ends: the graph of channels (see channels.py).
-        neighbors: what the user has said of the neighbors of some layers.
-        skipped: places of the spaces behind operations that the user's neighbors bridge.
-        others: parameters of two dimensions or more that are no layer (a position embedding that is
-            added, a class token, a table of biases): they are never pruned.
-        stops: operations at which the trace stopped, in words; empty unless unknown="stop".
-
-    Example:
-        >>> import torch, lap_ext
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> print(lap_ext.trace(net, torch.ones(1, 4)))
-        layer  kind    shape  fed by  read by
-        -----  ------  -----  ------  -------
-        0      linear  8x4    input   2
-        2      linear  2x8    0       output
+        channels: all channels, and from which ones each is made.
+        roles: the uses of the weights, in the order of the network.
+        couplings: channels that are each other's neighbors (q and k of an attention), pair by pair.
+        ends: channels that leave the network, and the name of what they leave by.
+        below: place of a space -> (place, arcs) of those that are made of it.
+        readers: place of a space -> the roles that read it.
+        coupled: place of a space -> (channels there, the channels that they are coupled with).
+        ended: place of a space -> (channels, name) of what ends there.
+        norms: role -> the batch norm that alone reads its outputs, where there is one.
     """
 
-    def __init__(self, model: nn.Module, tracer: Tracer, neighbors: Mapping[str, Any]) -> None:
-        self.model = model
-        self.channels: Channels = tracer.channels
-        self.roles = tracer.roles
-        self.couplings = tracer.couplings
-        self.ends = tracer.ends
-        self.stops = list(tracer.stops)
-        self.skipped = tracer.skipped
-        self.neighbors = dict(neighbors)
-        self.layers: dict[str, Layer] = {}
-        by_name: dict[str, list[Role]] = {}
-        for role in self.roles:
-            by_name.setdefault(role.layer, []).append(role)
-        for name, roles in by_name.items():
-            shape = tuple(tracer.tensors[roles[0].parameter].shape)
-            first = roles[0]
-            self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
-        known = {layer.parameter for layer in self.layers.values()}
-        self.others = [
-            name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
-        ]
-        self.links = edges.Links(self)
-        for role in self.roles:
-            role.norm = self.links.only_norm(role)
+    def __init__(
+        self,
+        channels: Channels,
+        roles: list[Role],
+        couplings: list[tuple[Tensor, Tensor]],
+        ends: list[tuple[Tensor, str]],
+    ) -> None:
+        self.channels = channels
+        self.roles = roles
+        self.couplings = couplings
+        self.ends = ends
+        self.below: dict[int, list[tuple[int, Arcs]]] = {}
+        for place, space in enumerate(channels.spaces):
+            for arcs in space.arcs:
+                for above in self._places(arcs.parent):
+                    self.below.setdefault(above, []).append((place, arcs))
+        self.readers: dict[int, list[Role]] = {}
+        for role in roles:
+            for above in self._places(role.inputs[1]):
+                self.readers.setdefault(above, []).append(role)
+        self.coupled: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for left, right in couplings:
+            for mine, other in ((left, right), (right, left)):
+                for above in self._places(mine):
+                    self.coupled.setdefault(above, []).append((mine, other))
+        self.ended: dict[int, list[tuple[Tensor, str]]] = {}
+        for labels, name in ends:
+            for above in self._places(labels):
+                self.ended.setdefault(above, []).append((labels, name))
+        self._made = {role.out.first: role for role in roles}
+        norms = {role: self._only_norm(role) for role in roles}
+        self.norms = {role: norm for role, norm in norms.items() if norm is not None}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The model's parameters and buffers as they are now."""
-        return named_tensors(self.model)
+    def channel(self, space: Space, labels: Tensor) -> Tensor:
+        """Channels of a source as its layer counts them."""
+        role = self._made.get(space.first)
+        return labels - space.first + (0 if role is None else role.part.first[1])
 
-    def __str__(self) -> str:
-        return render.table(self)
+    def read_by(self, place: int) -> list[Role]:
+        """The roles that read channels made of those of a space, itself included."""
+        found, seen, queue = [], set(), [place]
+        while queue:
+            at = queue.pop()
+            if at not in seen:
+                seen.add(at)
+                found += self.readers.get(at, [])
+                queue += [below for below, _ in self.below.get(at, [])]
+        return found
 
-    def __repr__(self) -> str:
-        return f"Topology({len(self.layers)} layers, {self.channels.size - 1} channels)"
+    def _places(self, labels: Tensor) -> list[int]:
+        """The places of the spaces that these channels belong to."""
+        return torch.unique(self.channels.place(labels)).tolist()
 
-    def to_dot(self) -> str:
-        """The graph in Graphviz's language: layers as nodes, one arrow per producer and consumer."""
-        return render.dot(self)
-
-
-__all__ = ["Layer", "Topology", "layer_name"]
+    def _only_norm(self, role: Role) -> Space | None:
+        """The batch norm that reads a role's channels and that nothing else does; or None."""
+        place = int(self.channels.place(role.out.labels[:1])) if role.out.size else -1
+        below = self.below.get(place, [])
+        read = place in self.readers or place in self.coupled or place in self.ended
+        if len(below) != 1 or read:
+            return None
+        space = self.channels.spaces[below[0][0]]
+        whole = torch.equal(torch.unique(below[0][1].parent), role.out.labels)
+        return space if space.kind == "batch_norm" and whole else None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Channel labels of a tensor: which channel each of its elements belongs to.
 
-A label is the number of a channel (channels.py); 0 is none: a constant, an index, a mask. Labels are
-an int64 tensor of the rank of what they label, with size 1 along every dimension in which the
+A label is the number of a channel (channels.py); 0 is none: a constant, an index, a mask. Labels
+are an int64 tensor of the rank of what they label, with size 1 along every dimension in which the
 channel does not change: [1, C, 1, 1] for the output of a convolution, whatever its batch and image.
 Operations that only move data are run on the labels themselves, so that no rule can get their
 indices wrong.

@@ -13,29 +13,37 @@ A position-independent weight may meet several channels, one at a time (behind a
 mixer of tokens): all of them count, as the positions of a flatten do.
 
 A layer that nothing but constants feeds, or that nothing reads, counts as a first or last one: 1.
-A single channel that nothing reads counts 0. All in float64 on the CPU, added in a fixed order: the same bits always.
+A single channel that nothing reads counts 0. All is in float64 on the CPU and added in a fixed
+order: the bits are always the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lap_ext.topology.channels import Channels
-from lap_ext.topology.graph import Topology
+from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 
 
 class Sweeps:
-    """The channel graph of a topology with the factors of its arcs evaluated once."""
+    """A graph with the factors of its arcs evaluated once.
 
-    def __init__(self, topology: Topology, batch_norm: bool = True) -> None:
-        self.topology = topology
-        self.channels: Channels = topology.channels
-        self._tensors = topology.tensors()
+    Args:
+        graph: of the network.
+        tensors: the model's parameters and buffers by name.
+        batch_norm: whether batch norms count.
+    """
+
+    def __init__(
+        self, graph: Graph, tensors: Mapping[str, Tensor], batch_norm: bool = True
+    ) -> None:
+        self.graph = graph
+        self.channels = graph.channels
+        self._tensors = tensors
         self._known: dict[int, Any] = {}
         self._arcs = [
             (space, arcs, arcs.squared(self._tensors, self._known, batch_norm))
@@ -45,9 +53,10 @@ class Sweeps:
 
     def norm_scale(self, role: Role) -> Tensor | None:
         """|gamma| / sqrt(running_var + eps) of the batch norm that alone follows, float64 [O]."""
-        if role.norm is None:
+        norm = self.graph.norms.get(role)
+        if norm is None:
             return None
-        (arcs,) = role.norm.arcs
+        (arcs,) = norm.arcs
         assert arcs.scale is not None and arcs.entry is not None
         scale = torch.ones(role.out.size, dtype=torch.float64)
         entries = arcs.scale.value(self._tensors, self._known)[arcs.entry]
@@ -57,7 +66,7 @@ class Sweeps:
     def arriving(self, out_energy: Sequence[Tensor]) -> Tensor:
         """F for the squared norms of every role's outputs, each float64 [O]."""
         energy = torch.zeros(self.channels.size, dtype=torch.float64)
-        for role, given in zip(self.topology.roles, out_energy, strict=True):
+        for role, given in zip(self.graph.roles, out_energy, strict=True):
             energy[role.out.first : role.out.first + role.out.size] = given
         for space in self.channels.spaces:
             if space.kind in ("input", "boundary"):
@@ -72,15 +81,15 @@ class Sweeps:
         """B for the squared norms of every role's inputs, each [I]; and which channels are read."""
         energy = torch.zeros(self.channels.size, dtype=torch.float64)
         read = torch.zeros(self.channels.size, dtype=torch.bool)
-        for role, given in zip(self.topology.roles, in_energy, strict=True):
+        for role, given in zip(self.graph.roles, in_energy, strict=True):
             index, labels = role.inputs
             energy.index_add_(0, labels, given[index])
             read[labels] = True
-        for left, right in self.topology.couplings:
+        for left, right in self.graph.couplings:
             for mine, other in ((left, right), (right, left)):
                 energy.index_add_(0, mine, arriving[other])
                 read[mine] = True
-        for labels, _ in self.topology.ends:
+        for labels, _ in self.graph.ends:
             energy[labels] += 1.0
             read[labels] = True
         for space, arcs, factor in reversed(self._arcs):
@@ -96,7 +105,7 @@ class Sweeps:
         arriving = self.arriving(out_energy)
         reading, read = self.reading(in_energy, arriving)
         result = []
-        for role in self.topology.roles:
+        for role in self.graph.roles:
             index, labels = role.inputs
             into = torch.zeros(role.part.channels[0], dtype=torch.float64)
             into.index_add_(0, index, arriving[labels])

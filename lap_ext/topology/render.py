@@ -1,47 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""A topology for people: a table of layers with their neighbors, and a graph for Graphviz."""
+"""Layers and their neighbors for people: a table, and a graph for Graphviz."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from lap_ext.topology.edges import Edge
-    from lap_ext.topology.graph import Topology
+from lap_ext._text import columns
+from lap_ext.topology.edges import Edge
 
 _MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
 
 
-def table(topology: Topology) -> str:
+class Row(NamedTuple):
+    """A layer as it is shown."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    prev: list[Edge]
+    next: list[Edge]
+
+
+def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
     """One row a layer: name, kind, shape, what feeds it, what reads it.
 
     "..mlp.up" is a neighbor whose name begins as the layer's own does, by two parts or more.
     """
     rows = [("layer", "kind", "shape", "fed by", "read by")]
-    for layer in topology.layers.values():
+    for layer in layers:
         shape = "x".join(map(str, layer.shape))
         around = (_list(layer.name, layer.prev), _list(layer.name, layer.next))
         rows.append((layer.name, layer.kind, shape, *around))
     lines = [columns(rows)]
-    if topology.others:
-        lines.append(f"no layers, never pruned: {', '.join(topology.others)}")
-    return "\n".join([*lines, *(f"stopped at: {text}" for text in topology.stops)])
-
-
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows in aligned columns, the first one as the head; right: columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    if others:
+        lines.append(f"no layers, never pruned: {', '.join(others)}")
+    return "\n".join([*lines, *(f"stopped at: {text}" for text in stops)])
 
 
 def _list(name: str, edges: list[Edge]) -> str:
@@ -67,31 +62,33 @@ def _short(name: str, row: str) -> str:
     return name if shared < 2 else ".." + ".".join(parts[shared:])
 
 
-def dot(topology: Topology) -> str:
-    """The graph: an arrow from every producer to every consumer, labeled with the channel map."""
+def dot(layers: Sequence[Row]) -> str:
+    """Draws an arrow from every producer to every consumer, labeled with the channel map."""
     lines = ["digraph topology {", "  rankdir=LR; node [shape=box, fontname=Helvetica];"]
-    names = {name: f"n{place}" for place, name in enumerate(topology.layers)}
-    for name, layer in topology.layers.items():
+    names = {layer.name: f"n{place}" for place, layer in enumerate(layers)}
+    for layer in layers:
         shape = "x".join(map(str, layer.shape))
-        lines.append(f'  {names[name]} [label="{_escaped(name)}\\n{layer.kind} {shape}"];')
+        label = f"{_escaped(layer.name)}\\n{layer.kind} {shape}"
+        lines.append(f'  {names[layer.name]} [label="{label}"];')
     outside: dict[str, str] = {}
     coupled: set[frozenset[str]] = set()  # drawn: each pair once
 
     def node(name: str, inside: bool) -> str:
         return names[name] if inside else outside.setdefault(name, f"o{len(outside)}")
 
-    for name, layer in topology.layers.items():
+    for layer in layers:
+        own = names[layer.name]
         for edge in layer.prev:
             source = node(edge.name, edge.kind == "layer")
-            lines.append(f'  {source} -> {names[name]} [label="{_escaped(edge.channel_map)}"];')
+            lines.append(f'  {source} -> {own} [label="{_escaped(edge.channel_map)}"];')
         for edge in layer.next:
-            pair = frozenset((name, edge.name))
+            pair = frozenset((layer.name, edge.name))
             if edge.kind == "coupled" and pair not in coupled:
                 coupled.add(pair)
                 other = node(edge.name, edge.name in names)
-                lines.append(f"  {names[name]} -> {other} [style=dotted, dir=none];")
+                lines.append(f"  {own} -> {other} [style=dotted, dir=none];")
             elif edge.kind in ("output", "boundary"):
-                lines.append(f"  {names[name]} -> {node(edge.name, inside=False)};")
+                lines.append(f"  {own} -> {node(edge.name, inside=False)};")
     lines += [f'  {node} [label="{_escaped(name)}", shape=ellipse];'
               for name, node in outside.items()]  # fmt: skip
     return "\n".join([*lines, "}"])

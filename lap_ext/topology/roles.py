@@ -9,7 +9,7 @@ for a module called twice, one a projection for a packed weight that is used in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -78,7 +78,6 @@ class Role:
     inputs: tuple[Tensor, Tensor]  # (input channel, label) pairs that occur
     out: Space
     trail: Trail = ()  # operations just before it
-    norm: Space | None = field(default=None)  # the batch norm that alone follows it
     # Where statistics of activations look: x is the input, in the order of the tensors among the
     # node's arguments (-1: inside a fused layer). Channels lie along in_dims of x and out_dims of
     # the result, group first; a dimension less than the part has groups: all groups read alike.

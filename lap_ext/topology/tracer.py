@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: MIT
 """Walks a traced graph once, in order, and follows the channels through every operation.
 
-What an operation does is in the rules (moves, joins, mixes, writes, norms, weights, contraction,
-attention, recurrent).
-Here: values that depend on parameters alone, calls into sub-graphs, writes in place, and what
-happens where a rule is missing.
+What an operation does to channels is a rule: a function of the tracer and the call, registered
+here by the names of ATen operations (rules/). Here: values that depend on parameters alone, calls
+into sub-graphs, writes in place, and what happens where a rule is missing.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lap_ext.errors import TopologyError
-from lap_ext.topology.call import RULES, Call, bind, mapped
-from lap_ext.topology.channels import Arcs, Channels
+from lap_ext.topology.call import Call, bind, mapped, module_path, operation_name
+from lap_ext.topology.channels import Channels
+from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static
 from lap_ext.topology.value import Value, WeightView, plain
 
 # Operations after which a weight is still the weight: its view goes on, unchanged.
-_SAME = {"to", "_to_copy", "contiguous", "clone", "detach", "alias", "float", "half", "bfloat16"}
+_SAME = {"to", "_to_copy", "contiguous", "clone", "detach", "alias"}
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
           "numpy_T", "mT", "unsqueeze", "squeeze", "select", "slice", "narrow", "split", "chunk",
           "split_with_sizes", "unbind", "swapaxes", "movedim", "expand"}  # fmt: skip
-_INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"}
+# Operations that may have a weight among their arguments.
+_WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "embedding_bag",
+             "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
+             "conv_transpose2d", "conv_transpose3d", "einsum", "lstm", "gru", "rnn_tanh",
+             "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear",
+             "mv", "tensordot"}  # fmt: skip
 
 
 class Tracer:
@@ -52,9 +57,7 @@ class Tracer:
         self.ends: list[tuple[Tensor, str]] = []  # channels that leave: outputs and boundaries
         self.stops: list[str] = []  # operations where the trace stopped, in words
         self.routes: dict[int, Any] = {}  # space of routed channels -> what picked their experts
-        self.choices: dict[
-            int, tuple[Tensor, int]
-        ] = {}  # space of a top-k -> what from, along what
+        self.choices: dict[int, tuple[Tensor, int]] = {}  # space of a top-k -> from what, which dim
         self.skipped: list[int] = []  # spaces behind operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -84,10 +87,9 @@ class Tracer:
             return values[x] if isinstance(x, fx.Node) else x
 
         args, kwargs = mapped(node.args, known), mapped(dict(node.kwargs), known)
-        name = getattr(node.target, "__name__", str(node.target))
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if name in _INLINED:
+        if operation_name(node) in INLINED:
             body = next(x for x in args if isinstance(x, fx.GraphModule))
             rest = args[args.index(body) + 1 :]
             return self.run(body, [x for x in rest if isinstance(x, Value)])
@@ -96,7 +98,7 @@ class Tracer:
             result = self._result(call)
         except GuardOnDataDependentSymNode:
             sources = [x.labels.flatten() for x in call.values]
-            raise TopologyError(describe_sizes(call, self.layers_of(torch.cat(sources)))) from None
+            raise TopologyError(_describe_sizes(call, self.layers_of(torch.cat(sources)))) from None
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])
@@ -109,16 +111,14 @@ class Tracer:
         outcome = call.node.meta.get("val")
         if not isinstance(outcome, (Tensor, list, tuple)):
             return outcome  # an assertion, a size
-        weighted = call.name in WEIGHTED and any(x.view is not None for x in tensors)
+        weighted = call.name in _WEIGHTED and any(x.view is not None for x in tensors)
         if not weighted and all(x.static is not None for x in tensors):
             return self._static(call)
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
         if routed is not None and not weighted:
             return routed if call.name in _SAME else self.unknown(call)
-        found = RULES.get(call.name)
-        if found is None:
-            return self.unknown(call)
-        return found(self, call)
+        found = _RULES.get(call.name)
+        return self.unknown(call) if found is None else found(self, call)
 
     def _static(self, call: Call) -> Any:
         """An operation on parameters, buffers and constants alone: kept as an expression."""
@@ -157,10 +157,6 @@ class Tracer:
         """The shape of a parameter."""
         return tuple(self.tensors[parameter].shape)
 
-    def layer_name(self, parameter: str) -> str:
-        """The layer of a parameter."""
-        return layer_name(parameter)
-
     def constant(self, value: Value) -> Tensor | None:
         """What a tensor always is; None: it depends on inputs or parameters, or has no values."""
         if value.static is None or value.static.trainable:
@@ -182,8 +178,8 @@ class Tracer:
         labels = [x.labels.flatten() for x in sources] or [torch.zeros(1, dtype=torch.int64)]
         feeding = self.layers_of(torch.cat(labels))
         asked = bool(feeding) and set(feeding) <= self.known
-        computed = call.name in WEIGHTED and any(_is_computed(x) for x in call.values)
-        text = describe_weight(call) if computed else describe(call, feeding)
+        computed = call.name in _WEIGHTED and any(_is_computed(x) for x in call.values)
+        text = _describe_weight(call) if computed else _describe(call, feeding)
         if self.policy != "stop" and not asked:
             raise TopologyError(text)
         if not asked:
@@ -220,24 +216,25 @@ class Tracer:
         order = list(dict.fromkeys(role.layer for role in self.roles))
         return [name for name in order if name in names]
 
-    def state(self, size: int, name: str, arcs: list[Arcs]) -> Tensor:
-        """Labels of a recurrent state."""
-        return self.channels.add(size, "state", name, arcs).labels
+
+Result: TypeAlias = Value | list[Any] | None
+Rule: TypeAlias = Callable[[Tracer, Call], Result]
+_RULES: dict[str, Rule] = {}
 
 
-def layer_name(parameter: str) -> str:
-    """A parameter's name without a trailing ".weight"."""
-    return parameter.removesuffix(".weight")
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of ATen operations, for all of their overloads."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            assert name not in _RULES, name
+            _RULES[name] = function
+        return function
+
+    return register
 
 
-WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "embedding_bag",
-            "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
-            "conv_transpose2d", "conv_transpose3d", "einsum", "lstm", "gru", "rnn_tanh",
-            "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear",
-            "mv", "tensordot"}  # fmt: skip
-
-
-def describe(call: Call, feeding: list[str]) -> str:
+def _describe(call: Call, feeding: list[str]) -> str:
     """The error for an operation that is not understood."""
     verb = "feed" if len(feeding) > 1 else "feeds"
     around = ""
@@ -246,12 +243,12 @@ def describe(call: Call, feeding: list[str]) -> str:
             f"neighbors={{{feeding[0]!r}: (previous, next), ...}} for the layers around it, or "
         )
     return (
-        f"trace: {_listed(feeding)} {verb} {call.operation}{_where(call)}, which lap_ext cannot follow. Pass "
-        f'{around}unknown="stop" to count it as a boundary (factor 1).'
+        f"trace: {_listed(feeding)} {verb} {call.operation}{_where(call)}, which lap_ext cannot "
+        f'follow. Pass {around}unknown="stop" to count it as a boundary (factor 1).'
     )
 
 
-def describe_sizes(call: Call, feeding: list[str]) -> str:
+def _describe_sizes(call: Call, feeding: list[str]) -> str:
     """The error for a result that has as many elements as the data says."""
     of = f" of what {_listed(feeding)} made" if feeding else ""
     return (
@@ -266,18 +263,17 @@ def _listed(feeding: list[str]) -> str:
     return f"layer{'s' if len(feeding) > 1 else ''} {shown}" if feeding else "the model's input"
 
 
-def describe_weight(call: Call) -> str:
+def _describe_weight(call: Call) -> str:
     """The error for a layer whose weight is not a parameter but computed from some."""
     return (
-        f"trace: expected a weight that is a parameter in {call.operation}{_where(call)}, got one that "
-        "is computed (weight norm, spectral norm, torch.nn.utils.prune). Make it permanent first: "
-        "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove."
+        f"trace: expected a weight that is a parameter in {call.operation}{_where(call)}, got one "
+        "that is computed (weight norm, spectral norm, torch.nn.utils.prune). Make it permanent "
+        "first: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove."
     )
 
 
 def _where(call: Call) -> str:
-    stack = call.node.meta.get("nn_module_stack") or {}
-    path = next((path for path, _ in reversed(list(stack.values())) if path), "")
+    path = module_path(call.node)
     return f" in module '{path}'" if path else ""
 
 

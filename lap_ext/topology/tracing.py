@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
+from lap_ext._text import did_you_mean, layer_name
 from lap_ext.errors import TopologyError
 from lap_ext.topology.export import export, first_names, named_tensors, placeholders
-from lap_ext.topology.graph import Topology, layer_name
+from lap_ext.topology.graph import Graph
 from lap_ext.topology.static import Static
+from lap_ext.topology.topology import Topology
 from lap_ext.topology.tracer import Tracer
 from lap_ext.topology.value import Value, WeightView, meta_like, plain
 
@@ -29,17 +30,18 @@ def trace(
 ) -> Topology:
     """Finds, for every weight of a model, which channels of which layers feed it and read it.
 
-    Channels are followed through the graph of torch.export (no computation, nothing is changed), not
-    through the order of the modules: sums, concatenations, splits, flatten, gates, norms, attention.
-    One hop: the neighbors of a layer are the next weighted layers on the way. Several producers or
-    consumers of a channel add as sums of squares.
+    Channels are followed through the graph of torch.export (no computation, nothing is changed),
+    not through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
+    attention. One hop: the neighbors of a layer are the next weighted layers on the way. Several
+    producers or consumers of a channel add as sums of squares.
 
-    What is not linear counts as if it were: an activation 1, a product d(ab) = da + db. What data
-    chooses counts 1 for all that may be chosen (a maximum, top-k, sort, gather or index over
-    channels, the experts of a token); a constant mask, index or matrix counts as it is. The weights
-    that a softmax over positions gives end there, and queries and keys are each other's neighbors.
-    A layer over positions (a token mixer) meets every channel at both ends, and all of them count:
-    one factor for the whole layer, larger than those of layers over channels in a global ranking.
+    Nonlinear operations are linearized: activations have gain 1, a product is d(ab) = da + db.
+    Where data selects (a maximum, top-k, sort, gather or index over channels, the experts of a
+    token), every candidate counts as selected; a constant mask, index or matrix counts as it is.
+    The weights that a softmax over positions gives end there, and queries and keys are each other's
+    neighbors. A layer over positions (a token mixer) meets every channel at both ends, and all of
+    them count: one factor for the whole layer, larger than those of layers over channels in a
+    global ranking.
 
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.
@@ -81,15 +83,19 @@ def trace(
     outputs = tracer.run(program.graph_module, inputs)
     for value in _tensors(outputs):
         tracer.end(value, "output")
-    topology = Topology(model, tracer, dict(neighbors or {}))
-    _check_neighbors(topology)
+    graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends)
+    topology = Topology(model, graph, neighbors or {}, tracer.stops)
+    _check_neighbors(topology, tracer.skipped)
     if topology.stops:
         warnings.warn("\n".join(topology.stops), stacklevel=2)
     return topology
 
 
-def _check_neighbors(topology: Topology) -> None:
-    """The user's neighbors name layers, and cover all that an unknown operation touches."""
+def _check_neighbors(topology: Topology, skipped: list[int]) -> None:
+    """Raises unless the user's neighbors name layers and cover all that read what was skipped.
+
+    skipped: places of the spaces behind operations that only the user's layers feed.
+    """
     for name, given in topology.neighbors.items():
         if not isinstance(given, (tuple, list)) or len(given) != 2:
             raise ValueError(
@@ -98,15 +104,13 @@ def _check_neighbors(topology: Topology) -> None:
             )
         names = [name, *(x for side in given for x in _names(side))]
         for wrong in (x for x in names if x not in topology.layers):
-            close = difflib.get_close_matches(layer_name(wrong), topology.layers, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"trace: expected neighbors to name layers of the model, got {wrong!r}.{hint}"
-            )
-    for place in topology.skipped:
-        for role in topology.links.read_by(place):
+            hint = did_you_mean(layer_name(wrong), topology.layers)
+            text = f"trace: expected neighbors to name layers of the model, got {wrong!r}. {hint}"
+            raise ValueError(text.rstrip())
+    for place in skipped:
+        for role in topology.graph.read_by(place):
             if role.layer not in topology.neighbors:
-                space = topology.channels.spaces[place]
+                space = topology.graph.channels.spaces[place]
                 raise TopologyError(
                     f"trace: layer {role.layer!r} reads what {space.name} has made, which lap_ext "
                     f"cannot follow. Pass neighbors={{{role.layer!r}: (previous, next), ...}} for "
@@ -147,6 +151,3 @@ def _tensors(x: Any) -> list[Value]:
     if isinstance(x, dict):
         x = list(x.values())
     return [value for item in x for value in _tensors(item)] if isinstance(x, (list, tuple)) else []
-
-
-__all__ = ["layer_name", "trace"]

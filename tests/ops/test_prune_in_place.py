@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""prune_ gives mask's mask and writes +0.0 over what is dropped, and over nothing else.
-
-prune and scores tell how far they are: what will be read is known before, and an error of the
-listener ends the work with the model as it was.
-"""
+"""prune_ gives mask's mask and writes +0.0 over what is dropped, and over nothing else."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
-from torch import Tensor, nn
+from torch import Tensor
 
 import lap_ext
-from lap_ext.progress import Count, Progress
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -125,95 +118,3 @@ def test_parameter(device: str) -> None:
     assert torch.equal(lap_ext.prune_(None, w, None, keep=7), expected)
     assert w.requires_grad and w.is_leaf and w.grad_fn is None
     assert int(w.count_nonzero()) == 7
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    """Two roles of one weight, and a layer between them: 5 * 5 + 5 * 5 + 2 * 5 weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.twice, self.once, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.twice(self.once(self.twice(x).relu()).relu()))
-
-
-@pytest.mark.parametrize(
-    ("options", "read"),
-    [
-        ({}, 85 + 60),  # norms of four roles, then a mask of each layer
-        ({"criterion": "magnitude"}, 60),
-        ({"criterion": "random", "rounds": 3}, 3 * 60),
-        ({"rounds": 2}, 2 * (85 + 60)),
-        ({"scope": "global"}, 85 + 25 + 60),  # scores of the tied layer, then one ranking
-        ({"scope": "global", "rounds": 2, "normalize": "norm"}, 2 * (85 + 2 * 60)),
-        (
-            {"order": "forward"},
-            85 + 60 + 75,
-        ),  # norms again of those that have been pruned: not head
-        ({"order": "backward"}, 85 + 60 + 35),  # nor twice, the first
-        ({"order": "forward", "rounds": 2}, 85 + 2 * 60 + 85 + 75),
-        ({"exclude": ["once"]}, 85 + 35),
-        ({"exclude": ["once"], "rounds": 2}, 85 + 35 + 60 + 35),
-    ],
-    ids=str,
-)
-def test_progress_of_prune(options: dict[str, Any], read: int) -> None:
-    seen: list[Progress] = []
-    net = Tied()
-    result = lap_ext.prune(net, torch.ones(1, 5), 0.5, on_progress=seen.append, **options)
-    assert [x.total for x in seen] == [4 * read] * len(seen)
-    done = [x.done for x in seen]
-    assert sorted(set(done)) == done and done[-1] == 4 * read
-    silent = lap_ext.prune(Tied(), torch.ones(1, 5), 0.5, **options)
-    assert all(torch.equal(mask, silent.masks[name]) for name, mask in result.masks.items())
-    assert {x.step for x in seen} <= {"measure", "score", "rank"}
-    assert {x.name for x in seen if x.step == "rank"} <= {"twice", "once", "head", ""}
-
-
-def test_progress_of_scores() -> None:
-    seen: list[Progress] = []
-    found = lap_ext.scores(Tied(), torch.ones(1, 5), on_progress=seen.append)
-    assert [(x.step, x.name, x.done // 4) for x in seen] == [
-        ("measure", "twice", 25), ("measure", "once", 50), ("measure", "twice", 75),
-        ("measure", "head", 85), ("score", "twice", 110), ("score", "once", 135), ("score", "head", 145),
-    ]  # fmt: skip
-    silent = lap_ext.scores(Tied(), torch.ones(1, 5))
-    assert all(torch.equal(scores, silent[name]) for name, scores in found.items())
-
-
-def test_progress_of_data() -> None:
-    seen: list[Progress] = []
-    lap_ext.scores(
-        Tied(), torch.ones(1, 5), "lookahead_act", data=[torch.ones(2, 5)], on_progress=seen.append
-    )
-    assert (seen[0].step, seen[0].done) == ("data", 0)
-    assert (seen[-1].step, seen[-1].done, seen[-1].total) == ("score", 4 * 145, 4 * 145)
-
-
-def test_more_than_was_expected() -> None:
-    """As where a criterion of one's own asks for norms: never more than all of it."""
-    seen: list[Progress] = []
-    count = Count(seen.append)
-    count.expect(4)
-    count.read("rank", "a", 3)
-    count.read("rank", "b", 3)
-    assert [(x.done, x.total) for x in seen] == [(3, 4), (6, 6)]
-
-
-@pytest.mark.parametrize("order", ["parallel", "backward"])
-def test_an_error_of_the_listener_changes_nothing(order: str) -> None:
-    net = Tied()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-
-    def stop(progress: Progress) -> None:
-        if progress.done == progress.total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        lap_ext.prune(net, torch.ones(1, 5), 0.5, order=order, on_progress=stop)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lap_ext.criteria.statistics.activity import Activation, activation_after
-from lap_ext.criteria.statistics.experts import Chosen, chosen_by_data
+from lap_ext.criteria.statistics.experts import Chosen, chosen_by_data, tensors_of
 from lap_ext.criteria.statistics.replay import Watches, replay
 from lap_ext.topology import Topology
 from lap_ext.topology.call import bind
@@ -64,8 +64,7 @@ def mean_squares(topology: Topology, data: Any, *, function: str, criterion: str
     means = [_Mean() for _ in roles]
     _without_projection(roles, function)
 
-    def watcher(program: ExportedProgram, nodes: list[fx.Node]) -> Watches:
-        del program
+    def watcher(_program: ExportedProgram, nodes: list[fx.Node]) -> Watches:
         places: dict[fx.Node, list[int]] = {}
         for place, node in enumerate(nodes):
             places.setdefault(node, []).append(place)
@@ -150,7 +149,7 @@ def _reader(
             return
         (place,) = places
         role = roles[place]
-        x = _tensors(list(call.arguments.values()))[role.x]
+        x = tensors_of(call)[role.x]
         if role.kind == "embedding":
             size = role.part.channels[0]
             index = x.flatten().long() % size
@@ -193,15 +192,6 @@ def _counter(mean: _Mean, follows: Activation, dims: tuple[int, ...]) -> Callabl
         mean.add(sums, y.numel() // size)
 
     return count
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    """All tensors among arguments, in order."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, (list, tuple)):
-        return [tensor for item in x for tensor in _tensors(item)]
-    return []
 
 
 def _cell_inputs(layer: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:

@@ -14,22 +14,24 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from lap_ext.topology.call import operation_name
+
 ACTIVATIONS = {
     *("relu", "relu6", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise"),
     *("gelu", "silu", "mish", "elu", "selu", "celu", "hardswish", "softplus", "sigmoid", "tanh"),
-    *("hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold", "softsign"),
+    *("hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold"),
     *("log_sigmoid", "log_sigmoid_forward", "clamp", "clamp_min"),
 }
 _SAME = {
     *("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "layer_norm"),
     *("native_layer_norm", "group_norm", "native_group_norm", "instance_norm", "rms_norm"),
     *("_fused_rms_norm", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "clone"),
-    *("contiguous", "to", "_to_copy", "alias", "detach", "float", "half", "bfloat16", "double"),
+    *("contiguous", "to", "_to_copy", "alias", "detach"),
 }
 _SCALED = {"add", "sub", "mul", "div"}  # with a parameter or a number
 _POOLS = {
     f"{kind}_pool{n}d"
-    for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp", "_adaptive_avg")
+    for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg")
     for n in (1, 2, 3)
 } | {f"max_pool{n}d_with_indices" for n in (2, 3)}
 _MOVES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
@@ -45,7 +47,7 @@ class Activation:
     moves: tuple[fx.Node, ...]
 
     def channels(self, dims: tuple[int, ...]) -> Tensor | None:
-        """Channel of each element, int64, of the result's shape; None: they still lie along dims."""
+        """Finds each element's channel, int64, of the result's shape; None: they lie along dims."""
         if not self.moves:
             return None
         shape = _tensor(self.start).shape
@@ -59,7 +61,7 @@ class Activation:
 
 
 def activation_after(program: ExportedProgram, node: fx.Node) -> Activation | None:
-    """The activation function that alone reads the result of a node, through what keeps channels."""
+    """Finds the activation function that alone reads a node, through what keeps channels."""
     static = {*program.graph_signature.inputs_to_parameters}
     static |= {*program.graph_signature.inputs_to_buffers}
     start = node
@@ -69,7 +71,7 @@ def activation_after(program: ExportedProgram, node: fx.Node) -> Activation | No
         if len(readers) != 1 or not readers[0].args or readers[0].args[0] is not node:
             return None
         user = readers[0]
-        name = _name(user)
+        name = operation_name(user)
         others = [x for x in user.all_input_nodes if x is not node]
         if name in ACTIVATIONS:
             return Activation(user, start, tuple(moves))
@@ -84,14 +86,6 @@ def activation_after(program: ExportedProgram, node: fx.Node) -> Activation | No
         else:
             return None
         node = user
-
-
-def _name(node: fx.Node) -> str:
-    """The operation: "relu" of aten.relu_.default."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return getattr(node.target, "__name__", str(node.target))
-    return str(schema.name).rpartition("::")[2].removesuffix("_")
 
 
 def _tensor(node: fx.Node) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import skip_init
 
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Topology
-from lap_ext.topology.call import Call, bind, mapped
+from lap_ext.topology.call import Call, bind, mapped, module_path
 from lap_ext.topology.export import first_names, named_tensors, placeholders
 
 # (the call, with tensors for what is no activation) -> a module, None: nothing is done
@@ -116,8 +117,7 @@ class _NotInChain(Exception):  # noqa: N818 (caught right above)
 
 
 def _unfit(function: str, topology: Topology, node: fx.Node, what: str) -> ValueError:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = next((str(path) for path, _ in reversed(stack) if path), "")
+    path = module_path(node)
     where = f"in module {path!r}" if path else f"in {type(topology.model).__name__}.forward"
     if path:
         where += f" ({type(topology.model.get_submodule(path)).__name__})"
@@ -222,12 +222,11 @@ def _average(call: Call) -> nn.Module:
         uneven = any(padding) and not call["count_include_pad"]
         if uneven or call["ceil_mode"] or call.get("divisor_override") is not None:
             raise _NotInChain("windows of different sizes")
-    dtype = call.node.meta["val"].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    options = {"groups": before[1], "bias": False, "dtype": wide}
+    result = call.node.meta["val"]
+    options = {"groups": before[1], "bias": False, "dtype": score_dtype(result)}
     made = skip_init(_CONV[n], before[1], before[1], window, stride, padding, **options)
     made.weight.data.fill_(1.0 / torch.Size(window).numel())
-    return made.to(call.node.meta["val"].device).requires_grad_(False)
+    return made.to(result.device).requires_grad_(False)
 
 
 def _cast(call: Call) -> None:
@@ -244,7 +243,7 @@ def _floats(x: Any) -> Tensor:
     """A copy in float32, float64 for float64."""
     if not isinstance(x, Tensor):
         raise _NotInChain("a computed weight")
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+    return x.detach().to(score_dtype(x), copy=True)
 
 
 def _filled(module: nn.Module, weight: Tensor, bias: Any) -> nn.Module:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from lap_ext.criteria.statistics.chain import Chain, chain_of
 from lap_ext.criteria.statistics.gradients import pair
-from lap_ext.criteria.statistics.purity import unchanged
+from lap_ext.criteria.statistics.isolation import unchanged
 from lap_ext.criteria.statistics.replay import batches, call_of, program_of
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Topology
 
 CURVATURES = ("hessian", "ggn")
@@ -116,7 +117,7 @@ def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, Secon
 
 def _wide(x: Tensor) -> Tensor:
     """As the chain computes: float32, float64 for float64; a leaf of its own."""
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.detach().to(score_dtype(x))
 
 
 def _compare(chain: Chain, expected: Tensor, x: Tensor, function: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lap_ext.topology.call import Call, bind
+from lap_ext.topology.call import Call, bind, operation_name
 from lap_ext.topology.roles import Role
 
 _PICKS = {"index", "index_select", "embedding"}
@@ -40,7 +40,9 @@ class Chosen:
         picks = self.picks
 
         def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [x for x in _leaves(bind(picks, args, kwargs)) if not x.is_floating_point()]
+            tensors = [
+                x for x in tensors_of(bind(picks, args, kwargs)) if not x.is_floating_point()
+            ]
             self.index = tensors[0] if len(tensors) == 1 else None
 
         return {picks: seen}
@@ -65,7 +67,7 @@ class Chosen:
         if self.index is not None:
             index = self.index.flatten().long()
             return index if index.numel() == rows else None
-        ends = [x for x in _leaves(call) if not x.is_floating_point() and x.numel() == experts]
+        ends = [x for x in tensors_of(call) if not x.is_floating_point() and x.numel() == experts]
         if len(ends) != 1:
             return None
         place = torch.arange(rows, device=ends[0].device)
@@ -77,7 +79,7 @@ def _picks(node: fx.Node) -> fx.Node | None:
     for operand in node.all_input_nodes:
         current = operand
         while current.op == "call_function":
-            if _name(current) in _PICKS and _is_weight(current.all_input_nodes[0]):
+            if operation_name(current) in _PICKS and _is_weight(current.all_input_nodes[0]):
                 return current
             if len(current.all_input_nodes) != 1:
                 break
@@ -93,12 +95,8 @@ def _is_weight(node: fx.Node) -> bool:
     return node.op != "call_function" and isinstance(value, Tensor) and value.dim() == 3
 
 
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name).rpartition("::")[2] if schema is not None else str(node.target)
-
-
-def _leaves(call: Call) -> list[Tensor]:
+def tensors_of(call: Call) -> list[Tensor]:
+    """The tensors among the arguments of a call, in order."""
     found: list[Tensor] = []
     for x in call.arguments.values():
         found += [y for y in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(y, Tensor)]

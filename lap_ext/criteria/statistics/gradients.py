@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from lap_ext.criteria.statistics.purity import unchanged
+from lap_ext.criteria.statistics.isolation import unchanged
 from lap_ext.criteria.statistics.replay import batches, call_of
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Topology
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -46,7 +47,7 @@ def weight_gradients(
     weights = {
         name: layer.weight for name, layer in topology.layers.items() if layer.weight.requires_grad
     }
-    totals = {name: torch.zeros_like(w, dtype=_sum_dtype(w)) for name, w in weights.items()}
+    totals = {name: torch.zeros_like(w, dtype=score_dtype(w)) for name, w in weights.items()}
     if not weights:
         return {}
     with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _no_cudnn_rnn(model):
@@ -103,10 +104,6 @@ def _scalar(value: Any, function: str) -> None:
             "weight that requires grad. Compute it with the model that loss is given, without "
             "torch.no_grad()."
         )
-
-
-def _sum_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _no_cudnn_rnn(model: nn.Module) -> AbstractContextManager[Any]:

@@ -19,12 +19,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lap_ext.criteria.statistics.purity import same_random_state
+from lap_ext.criteria.statistics.isolation import same_random_state
 from lap_ext.topology import Topology, TopologyError
-from lap_ext.topology.export import export, named_tensors, placeholders
-
-_AUTOCAST = "wrap_with_autocast"
-_INLINED = {_AUTOCAST, "wrap_with_set_grad_enabled", "invoke_subgraph"}
+from lap_ext.topology.call import module_path, operation_name
+from lap_ext.topology.export import INLINED, export, named_tensors, placeholders
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,8 @@ def call_of(model: nn.Module, batch: Any, function: str) -> tuple[tuple[Any, ...
             f"dict of named ones, got {type(batch).__name__}."
         )
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-                 for kind in kinds)  # fmt: skip
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = sum(kind in positional for kind in kinds)
     target = inspect.Parameter.VAR_POSITIONAL not in kinds and len(batch) == places + 1
     return tuple(batch[:-1] if target else batch), {}
 
@@ -151,8 +149,7 @@ def role_nodes(topology: Topology, program: ExportedProgram, function: str) -> l
 
 def _place_of(node: fx.Node) -> tuple[str, str, str]:
     """(name, operation, path of the module)."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return node.name, str(node.target), str(stack[-1][0]) if stack else ""
+    return node.name, str(node.target), module_path(node)
 
 
 def _walk(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -160,15 +157,11 @@ def _walk(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        if _name(node) in _INLINED:
+        if operation_name(node) in INLINED:
             body = next(x for x in node.args if isinstance(x, fx.Node) and x.op == "get_attr")
             yield from _walk(getattr(module, str(body.target)))
         else:
             yield node
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
 
 
 def _signature(args: Any, kwargs: Any) -> tuple[list[Any], str]:
@@ -206,9 +199,9 @@ class _Player(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """One operation."""
-        if n.op == "call_function" and _name(n) in _INLINED:
+        if n.op == "call_function" and operation_name(n) in INLINED:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            return self._inlined(_name(n), args)
+            return self._inlined(operation_name(n), args)
         if n in self.watches.before:
             self.watches.before[n](*self.fetch_args_kwargs_from_env(n))
         result = super().run_node(n)
@@ -219,10 +212,8 @@ class _Player(fx.Interpreter):
     def _inlined(self, name: str, args: tuple[Any, ...]) -> Any:
         place = next(n for n, x in enumerate(args) if isinstance(x, fx.GraphModule))
         mode: AbstractContextManager[Any] = nullcontext()
-        if name == _AUTOCAST:
+        if name == "wrap_with_autocast":
             mode = torch.autocast(args[0], args[1], args[2], args[3])
-        rest = [
-            x for x in args[place + 1 :] if not isinstance(x, str)
-        ]  # not invoke_subgraph's name
+        rest = [x for x in args[place + 1 :] if not isinstance(x, str)]  # a sub-graph's name
         with mode:
             return _Player(args[place], self.watches).run(*rest)

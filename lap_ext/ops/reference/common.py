@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 
-def score_dtype(w: Tensor) -> torch.dtype:
-    """The dtype of w's scores: float64 of float64 weights, else float32."""
-    return torch.float64 if w.dtype == torch.float64 else torch.float32
+def score_dtype(weight: torch.dtype) -> torch.dtype:
+    """The dtype of the scores of weights: float64 of float64, else float32."""
+    return torch.float64 if weight == torch.float64 else torch.float32
 
 
 def roles(in_norm: Tensor, out_norm: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lap_ext.ops.reference.common import score_dtype
+
+
+def key_dtype(scores: torch.dtype) -> torch.dtype:
+    """The dtype of the keys of float64 or float32 scores: integers of the same size."""
+    return torch.int64 if scores == torch.float64 else torch.int32
+
 
 def never(integer: torch.dtype) -> int:
     """The key of a weight that may not be kept, below every other key."""
@@ -17,9 +24,8 @@ def ordered_keys(scores: Tensor, without_nan: bool) -> Tensor:
 
     A NaN, unless it is known that there is none, has the largest key.
     """
-    double = scores.dtype == torch.float64
-    wide = scores.to(torch.float64 if double else torch.float32) + 0.0
-    keys = flip(wide.contiguous().view(torch.int64 if double else torch.int32))
+    wide = scores.to(score_dtype(scores.dtype)) + 0.0
+    keys = flip(wide.contiguous().view(key_dtype(wide.dtype)))
     return keys if without_nan else keys.masked_fill_(wide.isnan(), torch.iinfo(keys.dtype).max)
 
 
@@ -31,7 +37,7 @@ def flip(bits: Tensor) -> Tensor:
 
 def score_keys(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Keys of scores, whose sign is dropped; overwrites scores."""
-    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    integer = key_dtype(scores.dtype)
     keys = scores.view(integer)
     keys &= torch.iinfo(integer).max
     if mask is not None:

@@ -27,7 +27,7 @@ def score(
     """
     if check_finite:
         require_valid(w, in_norm, out_norm, "score")
-    dtype = score_dtype(w)
+    dtype = score_dtype(w.dtype)
     rows, cols = roles(in_norm, out_norm, transposed)
     if is_plain(rows, cols, dtype):
         return times(w, outer(rows.to(dtype), cols.to(dtype), w, groups), dtype).abs_()

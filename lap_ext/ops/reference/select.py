@@ -74,7 +74,7 @@ def _mask(
     transposed: bool,
     op: str,
 ) -> Tensor:
-    dtype = score_dtype(w)
+    dtype = score_dtype(w.dtype)
     (rows, least_row), (cols, least_col) = (
         scaled_to_one(norm) for norm in roles(in_norm, out_norm, transposed)
     )

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What an ATen operation does to channels: one file a kind. Importing the package registers them."""
+"""What an ATen operation does to channels: one file a kind of operation.
+
+Importing the package registers the rules with the tracer. routing.py and mixing.py are helpers of
+the rules and register none.
+"""
 
 from lap_ext.topology.rules import attention as attention
 from lap_ext.topology.rules import contraction as contraction

@@ -12,18 +12,14 @@ otherwise, with one of them steady along what is contracted: as an element-wise 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.rules.joins import joined, weights_of_positions
 from lap_ext.topology.rules.mixing import mixed, projected
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 def product(
@@ -34,7 +30,7 @@ def product(
     shape: tuple[int, ...] | None = None,
     gate: bool = False,
 ) -> Value:
-    """A [..., m, k] times b [..., k, n].
+    """Multiplies a [..., m, k] by b [..., k, n].
 
     shape: of the result, if it is not the call's. gate: one of them has a vector where the other
     has matrices, so that it is their element-wise product, summed.

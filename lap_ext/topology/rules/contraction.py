@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from string import ascii_letters
-from typing import TYPE_CHECKING
 
 import torch
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.roles import Part
 from lap_ext.topology.rules.attention import product
 from lap_ext.topology.rules.mixing import mixed
 from lap_ext.topology.rules.routing import role_of
 from lap_ext.topology.static import Static
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 @rule("einsum")

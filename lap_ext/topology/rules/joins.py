@@ -14,32 +14,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.channels import Arcs
 from lap_ext.topology.static import Scale
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 @rule(
     "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "prelu", "rrelu",
     "_prelu_kernel", "rrelu_with_noise",
     "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink",
-    "threshold", "softplus", "softsign", "log_sigmoid", "log_softmax", "_log_softmax", "exp", "expm1",
-    "log", "log1p", "log2", "sqrt", "rsqrt", "neg", "abs", "sin", "cos", "atan", "erf", "square",
-    "reciprocal", "sign", "dropout", "feature_dropout",
-    "alpha_dropout", "native_dropout", "dropout2d", "dropout3d", "feature_alpha_dropout",
-    "nan_to_num", "round", "floor", "ceil", "trunc", "logit",
-    "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "detach_", "alias", "lift_fresh",
-    "lift_fresh_copy", "float", "double", "half", "bfloat16", "cpu", "cuda", "requires_grad",
+    "threshold", "softplus", "log_sigmoid", "log_softmax", "_log_softmax", "exp", "expm1", "log",
+    "log1p", "log2", "sqrt", "rsqrt", "neg", "abs", "sin", "cos", "atan", "erf", "square",
+    "reciprocal", "sign", "dropout", "feature_dropout", "alpha_dropout", "native_dropout",
+    "feature_alpha_dropout", "nan_to_num", "round", "floor", "ceil", "trunc", "logit",
+    "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "lift_fresh",
+    "lift_fresh_copy", "cpu", "cuda", "requires_grad",
     "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "real", "positive",
 )  # fmt: skip
 def _unary(t: Tracer, call: Call) -> Result:
@@ -71,7 +67,7 @@ def _triangle(t: Tracer, call: Call) -> Result:
     "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "isfinite", "isin", "any", "all",
     "nonzero", "searchsorted",
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "new_tensor", "bernoulli", "bincount", "numel",
+    "new_ones", "new_full", "new_empty", "bernoulli", "bincount", "numel",
     "_local_scalar_dense",
 )  # fmt: skip
 def _no_channels(t: Tracer, call: Call) -> Result:
@@ -93,7 +89,7 @@ def _choice(t: Tracer, call: Call) -> Result:
 
 
 @rule("add", "sub", "rsub", "maximum", "minimum", "logaddexp", "fmax", "fmin",
-      "__add__", "atan2", "hypot", "copysign")  # fmt: skip
+      "atan2", "hypot", "copysign")  # fmt: skip
 def _sum(t: Tracer, call: Call) -> Result:
     values = call.values
     alpha = call.get("alpha", 1)
@@ -105,7 +101,7 @@ def _sum(t: Tracer, call: Call) -> Result:
 
 @rule("addcmul", "addcdiv")
 def _add_product(t: Tracer, call: Call) -> Result:
-    """Self + value * tensor1 * tensor2, or tensor1 / tensor2."""
+    """Computes self + value * tensor1 * tensor2, or / tensor2."""
     factors = {"self": call["tensor1"], "other": call["tensor2"]}
     made = _product(t, replace(call, name=call.name.removeprefix("addc"), arguments=factors))
     assert isinstance(made, Value)
@@ -114,7 +110,7 @@ def _add_product(t: Tracer, call: Call) -> Result:
 
 @rule("lerp")
 def _lerp(t: Tracer, call: Call) -> Result:
-    """A + weight * (b - a)."""
+    """Interpolates: a + weight * (b - a)."""
     weight = call["weight"]
     if isinstance(weight, Value):
         return t.unknown(call)
@@ -157,7 +153,7 @@ def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
 
 
 def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
-    """Channels times a number."""
+    """Multiplies channels by a number."""
     if not x.has_channels:
         return plain(call.shape)
     if factor == 0.0:
@@ -188,7 +184,7 @@ def _where_live(arcs: Arcs, live: Tensor) -> Arcs:
 
 
 def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Value:
-    """Channels times a static tensor: per channel exactly; by position its mean square.
+    """Multiplies channels by a static tensor: per channel exactly; by position its mean square.
 
     A constant (no parameter in it) that changes with the position counts as 1: a rotary embedding's
     cosines, a mask.
@@ -233,7 +229,7 @@ def _entries_of(entries: Tensor, steady: list[int], place: Tensor, n: int) -> Te
 def joined(
     t: Tracer, call: Call, values: list[Value], shape: tuple[int, ...] | None = None
 ) -> Value:
-    """Element by element, the channels of all values; shape: if it is not the call's."""
+    """Joins the channels of all values, element by element; shape: if it is not the call's."""
     shape = call.shape if shape is None else shape
     result: Value | None = None
     for x in values:

@@ -10,28 +10,26 @@ order) each counts 1, as what an activation may let pass does.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.channels import Arcs
 from lap_ext.topology.labels import unique_pairs
 from lap_ext.topology.rules.joins import joined
 from lap_ext.topology.rules.mixing import mixed, sets_along
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
 
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
-
 _SPATIAL = {  # operations on images: trailing dimensions that they mix
-    **{f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp",
-                                          "_adaptive_avg") for n in (1, 2, 3)},
+    **{f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
+       for n in (1, 2, 3)},
+    "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3,
     **{f"max_pool{n}d_with_indices": n for n in (1, 2, 3)},
     **{f"upsample_{kind}": n for kind, n in (
         ("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2),
-        ("bicubic2d", 2), ("trilinear3d", 3), ("_nearest_exact1d", 1), ("_nearest_exact2d", 2))},
+        ("bicubic2d", 2), ("trilinear3d", 3))},
     **{f"_upsample_nearest_exact{n}d": n for n in (1, 2, 3)},
     "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2, "grid_sampler": 2,
     "grid_sampler_2d": 2, "grid_sampler_3d": 3, "fractional_max_pool2d": 2,
@@ -51,7 +49,7 @@ def _spatial(t: Tracer, call: Call) -> Result:
     return result if len(call.shapes) == 1 else [result, *map(plain, call.shapes[1:])]
 
 
-@rule("softmax", "_softmax", "_safe_softmax", "softmin")
+@rule("softmax", "_softmax", "_safe_softmax")
 def _softmax(t: Tracer, call: Call) -> Result:
     """Over channels an activation. Over positions it is remembered: weights, whose channels end.
 
@@ -97,7 +95,7 @@ def _repeats(x: Value, dims: list[int]) -> bool:
 
 
 def _term_by_term(t: Tracer, call: Call, x: Value, dims: list[int]) -> Tensor:
-    """A sum of sums: a term that is the same channel at every place counts once, as positions do."""
+    """Sums sums: a term that is the same channel at every place counts once, as positions do."""
     parts = [
         replace(y, labels=mixed(t.channels, call.name, y.labels, dims, mean=call.name == "mean"))
         for y in x.terms

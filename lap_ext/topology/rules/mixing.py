@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Mixing along dimensions: the same channels where they do not change, else a new one of many."""
+"""Helpers of the rules, no rules: mixing along dimensions.
+
+Where channels do not change along a dimension they stay the same ones; where they do, each result
+is a new channel made of many.
+"""
 
 from __future__ import annotations
 

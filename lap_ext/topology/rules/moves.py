@@ -7,19 +7,17 @@ token before the patches, padding around an image), the channels go on through i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, mapped, rule
+from lap_ext.topology.call import Call, mapped
 from lap_ext.topology.rules.mixing import mixed
 from lap_ext.topology.rules.routing import picked
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 _FLOAT_ONLY = {"pixel_shuffle", "pixel_unshuffle", "im2col", "channel_shuffle", "pad"}
 

@@ -6,24 +6,21 @@ A batch norm in evaluation mode is exact: gamma / sqrt(running_var + eps).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.rules.joins import scaled
 from lap_ext.topology.static import Scale, Static
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm",
       "_batch_norm_no_update")  # fmt: skip
 def _batch_norm(t: Tracer, call: Call) -> Result:
     x, gamma, variance = call["input"], call["weight"], call["running_var"]
-    training = call.get("training", call.get("cudnn_enabled", False)) and call.name == "batch_norm"
-    if variance is None or (training and call["training"]):
-        return _several(call, _times(t, call, x, gamma, x.shape[1], 1))
+    if variance is None or (call.name == "batch_norm" and call["training"]):
+        return _several(call, _times(t, call, x, gamma))
     return _running(t, call)
 
 
@@ -32,7 +29,7 @@ def _running(t: Tracer, call: Call) -> Result:
     x, gamma, variance = call["input"], call["weight"], call["running_var"]
     sources = (None if gamma is None else gamma.static, variance.static)
     scale = Scale("batch_norm", sources, eps=float(call["eps"]))
-    return _several(call, _by_channel(t, call, x, scale, variance, 1))
+    return _several(call, _by_channel(t, call, x, scale, variance))
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
@@ -51,7 +48,7 @@ def _group_norm(t: Tracer, call: Call) -> Result:
     x = call["input"]
     if call.name == "instance_norm" and not call["use_input_stats"]:
         return _running(t, call)
-    return _several(call, _times(t, call, x, call["weight"], x.shape[1], 1))
+    return _several(call, _times(t, call, x, call["weight"]))
 
 
 @rule("cosine_similarity", "pairwise_distance", "cdist")
@@ -59,19 +56,18 @@ def _unsupported(t: Tracer, call: Call) -> Result:
     return t.unknown(call)
 
 
-def _times(t: Tracer, call: Call, x: Value, weight: Value | None, channels: int, dim: int) -> Value:
-    """X times a weight [channels] along dim; None counts as 1."""
-    del channels
+def _times(t: Tracer, call: Call, x: Value, weight: Value | None) -> Value:
+    """Multiplies by a weight of each channel; None counts as 1."""
     if weight is None or weight.static is None:
         return x.passed(call.name, call.shape, x.labels)
-    return _by_channel(t, call, x, Scale("parameter", (weight.static,)), weight, dim)
+    return _by_channel(t, call, x, Scale("parameter", (weight.static,)), weight)
 
 
-def _by_channel(t: Tracer, call: Call, x: Value, scale: Scale, source: Value, dim: int) -> Value:
-    """X times a scale [C] along dim."""
+def _by_channel(t: Tracer, call: Call, x: Value, scale: Scale, source: Value) -> Value:
+    """Multiplies by a scale of each channel; channels lie along dimension 1."""
     if not x.has_channels:
         return plain(call.shape)
-    shape = tuple(n if d == dim else 1 for d, n in enumerate(x.shape))
+    shape = tuple(n if d == 1 else 1 for d, n in enumerate(x.shape))
     static = source.static or Static()
     return scaled(t, call, x, Value(shape, source.labels, static), scale)
 

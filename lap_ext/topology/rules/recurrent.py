@@ -10,20 +10,18 @@ A gate multiplies what another one adds: linearized at 1, both are parents, as e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.channels import Arcs, Trail
 from lap_ext.topology.roles import Part
 from lap_ext.topology.rules.routing import role_of
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -89,7 +87,7 @@ def _cell(
         starts[:1] if call.name == "gru" else starts[1:]
     )  # a first state that goes on as it is
     made += [Arcs(*_first(x, cell, hidden)) for x in carried]
-    state = inner = t.state(hidden, call.name, made)
+    state = inner = t.channels.add(hidden, "state", call.name, made).labels
     if len(weights) == 3:  # an LSTM's projection of the state
         roles[2].inputs = torch.arange(hidden), state
         state = roles[2].out.labels

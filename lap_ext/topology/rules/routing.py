@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""New roles, and weights of experts among which data chooses.
+"""Helpers of the rules, no rules: new roles, and weights of experts among which data chooses.
 
 A routed weight [E, O, I] is one group an expert. Its output channel o is a channel of kind "routed"
 whose parents are channel o of all experts; where another routed weight reads it (or what was made
@@ -8,19 +8,18 @@ of it element by element), expert e reads what expert e has made.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lap_ext._text import layer_name
 from lap_ext.topology import labels as lab
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import Arcs
 from lap_ext.topology.roles import Part, Role
+from lap_ext.topology.tracer import Tracer
 from lap_ext.topology.value import Value, WeightView, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 def weigh(
@@ -59,18 +58,18 @@ def role_of(
     out_dims: tuple[int, ...] = (),
 ) -> Role:
     """A new role without a result of its own."""
-    name = t.layer_name(parameter)
+    name = layer_name(parameter)
     space = t.channels.add(part.channels[1], "role", name)
     trail = () if x is None else x.trail
     place = next((n for n, value in enumerate(call.values) if value is x), -1)
-    role = Role(name, parameter, kind, part, call.node, inputs, space, trail, None, place, in_dims,
+    role = Role(name, parameter, kind, part, call.node, inputs, space, trail, place, in_dims,
                 out_dims)  # fmt: skip
     t.roles.append(role)
     return role
 
 
 def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
-    """w[index] of a parameter by data: an embedding, or the weights of the tokens' experts."""
+    """Indexes a parameter by data: an embedding, or the weights of the tokens' experts."""
     assert w.view is not None
     full = t.full_shape(w.view.parameter)
     if tuple(w.view.meta.shape) != full or not w.view.meta.is_contiguous():
@@ -91,7 +90,7 @@ def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
 def routed(
     t: Tracer, call: Call, parameter: str, part: Part, x: Value, dim: int, out: int, by: Any
 ) -> Value:
-    """A role of experts that by has picked: inputs along dim of x, outputs along out of the result."""
+    """Adds a role of experts that by has picked: inputs along dim of x, outputs along out."""
     experts, into = part.groups, x.shape[dim]
     index, label = lab.pairs_along(x.labels, dim, into)
     seen = per_expert(t, label, experts, by)  # [experts, n]

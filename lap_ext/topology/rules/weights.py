@@ -7,20 +7,16 @@ convolutions and their transposes, embeddings.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, rule
+from lap_ext.topology.call import Call
 from lap_ext.topology.roles import Part, part_of
 from lap_ext.topology.rules.attention import product
 from lap_ext.topology.rules.joins import by_number, joined
 from lap_ext.topology.rules.routing import routed, weigh
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, WeightView
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 
 @rule("linear")
@@ -60,7 +56,7 @@ def _multiplied(t: Tracer, call: Call) -> Result:
 
 
 def _times_weight(t: Tracer, call: Call, x: Value, w: Value, flipped: bool) -> Result:
-    """X [..., I] times w [O, I], or w [I, O] when flipped, or w [E, I, O] with x [E, ..., I]."""
+    """Multiplies x [..., I] by w [O, I], w [I, O] when flipped, or, x [E, ..., I], w [E, I, O]."""
     if w.view is None or len(w.shape) not in (2, 3):
         return t.unknown(call)
     if len(w.shape) == 3:
@@ -75,7 +71,7 @@ def _times_weight(t: Tracer, call: Call, x: Value, w: Value, flipped: bool) -> R
 
 
 def _weight_times(t: Tracer, call: Call, w: Value, x: Value) -> Result:
-    """W [O, I] times x [..., I, N]."""
+    """Multiplies w [O, I] by x [..., I, N]."""
     if w.view is None or len(w.shape) != 2:
         return t.unknown(call)
     part = part_of(w.view, t.full_shape(w.view.parameter))
@@ -88,7 +84,7 @@ def _weight_times(t: Tracer, call: Call, w: Value, x: Value) -> Result:
 
 
 def _routed(t: Tracer, call: Call, x: Value, w: Value, dim: int) -> Result:
-    """X [S, 1, I] times w[e] [S, I, O], or w[e] [S, O, I] times x [S, I, 1]: e picked by data."""
+    """Multiplies x [S, 1, I] by w[e] [S, I, O], or w[e] [S, O, I] by x [S, I, 1]; data picks e."""
     assert w.view is not None
     part = _experts(t, w.view, inner=dim == -2)
     if part is None or x.labels.shape[0] > 1:
@@ -99,7 +95,7 @@ def _routed(t: Tracer, call: Call, x: Value, w: Value, dim: int) -> Result:
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 def _grouped(t: Tracer, call: Call) -> Result:
-    """X [S, I] times w [E, I, O]: rows sorted by expert, offsets say where each one begins."""
+    """Multiplies x [S, I], rows sorted by expert, by w [E, I, O]; offsets say where each begins."""
     x, w = call.values[:2]
     if w.view is None or len(w.shape) != 3 or len(x.shape) != 2 or x.labels.shape[0] > 1:
         return t.unknown(call)
@@ -124,7 +120,7 @@ def _experts(t: Tracer, view: WeightView, inner: bool) -> Part | None:
 
 
 def _batched(t: Tracer, call: Call, x: Value, w: Value) -> Result:
-    """X [E, N, I] times w [E, I, O], both views of a parameter [E, A, B]: one group an expert."""
+    """Multiplies x [E, N, I] by w [E, I, O], views of a parameter [E, A, B]: a group an expert."""
     assert w.view is not None
     part = _experts(t, w.view, inner=False)
     if part is None or len(x.shape) != 3:

@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Tensors that are written: in parts, at places, where a mask says; and what a mask chooses.
+"""In-place writes: slice assignment, index_put, masked_fill, where.
 
-By a constant each channel is where it is put, and one that is written over is gone: the operation is
-run on the labels. By data all that may be there counts, if it is the same channel at every place.
+Constant indices are replayed on the channel labels. With data-dependent indices every channel that
+may end up in a position counts, if it is the same channel at every position.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology import labels as lab
-from lap_ext.topology.call import Call, Result, mapped, rule
+from lap_ext.topology.call import Call, mapped
 from lap_ext.topology.rules.joins import joined
+from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
-
-if TYPE_CHECKING:
-    from lap_ext.topology.tracer import Tracer
 
 _MOST = 1 << 24  # elements that are laid out one by one
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Leaving things as they were: what is measured on a model changes nothing of it."""
+"""What is measured on a model leaves it as it was."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lap_ext.topology.export import evaluating
+
 
 @contextmanager
 def same_random_state(model: nn.Module) -> Iterator[None]:
-    """What is drawn inside (by the model, by a data loader) is not drawn outside."""
+    """Restores the random state afterwards: of the CPU and of the model's GPUs."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     places = sorted(device.index for device in devices if device.index is not None)
     with torch.random.fork_rng(devices=places):
@@ -21,21 +23,16 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training flags, buffers and random state as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    """Puts a model into evaluation mode; restores it, its buffers and the random state."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
-        for module in modes
+        for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    with same_random_state(model):
+    with same_random_state(model), evaluating(model):
         try:
-            for module in modes:
-                module.training = False
             yield
         finally:
-            for module, training in modes.items():
-                module.training = training
             for module, name, buffer, before in buffers:
                 _restore(module, name, buffer, before)
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Topology and Layer: a traced model as its user sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lap_ext.topology import edges, render
+from lap_ext.topology.edges import Edge
+from lap_ext.topology.export import named_tensors
+from lap_ext.topology.graph import Graph
+from lap_ext.topology.roles import Role
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of the model and its roles in the network.
+
+    name: the parameter's name without ".weight"; parameter: its full name. kind: linear, conv2d,
+    conv_transpose2d, embedding, lstm, ... of its first role.
+    """
+
+    name: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    roles: tuple[Role, ...]
+    topology: Topology = field(repr=False, compare=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the model has it now."""
+        return self.topology.model.get_parameter(self.parameter)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a grouped or depthwise convolution, experts of a batched weight."""
+        return self.roles[0].part.groups
+
+    @property
+    def prev(self) -> list[Edge]:
+        """What feeds it: one edge per producer and role."""
+        graph, tensors = self.topology.graph, self.topology.tensors()
+        return [edge for role in self.roles for edge in edges.producers(graph, role, tensors)]
+
+    @property
+    def next(self) -> list[Edge]:
+        """What reads it: one edge per consumer and role."""
+        graph, tensors = self.topology.graph, self.topology.tensors()
+        return [edge for role in self.roles for edge in edges.consumers(graph, role, tensors)]
+
+
+class Topology:
+    """Who feeds whom in a model, channel by channel. Made by `trace`; print it for a table.
+
+    Attributes:
+        layers: name -> Layer, in the order in which the network uses them.
+        model: the model that was traced.
+        roles: the uses of all weights, in the order of the network.
+        graph: the channels between the layers (see graph.py).
+        neighbors: what the user has said of the neighbors of some layers.
+        others: parameters of two dimensions or more that are no layer (a position embedding that is
+            added, a class token, a table of biases): they are never pruned.
+        stops: operations at which the trace stopped, in words; empty unless unknown="stop".
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(lap_ext.trace(net, torch.ones(1, 4)))
+        layer  kind    shape  fed by  read by
+        -----  ------  -----  ------  -------
+        0      linear  8x4    input   2
+        2      linear  2x8    0       output
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        neighbors: Mapping[str, Any],
+        stops: Sequence[str],
+    ) -> None:
+        self.model = model
+        self.graph = graph
+        self.roles = graph.roles
+        self.neighbors = dict(neighbors)
+        self.stops = list(stops)
+        self.layers: dict[str, Layer] = {}
+        tensors = named_tensors(model)
+        by_name: dict[str, list[Role]] = {}
+        for role in self.roles:
+            by_name.setdefault(role.layer, []).append(role)
+        for name, roles in by_name.items():
+            first = roles[0]
+            shape = tuple(tensors[first.parameter].shape)
+            self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
+        known = {layer.parameter for layer in self.layers.values()}
+        self.others = [
+            name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers as they are now."""
+        return named_tensors(self.model)
+
+    def __str__(self) -> str:
+        return render.table(self._rows(), self.others, self.stops)
+
+    def __repr__(self) -> str:
+        return f"Topology({len(self.layers)} layers, {self.graph.channels.size - 1} channels)"
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz's language: layers as nodes, arrows from producers to consumers."""
+        return render.dot(self._rows())
+
+    def _rows(self) -> list[render.Row]:
+        return [render.Row(x.name, x.kind, x.shape, x.prev, x.next) for x in self.layers.values()]
