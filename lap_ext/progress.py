@@ -14,8 +14,9 @@ class Progress:
 
     Attributes:
         step: "measure" (norms of neighbors), "score" (scores that are stored), "rank" (which weights
-            are kept), "write" (a checkpoint's files), or "data" (criteria that look at data, which
-            has no known length). A step comes once in each round or pass.
+            are kept), "write" (a checkpoint's files), "verify", "count zeros" (of layers that are
+            inspected), or "data" (criteria that look at data, which has no known length). A step
+            comes once in each round or pass.
         name: the layer or tensor; "" for all of them.
         done: bytes of weights that the step has read, or written, so far.
         total: all bytes that it will read or write; 0: not known.

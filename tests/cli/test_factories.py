@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lap_ext
+from lap_ext import checkpoint
 from lap_ext.cli import models, output, parser, verbs
 from tests.helpers.command_line import Run, dense, one_line
 
@@ -324,8 +326,6 @@ def test_completion_without_shtab(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no terminal: a line every ten seconds, none for what is quick."""
-    import io
-
     now = [0.0]
     monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -340,9 +340,23 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
-def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
+def test_time_left_counts_from_where_the_work_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not counted (a trace), and steps before, are left out of the estimate."""
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with output.Progress(stream=stream) as progress:
+        progress.step("trace")
+        for second, step, done in ((100, "measure", 20), (110, "measure", 40), (200, "score", 10),
+                                   (210, "score", 50)):  # fmt: skip
+            now[0] = second
+            progress.follow(checkpoint.Progress(step, "fc", done, 100))
+            if done in (40, 50):
+                progress.tell()
+    assert stream.getvalue().splitlines() == ["measure: 40%, 15 s left", "score: 50%, 10 s left"]
 
+
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich", reason="rich draws the bar")
 
     class Terminal(io.StringIO):

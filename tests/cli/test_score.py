@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""lap-ext score: the figures of the table, the file, folders streamed, and what can go wrong."""
+"""lap-ext score: its table and JSON, its options, its file, and what can go wrong."""
 
 from __future__ import annotations
 
 import errno
 import json
-import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,29 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 import lap_ext
-from lap_ext.checkpoint import passes
-from lap_ext.cli import score
-from lap_ext.masks import file
-from tests.helpers.command_line import Run, change, dense, one_line
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same names in the same order, dtypes and bits."""
-    assert list(found) == list(expected)
-    for name, scores in expected.items():
-        assert found[name].dtype == scores.dtype and torch.equal(found[name], scores), name
-
-
-def quantile(values: list[float], tenths: int) -> float:
-    """The first of the sorted values that so many tenths of all do not exceed."""
-    return next(
-        x for x in sorted(values) if 10 * sum(y <= x for y in values) >= tenths * len(values)
-    )
-
+from lap_ext import checkpoint
+from lap_ext.checkpoint import stream
+from tests.helpers.checkpoints import change
+from tests.helpers.command_line import Run, dense, one_line
 
 # --- factories ------------------------------------------------------------------------------------
 
@@ -47,17 +30,19 @@ def test_factory(run: Run, tmp_path: Path, normalize: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     scores = lap_ext.scores(net, torch.zeros(1, 8), normalize=normalize)
-    same(load_file(tmp_path / "s"), scores)
+    found = load_file(tmp_path / "s")
+    assert list(found) == list(scores)
+    assert all(torch.equal(found[name], values) for name, values in scores.items())
     told = json.loads(out)
-    assert status == 0 and told["out"] == "s"
-    assert [row["name"] for row in told["layers"]] == ["0", "2"]
-    for row in told["layers"]:
-        values = scores[row["name"]].double().flatten().tolist()
-        names = {"min": 0, "10%": 1, "median": 5, "90%": 9, "max": 10}
-        assert row["quantiles"] == {k: quantile(values, max(1e-9, q)) for k, q in names.items()}
-        assert row["energy"] == pytest.approx(math.fsum(x * x for x in values), rel=1e-12)
-        assert (row["weights"], row["zeros"]) == (len(values), values.count(0.0))
-        assert row["dtype"] == str(scores[row["name"]].dtype).removeprefix("torch.")
+    assert status == 0
+    assert list(told) == ["model", "criterion", "normalize", "bn", "out", "layers"]
+    assert (told["model"], told["out"]) == ("nets:net", "s")
+    row = told["layers"][0]
+    assert list(row) == [
+        "name", "kind", "shape", "dtype", "weights", "zeros", "quantiles", "energy"
+    ]  # fmt: skip
+    assert (row["name"], row["kind"], row["shape"], row["weights"]) == ("0", "linear", [16, 8], 128)
+    assert row["quantiles"]["max"] == scores["0"].max()
 
 
 def test_table(run: Run, tmp_path: Path) -> None:
@@ -84,8 +69,6 @@ def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
     found = load_file(tmp_path / "s")
     assert list(found) == ["2"]
     assert torch.equal(found["2"], dense()["2.weight"].abs())
-    head = int.from_bytes((tmp_path / "s").read_bytes()[:8], "little")
-    assert head % 8 == 0  # the tensors are aligned
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {
             "lap_ext": lap_ext.__version__, "criterion": "magnitude", "normalize": "none",
@@ -93,7 +76,7 @@ def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
         }  # fmt: skip
 
 
-def test_layers_without_weights_and_infinite_scores(run: Run, tmp_path: Path) -> None:
+def test_infinite_scores(run: Run, tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def net():\n"
@@ -104,89 +87,34 @@ def test_layers_without_weights_and_infinite_scores(run: Run, tmp_path: Path) ->
     status, out, _ = run("score", "odd:net", "--json")
     assert status == 0 and json.loads(out)["layers"][0]["quantiles"]["max"] == "inf"
     assert run("score", "odd:net")[1].splitlines()[-1].split() == ["all", "4", "0.00%", "inf"]
-    layer = type("Layer", (), {"name": "no", "kind": "linear", "shape": (0, 3)})
-    row = score._row(layer, torch.zeros(0, 3))  # type: ignore[arg-type]
-    assert (row["quantiles"]["median"], row["energy"], row["weights"]) == (None, 0.0, 0)
-    assert score._table([row]).splitlines()[2].split() == ["no", "0x3", "0", "0.00%", "0"]
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-def in_memory(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """The scores of the same model, loaded by transformers."""
-    transformers = pytest.importorskip("transformers", reason="transformers loads the folder")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    ids = torch.zeros(1, 4, dtype=torch.int64)
-    return lap_ext.scores(model, (), kwargs={"input_ids": ids}, **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("llama", {}),
-        ("llama", {"normalize": "norm", "criterion": "magnitude", "exclude": "lm_*"}),
-        ("llama", {"criterion": "random"}),
-        ("gpt2", {"normalize": "lamp"}),
-    ],
-    ids=str,
-)
-def test_folder(
-    run: Run, folders: Path, tmp_path: Path, name: str, options: dict[str, str]
-) -> None:
-    before = {path.name: path.read_bytes() for path in (folders / name).iterdir()}
+def test_folder_equals_the_library(run: Run, folders: Path, tmp_path: Path) -> None:
+    """The command passes its options on."""
+    options = {"criterion": "lookback", "normalize": "norm", "exclude": "lm_*", "bn": "off"}
     given = [part for key, value in options.items() for part in (f"--{key}", value)]
-    status, out, error = run("score", folders / name, *given, "--out", "s", "--json")
+    command = "score", folders / "llama", *given, "--memory", "1MB", "--out", "s", "--json"
+    status, out, error = run(*command)
     assert (status, error) == (0, "")
-    same(load_file(tmp_path / "s"), in_memory(folders / name, **options))
-    assert {row["kind"] for row in json.loads(out)["layers"]} <= {"linear", "embedding", "conv1d"}
-    assert {path.name: path.read_bytes() for path in (folders / name).iterdir()} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "s"}
+    table = checkpoint.scores(folders / "llama", memory="1MB", **options).save(tmp_path / "t")
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "t").read_bytes()
+    assert json.loads(out)["layers"] == table.to_dict()["layers"]
+    assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "s", "t"}
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_folders_of_other_dtypes(
-    run: Run, folders: Path, tmp_path: Path, kind: torch.dtype
-) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "other")
-    for path in (tmp_path / "other").glob("*.safetensors"):
-        tensors = {name: value.to(kind) for name, value in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "other/config.json").read_text())
-    config["dtype"] = str(kind).removeprefix("torch.")
-    (tmp_path / "other/config.json").write_text(json.dumps(config))
-    assert run("score", "other", "--out", "s")[0] == 0
-    same(load_file(tmp_path / "s"), in_memory(tmp_path / "other"))
-
-
-def test_norms_are_read_where_they_are_needed(
-    run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(passes, "measure", lambda task: pytest.fail("nothing asks for norms"))
-    assert run("score", folders / "llama", "--criterion", "magnitude")[0] == 0
-
-
-def test_small_memory(
-    run: Run, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows go by a few at a time, with the same bits."""
-    runs: list[int] = []
-    of = passes.scorer
-
-    def counted(*given: Any) -> Any:
-        scorer = of(*given)
-        return lambda weight, first: runs.append(weight.numel()) or scorer(weight, first)  # type: ignore[func-returns-value]
-
-    monkeypatch.setattr(passes, "scorer", counted)
-    assert run("score", folders / "llama", "--memory", "40KB", "--out", "s")[0] == 0
-    assert max(runs) < 768 and len(runs) > 20  # the largest layer is 48x16
+def test_small_memory(run: Run, folders: Path, tmp_path: Path) -> None:
+    """The messages have the option's word."""
     line = one_line(run("score", folders / "llama", "--memory", "3KB", "--out", "t"))
+    assert line.startswith("lap-ext score: expected --memory of")
     assert "(a row of layer 'model.layers.0.mlp.down_proj'" in line and "got 3,000" in line
     line = one_line(run("score", folders / "llama", "--memory", "45KB", "--normalize", "lamp"))
     needed = 16 * 4 * 768
-    assert f"more than {needed:,} bytes (all scores of layer" in line and "got 45,000" in line
+    assert line.startswith(f"lap-ext score: expected --memory of more than {needed:,} bytes (all ")
+    assert "got 45,000" in line
     assert not (tmp_path / "t").exists()
-    same(load_file(tmp_path / "s"), in_memory(folders / "llama"))
 
 
 # --- what can go wrong ----------------------------------------------------------------------------
@@ -212,15 +140,10 @@ def test_out_is_a_new_file_elsewhere(run: Run, folders: Path, tmp_path: Path) ->
 def test_nothing_half_written(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
-    rows, of = [], score._row
+    def fail(*given: object) -> None:
+        raise error
 
-    def fail(*given: Any) -> Any:
-        rows.append(given)
-        if len(rows) == 2:  # the first layer is in the file
-            raise error
-        return of(*given)
-
-    monkeypatch.setattr(score, "_row", fail)
+    monkeypatch.setattr(stream, "figures", fail)
     shown = run("score", "nets:net", "--out", "s")
     if error is KeyboardInterrupt:
         assert shown == (130, "", "lap-ext score: stopped. 's' was not written.\n")
@@ -229,15 +152,14 @@ def test_nothing_half_written(
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py"}
 
 
-def test_full_disk_is_known_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 100
 
-    monkeypatch.setattr(score.shutil, "disk_usage", lambda path: Usage)
-    monkeypatch.setattr(file, "_replacing", None)  # not even begun
-    assert "on the disk of 's', got 100 that are free" in one_line(
-        run("score", "nets:net", "--out", "s")
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    line = one_line(run("score", "nets:net", "--out", "s"))
+    assert line.startswith("lap-ext score: expected ")
+    assert "on the disk of 's', got 100 that are free" in line
 
 
 def test_a_folder_has_no_checkpoint_option(run: Run, folders: Path) -> None:
@@ -251,6 +173,4 @@ def test_damaged_folder(run: Run, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     change(tmp_path / "bad", "lm_head.weight", lambda w: w[0, 0].fill_(torch.nan))
     assert "finite" in one_line(run("score", "bad", "--out", "s"))
-    os.truncate(next((tmp_path / "bad").glob("model-00002*")), 3000)
-    assert "Download it again" in one_line(run("score", "bad", "--out", "s"))
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "bad"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lap_ext
@@ -48,6 +48,15 @@ def write(folder: Path, state: dict[str, Tensor], shards: int = 2) -> Path:
     index = {"metadata": {"total_size": 1}, "weight_map": table}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def change(folder: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
+    """Edits a tensor in the files of a checkpoint."""
+    for path in folder.glob("model*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            edit(tensors[name])
+            save_file(tensors, path, metadata={"format": "pt"})
 
 
 def prune(source: Path, out: Path, sparsity: Any = 0.6, **options: Any) -> Any:

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""For the tests of the command line: small folders, a module with factories, a way to run lap-ext."""
+"""For the tests of the command line: a module with factories, what a mistake shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 FACTORY = """
 import torch
@@ -49,11 +47,3 @@ def one_line(shown: tuple[int, str, str]) -> str:
     assert (status, out) == (2, "")
     assert error.endswith("\n") and error.count("\n") == 1 and "Traceback" not in error
     return error
-
-
-def change(folder: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
-    for path in folder.glob("model*.safetensors"):
-        tensors = load_file(path)
-        if name in tensors:
-            edit(tensors[name])
-            save_file(tensors, path, metadata={"format": "pt"})

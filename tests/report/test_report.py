@@ -231,12 +231,11 @@ def test_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "out.html"
     path.write_text("old")
 
-    def full(self: Path, *given: object, **named: object) -> int:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(Path, "write_text", full)
+        patch.setattr("os.fsync", full)
         report.write(path, some_facts())
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     report.write(path, some_facts())

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""checkpoint.inspect: layers, neighbors, zeros and bytes of a checkpoint, as of the module in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lap_ext
+from lap_ext import checkpoint
+from lap_ext.checkpoint import reading
+from lap_ext.checkpoint.inspecting import inspect_model, neighbors
+from tests.helpers.checkpoints import INPUTS, change, network, saved, write
+
+
+def inspect(folder: Path, **options: Any) -> checkpoint.Inspection:
+    """checkpoint.inspect of network()."""
+    return checkpoint.inspect(folder, **{"model": network(), "example_inputs": INPUTS} | options)
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 24])
+def test_rows(dense: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    change(dense, "0.weight", lambda weight: weight[:3].fill_(0.0))
+    change(dense, "3.weight", lambda weight: weight[-1, -2:].fill_(-0.0))
+    found = inspect(dense)
+    rows = [
+        (x.name, x.kind, x.shape, x.dtype, x.weights, x.zeros, x.fed_by, x.read_by)
+        for x in found.layers
+    ]
+    assert rows == [
+        ("0", "linear", (150, 6), "float32", 900, 18, "input", "3"),
+        ("3", "linear", (70, 150), "float32", 10500, 2, "0", "5"),
+        ("5", "linear", (9, 70), "float32", 630, 0, "3", "output"),
+    ]
+    assert found.layers[0].sparsity == 0.02
+    assert (found.weights, found.zeros) == (12030, 20)
+    assert found.bytes == sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    assert str(found).splitlines()[2].split() == [
+        "0", "linear", "150x6", "900", "2.00%", "input", "3"
+    ]  # fmt: skip
+    assert str(found).splitlines()[-2].split() == ["all", "12,030", "0.17%"]
+    assert str(found).splitlines()[-1] == f"{found.bytes:,} bytes"
+
+
+def test_for_json(dense: Path) -> None:
+    told = inspect(dense).to_dict()
+    assert list(told) == ["bytes", "weights", "zeros", "layers", "others", "stops"]
+    assert told["layers"][2] == {
+        "name": "5", "kind": "linear", "shape": [9, 70], "dtype": "float32", "weights": 630,
+        "zeros": 0, "sparsity": 0.0, "fed_by": "3", "read_by": "output",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["hf_llama_sdpa", "hf_gpt2_sdpa", "hf_qwen3_moe"])
+def test_a_checkpoint_and_its_module_have_the_same_rows(name: str, tmp_path: Path) -> None:
+    model, args, kwargs = saved(name, tmp_path / "dense")
+    if name == "hf_qwen3_moe":
+        model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
+    found = checkpoint.inspect(tmp_path / "dense")
+    expected = inspect_model(lap_ext.trace(model, args, kwargs))
+    assert found.layers == expected.layers
+    assert list(found.topology.others) == list(expected.topology.others)
+    assert expected.bytes == sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+
+
+def test_others_and_stops_are_told(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+            self.table = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft(self.fc(x)).real + self.table
+
+    source, inputs = write(tmp_path / "dense", Net().state_dict()), torch.ones(3, 3)
+    with pytest.raises(lap_ext.TopologyError):
+        inspect(source, model=Net(), example_inputs=inputs)
+    with pytest.warns(UserWarning, match="cannot follow"):
+        both = (
+            inspect(source, model=Net(), example_inputs=inputs, unknown="stop"),
+            inspect_model(lap_ext.trace(Net(), inputs, unknown="stop")),
+        )
+    for found in both:
+        assert list(found.topology.others) == ["table"] and len(found.topology.stops) == 1
+        assert "no layers, never pruned: table" in str(found)
+        assert f"stopped at: {found.topology.stops[0]}" in str(found)
+        assert found.to_dict()["stops"] == list(found.topology.stops)
+
+
+def test_names_of_neighbors() -> None:
+    def edge(name: str, how: str = "same", kind: str = "layer") -> Any:
+        return type("Edge", (), {"name": name, "channel_map": how, "kind": kind})
+
+    assert neighbors([]) == ""
+    assert neighbors([edge("a"), edge("b", "all"), edge("a")]) == "a, b"
+    assert neighbors([edge("a", "half"), edge("b", kind="coupled")]) == "a (half), coupled with b"
+    assert neighbors([edge(name) for name in "abcdef"]) == "a, b, c, d, and 2 more"
+
+
+def test_progress_adds_up(dense: Path) -> None:
+    for work in (
+        lambda seen: inspect(dense, on_progress=seen.append),
+        lambda seen: inspect_model(lap_ext.trace(network(), INPUTS), seen.append),
+    ):
+        seen: list[checkpoint.Progress] = []
+        work(seen)
+        assert [(x.step, x.name) for x in seen] == [("count zeros", name) for name in "035"]
+        assert seen[-1].done == seen[-1].total == 4 * 12030
+
+
+def test_mistakes_name_this_function(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^checkpoint.inspect: expected a folder with a checkpoi"):
+        inspect(tmp_path / "no")
+    with pytest.raises(ValueError, match=r"^checkpoint.inspect: expected example_inputs"):
+        inspect(dense, example_inputs=None)

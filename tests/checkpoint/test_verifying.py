@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""checkpoint.verify: what was changed in a pruned checkpoint is found, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lap_ext
+from lap_ext import checkpoint
+from lap_ext.checkpoint import reading, record
+from tests.helpers.checkpoints import change, network, prune, saved, write
+
+ASKED = {"sparsity": ["0.5"], "scope": "layer"}
+
+
+@pytest.fixture
+def pruned(dense: Path, tmp_path: Path) -> Path:
+    """The folder of network(), pruned by half, with a record."""
+    out = tmp_path / "out"
+    record.write(out, ASKED, prune(dense, out, 0.5))
+    return out
+
+
+def problems(verdict: checkpoint.Verdict) -> set[tuple[str, str]]:
+    return {(x.tensor, x.problem) for x in verdict.findings}
+
+
+def test_all_is_well(dense: Path, pruned: Path) -> None:
+    before = {path: path.read_bytes() for path in [*dense.iterdir(), *pruned.iterdir()]}
+    verdict = checkpoint.verify(pruned, dense)
+    assert verdict.ok and verdict.masks and verdict.tensors == len(network().state_dict())
+    counts = {name: p.numel() for name, p in network().named_parameters() if p.dim() > 1}
+    assert [(row.name, row.kept, row.total) for row in verdict.layers] == [
+        (name.removesuffix(".weight"), count // 2, count) for name, count in counts.items()
+    ]
+    assert verdict.sparsity == 0.5
+    assert "every kept weight has its original's bits" in str(verdict)
+    told = verdict.to_dict()
+    assert told["ok"] and told["findings"] == [] and told["layers"][0]["name"] == "0"
+    assert (told["kept"], told["total"], told["sparsity"]) == (verdict.kept, verdict.total, 0.5)
+    assert before == {path: path.read_bytes() for path in [*dense.iterdir(), *pruned.iterdir()]}
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 24])
+def test_changed_weights(
+    dense: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    mask = lap_ext.Masks.load(pruned / "lap_ext_masks.safetensors")["3"]
+    kept, gone = mask.nonzero()[[5, -1]].tolist(), (~mask).nonzero()[-2].tolist()
+
+    def edit(weight: torch.Tensor) -> None:
+        weight.view(torch.int32)[tuple(kept[0])] ^= 1  # the last bit
+        weight[tuple(kept[1])] = 0.0
+        weight[tuple(gone)] = -0.0  # zero, but not the zero that is written
+
+    change(pruned, "3.weight", edit)
+    change(pruned, "1.weight", lambda weight: weight[3].fill_(7))
+    verdict = checkpoint.verify(pruned, dense)
+    assert not verdict.ok
+    assert problems(verdict) == {
+        ("3.weight", "2 kept weights differ from the original (1 of them zero)"),
+        ("3.weight", "1 pruned weights are not zero"),
+        ("1.weight", "1 elements differ from the original"),
+    }
+    assert sorted(x.count for x in verdict.findings) == [1, 1, 2]
+    assert f"3 findings in {verdict.tensors} tensors." in str(verdict)
+
+
+def test_revived_weights(dense: Path, pruned: Path) -> None:
+    """A pruned weight that has its original's bits again."""
+    original = network().state_dict()["5.weight"]
+    change(pruned, "5.weight", lambda weight: weight.copy_(original))
+    gone = 70 * 9 // 2
+    assert problems(checkpoint.verify(pruned, dense)) == {
+        ("5.weight", f"{gone} pruned weights are not zero")
+    }
+
+
+def test_counts(dense: Path, pruned: Path) -> None:
+    """A mask with a weight less is found though weights and mask agree."""
+    path = pruned / "lap_ext_masks.safetensors"
+    masks = {name: mask.clone() for name, mask in lap_ext.Masks.load(path).items()}
+    first = tuple(masks["5"].nonzero()[0].tolist())
+    masks["5"][first] = False
+    lap_ext.Masks(masks).save(path)
+    change(pruned, "5.weight", lambda weight: weight[first].zero_())
+    less = ("5", "314 weights are kept, a sparsity of 0.5 keeps 315")
+    recorded = ("5", "(kept, total) is (314, 630) in the masks, (315, 630) recorded")
+    assert problems(checkpoint.verify(pruned, dense)) == {less, recorded}
+    assert problems(checkpoint.verify(pruned, dense, sparsity=1 - 314 / 630)) > {recorded}
+    (pruned / "lap_ext.json").unlink()
+    assert checkpoint.verify(pruned, dense).ok
+    assert problems(checkpoint.verify(pruned, dense, sparsity=0.5)) == {less}
+    kept = 450 + 5250 + 314
+    assert problems(checkpoint.verify(pruned, dense, sparsity=0.5, scope="global")) == {
+        ("all layers", f"{kept} weights are kept, a sparsity of 0.5 keeps {kept + 1}")
+    }
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "text"),
+    [
+        (0.75, "0.75"),
+        ({"5": 0.75, "*": 0.5}, "5=0.75, *=0.5"),
+        (lap_ext.erk(0.9), "erk:0.9"),
+        (lap_ext.paper([0.1, 0.2, 0.3], 1), "paper(ratios=[0.1, 0.2, 0.3], step=1)"),
+    ],
+    ids=str,
+)
+def test_a_sparsity_that_was_not_asked_for(
+    dense: Path, pruned: Path, sparsity: Any, text: str
+) -> None:
+    keeps = lap_ext.allocation.of(sparsity).keeps({"0": (150, 6), "3": (70, 150), "5": (9, 70)})
+    assert problems(checkpoint.verify(pruned, dense, sparsity=sparsity)) == {
+        (name, f"{count} weights are kept, a sparsity of {text} keeps {keeps[name]}")
+        for name, count in {"0": 450, "3": 5250, "5": 315}.items()
+        if keeps[name] != count
+    }
+
+
+def test_a_recorded_global_sparsity(dense: Path, tmp_path: Path) -> None:
+    result = prune(dense, tmp_path / "out", 0.9, scope="global")
+    record.write(tmp_path / "out", {"sparsity": ["0.9"], "scope": "global"}, result)
+    assert checkpoint.verify(tmp_path / "out", dense).ok
+    record.write(tmp_path / "out", {"sparsity": ["uniform:0.5"], "scope": "global"}, result)
+    (finding,) = checkpoint.verify(tmp_path / "out", dense).findings
+    assert finding.problem.endswith("a sparsity of uniform:0.5 keeps 6015")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"layers": [3]}',
+        '{"layers": [], "asked": {"sparsity": ["half"], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": [0.5], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["0.5"], "scope": "rows"}}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:70],
+)
+def test_damaged_records(dense: Path, pruned: Path, text: str) -> None:
+    (pruned / "lap_ext.json").write_text(text)
+    assert problems(checkpoint.verify(pruned, dense)) == {("lap_ext.json", "it is damaged")}
+
+
+def test_the_record_has_everything_that_was_asked(dense: Path, tmp_path: Path) -> None:
+    result = prune(dense, tmp_path / "out", lap_ext.erk(0.5))
+    record.write(tmp_path / "out", {"sparsity": ["erk:0.5"], "scope": "layer", "bn": "off"}, result)
+    facts = json.loads((tmp_path / "out" / "lap_ext.json").read_text())
+    assert facts["lap_ext"] == lap_ext.__version__ and facts["asked"]["bn"] == "off"
+    found = record.read(tmp_path / "out")
+    assert found is not None and (found.sparsity, found.scope) == (lap_ext.erk(0.5), "layer")
+    assert found.counts == {row.name: (row.kept, row.total) for row in result.layers}
+    assert record.read(dense) is None
+
+
+def test_damaged_masks(dense: Path, pruned: Path) -> None:
+    save_file({"5": torch.zeros(3)}, pruned / "lap_ext_masks.safetensors")
+    said = r"^checkpoint.verify: expected a file written by Masks.save"
+    with pytest.raises(ValueError, match=said):
+        checkpoint.verify(pruned, dense)
+    os.truncate(pruned / "lap_ext_masks.safetensors", 20)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.verify(pruned, dense)
+
+
+def test_a_mask_of_no_tensor(dense: Path, pruned: Path) -> None:
+    path = pruned / "lap_ext_masks.safetensors"
+    masks = dict(lap_ext.Masks.load(path).items())
+    lap_ext.Masks(masks | {"nothing": torch.ones(2, 2, dtype=torch.bool)}).save(path)
+    (pruned / "lap_ext.json").unlink()
+    assert problems(checkpoint.verify(pruned, dense)) == {
+        ("nothing", "a mask for a tensor that the original does not have")
+    }
+
+
+def test_without_masks(dense: Path, pruned: Path) -> None:
+    (pruned / "lap_ext_masks.safetensors").unlink()
+    (pruned / "lap_ext.json").unlink()
+    verdict = checkpoint.verify(pruned, dense, sparsity=0.5)
+    assert verdict.ok and not verdict.masks and "zeros were taken for pruned" in str(verdict)
+    assert {row.name: row.kept for row in verdict.layers} == {"0": 450, "3": 5250, "5": 315}
+    change(pruned, "5.weight", lambda weight: weight[0, 0].fill_(5))
+    assert ("5.weight", "1 elements differ from the original") in problems(
+        checkpoint.verify(pruned, dense)
+    )
+
+
+def test_other_tensors(dense: Path, tmp_path: Path) -> None:
+    state = network().state_dict()
+    state["0.bias"], state["3.bias"] = state["0.bias"].double(), state["3.bias"][:5]
+    state["more"] = state.pop("5.bias")
+    other = write(tmp_path / "other", state)
+    assert problems(checkpoint.verify(other, dense)) == {
+        ("0.bias", "F64 [150], in the original F32 [150]"),
+        ("3.bias", "F32 [5], in the original F32 [70]"),
+        ("5.bias", "the pruned checkpoint lacks it"),
+        ("more", "the original does not have it"),
+    }
+
+
+def test_dtypes_of_other_tensors(tmp_path: Path) -> None:
+    """Whole numbers, bytes and empty ones are compared bit by bit too."""
+    extra = {"steps": torch.arange(5), "scale": torch.ones(3).to(torch.float8_e4m3fn),
+             "empty": torch.zeros(0, 4), "flag": torch.tensor(True)}  # fmt: skip
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(extra, one)
+    save_file(extra, two)
+    assert checkpoint.verify(one, two).ok
+    save_file(extra | {"steps": torch.tensor([0, 1, 2, 3, 1 << 40])}, two)
+    assert problems(checkpoint.verify(one, two)) == {
+        ("steps", "1 elements differ from the original")
+    }
+
+
+def test_files(dense: Path, tmp_path: Path) -> None:
+    save_file(load_file(next(dense.glob("*00001*"))), tmp_path / "part.safetensors")
+    assert checkpoint.verify(next(dense.glob("*00001*")), tmp_path / "part.safetensors").ok
+    for path in (tmp_path / "no", tmp_path / "w.pt"):
+        with pytest.raises(ValueError, match=r"^checkpoint.verify: expected a folder"):
+            checkpoint.verify(dense, path)
+    os.truncate(tmp_path / "part.safetensors", 100)
+    with pytest.raises(ValueError, match=r"^checkpoint.verify: .* Download it again"):
+        checkpoint.verify(tmp_path / "part.safetensors", dense)
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2_sdpa", "hf_qwen3_moe"])
+def test_tied_weights_and_experts(name: str, tmp_path: Path) -> None:
+    """The model of config.json knows which tensors are pieces or copies of a layer."""
+    saved(name, tmp_path / "dense")
+    result = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.5)
+    verdict = checkpoint.verify(tmp_path / "out", tmp_path / "dense", sparsity=0.5)
+    assert verdict.ok
+    assert {row.name: row.kept for row in verdict.layers} == {x.name: x.kept for x in result.layers}
+
+
+def test_a_weight_that_is_tied_and_stored_twice(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    net[2].weight = net[0].weight
+    twice = {f"{name}.weight": net[0].weight.detach().clone() for name in "02"}
+    source = write(tmp_path / "dense", twice)
+    prune(source, tmp_path / "out", 0.5, model=net, save_masks=False)
+    assert checkpoint.verify(tmp_path / "out", source, sparsity=0.5).ok
+
+
+def test_progress_adds_up(dense: Path, pruned: Path) -> None:
+    seen: list[checkpoint.Progress] = []
+    checkpoint.verify(pruned, dense, on_progress=seen.append)
+    assert {x.step for x in seen} == {"verify"}
+    assert [x.done for x in seen] == sorted(x.done for x in seen)
+    assert seen[-1].done == seen[-1].total
+
+
+def test_mistakes(dense: Path, pruned: Path) -> None:
+    for options, kind, said in (
+        ({"scope": "rows"}, ValueError, "checkpoint.verify: expected scope to be 'layer' or"),
+        ({"sparsity": "0.5"}, TypeError, "checkpoint.verify: expected sparsity to be"),
+        ({"sparsity": {"x": 0.5}}, ValueError, "checkpoint.verify: expected a pattern that names"),
+    ):
+        with pytest.raises(kind, match=f"^{re.escape(said)}"):
+            checkpoint.verify(pruned, dense, **options)
