@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Seeds, devices, dtypes and the one tolerance table.
-
-Masks and bits are compared with torch.equal, never with a tolerance; the table is for comparing
-a score (rounded four times) with float64 arithmetic of another kind.
-"""
+"""What holds for every test: the random state, the threads, the devices, the examples of hypothesis."""
 
 from __future__ import annotations
 
@@ -15,23 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+pytest.register_assert_rewrite("tests.helpers")
 
-# A score is rounded four times (both norms, their product, times |w|): (1 + 2**-24)**4 - 1, and
-# 2**-53 for float64, where the norms' own sums add some more. The half types score in float32.
-TOLERANCE = {
-    torch.float32: 4.01 * 2.0**-24,
-    torch.float16: 4.01 * 2.0**-24,
-    torch.bfloat16: 4.01 * 2.0**-24,
-    torch.float64: 64 * 2.0**-53,
-}
-SCORE_DTYPE = dict.fromkeys(DTYPES, torch.float32) | {torch.float64: torch.float64}
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-each_threads = pytest.mark.parametrize("threads", [1, 2, 3], ids=lambda n: f"threads={n}")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA device")
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile(
@@ -68,13 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    """Every test starts from the same random state and number of threads."""
+def _start() -> Iterator[None]:
+    """Every test starts from the same random state, and on one thread: tensors are tiny."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     yield
-    torch.set_num_threads(threads)  # for the next test, whatever this one has set
+    torch.set_num_threads(threads)  # whatever the test has set
 
 
 @pytest.fixture(params=DEVICES)

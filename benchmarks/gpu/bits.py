@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Step "bits": every operator gives the CPU's bits, twice the same, in graphs and on other streams.
 
-Data and layouts are those of tests/cases.py. The other side is the native CPU library; in a rehearsal,
+Data and layouts are those of the tests. The other side is the native CPU library; in a rehearsal,
 where that is what is tested, the pure reference.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,22 +18,10 @@ import lap_ext
 from benchmarks import checks
 from benchmarks.gpu.device import Device, Graph
 from benchmarks.gpu.steps import NotRunError, Save, each
-from benchmarks.machine import ROOT
 from lap_ext.ops import reference, schema
+from tests.helpers import layer_cases as cases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _test_cases() -> Any:
-    """tests/cases.py: no package, so by its path."""
-    spec = importlib.util.spec_from_file_location("lap_test_cases", ROOT / "tests" / "cases.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = _test_cases()
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
@@ -109,13 +96,13 @@ def layouts(device: Device) -> str:
     """Every shape, dtype and memory layout, ordinary data."""
     torch.manual_seed(1)
     pair = Pair(device)
-    for shape in CASES.SHAPES:
+    for shape in cases.SHAPES:
         for dtype in DTYPES:
-            w, ins, outs = CASES.random_layer(shape, dtype)
+            w, ins, outs = cases.random_layer(shape, dtype)
             kinds = shape.groups, shape.transposed, True
             keep, eligible = w.numel() // 3, torch.rand(w.shape) < 0.8
-            for name in CASES.layouts_of(w.dim()):
-                laid = CASES.LAYOUTS[name](w)
+            for name in cases.layouts_of(w.dim()):
+                laid = cases.LAYOUTS[name](w)
                 pair.same("row_energy", laid, True, "w_prev")
                 pair.same("col_energy", laid, shape.groups, True, "w_next")
                 for scale in (1.0, 1e-25):
@@ -132,10 +119,10 @@ def hostile(device: Device) -> str:
     pair = Pair(device)
     cols = 1009 if not device.rehearse else 33
     rows = device.sizes.hostile // cols
-    for name in CASES.HOSTILE:
+    for name in cases.HOSTILE:
         for dtype in DTYPES:
             for width in (cols, cols // 8 * 8):  # rows of whole vectors have kernels of their own
-                w = CASES.hostile(name, rows * width, dtype).view(rows, width)
+                w = cases.hostile(name, rows * width, dtype).view(rows, width)
                 ins = torch.rand(width, dtype=torch.float64)
                 outs = torch.rand(rows, dtype=torch.float64)
                 pair.same("score", w, ins, outs, 1, False, True)
@@ -211,7 +198,7 @@ def twice(device: Device) -> None:
     """The same call again and again gives the same bits, ties or not."""
     n = device.sizes.hostile * (20 if device.cuda else 1) // 64 * 64
     for name in ("random", "three_values", "zeros_60"):
-        w = CASES.hostile(name, n, torch.float32).view(-1, 64).to(device.device)
+        w = cases.hostile(name, n, torch.float32).view(-1, 64).to(device.device)
         first = lap_ext.mask(None, w, None, 0.7)
         for _ in range(5):
             checks.equal(lap_ext.mask(None, w, None, 0.7), first)

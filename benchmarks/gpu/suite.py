@@ -10,7 +10,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.steps import TAIL, Save, run_command
 
 _COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed|warnings?)\b")
-REHEARSED = "tests/test_kth.py"
+REHEARSED = "tests/ops/test_kth_largest.py"
 
 
 def command(device: Device) -> list[str]:

@@ -12,19 +12,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
-from processes import two_processes
 from torch import Tensor, nn
 
 import lap_ext
+from tests.helpers import masked_network as cases
+from tests.helpers.processes import two_processes
 
 pytest.importorskip("lightning", reason="the host of this adapter")
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks, loggers, strategies
-from lightning_cases import (
+
+from lap_ext.adapters.lightning import PruningCallback, load_masks
+from tests.helpers.lightning_training import (
     EXAMPLE,
     NAMES,
     RATE,
@@ -36,13 +38,6 @@ from lightning_cases import (
     watched,
     written_out,
 )
-
-from lap_ext.adapters.lightning import PruningCallback, load_masks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -7,17 +7,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 
 import lap_ext
+from tests.helpers import masked_network as cases
 
 pytest.importorskip("lightning", reason="the host of this adapter")
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
-from lightning_cases import (
+
+from lap_ext.adapters.lightning import STATE_KEY, PruningCallback, load_masks
+from tests.helpers.lightning_training import (
     EXAMPLE,
     NAMES,
     RATE,
@@ -28,13 +30,6 @@ from lightning_cases import (
     trainer_of,
     watched,
 )
-
-from lap_ext.adapters.lightning import STATE_KEY, PruningCallback, load_masks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")  # it is the same one

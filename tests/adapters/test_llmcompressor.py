@@ -36,11 +36,6 @@ SIZES |= {"intermediate_size": 12, "vocab_size": 13, "max_position_embeddings": 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def modifier(**given: Any) -> Any:
     return importlib.import_module("lap_ext.adapters.llmcompressor").LookaheadModifier(**given)
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import lap_ext
 from lap_ext.adapters.torch_ao import LookaheadSparsifier
+from tests.helpers import masked_network as cases
 
 EXAMPLE = torch.zeros(1, 1, 6, 6)
 FC1, FC2 = {"tensor_fqn": "fc1.weight"}, {"tensor_fqn": "fc2.weight"}

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch.nn.utils import prune
 import lap_ext
 from lap_ext.adapters import torch_prune
 from lap_ext.adapters.torch_prune import LookaheadUnstructured, lookahead_unstructured
+from tests.helpers import masked_network as cases
 
 EXAMPLE = torch.zeros(1, 1, 6, 6)
 NAMES = ("conv", "fc1", "fc2")

@@ -22,7 +22,9 @@ import lap_ext
 pytest.importorskip("torch_pruning", reason="the host of this adapter")
 
 import torch_pruning as tp
-from channel_cases import (
+
+from lap_ext.adapters.torch_pruning import LookaheadImportance
+from tests.helpers.torch_pruning_nets import (
     IMAGE,
     NETS,
     ROOTS,
@@ -39,8 +41,6 @@ from channel_cases import (
     residual,
     tied,
 )
-
-from lap_ext.adapters.torch_pruning import LookaheadImportance
 
 
 @pytest.mark.parametrize(("make", "root"), ROOTS, ids=named)

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
-from processes import two_processes
 from torch import Tensor, nn
 
 import lap_ext
+from tests.helpers import masked_network as cases
+from tests.helpers.processes import two_processes
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 transformers = pytest.importorskip("transformers", reason="the host of this adapter")
@@ -33,13 +33,8 @@ from lap_ext.adapters.transformers import MASKS_NAME, PruningCallback  # noqa: E
 RATE = 0.05
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Net(nn.Module):
-    """mask_cases' network as Trainer calls it."""
+    """masked_network's network as Trainer calls it."""
 
     def __init__(self) -> None:
         super().__init__()

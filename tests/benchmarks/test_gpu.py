@@ -35,7 +35,7 @@ from benchmarks.gpu import (
 )
 
 CPU = device.Device(torch.device("cpu"), rehearse=True)
-SELECT = Path(__file__).parent.parent / "csrc" / "cuda" / "select.cuh"
+SELECT = Path(__file__).parents[2] / "csrc" / "cuda" / "select.cuh"
 
 
 class Saved(dict[str, Any]):

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.gpu import build, ptxas
 from benchmarks.gpu.ptxas import Kernel
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda-static.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda-static.json"
 
 # nvcc 13.0: a kernel with shared memory, one that calls a function, one that spills, for two GPUs.
 SCAN = "_ZN3lap4cuda11scan_kernelIfNS0_11WeightRanksIfiLb1EEEEEvNS0_10SelectArgsE"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import dense, network, prune, saved, write  # noqa: F401 (dense: a fixture)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
+from tests.helpers.checkpoints import network, prune, saved, write
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -146,7 +146,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name: str, dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_hostile(name: str, dense: Path, tmp_path: Path) -> None:
     spoil, text = HOSTILE[name]
     spoil(dense)
     with pytest.raises(ValueError, match=text) as caught:
@@ -156,7 +156,7 @@ def test_hostile(name: str, dense: Path, tmp_path: Path) -> None:  # noqa: F811
     assert {p.name for p in tmp_path.iterdir()} <= {"dense"}
 
 
-def test_dtypes_that_have_no_scores(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_dtypes_that_have_no_scores(dense: Path, tmp_path: Path) -> None:
     other_dtype(dense)
     with pytest.raises(
         TypeError, match=r"as F64, F32, F16 or BF16 .* got F8_E5M2. Dequantize first"
@@ -182,7 +182,7 @@ def test_weights_that_are_not_finite(
     assert {p.name for p in tmp_path.iterdir()} == {"dense"}
 
 
-def test_options(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_options(dense: Path, tmp_path: Path) -> None:
     for options, text in (
         ({"scope": "model"}, "scope to be 'layer' or 'global'"),
         ({"normalize": "l2"}, "normalize to be 'none', 'norm' or 'lamp'"),
@@ -206,7 +206,7 @@ def test_options(dense: Path, tmp_path: Path) -> None:  # noqa: F811
     assert {p.name for p in tmp_path.iterdir()} == {"dense"}
 
 
-def test_out_is_its_own_place(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_out_is_its_own_place(dense: Path, tmp_path: Path) -> None:
     for out, text in (
         (dense, "out not to exist"),
         (dense / "out", "out outside of"),
@@ -264,7 +264,7 @@ def test_a_layer_without_weights(normalize: str, tmp_path: Path) -> None:
     assert got.masks == want.masks and list(got.layers) == list(want.layers)
 
 
-def test_a_strange_folder_in_the_way_is_not_removed(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_strange_folder_in_the_way_is_not_removed(dense: Path, tmp_path: Path) -> None:
     place = tmp_path / ".out.lap_ext"
     place.mkdir()
     (place / "thesis.txt").write_text("years of work")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import INPUTS, check_same, network, prune, saved, write
 from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import lamp, plan, ranking
 from lap_ext.pruning import selection
+from tests.helpers.checkpoints import INPUTS, check_same, network, prune, saved, write
 
 LAMP: dict[str, Any] = {"scope": "global", "normalize": "lamp"}
 

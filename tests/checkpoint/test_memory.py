@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import INPUTS, least_memory, network, prune, write
-from torch import nn
 
 import lap_ext
 from lap_ext.checkpoint import memory
 from lap_ext.checkpoint.files import MASKS
+from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
+from tests.helpers.processes import run_python
 
 MB = 10**6
 
@@ -53,54 +50,14 @@ CASES = [
 def test_a_process_stays_within_its_budget(megabytes: int, options: str, tmp_path: Path) -> None:
     """168 MB of weights in layers of 34 and 67 MB; the peak is the kernel's own count."""
     code = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_checkpoint_memory import grown, medium
+        from tests.helpers.memory_growth import grown, medium
         print(grown(medium(), {str(tmp_path)!r}, {megabytes * MB}, **dict({options})))
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
-    )
+    run = run_python(textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
     if run.stdout.strip() == "None":
         pytest.skip("this system does not reset a process' peak (/proc/self/clear_refs)")
     assert int(run.stdout) <= megabytes * MB
-
-
-def medium() -> nn.Module:
-    """Its parameters are on the meta device."""
-    with torch.device("meta"):
-        return nn.Sequential(
-            nn.Linear(2048, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
-            nn.Linear(4096, 4096),
-        )  # fmt: skip
-
-
-def grown(net: Any, folder: str, budget: int, **options: Any) -> int | None:
-    """Bytes that the process has grown by at most while it prunes, the trace taken off."""
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    state = {name: torch.rand(x.shape) for name, x in net.state_dict().items() if x.dim()}
-    write(Path(folder) / "dense", state)
-    del state
-    small = network()
-    write(Path(folder) / "small", small.state_dict())
-    prune(Path(folder) / "small", Path(folder) / "warm", **options)  # imports, caches, threads
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = status("VmRSS")
-    options |= {"model": net, "example_inputs": torch.zeros(1, 2048), "memory": budget}
-    prune(Path(folder) / "dense", Path(folder) / "out", **options)
-    return status("VmHWM") - before
-
-
-def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
 
 
 def test_masks_are_read_one_at_a_time(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import each_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,6 +26,8 @@ from lap_ext.criteria import Lookahead
 from lap_ext.criteria.context import Network
 from lap_ext.masks import BitMasks, pack
 from lap_ext.topology.roles import Part
+from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
+from tests.helpers.parameters import each_dtype
 
 # --- rank ---------------------------------------------------------------------------------------------
 
@@ -217,8 +218,6 @@ def test_energies_and_scores_of_runs(bn: str, rows: int, dtype: torch.dtype) -> 
 
 def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
     """Factors so far apart that float32 products vanish: the fused mask tells them apart, so do runs."""
-    from checkpoint_cases import INPUTS, least_memory, network, prune, write
-
     net = network()
     with torch.no_grad():
         net[3].weight.mul_(torch.logspace(0, -36, 150))

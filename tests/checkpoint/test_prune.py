@@ -11,24 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import (
-    INPUTS,
-    bits,
-    check_same,
-    dense,  # noqa: F401 (a fixture)
-    least_memory,
-    network,
-    prune,
-    saved,
-    write,
-)
-from conftest import each_dtype
 from safetensors.torch import load_file
 from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import shards
+from tests.helpers.checkpoints import (
+    INPUTS,
+    bits,
+    check_same,
+    least_memory,
+    network,
+    prune,
+    saved,
+    write,
+)
+from tests.helpers.parameters import each_dtype
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "layer": {},
@@ -202,7 +201,7 @@ def arguments(layer: nn.Module) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names.split() if hasattr(layer, name)}
 
 
-def test_every_file_is_there_and_the_rest_is_as_it_was(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_file_is_there_and_the_rest_is_as_it_was(dense: Path, tmp_path: Path) -> None:
     (dense / "sub").mkdir()
     (dense / "sub" / "notes.txt").write_text("kept")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in dense.rglob("*") if p.is_file()}
@@ -222,7 +221,7 @@ def test_every_file_is_there_and_the_rest_is_as_it_was(dense: Path, tmp_path: Pa
             assert new == old
 
 
-def test_weights_in_other_formats_come_along_with_a_warning(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_in_other_formats_come_along_with_a_warning(dense: Path, tmp_path: Path) -> None:
     (dense / "pytorch_model.bin").write_bytes(bytes(2_000_000))
     (dense / "training_args.bin").write_bytes(bytes(2_000))
     with pytest.warns(UserWarning, match=r"prune: pytorch_model.bin may hold the weights too"):
@@ -241,7 +240,7 @@ def test_tensors_of_other_dtypes_are_copied(tmp_path: Path) -> None:
                 assert torch.equal(tensor.view(torch.uint8), extra[name].view(torch.uint8))
 
 
-def test_masks_file(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_masks_file(dense: Path, tmp_path: Path) -> None:
     got = prune(dense, tmp_path / "out")
     assert got.folder == tmp_path / "out"
     assert got.masks_file == tmp_path / "out" / "lap_ext_masks.safetensors"
@@ -257,7 +256,7 @@ def test_masks_file(dense: Path, tmp_path: Path) -> None:  # noqa: F811
     assert list(without.layers) == list(got.layers)
 
 
-def test_a_pruned_folder_can_be_pruned_again(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_pruned_folder_can_be_pruned_again(dense: Path, tmp_path: Path) -> None:
     prune(dense, tmp_path / "once", 0.3)
     again = prune(tmp_path / "once", tmp_path / "twice", 0.6)
     assert again.masks_file is not None
@@ -288,7 +287,7 @@ def test_the_prefix_of_a_base_model(tmp_path: Path) -> None:
     assert got.masks == lap_ext.prune(model, args, 0.7, kwargs=kwargs).masks
 
 
-def test_progress_adds_up(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_progress_adds_up(dense: Path, tmp_path: Path) -> None:
     seen: list[checkpoint.Progress] = []
     prune(dense, tmp_path / "out", scope="global", on_progress=seen.append)
     assert list(dict.fromkeys(x.step for x in seen)) == ["measure", "rank", "write"]
@@ -296,7 +295,7 @@ def test_progress_adds_up(dense: Path, tmp_path: Path) -> None:  # noqa: F811
     assert seen[-1].done == seen[-1].total
 
 
-def test_the_model_is_left_alone(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_model_is_left_alone(dense: Path, tmp_path: Path) -> None:
     net = network()
     with torch.no_grad():
         for parameter in net.parameters():

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import dense, network, prune, write  # noqa: F401 (dense: a fixture)
 from torch import Tensor
 
 from lap_ext.checkpoint import Progress, reading, shards
+from tests.helpers.checkpoints import network, prune, write
+from tests.helpers.processes import run_python
 
 SHARDS = 3
 
@@ -164,10 +163,9 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of a shard: not even a finally runs."""
     prune(source, tmp_path / "whole")
     code = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import os, signal
         from pathlib import Path
-        from checkpoint_cases import prune
+        from tests.helpers.checkpoints import prune
         left = [5]
         def stop(progress):
             left[0] -= progress.step == "write"
@@ -175,8 +173,8 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         prune(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), on_progress=stop)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    assert run.returncode == -signal.SIGKILL
+    run = run_python(textwrap.dedent(code))
+    assert run.returncode == -signal.SIGKILL, run.stderr
     assert not (tmp_path / "out").exists()
     assert facts(tmp_path)["done"]
     prune(source, tmp_path / "out")

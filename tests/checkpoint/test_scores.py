@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import INPUTS, least_memory, network, prune, saved, write
 from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
 from lap_ext.report import Histogram
+from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, saved, write
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "layer": {},

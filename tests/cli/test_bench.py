@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cli_cases
 import pytest
 import torch
-from cli_cases import Run, one_line
 from torch import Tensor
 
 import lap_ext
 from lap_ext.cli import bench
+from tests.helpers.command_line import Run, one_line
 
-run, folders = cli_cases.run, cli_cases.folders  # fixtures
 CPU = torch.device("cpu")
 
 

@@ -9,17 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cli_cases
 import pytest
 import torch
-from cli_cases import Run, change, one_line
 from safetensors.torch import save_file
 
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.cli import output
-
-run, folders = cli_cases.run, cli_cases.folders  # fixtures
+from tests.helpers.command_line import Run, change, one_line
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -13,18 +13,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import cli_cases
 import pytest
 import torch
-from cli_cases import Run, dense, one_line
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lap_ext
 from lap_ext.cli import models, output, parser, verbs
+from tests.helpers.command_line import Run, dense, one_line
 
-run = cli_cases.run  # a fixture
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # --- factories ------------------------------------------------------------------------------------

@@ -14,16 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cli_cases
 import pytest
 import torch
-from cli_cases import Run, one_line
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.cli import program
+from tests.helpers.command_line import Run, one_line
 
-run = cli_cases.run  # a fixture
 Records = dict[str, bytes]
 
 

@@ -11,10 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cli_cases
 import pytest
 import torch
-from cli_cases import Run, one_line
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,8 +21,7 @@ import lap_ext
 from lap_ext.checkpoint import passes
 from lap_ext.cli import score
 from lap_ext.masks import file
-
-run, folders = cli_cases.run, cli_cases.folders  # fixtures
+from tests.helpers.command_line import Run, change, dense, one_line
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -86,7 +83,7 @@ def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
     run("score", "nets:net", "--criterion", "magnitude", "--exclude", "0", "--out", "s")
     found = load_file(tmp_path / "s")
     assert list(found) == ["2"]
-    assert torch.equal(found["2"], cli_cases.dense()["2.weight"].abs())
+    assert torch.equal(found["2"], dense()["2.weight"].abs())
     head = int.from_bytes((tmp_path / "s").read_bytes()[:8], "little")
     assert head % 8 == 0  # the tensors are aligned
     with safe_open(tmp_path / "s", framework="pt") as file:
@@ -252,7 +249,7 @@ def test_a_folder_has_no_checkpoint_option(run: Run, folders: Path) -> None:
 
 def test_damaged_folder(run: Run, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
-    cli_cases.change(tmp_path / "bad", "lm_head.weight", lambda w: w[0, 0].fill_(torch.nan))
+    change(tmp_path / "bad", "lm_head.weight", lambda w: w[0, 0].fill_(torch.nan))
     assert "finite" in one_line(run("score", "bad", "--out", "s"))
     os.truncate(next((tmp_path / "bad").glob("model-00002*")), 3000)
     assert "Download it again" in one_line(run("score", "bad", "--out", "s"))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import criteria_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ import lap_ext
 from lap_ext import criteria
 from lap_ext.pruning import selection
 from lap_ext.topology.roles import Part
+from tests.helpers import paper_formulas as cases
 
 NAMES = (
     *("magnitude", "magnitude_bn", "random", "lookahead", "lookforward", "lookback"),

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import criteria_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 import lap_ext
 from lap_ext import criteria
 from lap_ext.criteria.statistics.activations import active_fractions, mean_squares
+from tests.helpers import paper_formulas as cases
 
 NAMES = {"function": "prune", "criterion": "wanda"}
 DATA_CRITERIA = ("wanda", "lookahead_act", "weight_gradient")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.overrides import TorchFunctionMode
 
 import lap_ext
 from lap_ext.criteria.statistics.activations import mean_squares
+from tests import zoo
 
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 CONVOLUTIONS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -64,7 +64,6 @@ class Calls(TorchFunctionMode):
 def test_experts_whose_rows_are_sorted_or_picked() -> None:
     """Two implementations of one model: sorted rows, or the weights of each row's expert."""
     pytest.importorskip("transformers", reason="a mixture of experts of transformers")
-    torch.set_num_threads(1)
     found = []
     for name in ("hf_mixtral_batched_mm", "hf_mixtral_grouped_mm"):
         (entry,) = (entry for entry in zoo.ENTRIES if entry.name == name)
@@ -87,7 +86,6 @@ def test_experts_whose_rows_are_sorted_or_picked() -> None:
 def test_inputs_are_those_of_the_calls(entry: zoo.Entry) -> None:
     if entry.name.startswith("hf_"):
         pytest.importorskip("transformers", reason="the families of transformers")
-    torch.set_num_threads(1)
     model, args, kwargs = entry.make()
     names = list(inspect.signature(model.forward).parameters)
     batch = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import criteria_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 import lap_ext
 from lap_ext import criteria
 from lap_ext.criteria.statistics.curvature import hessian_diagonals
+from tests.helpers import paper_formulas as cases
 
 needs_backpack = pytest.mark.skipif(
     find_spec("backpack") is None, reason="the extra obd is not installed"

@@ -22,7 +22,7 @@ from lap_ext.cli import main
 transformers = pytest.importorskip("transformers", reason="the walk-through uses transformers")
 pytest.importorskip("accelerate", reason="Trainer uses accelerate")
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.partition("## From a folder to a fine-tuned one\n")[2].partition("\n## ")[0]
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

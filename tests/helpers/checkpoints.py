@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint
+from tests import zoo
 
 INPUTS = torch.zeros(1, 6)
 
@@ -48,12 +48,6 @@ def write(folder: Path, state: dict[str, Tensor], shards: int = 2) -> Path:
     index = {"metadata": {"total_size": 1}, "weight_map": table}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
-
-
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    """The folder of network()."""
-    return write(tmp_path / "dense", network().state_dict())
 
 
 def prune(source: Path, out: Path, sparsity: Any = 0.6, **options: Any) -> Any:

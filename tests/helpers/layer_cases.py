@@ -25,7 +25,7 @@ class N(NamedTuple):
     scale: Any = None
 
 
-class Several(tuple):
+class Several(tuple[Any, ...]):
     """A sequence of neighbors, told apart from the nested lists of one tensor."""
 
 

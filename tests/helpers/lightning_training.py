@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import mask_cases as cases
 import torch
 from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.adapters.lightning import PruningCallback
+from tests.helpers import masked_network as cases
 
 RATE, CLIP = 0.05, 0.05
 NAMES = ("net.conv", "net.fc1", "net.fc2")
@@ -27,7 +27,7 @@ EXAMPLE = torch.zeros(1, 1, 6, 6)
 
 
 class Net(pl.LightningModule):
-    """mask_cases' network as the Trainer calls it."""
+    """masked_network's network as the Trainer calls it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Two processes of one training, over gloo, on this machine only."""
+"""Code in a fresh interpreter, and two processes of one training (over gloo, on this machine only)."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[2]
 Work = Callable[[int, str], None]  # (rank, folder)
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a fresh interpreter with changes to the environment."""
+    # By -c, not a file: the interpreter then finds lap_ext and tests as this one does.
+    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": search, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def two_processes(work: Work, folder: Path) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Masks on disk: the exact bytes, what the safetensors package reads, interrupted saves.
 
-The oracle of the bits is numpy.packbits. Files that save did not write: test_masks_hostile.py.
+The oracle of the bits is numpy.packbits. Files that save did not write: test_hostile_files.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mask_cases as cases
 import numpy as np
 import pytest
 import safetensors.torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.masks import Masks, file
+from tests.helpers import masked_network as cases
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])  # 1 + 4 + 32
 

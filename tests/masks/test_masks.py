@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Masks as a mapping, their counts, and apply on every dtype and layout.
 
-Names and what is refused: test_masks_names.py. Files: test_masks_file.py. Training:
-test_masks_training.py and test_masks_wrappers.py. torch's own pruning: test_masks_torch_prune.py.
+Names and what is refused: test_names.py. Files: test_file.py. Training:
+test_training.py and test_wrappers.py. torch's own pruning: test_torch_prune.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import mask_cases as cases
 import numpy as np
 import pytest
 import torch
-from conftest import each_dtype
 from torch import Tensor, nn
 
 from lap_ext.masks import Masks
+from tests.helpers import masked_network as cases
+from tests.helpers.parameters import each_dtype
 
 
 def flags(*rows: str) -> Tensor:

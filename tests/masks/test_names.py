@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import mask_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from lap_ext.masks import Masks
+from tests.helpers import masked_network as cases
 
 
 def flags(*rows: str) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import mask_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from lap_ext.masks import Masks
+from tests.helpers import masked_network as cases
 
 
 def test_there_and_back() -> None:

@@ -13,19 +13,12 @@ import io
 import pickle
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lap_ext.masks import Masks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Steps this small only wait for each other (conftest.py sets the number back)."""
-    torch.set_num_threads(1)
-
+from tests.helpers import masked_network as cases
 
 each_optimizer = pytest.mark.parametrize("name", list(cases.OPTIMIZERS))
 

@@ -7,20 +7,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
-from conftest import needs_cuda
-from processes import two_processes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lap_ext.masks import Masks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+from tests.helpers import masked_network as cases
+from tests.helpers.parameters import needs_cuda
+from tests.helpers.processes import two_processes
 
 
 @pytest.mark.parametrize("fused", [False, True])

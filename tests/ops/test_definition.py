@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """score == the change of the three-layer product when one weight is zeroed, by brute force.
 
-The layers are multiplied out as dense float64 matrices (oracle.py). For a convolution the weight is
+The layers are multiplied out as dense float64 matrices (tests/helpers/layer_oracle.py). For a convolution the weight is
 one entry of its unrolled matrix, away from the border. Beside a flatten, with pointwise or no
 layers around, the shared weight itself is zeroed everywhere.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import oracle
 import pytest
 import torch
-from conftest import TOLERANCE
-from oracle import Layer, Skip
 
 import lap_ext
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.layer_oracle import Layer, Skip
+from tests.helpers.parameters import TOLERANCE
 
 
 class Chain(NamedTuple):

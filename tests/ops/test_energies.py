@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lap_ext
 from lap_ext.ops import reference, schema
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 # Around rows at once (4), row segments (1024), column segments (64 rows) and lanes (32).
 SHAPES = [(1, 5), (3, 1025), (4, 31), (5, 33), (64, 1024), (65, 1023), (68, 2049), (129, 7)]

@@ -10,15 +10,15 @@ import itertools
 import math
 from fractions import Fraction
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
-from conftest import each_dtype
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype
 
 HALF = (torch.float16, torch.bfloat16)
 

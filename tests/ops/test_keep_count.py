@@ -11,12 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import lap_ext
 from lap_ext.ops import check
+from tests.helpers import layer_oracle as oracle
 
 # floor((1 - s) * n + 1/2), worked by hand; s is exactly the number given.
 TABLE: list[tuple[Any, int, int]] = [

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers.parameters import each_dtype, each_threads
 
 
 def descending(scores: list[Tensor]) -> Tensor:

@@ -2,22 +2,22 @@
 """mask keeps exactly the first min(keep, eligible) of the exact rank.
 
 Against the oracle's stable sort of exact scores, over shapes, layouts, dtypes, threads and sizes.
-Ties have their own file (test_ties.py), and so has underflow (test_range.py).
+Ties have their own file (test_ties.py), and so has underflow (test_exponent_range.py).
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 
 def keeps(n: int) -> list[int]:

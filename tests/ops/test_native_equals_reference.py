@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 from lap_ext.ops import reference
+from tests.helpers import layer_cases as cases
+from tests.helpers.parameters import each_dtype, each_threads
 
 OPS = torch.ops.lap_ext
 SHAPE_IDS = pytest.mark.parametrize("shape", cases.SHAPES, ids=lambda s: s.name)

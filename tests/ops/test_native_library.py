@@ -7,9 +7,6 @@ LAP_EXT_BUILD=pure or LAP_EXT_NATIVE=0 say that the fallback is wanted; only the
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,38 +14,22 @@ import torch
 
 import lap_ext
 import lap_ext.ops
+from tests.helpers.parameters import needs_native
+from tests.helpers.processes import run_python
 
 PACKAGE = Path(lap_ext.__file__).parent
 LEVELS = ("baseline", "v3", "v4")
 OPS = ["row_energy", "col_energy", "score", "mask", "prune_", "topk_mask", "kth_largest"]
 
-pure = os.environ.get("LAP_EXT_BUILD") == "pure" or os.environ.get("LAP_EXT_NATIVE") == "0"
-wants_native = pytest.mark.skipif(
-    pure, reason="the fallback was asked for (LAP_EXT_BUILD=pure or LAP_EXT_NATIVE=0)"
-)
 
-
-def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a fresh interpreter with changes to the environment."""
-    # By -c, not a file: the interpreter then finds lap_ext as this one does.
-    search = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@wants_native
+@needs_native
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_a_native_cpu_kernel(op: str) -> None:
     # Not "CPU has some kernel": the default kernel would do for that.
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lap_ext::{op}", "CPU")
 
 
-@wants_native
+@needs_native
 def test_libraries_are_in_the_package() -> None:
     (library,) = PACKAGE.glob("_C.abi3.so")
     assert list(PACKAGE.glob("_np*.so"))
@@ -57,16 +38,16 @@ def test_libraries_are_in_the_package() -> None:
     assert isa().decode() in LEVELS
 
 
-@wants_native
+@needs_native
 def test_info_tells_what_is_loaded() -> None:
     text = str(lap_ext.info()).lower()
     assert any(level in text for level in LEVELS), text
     assert "cuda" in text and torch.__version__.lower() in text and lap_ext.__version__ in text
 
 
-@wants_native
+@needs_native
 def test_unknown_isa_is_an_error() -> None:
-    result = run("import lap_ext.ops; print(lap_ext.info())", LAP_EXT_ISA="v9")
+    result = run_python("import lap_ext.ops; print(lap_ext.info())", LAP_EXT_ISA="v9")
     assert result.returncode != 0 and "v9" in result.stderr and "LAP_EXT_ISA" in result.stderr
 
 
@@ -77,5 +58,5 @@ def test_fallback_on_request() -> None:
         "m = lap_ext.mask(None, torch.tensor([[3., 1., 2.]]), None, keep=2)\n"
         "print(has, m.tolist(), 'LAP_EXT_NATIVE' in str(lap_ext.info()))\n"
     )
-    result = run(code, LAP_EXT_NATIVE="0")
+    result = run_python(code, LAP_EXT_NATIVE="0")
     assert result.stdout.split("\n")[0] == "False [[True, False, True]] True", result.stderr

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from functools import cache
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 # Lengths and counts around lanes (32), row segments (1024) and column segments (64 rows).
 ROWS = [(3, 1), (2, 31), (2, 33), (1, 1023), (1, 1024), (2, 1025), (3, 2111), (1, 65537)]

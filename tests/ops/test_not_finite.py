@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import cases
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
 from lap_ext import IDENTITY, Neighbor
+from tests.helpers import layer_cases as cases
+from tests.helpers.parameters import each_dtype, each_threads
 
 NAN, INF = float("nan"), float("inf")
 REPAIR = "Repair them, or pass check_finite=False to rank them as they come."

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
-from test_native import run, wants_native
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers.parameters import needs_native
+from tests.helpers.processes import run_python
 
-pytestmark = wants_native  # lap_ext.numpy has no fallback: its kernels are the native ones
+pytestmark = needs_native  # lap_ext.numpy has no fallback: its kernels are the native ones
 
 DTYPES = [np.float32, np.float64, np.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
@@ -206,7 +207,7 @@ print(lap.prune_(None, w, None, keep=1).sum(), w.sum(), "torch" in str(sys.modul
 
 
 def test_works_without_torch() -> None:
-    result = run(BLOCKED)
+    result = run_python(BLOCKED)
     assert result.stdout.splitlines() == [
         "[[5.0, 2.0, 6.0], [10.0, 0.0, 4.0]]",  # |w| times 5, 1, 2
         "[[True, False, True], [True, False, False]]",
@@ -217,5 +218,5 @@ def test_works_without_torch() -> None:
 
 
 def test_does_not_import_torch_by_itself() -> None:
-    result = run("import sys, lap_ext.numpy; print('torch' in sys.modules)")
+    result = run_python("import sys, lap_ext.numpy; print('torch' in sys.modules)")
     assert result.stdout.strip() == "False", result.stdout + result.stderr

@@ -7,13 +7,13 @@ from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
-import oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_oracle as oracle
 
 SIZES = hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=9)
 # Norms within 2**+-200 have a product that doubles hold; weights are any finite float32.

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

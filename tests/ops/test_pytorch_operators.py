@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, SCORE_DTYPE, each_dtype
 from torch import Tensor, library, nn
 
 import lap_ext
 import lap_ext.ops
+from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 
 OPS = torch.ops.lap_ext
 NAMES = "row_energy col_energy energies score mask prune_ topk_mask global_mask kth_largest".split()

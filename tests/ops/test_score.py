@@ -7,13 +7,13 @@ weights).
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import SCORE_DTYPE, each_dtype, each_threads
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import SCORE_DTYPE, each_dtype, each_threads
 
 
 @each_dtype

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 
 def first(keep: int, shape: tuple[int, ...]) -> torch.Tensor:

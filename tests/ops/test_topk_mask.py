@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from functools import cache
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
-from conftest import each_dtype, each_threads
 from torch import Tensor
 
 import lap_ext
+from tests.helpers import layer_cases as cases
+from tests.helpers import layer_oracle as oracle
+from tests.helpers.parameters import each_dtype, each_threads
 
 
 def same(got: list[Tensor], expected: list[Tensor]) -> bool:

@@ -10,41 +10,19 @@ import copy
 from fractions import Fraction
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import lap_ext
 from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, exponential, iterative, linear, one_shot
+from tests.helpers import masked_network as cases
+from tests.helpers.pruner_training import EXAMPLE, train, two_layers
 
-EXAMPLE = torch.zeros(1, 1, 6, 6)
 SIZES = {"conv": 36, "fc1": 512, "fc2": 24}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def train(model: nn.Module, optimizer: Any, steps: int, pruner: Pruner | None = None) -> None:
-    """Steps of training, the model and the masks checked after each."""
-    for batch in cases.batches(steps):
-        cases.train(model, optimizer, [batch])
-        if pruner is not None:
-            pruner.step()
-            cases.check_zero(model, pruner.masks)
-
-
-def two_layers() -> nn.Sequential:
-    """Weights 1, -2, 3, -4 and 5, -6."""
-    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
-    net[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
-    net[2].weight.data = torch.tensor([[5.0, -6.0]])
-    return net
 
 
 def test_by_hand() -> None:

@@ -7,10 +7,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
-from test_pruner import EXAMPLE, train, two_layers
 from torch import nn
 
 import lap_ext
@@ -18,12 +16,8 @@ from lap_ext import criteria
 from lap_ext.criteria.context import Network
 from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import iterative, linear, one_shot
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
+from tests.helpers import masked_network as cases
+from tests.helpers.pruner_training import EXAMPLE, train, two_layers
 
 # --- data ---------------------------------------------------------------------------------------------
 

@@ -11,25 +11,20 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pruner import EXAMPLE
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, iterative, one_shot
+from tests.helpers import masked_network as cases
+from tests.helpers.pruner_training import EXAMPLE
 
 STEPS = 20
 RATIOS = {"conv": 0.5, "fc*": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 SCHEDULES: dict[str, Callable[[int], Any]] = {  # each prunes in both halves of 20 steps

@@ -8,11 +8,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import mask_cases as cases
 import pytest
 import torch
-from processes import two_processes
-from test_pruner import EXAMPLE, train
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,12 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import lap_ext
 from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import cubic, iterative, linear, one_shot
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
+from tests.helpers import masked_network as cases
+from tests.helpers.processes import two_processes
+from tests.helpers.pruner_training import EXAMPLE, train
 
 # --- the model stays the user's -----------------------------------------------------------------------
 

@@ -3,14 +3,13 @@
 
 The numbers are those of the list of bugs that was made when that code was read; those it has for
 its data sets and its training scripts do not arise here. 16, layers without a curvature, is in
-test_criteria_obd.py; 18, copies as large as a weight, in test_network_reads.py.
+tests/criteria/test_obd.py; 18, copies as large as a weight, in test_weight_reads.py.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-import criteria_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 import lap_ext
 from lap_ext import criteria
 from lap_ext.pruning.result import row_of
+from tests.helpers import paper_formulas as cases
 
 X = torch.zeros(1, 2, 4, 4)
 WITH_DATA = ("wanda", "lookahead_act", "weight_gradient", "obd", "obd_lookahead")

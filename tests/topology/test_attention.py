@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Topologies of transformers and recurrent nets, worked out by hand (notation: test_topology_edges.py)."""
+"""Topologies of transformers and recurrent nets, worked out by hand (notation: test_edges.py)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net
-from test_topology_edges import agree, check
-from test_topology_families import one_thread, pairs, traced  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests.helpers.networks import Net
+from tests.helpers.topologies import agree, check, pairs, traced
 
 
 def coupled(topology: lap_ext.Topology, layer: str) -> dict[str, list[tuple[int, int]]]:

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net, randomized
-from test_topology_families import one_thread, pairs  # noqa: F401 (a fixture)
-from test_topology_moe import E, H, gated
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests.helpers.networks import Net, randomized
+from tests.helpers.topologies import E, H, gated, pairs
 
 ROWS, TOKENS = torch.randn(3, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
 KEEP = torch.tensor([True, False, True, True, False, True])

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from network_oracle import distortions
-from test_network_definition import RTOL, Net, check, randomized
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests.helpers.network_oracle import distortions
+from tests.helpers.networks import RTOL, Net, check, randomized
 
 LAST = {"read": lambda y: y[:, -1]}
 

@@ -3,40 +3,23 @@
 
 Images are one pixel wide, as all kernels are, so that every weight is one entry of its operator; of
 2 x 2 pixels where a flatten turns them into channels. Max and average pooling stand over one pixel,
-where they are the identity. Larger kernels: test_network_definition_windows.py.
+where they are the identity. Larger kernels: test_definition_windows.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from network_oracle import distortions
-from test_network_definition import RTOL, Net, check, randomized
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import lap_ext
-
-
-class Case(NamedTuple):
-    """A model, the shape of its input, and how the oracle looks at it."""
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    how: dict[str, Any] = {}  # noqa: RUF012 (read only)
-
-
-def conv(out: int = 4, into: int = 4, kernel: int = 1, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(into, out, kernel, **options)
-
-
-def bn(channels: int = 4) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels)
+from tests.helpers.network_oracle import distortions
+from tests.helpers.networks import RTOL, Case, Net, bn, check, conv, randomized
 
 
 # ---- residual and dense blocks ----------------------------------------------------------------

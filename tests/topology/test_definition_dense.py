@@ -2,8 +2,8 @@
 """lap_ext.scores == the brute-force definition, weight by weight: dense models.
 
 Every instance is a model of tiny layers in float64 with random weights, no weight near 0, and batch
-norms with statistics of their own. What network_oracle.py sees of it comes from autograd; what
-lap_ext sees comes from torch.export. (test_network_definition_oracle.py checks the oracle itself.)
+norms with statistics of their own. What tests/helpers/network_oracle.py sees of it comes from autograd; what
+lap_ext sees comes from torch.export. (test_network_oracle.py checks the oracle itself.)
 """
 
 from __future__ import annotations
@@ -13,62 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE
-from network_oracle import columns, distortions, rows, scored
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
-
-RTOL = 1e-11  # the brute force subtracts two operators: some 1e-15 of their size is noise
-
-
-class Net(nn.Module):
-    """Named layers and the function that runs them: a whole model in one expression."""
-
-    def __init__(self, rule: Callable[..., Tensor], **layers: nn.Module | nn.Parameter):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.rule = rule
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.rule(self, *inputs)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Values in +-[0.2, 1.2]; running variances in [0.5, 2]."""
-    with torch.no_grad():
-        for x in model.parameters():
-            x.copy_((0.2 + torch.rand_like(x)) * (1 - 2 * torch.randint_like(x, 2)))
-        for name, x in model.named_buffers():
-            if name.endswith("running_var"):
-                x.uniform_(0.5, 2)
-            elif name.endswith("running_mean"):
-                x.normal_()
-    return model.double().eval()
-
-
-def check(model: nn.Module, *inputs: Tensor, **how: Any) -> None:
-    """All scores of the model against the definition."""
-    torch.set_num_threads(1)  # the matrices are tiny
-    expected = distortions(randomized(model), inputs, **how)
-    got = lap_ext.scores(model, inputs, criterion="lookahead", bn="paper")
-    assert set(got) == set(expected)
-    for name, score in got.items():
-        wrong = (score - expected[name]).abs() > RTOL * expected[name]
-        assert score.shape == wrong.shape and not wrong.any(), (
-            f"{name}: got / expected =\n{score / expected[name]}"
-        )
-
-
-def row(width: int = 4) -> Tensor:
-    """One input of a dense model."""
-    return torch.randn(1, width, dtype=torch.float64)
-
-
-def linear(out: int = 4, into: int = 4) -> nn.Linear:
-    return nn.Linear(into, out)
+from tests.helpers.network_oracle import columns, distortions, rows, scored
+from tests.helpers.networks import RTOL, Net, check, linear, randomized, row
+from tests.helpers.parameters import TOLERANCE
 
 
 def blocks(m: Any, x: Tensor) -> Tensor:

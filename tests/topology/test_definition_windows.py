@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net, check
-from test_network_definition_conv import Case, bn, conv
 from torch import nn
+
+from tests.helpers.networks import Case, Net, bn, check, conv
 
 LINE = {"read": lambda y: y[..., 3]}  # the middle of seven
 

@@ -8,33 +8,13 @@ word for the map says too little.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 import torch
-from test_network_definition import Net
-from test_topology_families import one_thread, pairs, traced  # noqa: F401 (a fixture)
 from torch import nn
 
 import lap_ext
-from lap_ext.topology import Edge
-
-
-def agree(edges: list[Edge], expected: Iterable[str]) -> None:
-    """Edges against their descriptions, in this order."""
-    rows = [row.split(" via ") for row in expected]
-    shown = [f"{e.name}: {e.channel_map}{'' if e.scale is None else ' scaled'}" for e in edges]
-    assert shown == [row[0] for row in rows]
-    for edge, row in zip(edges, rows, strict=True):
-        rest = iter(edge.via)
-        passed = [operation for operation in row[1].split() if operation in rest] if row[1:] else []
-        assert passed == (row[1].split() if row[1:] else []), (edge.name, edge.via)
-
-
-def check(topology: lap_ext.Topology, layer: str, prev: str, following: str) -> None:
-    """The edges of a layer; several are parted by semicolons."""
-    agree(topology.layers[layer].prev, [row.strip() for row in prev.split(";") if row.strip()])
-    agree(topology.layers[layer].next, [row.strip() for row in following.split(";") if row.strip()])
+from tests.helpers.networks import Net
+from tests.helpers.topologies import check, pairs, traced
 
 
 # ---- chains and flattening ----------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net, randomized
-from test_topology_families import one_thread, pairs  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.nn.utils import parametrizations, prune
 
 import lap_ext
+from tests.helpers.networks import Net, randomized
 
 ROWS, TOKENS, IMAGES = torch.randn(2, 6), torch.randn(2, 5, 6), torch.randn(2, 3, 4, 4)
 INDEX = torch.tensor([2, 0, 1])

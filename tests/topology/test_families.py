@@ -11,13 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
@@ -25,9 +24,9 @@ import lap_ext
 from lap_ext.criteria.context import Network
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
+from tests import zoo
+from tests.helpers.topologies import pairs, traced
 
-HF = {entry.name for entry in zoo.HF} | {"hf_mamba"}
-ENTRIES = {entry.name: entry for entry in [*zoo.ENTRIES, *zoo.HARD]}
 SWIN = "swin.encoder.layers"
 BIAS = "attention.relative_position_bias.relative_position_bias_table"
 GRN = "convnextv2.encoder.stages"
@@ -56,22 +55,6 @@ OTHERS: dict[str, list[str]] = {
         for name in ("weight", "bias")
     ],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny."""
-    torch.set_num_threads(1)
-    yield
-
-
-@cache
-def traced(name: str) -> lap_ext.Topology:
-    """The topology of an entry, once for all tests."""
-    if name in HF:
-        pytest.importorskip("transformers", minversion="5")
-    model, args, kwargs = ENTRIES[name].make()
-    return lap_ext.trace(model, args, kwargs)
 
 
 each = pytest.mark.parametrize("name", [entry.name for entry in zoo.ENTRIES])
@@ -239,12 +222,6 @@ def test_all_that_is_hard_is_here() -> None:
 def test_refused_by_name(name: str) -> None:
     with pytest.raises(lap_ext.TopologyError, match=re.escape(REFUSED[name])):
         traced(name)
-
-
-def pairs(topology: lap_ext.Topology, layer: str, producer: str) -> list[tuple[int, int]]:
-    """(input channel, producer's channel) pairs."""
-    (edge,) = [edge for edge in topology.layers[layer].prev if edge.name == producer]
-    return list(zip(edge.here.tolist(), edge.there.tolist(), strict=True))
 
 
 def test_written_in_place() -> None:

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from hypothesis import given
 from hypothesis import strategies as st
-from test_network_definition import Net, randomized
-from test_topology_families import ENTRIES, one_thread, traced  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests import zoo
+from tests.helpers.networks import Net, randomized
+from tests.helpers.topologies import ENTRIES, traced
 
 
 def made(name: str) -> tuple[nn.Module, Any, Any]:

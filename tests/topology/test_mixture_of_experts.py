@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net, randomized
-from test_topology_families import one_thread, pairs, traced  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
-from zoo.hf import IDS, LLAMA, hf, text
 
 import lap_ext
-
-E, C, H = 3, 4, 5  # experts, width of the stream, hidden channels
+from tests.helpers.networks import Net, randomized
+from tests.helpers.topologies import C, E, H, gated, pairs, traced
+from tests.zoo.hf import IDS, LLAMA, hf, text
 
 
 def own(hidden: int, experts: int = E, interleaved: bool = False) -> set[tuple[int, int]]:
@@ -39,9 +37,6 @@ def every(width: int, readers: int, makers: int) -> set[tuple[int, int]]:
 
 
 # ---- written here ---------------------------------------------------------------------------------
-def gated(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def by_einsum(m: Any, x: Tensor, ids: Tensor) -> Tensor:

@@ -6,17 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import network_oracle
 import torch
-from network_oracle import columns, distortions, rows, scored
-from test_network_definition import RTOL, Net, linear, randomized, row
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from tests.helpers import network_oracle
+from tests.helpers.network_oracle import columns, distortions, rows, scored
+from tests.helpers.networks import RTOL, Net, linear, randomized, row
 
 
 def agree(expected: dict[str, Tensor], model: nn.Module, *inputs: Tensor, **how: Any) -> None:
     """The oracle against formulas."""
-    torch.set_num_threads(1)  # the matrices are tiny
     found = distortions(model, inputs, **how)
     assert set(found) == set(expected)
     for name, x in found.items():

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_topology_families import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests.helpers.topologies import V, W, Weighted, followed
 
 Operation = Callable[[Tensor], Tensor]
 SHAPES = {"rows": (6,), "tokens": (5, 6), "signal": (6, 8), "image": (4, 3, 5), "square": (4, 4, 4)}
@@ -55,17 +55,6 @@ class Between(nn.Module):
             change = (self.operation(x) - nothing).abs().movedim(self.dim, 0).flatten(1).amax(1)
             found |= {(i, channel): float(y) for i, y in enumerate(change) if y > 0}
         return found
-
-
-def followed(topology: lap_ext.Topology) -> dict[tuple[int, int], float]:
-    """(Input of b, channel of a) -> factor, as the edge says."""
-    edges = [edge for edge in topology.layers["b"].prev if edge.name == "a"]
-    result: dict[tuple[int, int], float] = {}
-    for edge in edges:
-        scale = torch.ones(edge.here.shape) if edge.scale is None else edge.scale
-        found = zip(edge.here.tolist(), edge.there.tolist(), scale.tolist(), strict=True)
-        result |= {(here, there): factor for here, there, factor in found if factor}
-    return result
 
 
 def agree(operation: Operation, kind: str, reader: str, scaled: bool = True) -> None:
@@ -259,20 +248,6 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
 @pytest.mark.parametrize("name", list(MOVES))
 def test_moves(name: str) -> None:
     agree(*MOVES[name])
-
-
-W, V = torch.arange(6.0) / 3 - 1.1, torch.arange(1.0, 7.0)  # V: no zero
-
-
-class Weighted(nn.Module):
-    """An operation with a parameter of its own."""
-
-    def __init__(self, weight: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.weight, self.function = nn.Parameter(weight.clone()), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight)
 
 
 SCALES: dict[str, Any] = {

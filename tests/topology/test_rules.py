@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_network_definition import Net, randomized
-from test_topology_families import one_thread, pairs  # noqa: F401 (a fixture)
-from test_topology_ops import V, W, Weighted, followed
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
+from tests.helpers.networks import Net, randomized
+from tests.helpers.topologies import V, W, Weighted, followed, pairs
 
 ROWS = torch.randn(2, 6)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from torch import nn
 
 import lap_ext
+from tests.helpers.parameters import TOLERANCE
 
 
 class Residual(nn.Module):

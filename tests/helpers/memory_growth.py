@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""How much memory a process takes more while it prunes a checkpoint directory, as the kernel counts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.helpers.checkpoints import network, prune, write
+
+
+def medium() -> nn.Module:
+    """Its parameters are on the meta device."""
+    with torch.device("meta"):
+        return nn.Sequential(
+            nn.Linear(2048, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
+            nn.Linear(4096, 4096),
+        )  # fmt: skip
+
+
+def grown(net: Any, folder: str, budget: int, **options: Any) -> int | None:
+    """Bytes that the process has grown by at most while it prunes, the trace taken off."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    state = {name: torch.rand(x.shape) for name, x in net.state_dict().items() if x.dim()}
+    write(Path(folder) / "dense", state)
+    del state
+    small = network()
+    write(Path(folder) / "small", small.state_dict())
+    prune(Path(folder) / "small", Path(folder) / "warm", **options)  # imports, caches, threads
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = status("VmRSS")
+    options |= {"model": net, "example_inputs": torch.zeros(1, 2048), "memory": budget}
+    prune(Path(folder) / "dense", Path(folder) / "out", **options)
+    return status("VmHWM") - before
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
