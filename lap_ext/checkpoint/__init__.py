@@ -1,9 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints larger than memory: a safetensors folder in, a pruned one out."""
+"""Checkpoints larger than memory: directories of safetensors, read a part at a time."""
 
+from lap_ext.checkpoint.figures import LayerFigures as LayerFigures
+from lap_ext.checkpoint.figures import ScoreTable as ScoreTable
+from lap_ext.checkpoint.inspecting import InspectedLayer as InspectedLayer
+from lap_ext.checkpoint.inspecting import Inspection as Inspection
+from lap_ext.checkpoint.inspecting import inspect as inspect
 from lap_ext.checkpoint.pruning import prune as prune
 from lap_ext.checkpoint.result import CheckpointResult as CheckpointResult
 from lap_ext.checkpoint.result import StoredMasks as StoredMasks
+from lap_ext.checkpoint.scoring import scores as scores
+from lap_ext.checkpoint.stream import ScoreStream as ScoreStream
+from lap_ext.checkpoint.verifying import Finding as Finding
+from lap_ext.checkpoint.verifying import LayerCount as LayerCount
+from lap_ext.checkpoint.verifying import Verdict as Verdict
+from lap_ext.checkpoint.verifying import verify as verify
 from lap_ext.progress import Progress as Progress
 
-__all__ = ["CheckpointResult", "Progress", "StoredMasks", "prune"]
+__all__ = [
+    "CheckpointResult",
+    "Finding",
+    "InspectedLayer",
+    "Inspection",
+    "LayerCount",
+    "LayerFigures",
+    "Progress",
+    "ScoreStream",
+    "ScoreTable",
+    "StoredMasks",
+    "Verdict",
+    "inspect",
+    "prune",
+    "scores",
+    "verify",
+]

@@ -80,7 +80,7 @@ class _Sums:
         self.network = network
         self.role: Role = network.topology.roles[place]
         self.part = self.role.part
-        self.across = network._row_weight(place, self.role)
+        self.across = network.row_weight(place, self.role)
         # all that stays is allocated now: small pieces between large ones would fragment the heap
         groups, width = self.part.groups, torch.Size(self.part.block[1:]).numel()
         self.rows = torch.zeros(self.part.block[0], dtype=torch.float64)

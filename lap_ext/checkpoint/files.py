@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FUNCTION = "checkpoint.prune"  # whom errors name
+from lap_ext._files import safetensors_package
+
+FUNCTION = "checkpoint.prune"  # whom errors name, unless they pass through `naming`
 MASKS = "lap_ext_masks.safetensors"  # the masks beside the weights
 DTYPES = {
     "F64": torch.float64,
@@ -30,6 +33,7 @@ _SINGLE, _INDEX = "model.safetensors", ".safetensors.index.json"
 _LEAST_WEIGHTS = 1_000_000  # bytes of a file that may hold weights
 _LONGEST_JSON = 100_000_000  # bytes; the limit of safetensors for a header
 _WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}
+_PICKLES = {".pt", ".pth", ".bin", ".pt2"}
 _HIDDEN = {".git", ".cache"}  # what git and the hub's downloader keep beside a checkpoint
 
 
@@ -88,6 +92,17 @@ class Folder:
         """All tensors by name."""
         return {entry.name: entry for shard in self.shards for entry in shard.entries}
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files that hold the weights."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def masks(self) -> Path | None:
+        """The mask file beside the weights, if there is one."""
+        path = self.path / MASKS
+        return path if path.is_file() else None
+
     def others(self) -> Iterator[Path]:
         """All other files, relative to the folder; folders of git and of download caches left out."""
         mine = {shard.name for shard in self.shards} | {MASKS}
@@ -116,6 +131,30 @@ def _is_small(folder: Folder, inner: Path) -> bool:
 def wrong(expected: str, got: object, cure: str = "") -> ValueError:
     """A ValueError in the house's form."""
     return ValueError(f"{FUNCTION}: expected {expected}, got {got}.{' ' if cure else ''}{cure}")
+
+
+@contextmanager
+def naming(function: str) -> Iterator[None]:
+    """Lets errors of the steps that several functions share name the one that was called."""
+    try:
+        yield
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        text = str(error)
+        if text.startswith(FUNCTION):
+            text = function + text.removeprefix(FUNCTION)
+            error.args = (text, *error.args[1:])
+            if isinstance(error, ModuleNotFoundError):
+                error.msg = text
+        raise
+
+
+def open_path(path: Path) -> Folder:
+    """The tensors of a folder, or of one safetensors file alone."""
+    if path.suffix in _PICKLES:
+        raise wrong("a folder or a safetensors file", repr(str(path)))
+    if path.is_file():
+        return Folder(path.parent, (read_shard(path),), None)
+    return open_folder(path)
 
 
 def open_folder(path: Path) -> Folder:
@@ -212,16 +251,7 @@ def read_shard(path: Path) -> Shard:
 
 def _checked(path: Path) -> set[str]:
     """The names in a file that safetensors accepts."""
-    try:
-        import safetensors
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            f"{FUNCTION}: expected the safetensors package (it checks the files), got none. "
-            "Run: pip install safetensors",
-            name="safetensors",
-        ) from None
+    safetensors = safetensors_package(FUNCTION, "it checks the files")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return set(file.keys())

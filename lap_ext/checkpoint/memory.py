@@ -12,17 +12,16 @@ the libraries and the traced model, which are there before the first weight is r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lap_ext._files import parsed_size
 from lap_ext.checkpoint.files import DTYPES, FUNCTION, Copy, wrong
 from lap_ext.checkpoint.layer_scores import row_length
 from lap_ext.criteria import Criterion, Random
 from lap_ext.ops import native
 from lap_ext.topology import Layer, Topology
 
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _RUN = 1 << 18  # weights of a run, if they fit: its scores stay in the cache
 _SCRATCH = 48  # bytes a weight of a run beside itself: float64 sums over roles, keys, a mask
 _FALLBACK = 16  # bytes a weight that pure PyTorch needs for the mask of a whole layer
@@ -57,11 +56,10 @@ def parsed(memory: int | str) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         count = memory
     elif isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", memory.upper())
+        found = parsed_size(memory)
         if found is None:
             raise wrong('memory such as "4GB", "512MiB" or a number of bytes', repr(memory))
-        base = 1024 if found[3] else 1000
-        count = int(float(found[1]) * base ** _UNITS[found[2]])
+        count = found
     else:
         kind = type(memory).__name__
         raise TypeError(f"{FUNCTION}: expected memory to be a string or a number, got {kind}.")

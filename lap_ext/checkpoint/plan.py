@@ -76,17 +76,18 @@ class Plan:
 
     def bytes(self, work: Work) -> int:
         """Bytes that are still to be read, where no ranking needs a second pass."""
-        every = [self._size(x) for x in self.task.network.topology.layers.values()]
+        every = [self.size(x) for x in self.task.network.topology.layers.values()]
         total = sum(every) if self.measured and "steps" not in work.facts else 0
         if self.normalize != "none" and "sizes" not in work.facts:
-            total += sum(self._size(x) for x in self.task.layers)
+            total += sum(self.size(x) for x in self.task.layers)
         ranked = {found[0] for found in work.facts.get("cuts", [])}
         for layers, _, _ in self.rankings():
-            total += sum(self._size(x) for x in layers if x.name not in ranked)
+            total += sum(self.size(x) for x in layers if x.name not in ranked)
         left = [shard for shard in self.files.shards if shard.name not in work.facts["done"]]
         return total + sum(entry.size for shard in left for entry in shard.entries)
 
-    def _size(self, layer: Layer) -> int:
+    def size(self, layer: Layer) -> int:
+        """Bytes of a layer's weight in the files."""
         return sum(piece.entry.size for piece in self.task.copies[layer.name][0])
 
 

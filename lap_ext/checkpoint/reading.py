@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lap_ext.checkpoint.files import DTYPES, Copy, Entry, wrong
 
+CHUNK = 1 << 24  # bytes looked at together; a multiple of 8 of every dtype's elements
 _COMPARED = 1 << 22  # bytes of each at a time
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Buffer:
@@ -87,6 +89,33 @@ class Source:
                 buffer = next(turns)
                 self.fill(piece.entry, first * dtype.itemsize, buffer.view(size))
                 yield piece.begin + first, buffer.tensor(length, dtype)
+
+
+def bits(source: Source, entry: Entry, buffer: Buffer) -> Iterator[tuple[int, Tensor]]:
+    """(first element, elements as integers) of a tensor, a chunk at a time.
+
+    Where elements are no whole bytes, each byte counts as one.
+    """
+    even = entry.numel and entry.size % entry.numel == 0
+    kind = _INTEGERS.get(entry.size // entry.numel, torch.uint8) if even else torch.uint8
+    yield from _chunks(source, entry, kind, buffer)
+
+
+def zeros(source: Source, entry: Entry, buffer: Buffer) -> int:
+    """How many weights of a tensor are zero, of either sign; 0 of a dtype that weights have not."""
+    if entry.dtype not in DTYPES:
+        return 0
+    chunks = _chunks(source, entry, DTYPES[entry.dtype], buffer)
+    return sum(part.numel() - int(part.count_nonzero()) for _, part in chunks)
+
+
+def _chunks(
+    source: Source, entry: Entry, dtype: torch.dtype, buffer: Buffer
+) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, entry.size, CHUNK):
+        length = min(CHUNK, entry.size - first)
+        source.fill(entry, first, buffer.view(length))
+        yield first // dtype.itemsize, buffer.tensor(length // dtype.itemsize, dtype)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

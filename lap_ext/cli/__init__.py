@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Whom the library's messages name: not what its user has called.
 _FUNCTION = re.compile(r"^([\w.]+: (?=expected )|(checkpoint\.)?(prune|scores|trace): )")
+_MEMORY = re.compile(r"^expected memory (?=of )")  # an argument there, an option here
 
 
 class _Terminated(BaseException):
@@ -85,7 +86,7 @@ def _text(error: Exception) -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"{_FUNCTION.sub('', error.strerror).rstrip('.')}{where}."
     if isinstance(error, expected) and "expected " in text:
-        return _FUNCTION.sub("", text)
+        return _MEMORY.sub("expected --memory ", _FUNCTION.sub("", text))
     return f"{type(error).__name__}: {text.rstrip('.')}. Run it with --debug for the traceback.".strip()
 
 

@@ -29,7 +29,8 @@ from torch.utils.benchmark import Timer
 import lap_ext
 from lap_ext._text import columns
 from lap_ext.checkpoint.files import DTYPES, open_folder
-from lap_ext.cli import gather, models
+from lap_ext.checkpoint.structure import structure_of
+from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result
 from lap_ext.ops import check
 
@@ -106,7 +107,7 @@ def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
     found: Counter[Shape] = Counter()
     if models.is_folder(options):
         progress.step("trace")
-        known = gather.structure(open_folder(Path(options.model)), options.unknown)
+        known = structure_of(open_folder(Path(options.model)), None, None, options.unknown)
         stored = {x: DTYPES[copies[0][0].entry.dtype] for x, copies in known.copies.items()}
         found.update((x.shape, stored[name]) for name, x in known.topology.layers.items())
     else:

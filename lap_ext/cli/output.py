@@ -92,7 +92,9 @@ class Progress:
         self.done += count
 
     def follow(self, facts: Any) -> None:
-        """The progress of `checkpoint.prune`: its step, and bytes done of all."""
+        """The progress that a library function tells, as its `on_progress`."""
+        if not self.total or facts.done < self.done:  # another step, or the first that is counted
+            self._began = time.monotonic()
         self.text, self.done, self.total = facts.step, facts.done, facts.total
 
     def tell(self) -> None:

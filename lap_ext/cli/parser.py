@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lap_ext
+from lap_ext._files import parsed_size
 
 _MODEL = """\
 MODEL is one of
@@ -68,7 +68,6 @@ examples:
 """
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -254,54 +253,10 @@ def memory(text: str) -> int:
         >>> memory("4GB"), memory("1.5 GiB"), memory("800m")
         (4000000000, 1610612736, 800000000)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None or (found[3] and not found[2]):
+    size = parsed_size(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 4GB or 512MiB, got {text!r}")
-    unit = found[2].upper()
-    power = list(_UNITS).index(unit)
-    return int(float(found[1]) * (1024**power if found[3] else _UNITS[unit]))
-
-
-def sparsity(given: Sequence[str]) -> Any:
-    """What --sparsity stands for, as prune takes it.
-
-    Example:
-        >>> sparsity(["0.9"]), sparsity(["fc*=0.5", "*=0.9"]), sparsity(["erk:0.9"])
-        (0.9, {'fc*': 0.5, '*': 0.9}, erk(sparsity=0.9))
-    """
-    if len(given) == 1 and "=" not in given[0]:
-        kind, colon, text = given[0].rpartition(":")
-        if not colon:
-            return _fraction(text)
-        if kind not in ("erk", "er", "uniform", "uniform_plus"):
-            raise ValueError(
-                f"expected --sparsity 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, "
-                f"uniform_plus:0.9, got {given[0]!r}."
-            )
-        return getattr(lap_ext, kind)(_fraction(text))
-    found = {}
-    for item in given:
-        pattern, equals, text = item.rpartition("=")
-        if not equals:
-            raise ValueError(
-                f"expected one --sparsity, or several of the form 'PATTERN=0.9', got {item!r}."
-            )
-        found[pattern] = _fraction(text)
-    return found
-
-
-def _fraction(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        cure = f" Did you mean {float(text[:-1]) / 100:g}?" if _percent(text) else ""
-        raise ValueError(
-            f"expected --sparsity to be a number (the fraction removed), got {text!r}.{cure}"
-        ) from None
-
-
-def _percent(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)?%", text) is not None
+    return size
 
 
 def completion(shell: str) -> str:

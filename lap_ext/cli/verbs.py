@@ -4,12 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,28 +14,27 @@ import torch
 
 import lap_ext
 from lap_ext import checkpoint, demo, report
-from lap_ext._text import columns
-from lap_ext.checkpoint.files import MASKS, open_folder
-from lap_ext.checkpoint.reading import Buffer, Source
-from lap_ext.cli import bench, gather, models, score, verify, weights
+from lap_ext._files import new_directory
+from lap_ext.allocation import notation
+from lap_ext.checkpoint import record, stream
+from lap_ext.checkpoint.files import MASKS
+from lap_ext.checkpoint.inspecting import inspect_model
+from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
+from lap_ext.cli import bench, models
 from lap_ext.cli.output import Progress, result, writing
-from lap_ext.cli.parser import sparsity
 from lap_ext.report import Facts, plots
-from lap_ext.topology import Layer, Topology
 
 _SINGLE, _PROGRAM = "model.safetensors", "model.pt2"
 
 
 def prune(options: Any) -> int:
     """Prunes a folder or a factory's module into a new folder."""
-    removed = sparsity(options.sparsity)  # a mistake here costs nothing yet
+    removed = _sparsity(options)  # a mistake here costs nothing yet
     _can_write(options)
     start = time.monotonic()
     with Progress(not options.quiet) as progress:
-        if models.is_folder(options):
-            found, facts = _prune_folder(options, removed, progress)
-        else:
-            found, facts = _prune_module(options, removed, progress)
+        run = _prune_folder if models.is_folder(options) else _prune_module
+        found, facts = run(options, removed, progress)
         if facts is not None:
             progress.step("draw")
             _draw(options, facts)
@@ -74,33 +69,36 @@ def _second(plot: Path) -> Path:
 
 def _prune_folder(
     options: Any, removed: Any, progress: Progress
-) -> tuple[Any, Facts | None]:  # fmt: skip
+) -> tuple[checkpoint.CheckpointResult, Facts | None]:
     """Streams a checkpoint."""
-    folder = Path(options.model)
-    more = {} if options.memory is None else {"memory": options.memory}
+    shown = bool(options.report or options.plot)
     progress.step("prune")
     found = checkpoint.prune(
-        folder,
+        options.model,
         options.out,
         removed,
         scope=options.scope,
-        criterion=options.criterion,
-        normalize=options.normalize,
-        exclude=tuple(options.exclude),
-        bn=options.bn,
-        unknown=options.unknown,
-        count_scores=bool(options.report or options.plot),
-        on_progress=progress.follow,
-        **more,
+        count_scores=shown,
+        **_streaming(options, progress),
     )
     with writing(options.out):
-        report.page.replace(options.out / weights.RECORD, _record(options, found))
-    if not (options.report or options.plot):
+        record.write(options.out, _asked(options), found)
+    if not shown:
         return found, None
-    known = gather.structure(open_folder(folder), options.unknown)
-    facts = _facts(options)
-    gather.of_folder(facts, known.topology, known.copies, options.out, found.scores, progress)
+    facts = checkpoint_facts(
+        options.model,
+        found,
+        asked=_shown(options),
+        unknown=options.unknown,
+        on_progress=progress.follow,
+    )
     return found, facts
+
+
+def _streaming(options: Any, progress: Progress) -> dict[str, Any]:
+    """The options of scoring a folder, as checkpoint.prune and checkpoint.scores take them."""
+    given = models.ways(options) | {"unknown": options.unknown, "on_progress": progress.follow}
+    return given if options.memory is None else given | {"memory": options.memory}
 
 
 def _prune_module(
@@ -113,12 +111,10 @@ def _prune_module(
     found = lap_ext.prune(made.module, topology, removed, scope=options.scope, apply=False, **ways)
     facts = None
     if options.report or options.plot:
-        facts = _facts(options)
-        facts.bytes_before = _bytes(made.module)
-        facts.bytes_after = facts.bytes_before
         progress.step("score")
         scores = lap_ext.scores(made.module, topology, **ways)
-        gather.of_model(facts, topology, found.masks, scores, progress)
+        told = {"title": options.model, "asked": _shown(options), "on_progress": progress.follow}
+        facts = model_facts(topology, found, scores, **told)
     found.masks.apply(made.module)
     progress.step("write")
     _write(options, made, found)
@@ -129,31 +125,13 @@ def _write(options: Any, made: models.Made, found: lap_ext.PruneResult) -> None:
     """The pruned model, of its own kind, the masks, and what was asked."""
     from safetensors.torch import save_model
 
-    with writing(options.out), new_folder(options.out) as part:
+    with writing(options.out), new_directory(options.out) as part:
         if made.program is None:
             save_model(made.module, str(part / _SINGLE), metadata={"format": "pt"})
         else:  # its weights are those of the module
             torch.export.save(made.program, part / _PROGRAM)
         found.masks.save(part / MASKS)
-        (part / weights.RECORD).write_text(_record(options, found), encoding="utf-8")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside out that becomes it at the end, and goes away if anything fails."""
-    out = out.resolve()
-    part = out.with_name(f".{out.name}.{secrets.token_hex(8)}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for file in part.iterdir():  # on the disk before the name is there
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        record.write(part, _asked(options), found)
 
 
 def _can_write(options: Any) -> None:
@@ -176,115 +154,83 @@ def _asked(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _facts(options: Any) -> Facts:
-    shown = {k: ", ".join(v) if isinstance(v, list) else v for k, v in _asked(options).items()}
-    given = {name: value for name, value in shown.items() if value}
-    return Facts(options.model, options.criterion, [], given)
+def _shown(options: Any) -> dict[str, str]:
+    """The same as texts, for a report."""
+    texts = {k: ", ".join(v) if isinstance(v, list) else v for k, v in _asked(options).items()}
+    return {name: text for name, text in texts.items() if text}
 
 
-def _record(options: Any, found: lap_ext.PruneResult) -> str:
-    """What was asked and what each layer has left, for verify."""
-    told = json.loads(found.to_json())
-    facts = {"lap_ext": lap_ext.__version__, "asked": _asked(options), "layers": told["layers"]}
-    return json.dumps(facts, indent=2) + "\n"
+def _sparsity(options: Any) -> Any:
+    """What --sparsity stands for, as the library takes it."""
+    return notation.of_texts(options.sparsity, "--sparsity")
 
 
-def _bytes(module: Any) -> int:
-    """Bytes of all parameters and buffers, tied ones once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def score(options: Any) -> int:
+    """Shows a table of every layer's scores, and writes a file of all of them."""
+    folder = Path(options.model) if models.is_folder(options) else None
+    if options.out:
+        stream.check_new("expected --out", options.out, folder)
+    with Progress(not options.quiet) as progress:
+        if folder is not None:
+            progress.step("trace")
+            found = checkpoint.scores(folder, **_streaming(options, progress))
+            progress.step("score")
+        else:
+            found = _score_module(options, progress)
+        if options.out:
+            with writing(options.out):
+                table = found.save(options.out)
+        else:
+            table = found.table()
+    told = {"model": options.model, "criterion": options.criterion, "normalize": options.normalize}
+    told |= {"bn": options.bn, "out": options.out and str(options.out)} | table.to_dict()
+    written = f"\nwritten: {options.out}" if options.out else ""
+    result(options, told, f"{table}{written}")
+    return 0
+
+
+def _score_module(options: Any, progress: Progress) -> checkpoint.ScoreStream:
+    """Scores of a module, all in memory as the module is."""
+    made, topology = models.traced(options, progress)
+    progress.step("score")
+    ways = models.ways(options)
+    found = lap_ext.scores(made.module, topology, on_progress=progress.follow, **ways)
+    named = {name: ways[name] for name in ("criterion", "normalize", "bn")}
+    return checkpoint.ScoreStream.of_model(topology, found, named)
 
 
 def inspect(options: Any) -> int:
     """Shows layers, who feeds whom, sizes and zeros."""
     with Progress(not options.quiet) as progress:
         if models.is_folder(options):
-            topology, rows, size = _inspect_folder(options, progress)
+            progress.step("trace")
+            found = checkpoint.inspect(
+                options.model, unknown=options.unknown, on_progress=progress.follow
+            )
         else:
-            made, topology = models.traced(options, progress)
-            rows, size = _inspect_module(topology, progress), _bytes(made.module)
+            _, topology = models.traced(options, progress)
+            found = inspect_model(topology, progress.follow)
     if options.dot:
-        result(options, {"dot": topology.to_dot()}, topology.to_dot())
-        return 0
-    weights_, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
-    told = {
-        "model": options.model,
-        "bytes": size,
-        "weights": weights_,
-        "zeros": zeros,
-        "layers": rows,
-        "others": list(topology.others),
-        "stops": list(topology.stops),
-    }
-    result(options, told, _inspected(rows, topology, size))
+        dot = found.topology.to_dot()
+        result(options, {"dot": dot}, dot)
+    else:
+        result(options, {"model": options.model} | found.to_dict(), str(found))
     return 0
 
 
-def _inspect_folder(
-    options: Any, progress: Progress
-) -> tuple[Topology, list[dict[str, Any]], int]:  # fmt: skip
-    folder = open_folder(Path(options.model))
-    progress.step("trace")
-    known = gather.structure(folder, options.unknown)
-    first = {name: copies[0] for name, copies in known.copies.items()}
-    progress.step("count zeros", sum(p.entry.size for pieces in first.values() for p in pieces))
-    source, buffer, rows = Source(folder.path), Buffer(), []
-    for name, layer in known.topology.layers.items():
-        zeros = 0
-        for piece in first[name]:
-            zeros += weights.zeros(source, piece.entry, buffer)
-            progress.advance(piece.entry.size)
-        rows.append(_row(layer, zeros))
-    return known.topology, rows, weights.size(folder)
-
-
-def _inspect_module(topology: Topology, progress: Progress) -> list[dict[str, Any]]:
-    layers, rows = topology.layers.values(), []
-    progress.step("count zeros", sum(layer.weight.numel() for layer in layers))
-    for layer in layers:
-        rows.append(_row(layer, layer.weight.numel() - int(layer.weight.count_nonzero())))
-        progress.advance(layer.weight.numel())
-    return rows
-
-
-def _row(layer: Layer, zeros: int) -> dict[str, Any]:
-    count = layer.weight.numel()
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "shape": list(layer.shape),
-        "dtype": str(layer.weight.dtype).removeprefix("torch."),
-        "weights": count,
-        "zeros": zeros,
-        "sparsity": zeros / count if count else 0.0,
-        "fed_by": gather.neighbors(layer.prev),
-        "read_by": gather.neighbors(layer.next),
-    }
-
-
-def _inspected(rows: list[dict[str, Any]], topology: Topology, size: int) -> str:
-    table = [("layer", "kind", "shape", "weights", "zeros", "fed by", "read by")]
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        counts = f"{row['weights']:,}", f"{row['sparsity']:.2%}"
-        table.append((row["name"], row["kind"], shape, *counts, row["fed_by"], row["read_by"]))
-    count = sum(row["weights"] for row in rows)
-    zeros = sum(row["zeros"] for row in rows)
-    table.append(("all", "", "", f"{count:,}", f"{zeros / max(1, count):.2%}", "", ""))
-    lines = [columns(table, right=(3, 4))]
-    if topology.others:
-        lines.append(f"no layers, never pruned: {', '.join(topology.others)}")
-    lines += [f"stopped at: {text}" for text in topology.stops]
-    return "\n".join([*lines, f"{size:,} bytes"])
-
-
-def verify_(options: Any) -> int:
+def verify(options: Any) -> int:
     """Compares a pruned checkpoint with its original; 1 if anything is not as it should be."""
-    given = (options.sparsity, options.scope) if options.sparsity else None
     with Progress(not options.quiet) as progress:
-        verdict = verify.compare(options.pruned, options.original, progress, given)
+        progress.step("verify")
+        verdict = checkpoint.verify(
+            options.pruned,
+            options.original,
+            sparsity=_sparsity(options) if options.sparsity else None,
+            scope=options.scope,
+            on_progress=progress.follow,
+        )
     result(options, verdict.to_dict(), str(verdict))
-    return 1 if verdict.findings else 0
+    return 0 if verdict.ok else 1
 
 
 def info(options: Any) -> int:
@@ -310,9 +256,9 @@ def demo_(options: Any) -> int:
 
 VERBS: Mapping[str, Callable[[Any], int]] = {
     "prune": prune,
-    "score": score.score,
+    "score": score,
     "inspect": inspect,
-    "verify": verify_,
+    "verify": verify,
     "bench": bench.bench,
     "demo": demo_,
     "info": info,

@@ -112,7 +112,7 @@ class Network:
         role = self.topology.roles[place]
         layer = self.topology.layers[role.layer]
         block = role.part.of(self._left(layer))
-        across = self._row_weight(place, role)
+        across = self.row_weight(place, role)
         if across is None:
             return self._both_energies(block, role)
         out = self._energy(block, role, of_inputs=False)
@@ -142,7 +142,7 @@ class Network:
             found = schema.call(self.function, schema.col_energy, block, groups, *options)
         return found.cpu()
 
-    def _row_weight(self, place: int, role: Role) -> Tensor | None:
+    def row_weight(self, place: int, role: Role) -> Tensor | None:
         """What multiplies each output in a consumer's column norm, float64 [O]; None: 1."""
         factor = self.norm_scale(role) if self.bn == "fold" else None
         active = self.activity[place]

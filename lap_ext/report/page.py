@@ -7,11 +7,10 @@ No script, no font, no request: the page can be mailed, archived and read withou
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
+from lap_ext._files import replacing
 from lap_ext.report.charts import bar, histogram, number, percent, size
 from lap_ext.report.facts import Facts, LayerFacts
 from lap_ext.report.style import STYLE
@@ -21,18 +20,8 @@ _SHOWN = 24  # distributions of layers before the rest is folded away
 
 def write(path: str | os.PathLike[str], facts: Facts) -> None:
     """Writes the page: the old file or the new one is at path, never a part."""
-    replace(Path(path), html(facts))
-
-
-def replace(path: Path, text: str) -> None:
-    """Puts a text at path once it is all written."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(html(facts).encode())
 
 
 def html(facts: Facts) -> str:

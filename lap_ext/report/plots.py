@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from lap_ext._files import replacing
 from lap_ext.report.facts import STEPS, Facts, Histogram, binned
 
 _KEPT, _PRUNED, _MASS = "#1b6ca8", "#e08a3c", "#2a8f78"
@@ -95,14 +95,8 @@ def distributions(facts: Facts, most: int = 24) -> Any:
 
 def save(path: str | os.PathLike[str], figure: Any) -> None:
     """Writes a figure in the format of the name (.png, .pdf, .svg): all of it or nothing."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
 
 
 def check(path: Path) -> None:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""Sparsities as texts, for command lines and for the record of a pruning.
+
+    0.9             of every layer
+    PATTERN=0.9     of the layers that the pattern names; one text for each pattern
+    erk:0.9         shared out by an allocation: erk, er, uniform or uniform_plus
+
+Allocations of other kinds have no such text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from lap_ext.allocation.layerwise import Allocation, Sparsity, er, erk, uniform, uniform_plus
+from lap_ext.ops.check import Number
+
+_KINDS: dict[str, Callable[[Number], Allocation]] = {
+    "erk": erk,
+    "er": er,
+    "uniform": uniform,
+    "uniform_plus": uniform_plus,
+}
+
+
+def of_texts(texts: Sequence[str], name: str = "sparsity") -> Sparsity:
+    """Reads a sparsity, as `prune` takes it, from its texts.
+
+    Args:
+        texts: one of the forms above, or several with patterns.
+        name: of the argument or option, for errors.
+
+    Raises:
+        ValueError: a text has none of these forms.
+
+    Example:
+        >>> of_texts(["0.9"]), of_texts(["fc*=0.5", "*=0.9"]), of_texts(["erk:0.9"])
+        (0.9, {'fc*': 0.5, '*': 0.9}, erk(sparsity=0.9))
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        kind, colon, text = texts[0].rpartition(":")
+        if not colon:
+            return _fraction(text, name)
+        if kind not in _KINDS:
+            raise ValueError(
+                f"expected {name} 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, "
+                f"uniform_plus:0.9, got {texts[0]!r}."
+            )
+        return _KINDS[kind](_fraction(text, name))
+    found = {}
+    for item in texts:
+        pattern, equals, text = item.rpartition("=")
+        if not equals:
+            raise ValueError(
+                f"expected one {name}, or several of the form 'PATTERN=0.9', got {item!r}."
+            )
+        found[pattern] = _fraction(text, name)
+    return found
+
+
+def text_of(sparsity: Sparsity) -> str:
+    """Writes a sparsity as its texts, with commas between; an allocation of another kind by its repr.
+
+    Example:
+        >>> text_of(0.9), text_of({"fc*": 0.5, "*": 0.9}), text_of(erk(0.9))
+        ('0.9', 'fc*=0.5, *=0.9', 'erk:0.9')
+        >>> text_of(uniform_plus(0.9, first="conv1"))
+        "uniform_plus(sparsity=0.9, first='conv1', last=None)"
+    """
+    if isinstance(sparsity, Mapping):
+        return ", ".join(f"{pattern}={share}" for pattern, share in sparsity.items())
+    if isinstance(sparsity, er | uniform | uniform_plus):
+        kind, share = type(sparsity).__name__, sparsity.sparsity
+        if kind in _KINDS and sparsity == _KINDS[kind](share):
+            return f"{kind}:{share}"
+    return str(sparsity)
+
+
+def _fraction(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        percent = re.fullmatch(r"\d+(\.\d+)?%", text)
+        cure = f" Did you mean {float(text[:-1]) / 100:g}?" if percent else ""
+        raise ValueError(
+            f"expected {name} to be a number (the fraction removed), got {text!r}.{cure}"
+        ) from None

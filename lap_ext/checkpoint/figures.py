@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Figures of scores, layer by layer: a table, JSON.
+
+    q %       the smallest score such that at least q % of the layer's weights score it or less
+    energy    sum of the squares of the layer's scores
+
+Ranks are exact: nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lap_ext._text import columns
+from lap_ext.ops.ranking import kth_largest
+from lap_ext.pruning import selection
+from lap_ext.topology import Layer
+
+_TENTHS = {"min": 0, "10%": 1, "median": 5, "90%": 9, "max": 10}
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The scores of one layer in figures.
+
+    Attributes:
+        name: of the layer, as its kind and shape.
+        dtype: of the scores, as in "float32".
+        weights: how many scores there are.
+        zeros: how many of them are zero (a dead channel before or after).
+        quantiles: "min", "10%", "median", "90%" and "max"; None where there is no weight.
+        energy: sum of the squares.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    zeros: int
+    quantiles: Mapping[str, float | None]
+    energy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: "inf" is a text there."""
+        quantiles = {name: _json(value) for name, value in self.quantiles.items()}
+        found = vars(self) | {"shape": list(self.shape), "quantiles": quantiles}
+        return found | {"energy": _json(self.energy)}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Figures of the scores of all layers; print it for a table.
+
+    Attributes:
+        layers: one row a layer, in the order of the network.
+    """
+
+    layers: Sequence[LayerFigures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"layers": [row.to_dict() for row in self.layers]}
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "weights", "zeros", *_TENTHS, "energy")]
+        for row in self.layers:
+            shape = "x".join(map(str, row.shape))
+            numbers = ["" if x is None else f"{x:.3g}" for x in row.quantiles.values()]
+            counts = _counts(row.weights, row.zeros)
+            rows.append((row.name, shape, *counts, *numbers, f"{row.energy:.3g}"))
+        counts = _counts(sum(x.weights for x in self.layers), sum(x.zeros for x in self.layers))
+        energy = math.fsum(row.energy for row in self.layers)
+        rows.append(("all", "", *counts, *[""] * len(_TENTHS), f"{energy:.3g}"))
+        return columns(rows, right=range(2, len(rows[0])))
+
+
+def figures(layer: Layer, scores: Tensor) -> LayerFigures:
+    """Takes the figures of a layer's scores.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 1))
+        >>> layer = lap_ext.trace(net, torch.ones(1, 3)).layers["0"]
+        >>> found = figures(layer, torch.tensor([[0., 3., 4.]]))
+        >>> found.zeros, found.quantiles["median"], found.energy     # 3 * 3 + 4 * 4
+        (1, 3.0, 25.0)
+    """
+    count = scores.numel()
+    ranks = {name: max(1, -(-count * tenths // 10)) for name, tenths in _TENTHS.items()}
+    quantiles = {
+        name: float(kth_largest(scores, count - rank + 1)) if count else None
+        for name, rank in ranks.items()
+    }
+    width = scores.shape[-1] if scores.dim() else 1
+    return LayerFigures(
+        layer.name,
+        layer.kind,
+        layer.shape,
+        str(scores.dtype).removeprefix("torch."),
+        count,
+        count - int(scores.count_nonzero()),
+        quantiles,
+        math.fsum(selection.row_energies(scores, width)),
+    )
+
+
+def _counts(weights: int, zeros: int) -> tuple[str, str]:
+    return f"{weights:,}", f"{zeros / max(1, weights):.2%}"
+
+
+def _json(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

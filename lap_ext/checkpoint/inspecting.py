@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""inspect: the layers of a checkpoint directory, who feeds whom, sizes and zeros."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lap_ext._text import columns
+from lap_ext.checkpoint.files import naming, open_folder
+from lap_ext.checkpoint.reading import Buffer, Source, zeros
+from lap_ext.checkpoint.structure import structure_of
+from lap_ext.progress import Progress, Step
+from lap_ext.topology import Edge, Layer, Topology
+
+_FUNCTION = "checkpoint.inspect"
+_STEP = "count zeros"
+_MOST = 4  # neighbors named in a cell
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """One layer.
+
+    Attributes:
+        name: of the layer, as its kind and shape.
+        dtype: of the weight in the model, as in "float32".
+        weights: how many there are.
+        zeros: how many of them are zero, of either sign.
+        fed_by: names of the layers whose outputs it reads, in words.
+        read_by: names of the layers that read its outputs, in words.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    zeros: int
+    fed_by: str
+    read_by: str
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that is zero."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "fed_by": self.fed_by,
+            "read_by": self.read_by,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model consists of; print it for a table.
+
+    Attributes:
+        topology: who feeds whom.
+        layers: one row a layer, in the order of the network.
+        bytes: of the files with the weights; of a module: of its parameters and buffers.
+    """
+
+    topology: Topology
+    layers: Sequence[InspectedLayer]
+    bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Weights of all layers."""
+        return sum(row.weights for row in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are zero."""
+        return sum(row.zeros for row in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "bytes": self.bytes,
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "layers": [row.to_dict() for row in self.layers],
+            "others": list(self.topology.others),
+            "stops": list(self.topology.stops),
+        }
+
+    def __str__(self) -> str:
+        table = [("layer", "kind", "shape", "weights", "zeros", "fed by", "read by")]
+        for row in self.layers:
+            shape = "x".join(map(str, row.shape))
+            counts = f"{row.weights:,}", f"{row.sparsity:.2%}"
+            table.append((row.name, row.kind, shape, *counts, row.fed_by, row.read_by))
+        share = self.zeros / max(1, self.weights)
+        table.append(("all", "", "", f"{self.weights:,}", f"{share:.2%}", "", ""))
+        lines = [columns(table, right=(3, 4))]
+        if self.topology.others:
+            lines.append(f"no layers, never pruned: {', '.join(self.topology.others)}")
+        lines += [f"stopped at: {text}" for text in self.topology.stops]
+        return "\n".join([*lines, f"{self.bytes:,} bytes"])
+
+
+def inspect(
+    folder: str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    model: nn.Module | None = None,
+    unknown: str = "error",
+    on_progress: Callable[[Progress], Any] | None = None,
+) -> Inspection:
+    """Traces a checkpoint that may be larger than memory, and counts the zeros of its layers.
+
+    Args:
+        folder: as in `checkpoint.prune`; a single file does not say how its weights are connected.
+        example_inputs: as in `checkpoint.prune`.
+        model: as in `checkpoint.prune`.
+        unknown: as in `lap_ext.trace`.
+        on_progress: called with a `Progress` after each tensor.
+
+    Returns:
+        `.topology`, `.layers` and `.bytes`; print it for a table.
+
+    Raises:
+        ValueError, TypeError, TopologyError: as `checkpoint.prune`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> net[0].weight.data = torch.tensor([[0., 1.], [2., 0.]])
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     save_file(net.state_dict(), Path(place) / "model.safetensors")
+        ...     found = inspect(place, model=net, example_inputs=torch.ones(1, 2))
+        >>> [(row.name, row.weights, row.zeros, row.fed_by, row.read_by) for row in found.layers]
+        [('0', 4, 2, 'input', '2'), ('2', 2, 0, '0', 'output')]
+    """
+    with naming(_FUNCTION):
+        files = open_folder(Path(folder))
+        known = structure_of(files, model, example_inputs, unknown)
+        first = {name: copies[0] for name, copies in known.copies.items()}
+        step = Step(
+            on_progress, _STEP, sum(x.entry.size for pieces in first.values() for x in pieces)
+        )
+        source, buffer = Source(files.path), Buffer()
+
+        def count(layer: Layer) -> int:
+            found = 0
+            for piece in first[layer.name]:
+                found += zeros(source, piece.entry, buffer)
+                step.read(layer.name, piece.entry.size)
+            return found
+
+        return _inspected(known.topology, count, files.size)
+
+
+def inspect_model(
+    topology: Topology, on_progress: Callable[[Progress], Any] | None = None
+) -> Inspection:
+    """Does the same with a traced module in memory.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> _ = net[0].weight.data.fill_(0)
+        >>> print(inspect_model(lap_ext.trace(net, torch.ones(1, 2))))
+        layer  kind    shape  weights    zeros  fed by  read by
+        -----  ------  -----  -------  -------  ------  -------
+        0      linear  1x2          2  100.00%  input   output
+        all                         2  100.00%
+        12 bytes
+    """
+    step = Step(on_progress, _STEP, sum(x.weight.nbytes for x in topology.layers.values()))
+
+    def count(layer: Layer) -> int:
+        found = layer.weight.numel() - int(layer.weight.count_nonzero())
+        step.read(layer.name, layer.weight.nbytes)
+        return found
+
+    return _inspected(topology, count, model_bytes(topology.model))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Counts the bytes of all parameters and buffers, tied ones once."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def neighbors(edges: Iterable[Edge]) -> str:
+    """Names what is at the ends of edges, and how channels correspond if it is not one to one."""
+    names = []
+    for edge in edges:
+        how = "" if edge.channel_map in ("same", "all") else f" ({edge.channel_map})"
+        names.append(f"{'coupled with ' if edge.kind == 'coupled' else ''}{edge.name}{how}")
+    names = list(dict.fromkeys(names))
+    more = f", and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
+
+
+def _inspected(topology: Topology, count: Callable[[Layer], int], size: int) -> Inspection:
+    rows = [
+        InspectedLayer(
+            layer.name,
+            layer.kind,
+            layer.shape,
+            str(layer.weight.dtype).removeprefix("torch."),
+            layer.weight.numel(),
+            count(layer),
+            neighbors(layer.prev),
+            neighbors(layer.next),
+        )
+        for layer in topology.layers.values()
+    ]
+    return Inspection(topology, rows, size)
