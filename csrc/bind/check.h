@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace lap::bind {
 
@@ -23,18 +24,18 @@ struct WeightShape {
 }
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
-template <typename Sizes>
-WeightShape weight_shape(const char* op,
-                         const Sizes& sizes,
-                         int64_t dims,
-                         int64_t in_count,
-                         int64_t out_count,
-                         int64_t groups,
-                         bool transposed) {
-  if (dims < 2)
-    fail(op, "expected w with at least 2 dimensions [O, I, *K], got " + std::to_string(dims) + ".");
+inline WeightShape weight_shape(const char* op,
+                                const std::vector<int64_t>& sizes,
+                                int64_t in_count,
+                                int64_t out_count,
+                                int64_t groups,
+                                bool transposed) {
+  if (sizes.size() < 2) {
+    fail(op, "expected w with at least 2 dimensions [O, I, *K], got " +
+                 std::to_string(sizes.size()) + ".");
+  }
   WeightShape shape = {sizes[0], sizes[1], 1, groups};
-  for (int64_t d = 2; d < dims; ++d) shape.window *= sizes[d];
+  for (size_t d = 2; d < sizes.size(); ++d) shape.window *= sizes[d];
   if (groups < 1 || shape.rows % groups != 0) {
     fail(op, "expected groups that divide w.shape[0], got groups " + std::to_string(groups) +
                  " and w.shape[0] " + std::to_string(shape.rows) + ".");
@@ -81,12 +82,19 @@ WeightShape weight_shape(const char* op,
 }
 
 // Norms given by the user: finite and not negative.
-inline void check_norms(const char* op, const char* name, const double* norm, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (!(norm[i] >= 0 && norm[i] <= 1.7976931348623157e308)) {
-      fail(op, std::string("expected finite norms >= 0 in ") + name + ", got " +
-                   std::to_string(norm[i]) + " at index " + std::to_string(i) + ".");
-    }
+[[noreturn]] inline void fail_norm(const char* op, const char* name, double norm, int64_t i) {
+  fail(op, std::string("expected finite norms >= 0 in ") + name + ", got " + std::to_string(norm) +
+               " at index " + std::to_string(i) + ".");
+}
+
+inline void check_keep(const char* op, int64_t keep) {
+  if (keep < 0) fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
+}
+
+inline void check_rank(const char* op, int64_t k, int64_t count) {
+  if (k < 1 || k > count) {
+    fail(op, "expected 1 <= k <= " + std::to_string(count) + " (the number of scores), got " +
+                 std::to_string(k) + ".");
   }
 }
 

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+// csrc/cpu as the operators see it, for any kind of array in host memory.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../cpu/memory.h"
+#include "../cpu/norms.h"
+#include "../cpu/score.h"
+#include "../cpu/select.h"
+#include "check.h"
+#include "operators.h"
+
+namespace lap::bind {
+
+template <typename ArraysOf>
+class CpuCore {
+ public:
+  using Arrays = ArraysOf;
+  using Array = typename Arrays::Array;
+  using DType = cpu::DType;
+  using View = cpu::Strided;
+  using Source = cpu::Source;
+
+  explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
+
+  template <typename T>
+  Array empty(const Array& like, const Sizes& sizes) const {
+    Array out = Arrays::template empty<T>(like, sizes);
+    cpu::prefer_large_pages(Arrays::mutable_data(out), Arrays::size(out) * sizeof(T));
+    return out;
+  }
+
+  // The elements of x in C order. *held keeps them alive: a copy where x has strides that are too
+  // many or no whole elements.
+  View view(const char* op, const Array& x, Array* held) const {
+    const DType dtype = Arrays::template dtype<DType>(op, x);
+    View out;
+    if (!make_view(x, dtype, &out)) {
+      *held = Arrays::contiguous(x);
+      make_view(*held, dtype, &out);
+    }
+    return out;
+  }
+
+  Source source(const char* op, const Array& scores, Array* held) const {
+    Source out;
+    out.x = view(op, scores, held);
+    return out;
+  }
+
+  void check_norms(const char* op, const char* name, const double* norm, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(norm[i] >= 0 && norm[i] <= 1.7976931348623157e308)) fail_norm(op, name, norm[i], i);
+    }
+  }
+
+  // energy of each row (column) of scale * x
+  Found energy(Axis axis,
+               const View& x,
+               const WeightShape& shape,
+               double scale,
+               bool check_finite,
+               const Array& energy) const {
+    if (axis == Axis::rows) {
+      cpu::row_energy(x, shape.rows, scale, pool_, doubles(energy));
+    } else {
+      cpu::col_energy(x, layout(shape), scale, pool_, doubles(energy));
+    }
+    return check_finite ? find_in(x, energy) : Found{};
+  }
+
+  // From one reading of x.
+  Found energies(const View& x,
+                 const WeightShape& shape,
+                 bool check_finite,
+                 const Array& row,
+                 const Array& col) const {
+    cpu::energies(x, layout(shape), pool_, doubles(row), doubles(col));
+    return check_finite ? find_in(x, row) : Found{};
+  }
+
+  std::vector<double> read(const Array& x) const {
+    return std::vector<double>(doubles(x), doubles(x) + Arrays::size(x));
+  }
+
+  Found score(const Weight<CpuCore>& weight, bool check_finite, const Array& out) const {
+    const bool finite = cpu::score(weight.x, layout(weight.shape), weight.row_norm, weight.col_norm,
+                                   check_finite, pool_, Arrays::mutable_data(out));
+    return finite ? Found{} : find_in({source_of(weight)});
+  }
+
+  // The threshold is known only after all of w is read, so w is pruned in a pass of its own.
+  Found mask(const Weight<CpuCore>& weight,
+             const uint8_t* eligible,
+             int64_t keep,
+             bool check_finite,
+             const Array& mask,
+             const Array* pruned) const {
+    Source source = source_of(weight);
+    source.eligible = eligible;
+    source.mask = static_cast<uint8_t*>(Arrays::mutable_data(mask));
+    const Found found = select({source}, keep, check_finite);
+    if (found.count != 0 || found.range || pruned == nullptr) return found;
+    View target = weight.x;
+    if (target.data != Arrays::data(*pruned)) fail(weight.op, Arrays::kNotInPlace);
+    target.data = Arrays::mutable_data(*pruned);
+    cpu::zero_dropped(target, source.mask, pool_);
+    return found;
+  }
+
+  Found topk_mask(const Scores<CpuCore>& list, int64_t keep, bool check_finite) const {
+    return select(list.sources, keep, check_finite);
+  }
+
+  Found kth_largest(const Scores<CpuCore>& list,
+                    int64_t k,
+                    bool check_finite,
+                    const Array& value) const {
+    double threshold = 0;
+    const Found found = select(list.sources, k, check_finite, &threshold);
+    if (list.dtype == DType::f64) {
+      *doubles(value) = threshold;
+    } else {
+      *static_cast<float*>(Arrays::mutable_data(value)) = static_cast<float>(threshold);
+    }
+    return found;
+  }
+
+  // Marks the masks of the sources.
+  Found select(const std::vector<Source>& sources,
+               int64_t keep,
+               bool check_finite,
+               double* threshold = nullptr) const {
+    const cpu::Selection selection = cpu::select(sources, keep, check_finite, pool_);
+    if (threshold != nullptr) *threshold = selection.threshold;
+    Found found;
+    if (selection.outcome == cpu::Outcome::not_finite) found = find_in(sources);
+    found.range = selection.outcome == cpu::Outcome::range;
+    return found;
+  }
+
+  static Source source_of(const Weight<CpuCore>& weight) {
+    return {weight.x, layout(weight.shape), weight.row_norm, weight.col_norm};
+  }
+
+ private:
+  static bool make_view(const Array& x, DType dtype, View* out) {
+    const Sizes sizes = Arrays::sizes(x);
+    Sizes strides;
+    return Arrays::strides(x, &strides) &&
+           cpu::make_strided(Arrays::data(x), dtype, static_cast<int>(sizes.size()), sizes.data(),
+                             strides.data(), out);
+  }
+
+  static cpu::Layout layout(const WeightShape& s) { return {s.rows, s.cols, s.window, s.groups}; }
+
+  static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
+
+  static Found find_in(const std::vector<Source>& sources) {
+    for (size_t t = 0; t < sources.size(); ++t) {
+      const cpu::NotFinite found = cpu::find_not_finite(sources[t].x, sources[t].is_scores());
+      if (found.count > 0) return {found.count, found.first, static_cast<int64_t>(t), false};
+    }
+    return {};
+  }
+
+  // x is read again only where its energy is not finite.
+  static Found find_in(const View& x, const Array& energy) {
+    const auto is_finite = [](double e) { return e - e == 0; };
+    if (std::all_of(doubles(energy), doubles(energy) + Arrays::size(energy), is_finite)) return {};
+    const cpu::NotFinite found = cpu::find_not_finite(x, false);
+    return {found.count, found.first, 0, false};
+  }
+
+  cpu::Pool pool_;
+};
+
+}  // namespace lap::bind
