@@ -23,6 +23,8 @@ class CpuCore {
   using DType = cpu::DType;
   using View = cpu::Strided;
   using Source = cpu::Source;
+  using Weight = bind::Weight<CpuCore>;
+  using Scores = bind::Scores<CpuCore>;
 
   explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
 
@@ -57,43 +59,34 @@ class CpuCore {
     }
   }
 
-  // energy of each row (column) of scale * x
-  Found energy(Axis axis,
-               const View& x,
-               const WeightShape& shape,
-               double scale,
-               bool check_finite,
-               const Array& energy) const {
+  // The energy of each row (column) of scale * w.
+  Found energy(Axis axis, const Weight& weight, double scale, bool check, const Array& out) const {
     if (axis == Axis::rows) {
-      cpu::row_energy(x, shape.rows, scale, pool_, doubles(energy));
+      cpu::row_energy(weight.x, weight.shape.rows, scale, pool_, doubles(out));
     } else {
-      cpu::col_energy(x, layout(shape), scale, pool_, doubles(energy));
+      cpu::col_energy(weight.x, layout(weight), scale, pool_, doubles(out));
     }
-    return check_finite ? find_in(x, energy) : Found{};
+    return check ? find_in(weight.x, out) : Found{};
   }
 
-  // From one reading of x.
-  Found energies(const View& x,
-                 const WeightShape& shape,
-                 bool check_finite,
-                 const Array& row,
-                 const Array& col) const {
-    cpu::energies(x, layout(shape), pool_, doubles(row), doubles(col));
-    return check_finite ? find_in(x, row) : Found{};
+  // Both from one reading of w.
+  Found energies(const Weight& weight, bool check, const Array& row, const Array& col) const {
+    cpu::energies(weight.x, layout(weight), pool_, doubles(row), doubles(col));
+    return check ? find_in(weight.x, row) : Found{};
   }
 
   std::vector<double> read(const Array& x) const {
     return std::vector<double>(doubles(x), doubles(x) + Arrays::size(x));
   }
 
-  Found score(const Weight<CpuCore>& weight, bool check_finite, const Array& out) const {
-    const bool finite = cpu::score(weight.x, layout(weight.shape), weight.row_norm, weight.col_norm,
+  Found score(const Weight& weight, bool check_finite, const Array& out) const {
+    const bool finite = cpu::score(weight.x, layout(weight), weight.row_norm, weight.col_norm,
                                    check_finite, pool_, Arrays::mutable_data(out));
     return finite ? Found{} : find_in({source_of(weight)});
   }
 
   // The threshold is known only after all of w is read, so w is pruned in a pass of its own.
-  Found mask(const Weight<CpuCore>& weight,
+  Found mask(const Weight& weight,
              const uint8_t* eligible,
              int64_t keep,
              bool check_finite,
@@ -111,20 +104,15 @@ class CpuCore {
     return found;
   }
 
-  Found topk_mask(const Scores<CpuCore>& list, int64_t keep, bool check_finite) const {
-    return select(list.sources, keep, check_finite);
-  }
-
-  Found kth_largest(const Scores<CpuCore>& list,
-                    int64_t k,
-                    bool check_finite,
-                    const Array& value) const {
+  // Marks the k largest in the masks of a list, or writes the k-th to value.
+  Found rank(const Scores& list, int64_t k, bool check_finite, const Array* value) const {
     double threshold = 0;
     const Found found = select(list.sources, k, check_finite, &threshold);
+    if (value == nullptr) return found;
     if (list.dtype == DType::f64) {
-      *doubles(value) = threshold;
+      *doubles(*value) = threshold;
     } else {
-      *static_cast<float*>(Arrays::mutable_data(value)) = static_cast<float>(threshold);
+      *static_cast<float*>(Arrays::mutable_data(*value)) = static_cast<float>(threshold);
     }
     return found;
   }
@@ -142,8 +130,8 @@ class CpuCore {
     return found;
   }
 
-  static Source source_of(const Weight<CpuCore>& weight) {
-    return {weight.x, layout(weight.shape), weight.row_norm, weight.col_norm};
+  static Source source_of(const Weight& weight) {
+    return {weight.x, layout(weight), weight.row_norm, weight.col_norm};
   }
 
  private:
@@ -155,7 +143,10 @@ class CpuCore {
                              strides.data(), out);
   }
 
-  static cpu::Layout layout(const WeightShape& s) { return {s.rows, s.cols, s.window, s.groups}; }
+  static cpu::Layout layout(const Weight& weight) {
+    const WeightShape& s = weight.shape;
+    return {s.rows, s.cols, s.window, s.groups};
+  }
 
   static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
 

@@ -83,8 +83,8 @@ PYBIND11_MODULE(_np, m) {
   m.def("row_energy", &Operators::row_energy);
   m.def("col_energy", &Operators::col_energy);
   m.def("score", &Operators::score);
-  m.def("mask", &Operators::mask);
-  m.def("prune_", &Operators::prune_);
+  m.def("mask", &Operators::mask<false>);
+  m.def("prune_", &Operators::mask<true>);
   m.def("topk_mask", &Operators::topk_mask);
   m.def("kth_largest", [](const std::vector<py::array>& scores, int64_t k, bool check_finite) {
     return py::float_(Operators::kth_largest(scores, k, check_finite));

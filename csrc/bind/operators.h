@@ -33,39 +33,45 @@ struct Found {
   bool range = false;  // products leave float64's range where it matters
 };
 
-// One weight with its norms as a core reads them. Arrays that cannot be read in place are copied.
+// One weight as a core reads it, with the norms of its channels where they are given. An array that
+// the core cannot read in place is copied; the pointers are into the arrays held here.
 template <typename Core>
 struct Weight {
   using Arrays = typename Core::Arrays;
+  using Array = typename Arrays::Array;
+  using Norm = typename Arrays::Norm;
 
   const char* op;
-  bool transposed;
-  typename Arrays::Array w;
-  typename Arrays::Norm in_norm, out_norm;
+  std::optional<Norm> in_norm, out_norm;
+  Array w;
   typename Core::View x;
   WeightShape shape;
-  const double* row_norm;
-  const double* col_norm;
+  bool transposed = false;
+  const double* row_norm = nullptr;  // [rows]
+  const double* col_norm = nullptr;  // [groups * cols]
+
+  Weight(const Core& core, const char* op, const Array& weight, const WeightShape& shape)
+      : op(op), w(weight), x(core.view(op, weight, &w)), shape(shape) {}
 
   Weight(const Core& core,
          const char* op,
-         const typename Arrays::Array& weight,  // [O, I / groups, *K]
-         const typename Arrays::Norm& in,       // [I]
-         const typename Arrays::Norm& out,      // [O]
+         const Array& weight,  // [O, I / groups, *K]
+         const Norm& in,       // [I]
+         const Norm& out,      // [O]
          int64_t groups,
          bool transposed,
          bool check_finite)
       : op(op),
-        transposed(transposed),
-        w(weight),
         in_norm(Arrays::norm(op, in)),
         out_norm(Arrays::norm(op, out)),
-        x(core.view(op, weight, &w)) {
+        w(weight),
+        x(core.view(op, weight, &w)),
+        transposed(transposed) {
     const int64_t in_count = Arrays::size(in);
     const int64_t out_count = Arrays::size(out);
     shape = weight_shape(op, Arrays::sizes(weight), in_count, out_count, groups, transposed);
-    const double* in_data = static_cast<const double*>(Arrays::data(in_norm));
-    const double* out_data = static_cast<const double*>(Arrays::data(out_norm));
+    const double* in_data = static_cast<const double*>(Arrays::data(*in_norm));
+    const double* out_data = static_cast<const double*>(Arrays::data(*out_norm));
     if (check_finite) {
       core.check_norms(op, "in_norm", in_data, in_count);
       core.check_norms(op, "out_norm", out_data, out_count);
@@ -127,16 +133,14 @@ struct Operators {
                                            int64_t groups,
                                            bool check_finite,
                                            const std::string& name) {
-    const WeightShape shape = energy_shape(w, groups);
     const Core core(w);
-    Array held = w;
-    const auto x = core.view("factors", w, &held);
-    Array row = core.template empty<double>(w, {shape.rows});
-    Array col = core.template empty<double>(w, {groups * shape.cols});
-    raise_weight("factors", name, core.energies(x, shape, check_finite, row, col));
+    const Weight<Core> weight(core, "factors", w, energy_shape(w, groups));
+    Array row = core.template empty<double>(w, {weight.shape.rows});
+    Array col = core.template empty<double>(w, {groups * weight.shape.cols});
+    raise_weight("factors", name, core.energies(weight, check_finite, row, col));
     if (check_finite) {
-      check_range(core, Axis::rows, x, shape, row, name);
-      check_range(core, Axis::cols, x, shape, col, name);
+      check_range(core, Axis::rows, weight, row, name);
+      check_range(core, Axis::cols, weight, col, name);
     }
     return {row, col};
   }
@@ -155,6 +159,8 @@ struct Operators {
     return scores_of(core, weight, "w", check_finite);
   }
 
+  // mask, or prune_, which also sets to zero in w what the mask drops.
+  template <bool kPrune>
   static Array mask(const Array& w,
                     const Norm& in_norm,
                     const Norm& out_norm,
@@ -163,23 +169,15 @@ struct Operators {
                     int64_t groups,
                     bool transposed,
                     bool check_finite) {
+    constexpr const char* op = kPrune ? "prune_" : "mask";
     const Core core(w);
-    const Weight<Core> weight(core, "mask", w, in_norm, out_norm, groups, transposed, check_finite);
-    return select_mask(core, weight, keep, mask, check_finite, nullptr);
-  }
-
-  static Array prune_(const Array& w,
-                      const Norm& in_norm,
-                      const Norm& out_norm,
-                      int64_t keep,
-                      const std::optional<Mask>& mask,
-                      int64_t groups,
-                      bool transposed,
-                      bool check_finite) {
-    const Core core(w);
-    const Weight<Core> weight(core, "prune_", w, in_norm, out_norm, groups, transposed,
-                              check_finite);
-    return select_mask(core, weight, keep, mask, check_finite, &w);
+    const Weight<Core> weight(core, op, w, in_norm, out_norm, groups, transposed, check_finite);
+    check_keep(op, keep);
+    const uint8_t* eligible = mask ? Arrays::eligible(op, *mask, w) : nullptr;
+    Array out = core.template empty<bool>(w, Arrays::sizes(w));
+    const Array* pruned = kPrune ? &w : nullptr;
+    raise_weight(op, "w", core.mask(weight, eligible, keep, check_finite, out, pruned));
+    return out;
   }
 
   // --- lists of scores ------------------------------------------------------------------------
@@ -202,7 +200,7 @@ struct Operators {
       list.sources[t].mask = static_cast<uint8_t*>(Arrays::mutable_data(out[t]));
       if (!masks.empty()) list.sources[t].eligible = Arrays::eligible(op, masks[t], scores[t]);
     }
-    raise_scores(op, list, core.topk_mask(list, keep, check_finite));
+    raise_scores(op, list, core.rank(list, keep, check_finite, nullptr));
     return out;
   }
 
@@ -213,7 +211,7 @@ struct Operators {
     const Scores<Core> list(core, op, scores);
     check_rank(op, k, list.size);
     Array value = empty_scores(core, scores[0], {}, list.dtype);
-    raise_scores(op, list, core.kth_largest(list, k, check_finite, value));
+    raise_scores(op, list, core.rank(list, k, check_finite, &value));
     return value;
   }
 
@@ -235,19 +233,6 @@ struct Operators {
   }
 
  private:
-  static Array select_mask(const Core& core,
-                           const Weight<Core>& weight,
-                           int64_t keep,
-                           const std::optional<Mask>& eligible,
-                           bool check_finite,
-                           const Array* pruned) {  // set to zero where the mask is; or null
-    check_keep(weight.op, keep);
-    const uint8_t* may = eligible ? Arrays::eligible(weight.op, *eligible, weight.w) : nullptr;
-    Array mask = core.template empty<bool>(weight.w, Arrays::sizes(weight.w));
-    raise_weight(weight.op, "w", core.mask(weight, may, keep, check_finite, mask, pruned));
-    return mask;
-  }
-
   // Scores are float, those of float64 weights double.
   static Array empty_scores(const Core& core, const Array& like, const Sizes& sizes, DType dtype) {
     return dtype == DType::f64 ? core.template empty<double>(like, sizes)
@@ -273,12 +258,11 @@ struct Operators {
                       bool check_finite,
                       const std::string& name) {
     const Core core(w);
-    Array held = w;
-    const auto x = core.view("factors", w, &held);
+    const Weight<Core> weight(core, "factors", w, shape);
     const int64_t channels = axis == Axis::rows ? shape.rows : shape.groups * shape.cols;
     Array out = core.template empty<double>(w, {channels});
-    raise_weight("factors", name, core.energy(axis, x, shape, 1.0, check_finite, out));
-    if (check_finite) check_range(core, axis, x, shape, out, name);
+    raise_weight("factors", name, core.energy(axis, weight, 1.0, check_finite, out));
+    if (check_finite) check_range(core, axis, weight, out, name);
     return out;
   }
 
@@ -287,20 +271,19 @@ struct Operators {
   // enlarged.
   static void check_range(const Core& core,
                           Axis axis,
-                          const typename Core::View& x,
-                          const WeightShape& shape,
+                          const Weight<Core>& weight,
                           const Array& energy,
                           const std::string& name) {
     constexpr double kSmall = 0x1p-1000;
     constexpr double kScale = 0x1p900;
-    if (x.dtype != DType::f64) return;
+    if (weight.x.dtype != DType::f64) return;
     const auto is_finite = [](double e) { return e - e == 0; };
     const auto is_small = [](double e) { return e < kSmall; };
     const std::vector<double> plain = core.read(energy);
     if (!std::all_of(plain.begin(), plain.end(), is_finite)) fail_energy("factors", name);
     if (std::none_of(plain.begin(), plain.end(), is_small)) return;
     const Array again = core.template empty<double>(energy, Arrays::sizes(energy));
-    core.energy(axis, x, shape, kScale, false, again);
+    core.energy(axis, weight, kScale, false, again);
     const std::vector<double> enlarged = core.read(again);
     for (size_t c = 0; c < plain.size(); ++c) {
       if (is_small(plain[c]) && enlarged[c] > 0) fail_energy("factors", name);

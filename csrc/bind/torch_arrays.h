@@ -2,6 +2,7 @@
 // Torch's tensors as the operators read them (LibTorch stable ABI).
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -68,5 +69,18 @@ struct TorchArrays {
     return static_cast<const uint8_t*>(mask.const_data_ptr());
   }
 };
+
+// Registers the operators that both torch bindings have.
+template <typename Operators, typename Library>
+void implement(Library& m) {
+  m.impl("row_energy", TORCH_BOX(&Operators::row_energy));
+  m.impl("col_energy", TORCH_BOX(&Operators::col_energy));
+  m.impl("energies", TORCH_BOX(&Operators::energies));
+  m.impl("score", TORCH_BOX(&Operators::score));
+  m.impl("mask", TORCH_BOX(&Operators::template mask<false>));
+  m.impl("prune_", TORCH_BOX(&Operators::template mask<true>));
+  m.impl("topk_mask", TORCH_BOX(&Operators::topk_mask));
+  m.impl("kth_largest", TORCH_BOX(&Operators::kth_largest));
+}
 
 }  // namespace lap::bind

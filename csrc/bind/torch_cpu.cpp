@@ -106,15 +106,8 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
-  m.impl("row_energy", TORCH_BOX(&Operators::row_energy));
-  m.impl("col_energy", TORCH_BOX(&Operators::col_energy));
-  m.impl("energies", TORCH_BOX(&Operators::energies));
-  m.impl("score", TORCH_BOX(&Operators::score));
-  m.impl("mask", TORCH_BOX(&Operators::mask));
-  m.impl("prune_", TORCH_BOX(&Operators::prune_));
-  m.impl("topk_mask", TORCH_BOX(&Operators::topk_mask));
+  bind::implement<Operators>(m);
   m.impl("global_mask", TORCH_BOX(&global_mask));
-  m.impl("kth_largest", TORCH_BOX(&Operators::kth_largest));
 }
 
 // The SIMD level in use; nothing when LAP_EXT_ISA asks for one that this CPU lacks.

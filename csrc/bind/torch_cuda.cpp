@@ -26,6 +26,7 @@ namespace {
 
 namespace bind = lap::bind;
 namespace cuda = lap::cuda;
+using bind::Axis;
 using bind::Found;
 using torch::stable::Tensor;
 
@@ -73,31 +74,22 @@ class CudaCore {
   // The kernels check norms as they read them: see raise_norms.
   void check_norms(const char*, const char*, const double*, int64_t) const {}
 
-  // energy of each row (column) of scale * x
-  Found energy(bind::Axis axis,
-               const View& x,
-               const bind::WeightShape& shape,
-               double scale,
-               bool check_finite,
-               const Tensor& energy) const {
-    const cuda::Weight w = weight_of(x, shape);
-    const bool rows = axis == bind::Axis::rows;
+  // The energy of each row (column) of scale * w.
+  Found energy(Axis axis, const Weight& weight, double scale, bool check, const Tensor& out) const {
+    const cuda::Weight w = native(weight);
+    const bool rows = axis == Axis::rows;
     const auto launch = rows ? cuda::launch_row_energy : cuda::launch_col_energy;
     const Tensor workspace =
-        scratch(energy, rows ? cuda::row_energy_workspace(w) : cuda::col_energy_workspace(w));
-    require(launch(w, scale, check_finite, energy.mutable_data_ptr<double>(),
-                   workspace.mutable_data_ptr(), stream_));
-    return check_finite ? found(status(workspace)) : Found{};
+        scratch(out, rows ? cuda::row_energy_workspace(w) : cuda::col_energy_workspace(w));
+    require(launch(w, scale, check, out.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
+                   stream_));
+    return check ? found(status(workspace)) : Found{};
   }
 
-  // From two readings of x, the first of which finds what is not finite.
-  Found energies(const View& x,
-                 const bind::WeightShape& shape,
-                 bool check_finite,
-                 const Tensor& row,
-                 const Tensor& col) const {
-    const Found found = energy(bind::Axis::rows, x, shape, 1.0, check_finite, row);
-    energy(bind::Axis::cols, x, shape, 1.0, false, col);
+  // Both from two readings of w, the first of which finds what is not finite.
+  Found energies(const Weight& weight, bool check, const Tensor& row, const Tensor& col) const {
+    const Found found = energy(Axis::rows, weight, 1.0, check, row);
+    energy(Axis::cols, weight, 1.0, false, col);
     return found;
   }
 
@@ -109,7 +101,7 @@ class CudaCore {
   }
 
   Found score(const Weight& weight, bool check_finite, const Tensor& out) const {
-    const cuda::Weight w = weight_of(weight.x, weight.shape);
+    const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(out, cuda::score_workspace(w));
     require(cuda::launch_score(w, {weight.row_norm, weight.col_norm}, check_finite,
                                out.mutable_data_ptr(), workspace.mutable_data_ptr(), stream_));
@@ -126,7 +118,7 @@ class CudaCore {
     if (pruned != nullptr && pruned->dim() > cuda::kMaxDims) {
       bind::fail(weight.op, "expected w of at most 8 dimensions.");
     }
-    const cuda::Weight w = weight_of(weight.x, weight.shape);
+    const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(mask, cuda::mask_workspace(w));
     uint8_t* kept = static_cast<uint8_t*>(mask.mutable_data_ptr());
     require(cuda::launch_mask(w, {weight.row_norm, weight.col_norm}, eligible, keep, check_finite,
@@ -138,20 +130,17 @@ class CudaCore {
     return check_finite ? found(weight, status(workspace)) : Found{};
   }
 
-  Found topk_mask(const Scores& list, int64_t keep, bool check_finite) const {
+  // Marks the k largest in the masks of a list, or writes the k-th to value.
+  Found rank(const Scores& list, int64_t k, bool check_finite, const Tensor* value) const {
+    const cuda::Ranked* sources = list.sources.data();
     const int count = static_cast<int>(list.sources.size());
-    const Tensor workspace = ranking_scratch(list);
-    require(cuda::launch_topk_mask(list.sources.data(), count, list.dtype, keep, check_finite,
-                                   workspace.mutable_data_ptr(), stream_));
-    return check_finite ? found(status(workspace)) : Found{};
-  }
-
-  Found kth_largest(const Scores& list, int64_t k, bool check_finite, const Tensor& value) const {
-    const int count = static_cast<int>(list.sources.size());
-    const Tensor workspace = ranking_scratch(list);
-    require(cuda::launch_kth_largest(list.sources.data(), count, list.dtype, k, check_finite,
-                                     value.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                                     stream_));
+    const Tensor workspace =
+        scratch(list.held[0], cuda::topk_mask_workspace(sources, count, list.dtype));
+    void* work = workspace.mutable_data_ptr();
+    require(value == nullptr
+                ? cuda::launch_topk_mask(sources, count, list.dtype, k, check_finite, work, stream_)
+                : cuda::launch_kth_largest(sources, count, list.dtype, k, check_finite,
+                                           value->mutable_data_ptr(), work, stream_));
     return check_finite ? found(status(workspace)) : Found{};
   }
 
@@ -160,13 +149,9 @@ class CudaCore {
   static Tensor scratch(const Tensor& beside, size_t bytes) {
     return Arrays::empty<uint8_t>(beside, {static_cast<int64_t>(bytes)});
   }
-  static Tensor ranking_scratch(const Scores& list) {
-    const int count = static_cast<int>(list.sources.size());
-    return scratch(list.held[0], cuda::topk_mask_workspace(list.sources.data(), count, list.dtype));
-  }
-
-  static cuda::Weight weight_of(const View& x, const bind::WeightShape& s) {
-    return {x.data, x.dtype, s.rows, s.cols, s.window, s.groups};
+  static cuda::Weight native(const Weight& weight) {
+    const bind::WeightShape& s = weight.shape;
+    return {weight.x.data, weight.x.dtype, s.rows, s.cols, s.window, s.groups};
   }
 
   static cuda::Strided in_place(const Tensor& w, DType dtype) {
@@ -218,12 +203,5 @@ using Operators = bind::Operators<CudaCore>;
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CUDA, m) {
-  m.impl("row_energy", TORCH_BOX(&Operators::row_energy));
-  m.impl("col_energy", TORCH_BOX(&Operators::col_energy));
-  m.impl("energies", TORCH_BOX(&Operators::energies));
-  m.impl("score", TORCH_BOX(&Operators::score));
-  m.impl("mask", TORCH_BOX(&Operators::mask));
-  m.impl("prune_", TORCH_BOX(&Operators::prune_));
-  m.impl("topk_mask", TORCH_BOX(&Operators::topk_mask));
-  m.impl("kth_largest", TORCH_BOX(&Operators::kth_largest));
+  bind::implement<Operators>(m);
 }
