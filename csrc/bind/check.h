@@ -10,45 +10,40 @@
 #include <string>
 #include <vector>
 
-namespace lap::bind {
+#include "../math/layout.h"
 
-struct WeightShape {
-  int64_t rows;
-  int64_t cols;
-  int64_t window;
-  int64_t groups;
-};
+namespace lap::bind {
 
 [[noreturn]] inline void fail(const std::string& op, const std::string& text) {
   throw std::invalid_argument(op + ": " + text);
 }
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
-inline WeightShape weight_shape(const char* op,
-                                const std::vector<int64_t>& sizes,
-                                int64_t in_count,
-                                int64_t out_count,
-                                int64_t groups,
-                                bool transposed) {
+inline Layout layout_of(const char* op,
+                        const std::vector<int64_t>& sizes,
+                        int64_t in_count,
+                        int64_t out_count,
+                        int64_t groups,
+                        bool transposed) {
   if (sizes.size() < 2) {
     fail(op, "expected w with at least 2 dimensions [O, I, *K], got " +
                  std::to_string(sizes.size()) + ".");
   }
-  WeightShape shape = {sizes[0], sizes[1], 1, groups};
-  for (size_t d = 2; d < sizes.size(); ++d) shape.window *= sizes[d];
-  if (groups < 1 || shape.rows % groups != 0) {
+  Layout layout = {sizes[0], sizes[1], 1, groups};
+  for (size_t d = 2; d < sizes.size(); ++d) layout.window *= sizes[d];
+  if (groups < 1 || layout.rows % groups != 0) {
     fail(op, "expected groups that divide w.shape[0], got groups " + std::to_string(groups) +
-                 " and w.shape[0] " + std::to_string(shape.rows) + ".");
+                 " and w.shape[0] " + std::to_string(layout.rows) + ".");
   }
   const int64_t rows = transposed ? in_count : out_count;
   const int64_t cols = transposed ? out_count : in_count;
-  if (rows != shape.rows || cols != shape.cols * groups) {
+  if (rows != layout.rows || cols != layout.cols * groups) {
     fail(op, "expected one norm per channel of w, got in_norm [" + std::to_string(in_count) +
                  "], out_norm [" + std::to_string(out_count) + "] and w [" +
-                 std::to_string(shape.rows) + ", " + std::to_string(shape.cols) +
+                 std::to_string(layout.rows) + ", " + std::to_string(layout.cols) +
                  ", ...] with groups " + std::to_string(groups) + ".");
   }
-  return shape;
+  return layout;
 }
 
 [[noreturn]] inline void fail_not_finite(const std::string& op,

@@ -10,6 +10,8 @@
 #include "../cpu/norms.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
+#include "../cpu/zero.h"
+#include "../math/strided.h"
 #include "check.h"
 #include "operators.h"
 
@@ -20,8 +22,6 @@ class CpuCore {
  public:
   using Arrays = ArraysOf;
   using Array = typename Arrays::Array;
-  using DType = cpu::DType;
-  using View = cpu::Strided;
   using Source = cpu::Source;
   using Weight = bind::Weight<CpuCore>;
   using Scores = bind::Scores<CpuCore>;
@@ -37,12 +37,12 @@ class CpuCore {
 
   // The elements of x in C order. *held keeps them alive: a copy where x has strides that are too
   // many or no whole elements.
-  View view(const char* op, const Array& x, Array* held) const {
-    const DType dtype = Arrays::template dtype<DType>(op, x);
-    View out;
-    if (!make_view(x, dtype, &out)) {
+  Strided view(const char* op, const Array& x, Array* held) const {
+    const DType dtype = Arrays::dtype(op, x);
+    Strided out;
+    if (!strided<Arrays>(x, dtype, &out)) {
       *held = Arrays::contiguous(x);
-      make_view(*held, dtype, &out);
+      strided<Arrays>(*held, dtype, &out);
     }
     return out;
   }
@@ -62,16 +62,16 @@ class CpuCore {
   // The energy of each row (column) of scale * w.
   Found energy(Axis axis, const Weight& weight, double scale, bool check, const Array& out) const {
     if (axis == Axis::rows) {
-      cpu::row_energy(weight.x, weight.shape.rows, scale, pool_, doubles(out));
+      cpu::row_energy(weight.x, weight.layout.rows, scale, pool_, doubles(out));
     } else {
-      cpu::col_energy(weight.x, layout(weight), scale, pool_, doubles(out));
+      cpu::col_energy(weight.x, weight.layout, scale, pool_, doubles(out));
     }
     return check ? find_in(weight.x, out) : Found{};
   }
 
   // Both from one reading of w.
   Found energies(const Weight& weight, bool check, const Array& row, const Array& col) const {
-    cpu::energies(weight.x, layout(weight), pool_, doubles(row), doubles(col));
+    cpu::energies(weight.x, weight.layout, pool_, doubles(row), doubles(col));
     return check ? find_in(weight.x, row) : Found{};
   }
 
@@ -80,8 +80,8 @@ class CpuCore {
   }
 
   Found score(const Weight& weight, bool check_finite, const Array& out) const {
-    const bool finite = cpu::score(weight.x, layout(weight), weight.row_norm, weight.col_norm,
-                                   check_finite, pool_, Arrays::mutable_data(out));
+    const bool finite = cpu::score(weight.x, weight.layout, weight.norms, check_finite, pool_,
+                                   Arrays::mutable_data(out));
     return finite ? Found{} : find_in({source_of(weight)});
   }
 
@@ -97,10 +97,10 @@ class CpuCore {
     source.mask = static_cast<uint8_t*>(Arrays::mutable_data(mask));
     const Found found = select({source}, keep, check_finite);
     if (found.count != 0 || found.range || pruned == nullptr) return found;
-    View target = weight.x;
+    Strided target = weight.x;
     if (target.data != Arrays::data(*pruned)) fail(weight.op, Arrays::kNotInPlace);
     target.data = Arrays::mutable_data(*pruned);
-    cpu::zero_dropped(target, source.mask, pool_);
+    cpu::zero(target, source.mask, pool_);
     return found;
   }
 
@@ -130,24 +130,9 @@ class CpuCore {
     return found;
   }
 
-  static Source source_of(const Weight& weight) {
-    return {weight.x, layout(weight), weight.row_norm, weight.col_norm};
-  }
+  static Source source_of(const Weight& weight) { return {weight.x, weight.layout, weight.norms}; }
 
  private:
-  static bool make_view(const Array& x, DType dtype, View* out) {
-    const Sizes sizes = Arrays::sizes(x);
-    Sizes strides;
-    return Arrays::strides(x, &strides) &&
-           cpu::make_strided(Arrays::data(x), dtype, static_cast<int>(sizes.size()), sizes.data(),
-                             strides.data(), out);
-  }
-
-  static cpu::Layout layout(const Weight& weight) {
-    const WeightShape& s = weight.shape;
-    return {s.rows, s.cols, s.window, s.groups};
-  }
-
   static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
 
   static Found find_in(const std::vector<Source>& sources) {
@@ -159,7 +144,7 @@ class CpuCore {
   }
 
   // x is read again only where its energy is not finite.
-  static Found find_in(const View& x, const Array& energy) {
+  static Found find_in(const Strided& x, const Array& energy) {
     const auto is_finite = [](double e) { return e - e == 0; };
     if (std::all_of(doubles(energy), doubles(energy) + Arrays::size(energy), is_finite)) return {};
     const cpu::NotFinite found = cpu::find_not_finite(x, false);

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "../cpu/isa.h"
+#include "../math/dtype.h"
 #include "check.h"
 #include "cpu_core.h"
 #include "operators.h"
@@ -18,6 +20,7 @@ namespace py = pybind11;
 namespace {
 
 namespace bind = lap::bind;
+using lap::DType;
 
 struct NumpyArrays {
   using Array = py::array;
@@ -31,7 +34,6 @@ struct NumpyArrays {
     return lap::cpu::std_thread_pool(cores == 0 ? 1 : static_cast<int>(cores));
   }
 
-  template <typename DType>
   static DType dtype(const char* op, const Array& x) {
     const std::string name = py::str(x.dtype().attr("name"));
     if (name == "float32") return DType::f32;

@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../math/layout.h"
+#include "../math/strided.h"
 #include "check.h"
 
 namespace lap::bind {
@@ -33,6 +35,16 @@ struct Found {
   bool range = false;  // products leave float64's range where it matters
 };
 
+// Where the elements of x lie; false where its strides are too many, or no whole elements.
+template <typename Arrays>
+bool strided(const typename Arrays::Array& x, DType dtype, Strided* out) {
+  const Sizes sizes = Arrays::sizes(x);
+  Sizes strides;
+  return Arrays::strides(x, &strides) &&
+         make_strided(Arrays::data(x), dtype, static_cast<int>(sizes.size()), sizes.data(),
+                      strides.data(), out);
+}
+
 // One weight as a core reads it, with the norms of its channels where they are given. An array that
 // the core cannot read in place is copied; the pointers are into the arrays held here.
 template <typename Core>
@@ -44,14 +56,13 @@ struct Weight {
   const char* op;
   std::optional<Norm> in_norm, out_norm;
   Array w;
-  typename Core::View x;
-  WeightShape shape;
+  Strided x;
+  Layout layout;
+  Norms norms;
   bool transposed = false;
-  const double* row_norm = nullptr;  // [rows]
-  const double* col_norm = nullptr;  // [groups * cols]
 
-  Weight(const Core& core, const char* op, const Array& weight, const WeightShape& shape)
-      : op(op), w(weight), x(core.view(op, weight, &w)), shape(shape) {}
+  Weight(const Core& core, const char* op, const Array& weight, const Layout& layout)
+      : op(op), w(weight), x(core.view(op, weight, &w)), layout(layout) {}
 
   Weight(const Core& core,
          const char* op,
@@ -69,15 +80,15 @@ struct Weight {
         transposed(transposed) {
     const int64_t in_count = Arrays::size(in);
     const int64_t out_count = Arrays::size(out);
-    shape = weight_shape(op, Arrays::sizes(weight), in_count, out_count, groups, transposed);
+    layout = layout_of(op, Arrays::sizes(weight), in_count, out_count, groups, transposed);
     const double* in_data = static_cast<const double*>(Arrays::data(*in_norm));
     const double* out_data = static_cast<const double*>(Arrays::data(*out_norm));
     if (check_finite) {
       core.check_norms(op, "in_norm", in_data, in_count);
       core.check_norms(op, "out_norm", out_data, out_count);
     }
-    row_norm = transposed ? in_data : out_data;
-    col_norm = transposed ? out_data : in_data;
+    norms.row = transposed ? in_data : out_data;
+    norms.col = transposed ? out_data : in_data;
   }
 };
 
@@ -88,11 +99,11 @@ struct Scores {
 
   std::vector<typename Arrays::Array> held;  // what the sources point into
   std::vector<typename Core::Source> sources;
-  typename Core::DType dtype;
+  DType dtype;
   int64_t size = 0;
 
   Scores(const Core& core, const char* op, const std::vector<typename Arrays::Array>& scores)
-      : held(scores), dtype(Arrays::template dtype<typename Core::DType>(op, scores[0])) {
+      : held(scores), dtype(Arrays::dtype(op, scores[0])) {
     for (size_t t = 0; t < scores.size(); ++t) {
       if (!Arrays::same_dtype(scores[t], scores[0])) {
         Arrays::fail_dtype(op, "expected scores of one dtype.");
@@ -109,7 +120,6 @@ struct Operators {
   using Array = typename Arrays::Array;
   using Norm = typename Arrays::Norm;
   using Mask = typename Arrays::Mask;
-  using DType = typename Core::DType;
 
   // --- squared norms --------------------------------------------------------------------------
 
@@ -125,7 +135,7 @@ struct Operators {
                           int64_t groups,
                           bool check_finite,
                           const std::string& name) {
-    return energy(Axis::cols, w, energy_shape(w, groups), check_finite, name);
+    return energy(Axis::cols, w, energy_layout(w, groups), check_finite, name);
   }
 
   // Both, with the same bits.
@@ -134,9 +144,9 @@ struct Operators {
                                            bool check_finite,
                                            const std::string& name) {
     const Core core(w);
-    const Weight<Core> weight(core, "factors", w, energy_shape(w, groups));
-    Array row = core.template empty<double>(w, {weight.shape.rows});
-    Array col = core.template empty<double>(w, {groups * weight.shape.cols});
+    const Weight<Core> weight(core, "factors", w, energy_layout(w, groups));
+    Array row = core.template empty<double>(w, {weight.layout.rows});
+    Array col = core.template empty<double>(w, {weight.layout.channels()});
     raise_weight("factors", name, core.energies(weight, check_finite, row, col));
     if (check_finite) {
       check_range(core, Axis::rows, weight, row, name);
@@ -246,20 +256,17 @@ struct Operators {
     fail_nan(op, name, found.count, found.first);
   }
 
-  static WeightShape energy_shape(const Array& w, int64_t groups) {
+  static Layout energy_layout(const Array& w, int64_t groups) {
     const Sizes sizes = Arrays::sizes(w);
     if (sizes.size() < 2) fail("factors", "expected at least 2 dimensions.");
-    return weight_shape("factors", sizes, sizes[1] * groups, sizes[0], groups, false);
+    return layout_of("factors", sizes, sizes[1] * groups, sizes[0], groups, false);
   }
 
-  static Array energy(Axis axis,
-                      const Array& w,
-                      const WeightShape& shape,
-                      bool check_finite,
-                      const std::string& name) {
+  static Array energy(
+      Axis axis, const Array& w, const Layout& layout, bool check_finite, const std::string& name) {
     const Core core(w);
-    const Weight<Core> weight(core, "factors", w, shape);
-    const int64_t channels = axis == Axis::rows ? shape.rows : shape.groups * shape.cols;
+    const Weight<Core> weight(core, "factors", w, layout);
+    const int64_t channels = axis == Axis::rows ? layout.rows : layout.channels();
     Array out = core.template empty<double>(w, {channels});
     raise_weight("factors", name, core.energy(axis, weight, 1.0, check_finite, out));
     if (check_finite) check_range(core, axis, weight, out, name);

@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "../math/dtype.h"
 #include "check.h"
 #include "operators.h"
 
@@ -20,7 +21,6 @@ struct TorchArrays {
   using ScalarType = torch::headeronly::ScalarType;
   static constexpr const char* kNoun = "tensor";
 
-  template <typename DType>
   static DType dtype(const char* op, const Array& x) {
     switch (x.scalar_type()) {
       case ScalarType::Float:

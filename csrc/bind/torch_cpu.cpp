@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../cpu/norms.h"
+#include "../cpu/isa.h"
+#include "../cpu/scale.h"
 #include "../cpu/select.h"
 #include "check.h"
 #include "cpu_core.h"
@@ -60,8 +62,7 @@ struct Ranked {
     }
     weight.emplace(core, op, w, col_norm, row_norm, groups, false, check_finite);
     source = Core::source_of(*weight);
-    source.absolute =
-        lap::cpu::has_plain_scores(source.x.dtype, source.row_norm, source.col_norm, source.layout);
+    source.absolute = lap::cpu::has_plain_scores(source.x.dtype, source.norms, source.layout);
     if (source.absolute) return;
     held = Operators::scores_of(core, *weight, name, check_finite);
     source = core.source(op, held, &held);

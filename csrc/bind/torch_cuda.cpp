@@ -14,7 +14,6 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "../cuda/launch.h"
@@ -28,6 +27,8 @@ namespace bind = lap::bind;
 namespace cuda = lap::cuda;
 using bind::Axis;
 using bind::Found;
+using lap::DType;
+using lap::Strided;
 using torch::stable::Tensor;
 
 void require(cudaError_t error) {
@@ -39,9 +40,7 @@ void require(cudaError_t error) {
 class CudaCore {
  public:
   using Arrays = bind::TorchArrays;
-  using DType = cuda::DType;
-  using View = cuda::Strided;
-  using Source = cuda::Ranked;
+  using Source = cuda::Source;
   using Weight = bind::Weight<CudaCore>;
   using Scores = bind::Scores<CudaCore>;
 
@@ -60,10 +59,14 @@ class CudaCore {
   }
 
   // The elements of x in C order. *held keeps them alive: a copy where x is not contiguous.
-  View view(const char* op, const Tensor& x, Tensor* held) const {
-    const DType dtype = Arrays::dtype<DType>(op, x);
+  Strided view(const char* op, const Tensor& x, Tensor* held) const {
+    const DType dtype = Arrays::dtype(op, x);
     *held = Arrays::contiguous(x);
-    return {const_cast<void*>(held->const_data_ptr()), dtype, x.numel(), 0, {}, {}};
+    Strided out;
+    out.data = held->const_data_ptr();
+    out.dtype = dtype;
+    out.size = x.numel();
+    return out;
   }
 
   Source source(const char* op, const Tensor& scores, Tensor* held) const {
@@ -71,7 +74,7 @@ class CudaCore {
     return {view(op, scores, held).data, scores.numel(), nullptr, nullptr};
   }
 
-  // The kernels check norms as they read them: see raise_norms.
+  // The kernels check norms as they read them; found() raises.
   void check_norms(const char*, const char*, const double*, int64_t) const {}
 
   // The energy of each row (column) of scale * w.
@@ -103,8 +106,8 @@ class CudaCore {
   Found score(const Weight& weight, bool check_finite, const Tensor& out) const {
     const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(out, cuda::score_workspace(w));
-    require(cuda::launch_score(w, {weight.row_norm, weight.col_norm}, check_finite,
-                               out.mutable_data_ptr(), workspace.mutable_data_ptr(), stream_));
+    require(cuda::launch_score(w, weight.norms, check_finite, out.mutable_data_ptr(),
+                               workspace.mutable_data_ptr(), stream_));
     return check_finite ? found(weight, status(workspace)) : Found{};
   }
 
@@ -115,24 +118,25 @@ class CudaCore {
              bool check_finite,
              const Tensor& mask,
              const Tensor* pruned) const {
-    if (pruned != nullptr && pruned->dim() > cuda::kMaxDims) {
+    Strided target;
+    if (pruned != nullptr && !bind::strided<Arrays>(*pruned, weight.x.dtype, &target)) {
       bind::fail(weight.op, "expected w of at most 8 dimensions.");
     }
     const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(mask, cuda::mask_workspace(w));
     uint8_t* kept = static_cast<uint8_t*>(mask.mutable_data_ptr());
-    require(cuda::launch_mask(w, {weight.row_norm, weight.col_norm}, eligible, keep, check_finite,
-                              kept, workspace.mutable_data_ptr(), stream_));
+    require(cuda::launch_mask(w, weight.norms, eligible, keep, check_finite, kept,
+                              workspace.mutable_data_ptr(), stream_));
     if (pruned != nullptr) {
-      require(cuda::launch_zero_dropped(in_place(*pruned, w.dtype), kept, check_finite,
-                                        workspace.const_data_ptr(), stream_));
+      target.data = pruned->mutable_data_ptr();
+      require(cuda::launch_zero(target, kept, check_finite, workspace.const_data_ptr(), stream_));
     }
     return check_finite ? found(weight, status(workspace)) : Found{};
   }
 
   // Marks the k largest in the masks of a list, or writes the k-th to value.
   Found rank(const Scores& list, int64_t k, bool check_finite, const Tensor* value) const {
-    const cuda::Ranked* sources = list.sources.data();
+    const cuda::Source* sources = list.sources.data();
     const int count = static_cast<int>(list.sources.size());
     const Tensor workspace =
         scratch(list.held[0], cuda::topk_mask_workspace(sources, count, list.dtype));
@@ -150,18 +154,7 @@ class CudaCore {
     return Arrays::empty<uint8_t>(beside, {static_cast<int64_t>(bytes)});
   }
   static cuda::Weight native(const Weight& weight) {
-    const bind::WeightShape& s = weight.shape;
-    return {weight.x.data, weight.x.dtype, s.rows, s.cols, s.window, s.groups};
-  }
-
-  static cuda::Strided in_place(const Tensor& w, DType dtype) {
-    cuda::Strided target = {w.mutable_data_ptr(),      dtype, w.numel(),
-                            static_cast<int>(w.dim()), {},    {}};
-    const auto sizes = w.sizes();
-    const auto strides = w.strides();
-    std::copy(sizes.begin(), sizes.end(), target.shape);
-    std::copy(strides.begin(), strides.end(), target.stride);
-    return target;
+    return {weight.x.data, weight.x.dtype, weight.layout};
   }
 
   // Copies to the host and waits for it.
@@ -187,7 +180,7 @@ class CudaCore {
       if (!status.bad_norm(which)) continue;
       const int64_t i = status.first_norm(which);
       double value = 0;
-      read((which == 0 ? weight.row_norm : weight.col_norm) + i, 1, &value);
+      read((which == 0 ? weight.norms.row : weight.norms.col) + i, 1, &value);
       bind::fail_norm(weight.op, in ? "in_norm" : "out_norm", value, i);
     }
     return found(status);
