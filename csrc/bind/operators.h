@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 // The operators, written once for every kind of array and both cores: they check the arguments,
-// allocate the results and raise what the core found. A binding is Operators<Core>:
+// allocate the results and raise what the core found wrong. A binding is Operators<Core>:
 //
 //   _C       CpuCore<TorchCpuArrays>    torch_cpu.cpp, cpu_core.h
 //   _np      CpuCore<NumpyArrays>       numpy.cpp, cpu_core.h
 //   _C_cuda  CudaCore                   torch_cuda.cpp
 //
-// A Core is made for one call, for the array it works on. It holds the threads, or the device and
-// its stream, and offers what is called on `core` below. Core::Arrays says how arrays are read.
+// A Core is made for one call, for the array that it works on. It holds the threads, or the device
+// and its stream, and has the methods that are called on `core` below. Core::Arrays says how arrays
+// are read; torch_arrays.h describes its members.
 #pragma once
 
 #include <algorithm>
@@ -27,15 +28,18 @@ using Sizes = std::vector<int64_t>;
 
 enum class Axis { rows, cols };  // of a weight, whose squares are summed
 
-// What a core found wrong, by default nothing. Without check_finite it looks for nothing.
-struct Found {
+// What a core found wrong in its input; nothing by default.
+struct Problems {
   int64_t count = 0;   // values that are not finite (scores: NaN) in the first bad array
   int64_t first = -1;  // flat index of the first of them
   int64_t source = 0;  // number of that array in its list
   bool range = false;  // products leave float64's range where it matters
+
+  bool any() const { return count != 0 || range; }
 };
 
-// Where the elements of x lie; false where its strides are too many, or no whole elements.
+// Where the elements of x lie in memory. Returns false when it has too many strides, or one that is
+// no multiple of the element size.
 template <typename Arrays>
 bool strided(const typename Arrays::Array& x, DType dtype, Strided* out) {
   const Sizes sizes = Arrays::sizes(x);
@@ -45,8 +49,8 @@ bool strided(const typename Arrays::Array& x, DType dtype, Strided* out) {
                       strides.data(), out);
 }
 
-// One weight as a core reads it, with the norms of its channels where they are given. An array that
-// the core cannot read in place is copied; the pointers are into the arrays held here.
+// One weight as a core reads it, with the norms of its channels if they are given. The pointers in
+// x and norms are into the arrays held here: those of the caller, or copies that the core can read.
 template <typename Core>
 struct Weight {
   using Arrays = typename Core::Arrays;
@@ -138,7 +142,7 @@ struct Operators {
     return energy(Axis::cols, w, energy_layout(w, groups), check_finite, name);
   }
 
-  // Both, with the same bits.
+  // Both of the above, with the same bits.
   static std::tuple<Array, Array> energies(const Array& w,
                                            int64_t groups,
                                            bool check_finite,
@@ -169,7 +173,7 @@ struct Operators {
     return scores_of(core, weight, "w", check_finite);
   }
 
-  // mask, or prune_, which also sets to zero in w what the mask drops.
+  // prune_ is mask, and sets w to zero where the mask is.
   template <bool kPrune>
   static Array mask(const Array& w,
                     const Norm& in_norm,
@@ -237,9 +241,9 @@ struct Operators {
     return out;
   }
 
-  static void raise_weight(const char* op, const std::string& name, const Found& found) {
-    if (found.count != 0) fail_not_finite(op, name, found.count, found.first);
-    if (found.range) fail_range(op);
+  static void raise_weight(const char* op, const std::string& name, const Problems& problems) {
+    if (problems.count != 0) fail_not_finite(op, name, problems.count, problems.first);
+    if (problems.range) fail_range(op);
   }
 
  private:
@@ -249,11 +253,11 @@ struct Operators {
                                : core.template empty<float>(like, sizes);
   }
 
-  static void raise_scores(const char* op, const Scores<Core>& list, const Found& found) {
-    if (found.count == 0) return;
+  static void raise_scores(const char* op, const Scores<Core>& list, const Problems& problems) {
+    if (problems.count == 0) return;
     const bool alone = list.sources.size() == 1;
-    const std::string name = alone ? "scores" : "scores[" + std::to_string(found.source) + "]";
-    fail_nan(op, name, found.count, found.first);
+    const std::string name = alone ? "scores" : "scores[" + std::to_string(problems.source) + "]";
+    fail_nan(op, name, problems.count, problems.first);
   }
 
   static Layout energy_layout(const Array& w, int64_t groups) {

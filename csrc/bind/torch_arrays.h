@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Torch's tensors as the operators read them (LibTorch stable ABI).
+// Torch's tensors as the operators read them (LibTorch stable ABI), and the list of the operators
+// for torch's registry. The model of an Arrays: NumpyArrays has the same members.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,10 +17,10 @@ namespace lap::bind {
 
 struct TorchArrays {
   using Array = torch::stable::Tensor;
-  using Norm = Array;
-  using Mask = Array;
+  using Norm = Array;  // in_norm, out_norm
+  using Mask = Array;  // which weights may be kept
   using ScalarType = torch::headeronly::ScalarType;
-  static constexpr const char* kNoun = "tensor";
+  static constexpr const char* kNoun = "tensor";  // what an error calls an Array
 
   static DType dtype(const char* op, const Array& x) {
     switch (x.scalar_type()) {
@@ -40,6 +41,7 @@ struct TorchArrays {
     return a.scalar_type() == b.scalar_type();
   }
 
+  // strides counts in elements; it returns false where one is no multiple of the element size.
   static Sizes sizes(const Array& x) { return x.sizes().vec(); }
   static int64_t size(const Array& x) { return x.numel(); }
   static bool strides(const Array& x, Sizes* out) {
@@ -50,17 +52,20 @@ struct TorchArrays {
   static void* mutable_data(const Array& x) { return x.mutable_data_ptr(); }
   static Array contiguous(const Array& x) { return torch::stable::contiguous(x); }
 
+  // A new contiguous array of T on the device of `like`.
   template <typename T>
   static Array empty(const Array& like, const Sizes& sizes) {
     return torch::stable::new_empty(like, sizes, torch::headeronly::CppTypeToScalarType<T>::value);
   }
 
+  // Contiguous float64.
   static Array norm(const char* op, const Array& x) {
     if (x.scalar_type() != ScalarType::Double) {
       fail(op, "expected in_norm and out_norm of float64.");
     }
     return contiguous(x);
   }
+  // The bytes of a mask for `like`.
   static const uint8_t* eligible(const char* op, const Array& mask, const Array& like) {
     if (mask.scalar_type() != ScalarType::Bool || mask.numel() != like.numel() ||
         !mask.is_contiguous()) {
@@ -70,7 +75,7 @@ struct TorchArrays {
   }
 };
 
-// Registers the operators that both torch bindings have.
+// Registers the operators that CPU and CUDA have in common.
 template <typename Operators, typename Library>
 void implement(Library& m) {
   m.impl("row_energy", TORCH_BOX(&Operators::row_energy));

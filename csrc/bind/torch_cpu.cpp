@@ -24,6 +24,7 @@ namespace bind = lap::bind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Adds what CpuCore needs: the threads, and what to say where prune_ cannot write.
 struct TorchCpuArrays : bind::TorchArrays {
   static constexpr const char* kNotInPlace = "expected w of at most 8 strides.";
 
@@ -99,8 +100,8 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
     sources[t].mask = static_cast<uint8_t*>(out[t].mutable_data_ptr());
     if (!masks.empty()) sources[t].eligible = TorchCpuArrays::eligible(op, masks[t], w[t]);
   }
-  const bind::Found found = core.select(sources, keep, check_finite);
-  Operators::raise_weight(op, name(found.source), found);
+  const bind::Problems problems = core.select(sources, keep, check_finite);
+  Operators::raise_weight(op, name(problems.source), problems);
   return out;
 }
 

@@ -26,7 +26,7 @@ namespace {
 namespace bind = lap::bind;
 namespace cuda = lap::cuda;
 using bind::Axis;
-using bind::Found;
+using bind::Problems;
 using lap::DType;
 using lap::Strided;
 using torch::stable::Tensor;
@@ -58,7 +58,7 @@ class CudaCore {
     return Arrays::empty<T>(like, sizes);
   }
 
-  // The elements of x in C order. *held keeps them alive: a copy where x is not contiguous.
+  // The elements of x in C order: in place, or copied to *held where x is not contiguous.
   Strided view(const char* op, const Tensor& x, Tensor* held) const {
     const DType dtype = Arrays::dtype(op, x);
     *held = Arrays::contiguous(x);
@@ -74,11 +74,12 @@ class CudaCore {
     return {view(op, scores, held).data, scores.numel(), nullptr, nullptr};
   }
 
-  // The kernels check norms as they read them; found() raises.
+  // The kernels check norms as they read them: see problems().
   void check_norms(const char*, const char*, const double*, int64_t) const {}
 
   // The energy of each row (column) of scale * w.
-  Found energy(Axis axis, const Weight& weight, double scale, bool check, const Tensor& out) const {
+  Problems energy(
+      Axis axis, const Weight& weight, double scale, bool check, const Tensor& out) const {
     const cuda::Weight w = native(weight);
     const bool rows = axis == Axis::rows;
     const auto launch = rows ? cuda::launch_row_energy : cuda::launch_col_energy;
@@ -86,14 +87,14 @@ class CudaCore {
         scratch(out, rows ? cuda::row_energy_workspace(w) : cuda::col_energy_workspace(w));
     require(launch(w, scale, check, out.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
                    stream_));
-    return check ? found(status(workspace)) : Found{};
+    return check ? problems(status(workspace)) : Problems{};
   }
 
   // Both from two readings of w, the first of which finds what is not finite.
-  Found energies(const Weight& weight, bool check, const Tensor& row, const Tensor& col) const {
-    const Found found = energy(Axis::rows, weight, 1.0, check, row);
+  Problems energies(const Weight& weight, bool check, const Tensor& row, const Tensor& col) const {
+    const Problems problems = energy(Axis::rows, weight, 1.0, check, row);
     energy(Axis::cols, weight, 1.0, false, col);
-    return found;
+    return problems;
   }
 
   // Copies to the host and waits for it.
@@ -103,23 +104,24 @@ class CudaCore {
     return out;
   }
 
-  Found score(const Weight& weight, bool check_finite, const Tensor& out) const {
+  Problems score(const Weight& weight, bool check_finite, const Tensor& out) const {
     const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(out, cuda::score_workspace(w));
     require(cuda::launch_score(w, weight.norms, check_finite, out.mutable_data_ptr(),
                                workspace.mutable_data_ptr(), stream_));
-    return check_finite ? found(weight, status(workspace)) : Found{};
+    return check_finite ? problems(weight, status(workspace)) : Problems{};
   }
 
   // mask and, with pruned, prune_: its second kernel reads the Status on the device.
-  Found mask(const Weight& weight,
-             const uint8_t* eligible,
-             int64_t keep,
-             bool check_finite,
-             const Tensor& mask,
-             const Tensor* pruned) const {
+  Problems mask(const Weight& weight,
+                const uint8_t* eligible,
+                int64_t keep,
+                bool check_finite,
+                const Tensor& mask,
+                const Tensor* pruned) const {
     Strided target;
-    if (pruned != nullptr && !bind::strided<Arrays>(*pruned, weight.x.dtype, &target)) {
+    if (pruned != nullptr && (pruned->dim() > lap::kMaxDims ||
+                              !bind::strided<Arrays>(*pruned, weight.x.dtype, &target))) {
       bind::fail(weight.op, "expected w of at most 8 dimensions.");
     }
     const cuda::Weight w = native(weight);
@@ -131,11 +133,11 @@ class CudaCore {
       target.data = pruned->mutable_data_ptr();
       require(cuda::launch_zero(target, kept, check_finite, workspace.const_data_ptr(), stream_));
     }
-    return check_finite ? found(weight, status(workspace)) : Found{};
+    return check_finite ? problems(weight, status(workspace)) : Problems{};
   }
 
   // Marks the k largest in the masks of a list, or writes the k-th to value.
-  Found rank(const Scores& list, int64_t k, bool check_finite, const Tensor* value) const {
+  Problems rank(const Scores& list, int64_t k, bool check_finite, const Tensor* value) const {
     const cuda::Source* sources = list.sources.data();
     const int count = static_cast<int>(list.sources.size());
     const Tensor workspace =
@@ -145,7 +147,7 @@ class CudaCore {
                 ? cuda::launch_topk_mask(sources, count, list.dtype, k, check_finite, work, stream_)
                 : cuda::launch_kth_largest(sources, count, list.dtype, k, check_finite,
                                            value->mutable_data_ptr(), work, stream_));
-    return check_finite ? found(status(workspace)) : Found{};
+    return check_finite ? problems(status(workspace)) : Problems{};
   }
 
  private:
@@ -170,11 +172,11 @@ class CudaCore {
     return status;
   }
 
-  static Found found(const cuda::Status& status) {
+  static Problems problems(const cuda::Status& status) {
     return {static_cast<int64_t>(status.bad_count), status.first(), status.source(),
             status.out_of_range != 0};
   }
-  Found found(const Weight& weight, const cuda::Status& status) const {
+  Problems problems(const Weight& weight, const cuda::Status& status) const {
     for (const bool in : {true, false}) {
       const int which = in == weight.transposed ? 0 : 1;  // in_norm is the rows' when transposed
       if (!status.bad_norm(which)) continue;
@@ -183,7 +185,7 @@ class CudaCore {
       read((which == 0 ? weight.norms.row : weight.norms.col) + i, 1, &value);
       bind::fail_norm(weight.op, in ? "in_norm" : "out_norm", value, i);
     }
-    return found(status);
+    return problems(status);
   }
 
   int32_t device_;
