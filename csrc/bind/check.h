@@ -9,14 +9,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace lap::bind {
+#include "../math/layout.h"
 
-struct WeightShape {
-  int64_t rows;
-  int64_t cols;
-  int64_t window;
-  int64_t groups;
-};
+namespace lap::bind {
 
 [[noreturn]] inline void fail(const std::string& op, const std::string& text) {
   throw std::invalid_argument(op + ": " + text);
@@ -24,16 +19,16 @@ struct WeightShape {
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
 template <typename Sizes>
-WeightShape weight_shape(const char* op,
-                         const Sizes& sizes,
-                         int64_t dims,
-                         int64_t in_count,
-                         int64_t out_count,
-                         int64_t groups,
-                         bool transposed) {
+Layout weight_shape(const char* op,
+                    const Sizes& sizes,
+                    int64_t dims,
+                    int64_t in_count,
+                    int64_t out_count,
+                    int64_t groups,
+                    bool transposed) {
   if (dims < 2)
     fail(op, "expected w with at least 2 dimensions [O, I, *K], got " + std::to_string(dims) + ".");
-  WeightShape shape = {sizes[0], sizes[1], 1, groups};
+  Layout shape = {sizes[0], sizes[1], 1, groups};
   for (int64_t d = 2; d < dims; ++d) shape.window *= sizes[d];
   if (groups < 1 || shape.rows % groups != 0) {
     fail(op, "expected groups that divide w.shape[0], got groups " + std::to_string(groups) +

@@ -8,6 +8,7 @@
 
 #include "../cpu/norms.h"
 #include "../cpu/select.h"
+#include "../math/sums.h"
 #include "check.h"
 
 namespace lap::bind {
@@ -16,27 +17,25 @@ namespace lap::bind {
 // below 2^-537 vanish: a channel of nonzero weights with (nearly) no energy would pass for a dead
 // one, so such channels are computed again enlarged.
 template <typename Energy>
-void checked_energy(const cpu::Strided& x,
+void checked_energy(const Strided& x,
                     int64_t channels,
                     bool check_finite,
                     const std::string& name,
                     double* energy,
                     const Energy& energy_of) {
   constexpr const char* kOp = "factors";
-  constexpr double kSmall = 0x1p-1000;
-  constexpr double kScale = 0x1p900;
   energy_of(1.0, energy);
   if (!check_finite) return;
   const auto is_finite = [](double e) { return e - e == 0; };
-  const auto is_small = [](double e) { return e < kSmall; };
+  const auto is_small = [](double e) { return e < kVanishing; };
   if (!std::all_of(energy, energy + channels, is_finite)) {
     const cpu::NotFinite found = cpu::find_not_finite(x, false);
     if (found.count > 0) fail_not_finite(kOp, name, found.count, found.first);
     fail_energy(kOp, name);
   }
-  if (x.dtype != cpu::DType::f64 || std::none_of(energy, energy + channels, is_small)) return;
+  if (x.dtype != DType::f64 || std::none_of(energy, energy + channels, is_small)) return;
   std::vector<double> enlarged(channels);
-  energy_of(kScale, enlarged.data());
+  energy_of(kEnlarge, enlarged.data());
   for (int64_t c = 0; c < channels; ++c) {
     if (is_small(energy[c]) && enlarged[c] > 0) fail_energy(kOp, name);
   }
@@ -44,8 +43,8 @@ void checked_energy(const cpu::Strided& x,
 
 // Both energies from one reading of x, checked like each alone. Only what must be computed again
 // enlarged is read again.
-inline void checked_energies(const cpu::Strided& x,
-                             const cpu::Layout& layout,
+inline void checked_energies(const Strided& x,
+                             const Layout& layout,
                              bool check_finite,
                              const std::string& name,
                              const cpu::Pool& pool,

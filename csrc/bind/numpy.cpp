@@ -14,6 +14,7 @@
 #include "../cpu/norms.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
+#include "../cpu/zero.h"
 #include "check.h"
 #include "energy.h"
 
@@ -21,11 +22,11 @@ namespace py = pybind11;
 
 namespace {
 
-using lap::cpu::DType;
-using lap::cpu::Layout;
+using lap::DType;
+using lap::Layout;
+using lap::Strided;
 using lap::cpu::Pool;
 using lap::cpu::Source;
-using lap::cpu::Strided;
 namespace bind = lap::bind;
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Mask = py::array_t<bool, py::array::c_style | py::array::forcecast>;
@@ -49,7 +50,7 @@ DType dtype_of(const char* op, const py::array& x) {
 // elements or too many.
 Strided strided(const char* op, const py::array& x, py::array* holder) {
   const DType dtype = dtype_of(op, x);
-  const int64_t item = lap::cpu::item_size(dtype);
+  const int64_t item = lap::item_size(dtype);
   std::vector<int64_t> sizes(x.shape(), x.shape() + x.ndim());
   std::vector<int64_t> strides(x.ndim());
   bool whole = true;
@@ -58,8 +59,8 @@ Strided strided(const char* op, const py::array& x, py::array* holder) {
     strides[d] = x.strides(d) / item;
   }
   Strided out;
-  if (!whole || !lap::cpu::make_strided(x.data(), dtype, static_cast<int>(x.ndim()), sizes.data(),
-                                        strides.data(), &out)) {
+  if (!whole || !lap::make_strided(x.data(), dtype, static_cast<int>(x.ndim()), sizes.data(),
+                                   strides.data(), &out)) {
     *holder = py::module_::import("numpy").attr("ascontiguousarray")(x);
     return strided(op, *holder, holder);
   }
@@ -75,8 +76,7 @@ struct Weight {
   Doubles in_norm, out_norm;
   Strided x;
   Layout layout;
-  const double* row_norm;
-  const double* col_norm;
+  lap::Norms norms;
 
   Weight(const char* op,
          const py::array& weight,
@@ -86,15 +86,15 @@ struct Weight {
          bool transposed,
          bool check_finite)
       : w(weight), in_norm(in), out_norm(out), x(strided(op, weight, &w)) {
-    const bind::WeightShape shape = bind::weight_shape(op, weight.shape(), weight.ndim(), in.size(),
-                                                       out.size(), groups, transposed);
-    layout = {shape.rows, shape.cols, shape.window, shape.groups};
+    const Layout shape = bind::weight_shape(op, weight.shape(), weight.ndim(), in.size(),
+                                            out.size(), groups, transposed);
+    layout = shape;
     if (check_finite) {
       bind::check_norms(op, "in_norm", in.data(), in.size());
       bind::check_norms(op, "out_norm", out.data(), out.size());
     }
-    row_norm = transposed ? in_norm.data() : out_norm.data();
-    col_norm = transposed ? out_norm.data() : in_norm.data();
+    norms = {transposed ? in_norm.data() : out_norm.data(),
+             transposed ? out_norm.data() : in_norm.data()};
   }
 };
 
@@ -128,10 +128,9 @@ Doubles col_energy(const py::array& weight,
   if (weight.ndim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
   py::array holder = weight;
   const Strided x = strided("factors", weight, &holder);
-  const bind::WeightShape shape =
-      bind::weight_shape("factors", weight.shape(), weight.ndim(), weight.shape(1) * groups,
-                         weight.shape(0), groups, false);
-  const Layout layout = {shape.rows, shape.cols, shape.window, shape.groups};
+  const Layout shape = bind::weight_shape("factors", weight.shape(), weight.ndim(),
+                                          weight.shape(1) * groups, weight.shape(0), groups, false);
+  const Layout layout = shape;
   Doubles out(groups * shape.cols);
   bind::checked_energy(x, out.size(), check_finite, name, out.mutable_data(),
                        [&](double scale, double* energy) {
@@ -150,8 +149,8 @@ py::array score(const py::array& w,
   const bool wide = weight.x.dtype == DType::f64;
   py::array out(wide ? py::dtype::of<double>() : py::dtype::of<float>(), shape_of(w));
   lap::cpu::prefer_large_pages(out.mutable_data(), out.nbytes());
-  if (!lap::cpu::score(weight.x, weight.layout, weight.row_norm, weight.col_norm, check_finite,
-                       pool(), out.mutable_data())) {
+  if (!lap::cpu::score(weight.x, weight.layout, weight.norms, check_finite, pool(),
+                       out.mutable_data())) {
     const lap::cpu::NotFinite found = lap::cpu::find_not_finite(weight.x, false);
     bind::fail_not_finite("score", "w", found.count, found.first);
   }
@@ -164,7 +163,7 @@ py::array_t<bool> select_mask(const char* op,
                               const std::optional<Mask>& eligible,
                               bool check_finite) {
   py::array_t<bool> mask = new_mask(weight.w);
-  Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
+  Source source = {weight.x, weight.layout, weight.norms};
   if (eligible) source.eligible = eligible_of(op, *eligible, weight.w);
   source.mask = reinterpret_cast<uint8_t*>(mask.mutable_data());
   const lap::cpu::Selection selection = lap::cpu::select({source}, keep, check_finite, pool());
@@ -201,7 +200,7 @@ py::array_t<bool> prune_(py::array w,
   Strided target = weight.x;
   if (target.data != w.data()) bind::fail("prune_", "expected w with strides of whole elements.");
   target.data = w.mutable_data();  // refuses a read-only array
-  lap::cpu::zero_dropped(target, reinterpret_cast<const uint8_t*>(kept.data()), pool());
+  lap::cpu::zero(target, reinterpret_cast<const uint8_t*>(kept.data()), pool());
   return kept;
 }
 

@@ -6,13 +6,12 @@
 
 #include <cstdint>
 
+#include "../math/dtype.h"
 #include "check.h"
 
 namespace lap::bind {
 
-// DType is that of the core that will work: lap::cpu's or lap::cuda's.
-template <typename DType>
-DType dtype_of(const char* op, const torch::stable::Tensor& x) {
+inline DType dtype_of(const char* op, const torch::stable::Tensor& x) {
   switch (x.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
       return DType::f32;

@@ -14,17 +14,18 @@
 #include "../cpu/norms.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
+#include "../cpu/zero.h"
 #include "check.h"
 #include "energy.h"
 #include "tensors.h"
 
 namespace {
 
-using lap::cpu::DType;
-using lap::cpu::Layout;
+using lap::DType;
+using lap::Layout;
+using lap::Strided;
 using lap::cpu::Pool;
 using lap::cpu::Source;
-using lap::cpu::Strided;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace bind = lap::bind;
@@ -40,12 +41,12 @@ Pool torch_pool() {
 
 // A view of the elements in C order; `holder` keeps a copy alive where there are too many strides.
 Strided strided(const char* op, const Tensor& x, Tensor* holder) {
-  const DType dtype = bind::dtype_of<DType>(op, x);
+  const DType dtype = bind::dtype_of(op, x);
   const auto sizes = x.sizes();
   const auto strides = x.strides();
   Strided out;
-  if (!lap::cpu::make_strided(x.const_data_ptr(), dtype, static_cast<int>(x.dim()), sizes.data(),
-                              strides.data(), &out)) {
+  if (!lap::make_strided(x.const_data_ptr(), dtype, static_cast<int>(x.dim()), sizes.data(),
+                         strides.data(), &out)) {
     *holder = torch::stable::contiguous(x);
     return strided(op, *holder, holder);
   }
@@ -57,8 +58,7 @@ struct Weight {
   Tensor w, in_norm, out_norm;
   Strided x;
   Layout layout;
-  const double* row_norm;
-  const double* col_norm;
+  lap::Norms norms;
 
   Weight(const char* op,
          const Tensor& weight,
@@ -74,17 +74,16 @@ struct Weight {
       bind::fail(op, "expected in_norm and out_norm of float64.");
     }
     x = strided(op, weight, &w);
-    const bind::WeightShape shape = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
-                                                       out.numel(), groups, transposed);
-    layout = {shape.rows, shape.cols, shape.window, shape.groups};
+    const Layout shape = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
+                                            out.numel(), groups, transposed);
+    layout = shape;
     const double* in_data = in_norm.const_data_ptr<double>();
     const double* out_data = out_norm.const_data_ptr<double>();
     if (check_finite) {
       bind::check_norms(op, "in_norm", in_data, in.numel());
       bind::check_norms(op, "out_norm", out_data, out.numel());
     }
-    row_norm = transposed ? in_data : out_data;
-    col_norm = transposed ? out_data : in_data;
+    norms = {transposed ? in_data : out_data, transposed ? out_data : in_data};
   }
 };
 
@@ -121,9 +120,9 @@ Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& na
 Layout energy_layout(const Tensor& weight, int64_t groups) {
   if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
   const auto sizes = weight.sizes();
-  const bind::WeightShape shape = bind::weight_shape("factors", sizes, weight.dim(),
-                                                     sizes[1] * groups, sizes[0], groups, false);
-  return {shape.rows, shape.cols, shape.window, shape.groups};
+  const Layout shape = bind::weight_shape("factors", sizes, weight.dim(), sizes[1] * groups,
+                                          sizes[0], groups, false);
+  return shape;
 }
 
 Tensor col_energy(const Tensor& weight,
@@ -163,8 +162,8 @@ Tensor scores_of(const char* op, const std::string& name, const Weight& weight, 
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor out = torch::stable::new_empty(weight.w, weight.w.sizes(), dtype);
   lap::cpu::prefer_large_pages(out.mutable_data_ptr(), out.numel() * (wide ? 8 : 4));
-  if (!lap::cpu::score(weight.x, weight.layout, weight.row_norm, weight.col_norm, check_finite,
-                       torch_pool(), out.mutable_data_ptr())) {
+  if (!lap::cpu::score(weight.x, weight.layout, weight.norms, check_finite, torch_pool(),
+                       out.mutable_data_ptr())) {
     fail_not_finite(op, name, weight);
   }
   return out;
@@ -187,7 +186,7 @@ Tensor select_mask(const char* op,
                    bool check_finite) {
   if (keep < 0) bind::fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
   Tensor mask = new_mask(weight.w);
-  Source source = {weight.x, weight.layout, weight.row_norm, weight.col_norm};
+  Source source = {weight.x, weight.layout, weight.norms};
   if (eligible) source.eligible = bind::eligible_of(op, *eligible, weight.w);
   source.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const lap::cpu::Selection selection =
@@ -223,7 +222,7 @@ Tensor prune_(const Tensor& w,
   Strided target = weight.x;
   if (w.const_data_ptr() != target.data) bind::fail("prune_", "expected w of at most 8 strides.");
   target.data = w.mutable_data_ptr();
-  lap::cpu::zero_dropped(target, static_cast<const uint8_t*>(kept.const_data_ptr()), torch_pool());
+  lap::cpu::zero(target, static_cast<const uint8_t*>(kept.const_data_ptr()), torch_pool());
   return kept;
 }
 
@@ -284,9 +283,8 @@ struct Ranked {
       return;
     }
     weight.emplace(op, w, col_norm, row_norm, groups, false, check_finite);
-    if (lap::cpu::has_plain_scores(weight->x.dtype, weight->row_norm, weight->col_norm,
-                                   weight->layout)) {
-      source = {weight->x, weight->layout, weight->row_norm, weight->col_norm};
+    if (lap::cpu::has_plain_scores(weight->x.dtype, weight->norms, weight->layout)) {
+      source = {weight->x, weight->layout, weight->norms};
       source.absolute = true;
     } else {
       held = scores_of(op, name, *weight, check_finite);

@@ -30,8 +30,8 @@ namespace {
 
 namespace bind = lap::bind;
 namespace cuda = lap::cuda;
-using cuda::DType;
 using cuda::Status;
+using lap::DType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -95,20 +95,19 @@ void check_energy(const Device& device,
                   const Tensor& energy,
                   const std::string& name,
                   const Launch& launch) {
-  constexpr double kSmall = 0x1p-1000;
-  constexpr double kScale = 0x1p900;
   std::vector<double> found(energy.numel());
   device.read(energy.const_data_ptr(), energy.numel(), found.data());
   if (!std::all_of(found.begin(), found.end(), [](double e) { return e - e == 0; })) {
     bind::fail_energy("factors", name);
   }
-  if (std::none_of(found.begin(), found.end(), [](double e) { return e < kSmall; })) return;
+  if (std::none_of(found.begin(), found.end(), [](double e) { return e < lap::kVanishing; }))
+    return;
   const Tensor enlarged = torch::stable::empty_like(energy);
-  launch(kScale, enlarged.mutable_data_ptr<double>());
+  launch(lap::kEnlarge, enlarged.mutable_data_ptr<double>());
   std::vector<double> large(energy.numel());
   device.read(enlarged.const_data_ptr(), energy.numel(), large.data());
   for (size_t c = 0; c < found.size(); ++c) {
-    if (found[c] < kSmall && large[c] > 0) bind::fail_energy("factors", name);
+    if (found[c] < lap::kVanishing && large[c] > 0) bind::fail_energy("factors", name);
   }
 }
 
@@ -136,12 +135,12 @@ Tensor energy_tensor(const Device& device,
 
 Tensor row_energy(const Tensor& weight, bool check_finite, const std::string& name) {
   if (weight.dim() < 1) bind::fail("factors", "expected at least 1 dimension.");
-  const DType dtype = bind::dtype_of<DType>("factors", weight);
+  const DType dtype = bind::dtype_of("factors", weight);
   const Device device(weight);
   const Tensor x = torch::stable::contiguous(weight);
   const int64_t rows = weight.sizes()[0];
   const int64_t row_size = rows == 0 ? 0 : weight.numel() / rows;
-  const cuda::Weight shape = {x.const_data_ptr(), dtype, rows, row_size, 1, 1};
+  const cuda::Weight shape = {x.const_data_ptr(), dtype, {rows, row_size, 1, 1}};
   return energy_tensor(device, x, rows, cuda::row_energy_workspace(shape), check_finite, name,
                        [&](double scale, double* energy, void* workspace) {
                          return cuda::launch_row_energy(shape, scale, check_finite, energy,
@@ -154,13 +153,13 @@ Tensor col_energy(const Tensor& weight,
                   bool check_finite,
                   const std::string& name) {
   if (weight.dim() < 2) bind::fail("factors", "expected at least 2 dimensions.");
-  const DType dtype = bind::dtype_of<DType>("factors", weight);
+  const DType dtype = bind::dtype_of("factors", weight);
   const Device device(weight);
   const Tensor x = torch::stable::contiguous(weight);
   const auto sizes = weight.sizes();
-  const bind::WeightShape s = bind::weight_shape("factors", sizes, weight.dim(), sizes[1] * groups,
-                                                 sizes[0], groups, false);
-  const cuda::Weight shape = {x.const_data_ptr(), dtype, s.rows, s.cols, s.window, s.groups};
+  const lap::Layout s = bind::weight_shape("factors", sizes, weight.dim(), sizes[1] * groups,
+                                           sizes[0], groups, false);
+  const cuda::Weight shape = {x.const_data_ptr(), dtype, s};
   return energy_tensor(device, x, groups * s.cols, cuda::col_energy_workspace(shape), check_finite,
                        name, [&](double scale, double* energy, void* workspace) {
                          return cuda::launch_col_energy(shape, scale, check_finite, energy,
@@ -185,7 +184,7 @@ struct Weight {
   bool transposed;
   Tensor w, in_norm, out_norm;
   cuda::Weight x;
-  cuda::Norms norms;
+  lap::Norms norms;
 
   Weight(const char* name,
          const Tensor& weight,
@@ -201,9 +200,9 @@ struct Weight {
     if (in.scalar_type() != ScalarType::Double || out.scalar_type() != ScalarType::Double) {
       bind::fail(op, "expected in_norm and out_norm of float64.");
     }
-    const bind::WeightShape s = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
-                                                   out.numel(), groups, transposed);
-    x = {w.const_data_ptr(), bind::dtype_of<DType>(op, w), s.rows, s.cols, s.window, s.groups};
+    const lap::Layout s = bind::weight_shape(op, weight.sizes(), weight.dim(), in.numel(),
+                                             out.numel(), groups, transposed);
+    x = {w.const_data_ptr(), bind::dtype_of(op, w), s};
     const double* in_data = in_norm.const_data_ptr<double>();
     const double* out_data = out_norm.const_data_ptr<double>();
     norms = {transposed ? in_data : out_data, transposed ? out_data : in_data};
@@ -251,7 +250,7 @@ Tensor select_mask(const Device& device,
                    int64_t keep,
                    const std::optional<Tensor>& eligible,
                    bool check_finite,
-                   const cuda::Strided* target) {
+                   const lap::Strided* target) {
   if (keep < 0) bind::fail(weight.op, "expected keep >= 0, got " + std::to_string(keep) + ".");
   const uint8_t* may = eligible ? bind::eligible_of(weight.op, *eligible, weight.w) : nullptr;
   Tensor mask = torch::stable::new_empty(weight.w, weight.w.sizes(), ScalarType::Bool);
@@ -259,8 +258,8 @@ Tensor select_mask(const Device& device,
   require(cuda::launch_mask(weight.x, weight.norms, may, keep, check_finite, bytes_of(mask),
                             workspace.data(), device.stream()));
   if (target != nullptr) {
-    require(cuda::launch_zero_dropped(*target, bytes_of(mask), check_finite, workspace.data(),
-                                      device.stream()));
+    require(cuda::launch_zero(*target, bytes_of(mask), check_finite, workspace.data(),
+                              device.stream()));
   }
   if (check_finite) weight.check(device, workspace.status(device));
   return mask;
@@ -289,13 +288,12 @@ Tensor prune_(const Tensor& w,
               bool check_finite) {
   const Device device(w);
   const Weight weight("prune_", w, in_norm, out_norm, groups, transposed);
-  if (w.dim() > cuda::kMaxDims) bind::fail("prune_", "expected w of at most 8 dimensions.");
-  cuda::Strided target = {
-      w.mutable_data_ptr(), weight.x.dtype, w.numel(), static_cast<int>(w.dim()), {}, {}};
-  const auto sizes = w.sizes();
-  const auto strides = w.strides();
-  std::copy(sizes.begin(), sizes.end(), target.shape);
-  std::copy(strides.begin(), strides.end(), target.stride);
+  const int dims = static_cast<int>(w.dim());
+  lap::Strided target;
+  if (dims > lap::kMaxDims || !lap::make_strided(w.mutable_data_ptr(), weight.x.dtype, dims,
+                                                 w.sizes().data(), w.strides().data(), &target)) {
+    bind::fail("prune_", "expected w of at most 8 dimensions.");
+  }
   return select_mask(device, weight, keep, mask, check_finite, &target);
 }
 
@@ -306,11 +304,11 @@ struct Scores {
   const char* op;
   DType dtype;
   std::vector<Tensor> held;
-  std::vector<cuda::Ranked> ranked;
+  std::vector<cuda::Source> sources;
   int64_t size = 0;
 
   Scores(const char* name, const std::vector<Tensor>& scores) : op(name) {
-    dtype = bind::dtype_of<DType>(op, scores[0]);
+    dtype = bind::dtype_of(op, scores[0]);
     for (const Tensor& s : scores) {
       if (s.scalar_type() != scores[0].scalar_type()) {
         bind::fail(op, "expected scores of one dtype.");
@@ -319,12 +317,12 @@ struct Scores {
         bind::fail(op, "expected scores on one device.");
       }
       held.push_back(torch::stable::contiguous(s));
-      ranked.push_back({held.back().const_data_ptr(), s.numel(), nullptr, nullptr});
+      sources.push_back({held.back().const_data_ptr(), s.numel(), nullptr, nullptr});
       size += s.numel();
     }
   }
-  int count() const { return static_cast<int>(ranked.size()); }
-  size_t workspace() const { return cuda::topk_mask_workspace(ranked.data(), count(), dtype); }
+  int count() const { return static_cast<int>(sources.size()); }
+  size_t workspace() const { return cuda::topk_mask_workspace(sources.data(), count(), dtype); }
 
   void check(const Status& status) const {
     if (status.bad_count == 0) return;
@@ -348,12 +346,12 @@ std::vector<Tensor> topk_mask(const std::vector<Tensor>& scores,
   std::vector<Tensor> out;
   for (size_t t = 0; t < scores.size(); ++t) {
     out.push_back(torch::stable::new_empty(scores[t], scores[t].sizes(), ScalarType::Bool));
-    list.ranked[t].mask = bytes_of(out[t]);
+    list.sources[t].mask = bytes_of(out[t]);
     if (!masks.empty())
-      list.ranked[t].eligible = bind::eligible_of("topk_mask", masks[t], scores[t]);
+      list.sources[t].eligible = bind::eligible_of("topk_mask", masks[t], scores[t]);
   }
   const Workspace workspace(scores[0], list.workspace());
-  require(cuda::launch_topk_mask(list.ranked.data(), list.count(), list.dtype, keep, check_finite,
+  require(cuda::launch_topk_mask(list.sources.data(), list.count(), list.dtype, keep, check_finite,
                                  workspace.data(), device.stream()));
   if (check_finite) list.check(workspace.status(device));
   return out;
@@ -370,7 +368,7 @@ Tensor kth_largest(const std::vector<Tensor>& scores, int64_t k, bool check_fini
   Tensor out = torch::stable::new_empty(
       scores[0], {}, list.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Workspace workspace(scores[0], list.workspace());
-  require(cuda::launch_kth_largest(list.ranked.data(), list.count(), list.dtype, k, check_finite,
+  require(cuda::launch_kth_largest(list.sources.data(), list.count(), list.dtype, k, check_finite,
                                    out.mutable_data_ptr(), workspace.data(), device.stream()));
   if (check_finite) list.check(workspace.status(device));
   return out;
