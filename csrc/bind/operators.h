@@ -20,6 +20,7 @@
 
 #include "../math/layout.h"
 #include "../math/strided.h"
+#include "../math/sums.h"
 #include "check.h"
 
 namespace lap::bind {
@@ -277,24 +278,21 @@ struct Operators {
     return out;
   }
 
-  // Squares of doubles above 2^512 overflow, those below 2^-537 vanish: a channel of nonzero
-  // weights with (nearly) no energy would pass for a dead one, so such channels are computed again
-  // enlarged.
+  // Squares of doubles can overflow or vanish (math/sums.h): a channel of nonzero weights with
+  // (nearly) no energy would pass for a dead one, so such channels are computed again enlarged.
   static void check_range(const Core& core,
                           Axis axis,
                           const Weight<Core>& weight,
                           const Array& energy,
                           const std::string& name) {
-    constexpr double kSmall = 0x1p-1000;
-    constexpr double kScale = 0x1p900;
     if (weight.x.dtype != DType::f64) return;
     const auto is_finite = [](double e) { return e - e == 0; };
-    const auto is_small = [](double e) { return e < kSmall; };
+    const auto is_small = [](double e) { return e < kVanishing; };
     const std::vector<double> plain = core.read(energy);
     if (!std::all_of(plain.begin(), plain.end(), is_finite)) fail_energy("factors", name);
     if (std::none_of(plain.begin(), plain.end(), is_small)) return;
     const Array again = core.template empty<double>(energy, Arrays::sizes(energy));
-    core.energy(axis, weight, kScale, false, again);
+    core.energy(axis, weight, kEnlarge, false, again);
     const std::vector<double> enlarged = core.read(again);
     for (size_t c = 0; c < plain.size(); ++c) {
       if (is_small(plain[c]) && enlarged[c] > 0) fail_energy("factors", name);
