@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "../cpu/isa.h"
 #include "../cpu/memory.h"
 #include "../cpu/norms.h"
 #include "../cpu/score.h"
