@@ -21,6 +21,13 @@ const DecideKernels<int64_t>& decide(int64_t) {
 
 }  // namespace
 
+std::vector<int64_t> sum_of(std::vector<std::vector<int64_t>> counts) {
+  for (size_t w = 1; w < counts.size(); ++w) {
+    for (int64_t b = 0; b < kBins; ++b) counts[0][b] += counts[w][b];
+  }
+  return std::move(counts[0]);
+}
+
 template <typename Key>
 Scanner<Key>::Scanner(std::vector<Keys<Key>> keys, const Pool& pool)
     : keys_(std::move(keys)), pool_(pool) {
@@ -182,10 +189,7 @@ std::vector<int64_t> Scanner<Key>::histogram(typename std::make_unsigned<Key>::t
       if (bits >= low && bin < kBins) ++mine[bin];
     }
   });
-  for (size_t w = 1; w < counts.size(); ++w) {
-    for (int64_t b = 0; b < kBins; ++b) counts[0][b] += counts[w][b];
-  }
-  return counts[0];
+  return sum_of(std::move(counts));
 }
 
 template <typename Key>

@@ -96,6 +96,9 @@ Key unbiased(typename std::make_unsigned<Key>::type bits) {
 constexpr int kHistogramBits = 11;
 constexpr int64_t kBins = 1 << kHistogramBits;
 
+// The workers' histograms added up.
+std::vector<int64_t> sum_of(std::vector<std::vector<int64_t>> counts);
+
 extern template class Scanner<int32_t>;
 extern template class Scanner<int64_t>;
 

@@ -100,17 +100,14 @@ class Selector {
         if (bin < static_cast<Unsigned<Key>>(kBins)) ++mine[bin];  // below low: wraps, far above
       }
     });
-    for (size_t w = 1; w < counts.size(); ++w) {
-      for (int64_t b = 0; b < kBins; ++b) counts[0][b] += counts[w][b];
-    }
-    return counts[0];
+    return sum_of(std::move(counts));
   }
 
-  // Where an element stands among those with its key.
-  struct Place {
+  // One of the elements whose key is the threshold.
+  struct Tie {
     int64_t chunk;
     uint16_t offset;
-    bool operator<(const Place& other) const {
+    bool operator<(const Tie& other) const {
       return chunk != other.chunk ? chunk < other.chunk : offset < other.offset;
     }
   };
@@ -120,7 +117,7 @@ class Selector {
     const Pool& pool = scanner_.pool();
     const bool all = wanted == ties;
     const Key dropped = all ? threshold - 1 : threshold;  // the largest key that may be dropped
-    std::vector<std::vector<Place>> open(pool.threads);
+    std::vector<std::vector<Tie>> open(pool.threads);
     for_each_chunk(pool, static_cast<int64_t>(lists.size()), [&](int worker, int64_t l) {
       const CandidateList<Key>& list = lists[l];
       uint8_t* mask = scanner_.mask_of(scanner_.chunk(list.chunk));
@@ -135,11 +132,11 @@ class Selector {
     for (size_t w = 1; w < open.size(); ++w) {
       open[0].insert(open[0].end(), open[w].begin(), open[w].end());
     }
-    std::vector<Place>& places = open[0];
-    if (places.empty()) return;
-    std::nth_element(places.begin(), places.begin() + (wanted - 1), places.end());
+    std::vector<Tie>& found = open[0];
+    if (found.empty()) return;
+    std::nth_element(found.begin(), found.begin() + (wanted - 1), found.end());
     for (int64_t i = 0; i < wanted; ++i) {
-      scanner_.mask_of(scanner_.chunk(places[i].chunk))[places[i].offset] = 1;
+      scanner_.mask_of(scanner_.chunk(found[i].chunk))[found[i].offset] = 1;
     }
   }
 
