@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CPU core as operators of torch (LibTorch stable ABI: one build for torch 2.11 and later).
-// Their schemas stand in lap_ext/ops.py.
+// Their schemas stand in lap_ext/ops/schema.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

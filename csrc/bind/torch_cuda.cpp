@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA core as operators of torch (LibTorch stable ABI: one build for torch 2.11 and later).
-// Their schemas stand in lap_ext/ops.py.
+// Their schemas stand in lap_ext/ops/schema.py.
 //
 // With check_finite the Status is copied to the host: the only wait for the device. Without it
 // every operator can be captured in a CUDA graph. Strided weights are copied; prune_ writes their

@@ -102,7 +102,6 @@ class _Walk:
         self._dtype = torch.float64 if double else torch.float32
         self._room = min(task.limits.sorted, math.prod(layer.shape))
         self._marks = [_Mark(_TOP, ranking.largest(self._dtype), 0, 0, 0.0)]
-        self._passes = 0
 
     def keys(self, low: int, high: int) -> Iterator[Tensor]:
         """Keys of LAMP scores, falling: all in [low, high], and for each one above some key above."""
@@ -145,11 +144,9 @@ class _Walk:
         """All scores whose keys lie in [low, high], falling; as many at a time as there is room for."""
         found = ranking.Pass(1, low, high, self._room)
         pieces = self.task.copies[self.layer.name][0]
-        self._passes += 1
-        if self._passes > 1:  # the first one was foreseen
-            self.task.total += sum(piece.entry.size for piece in pieces)
+        self.task.begin("rank", [self.layer])
         scores = LayerScores(self.task.network, self.task.criterion, self.layer)
-        for first, weight in self.task.runs(self.layer, pieces, self._buffer, "rank"):
+        for first, weight in self.task.runs(self.layer, pieces, self._buffer):
             found.add(0, ranking.keys_of(scores.of(weight, first)))
         del scores  # Random's are as large as the layer
         count = found.inside[0]

@@ -340,6 +340,24 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
+def test_many_short_steps_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step begins its own count; whether a line is due counts from the last line."""
+    import io
+
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with output.Progress(stream=stream) as progress:
+        progress.step("prune")
+        for second in range(25):
+            now[0] = second
+            progress.follow(
+                lap_ext.progress.Progress("rank", f"layer{second // 2}", 4, 8 + second // 2)
+            )
+            progress.tell()
+    assert stream.getvalue().splitlines() == ["rank ...", "rank ..."]
+
+
 def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
