@@ -26,6 +26,8 @@ from lap_ext.checkpoint.files import wrong
 from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.passes import Task
 from lap_ext.checkpoint.reading import Buffer
+from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.key import key_dtype
 from lap_ext.topology import Layer
 
 _BETWEEN = 1 << 18  # weights between two marks
@@ -98,8 +100,7 @@ class _Walk:
         self.task, self.layer, self._buffer = task, layer, buffer
         self.size = torch.ones((), dtype=torch.float64)
         self.blurred: set[int] = set()
-        double = task.dtype(layer) == torch.float64
-        self._dtype = torch.float64 if double else torch.float32
+        self._dtype = score_dtype(task.dtype(layer))
         self._room = min(task.limits.sorted, math.prod(layer.shape))
         self._marks = [_Mark(_TOP, ranking.largest(self._dtype), 0, 0, 0.0)]
 
@@ -151,9 +152,7 @@ class _Walk:
         del scores  # Random's are as large as the layer
         count = found.inside[0]
         if low == high:
-            one = torch.tensor(
-                [low], dtype=torch.int64 if self._dtype == torch.float64 else torch.int32
-            )
+            one = torch.tensor([low], dtype=key_dtype(self._dtype))
             yield one.view(self._dtype).expand(count)
         elif count and found.complete:
             yield found.held[:count].sort(descending=True).values.view(self._dtype)

@@ -193,8 +193,7 @@ def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key
     dtype = _score_dtype(task, layers, how)
     buffer = Buffer()
 
-    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        del low, high  # all keys
+    def sweep(_low: int, _high: int) -> Iterator[tuple[int, Tensor]]:  # all keys
         task.begin("rank", layers)
         place = 0
         for layer in layers:
