@@ -53,7 +53,7 @@ def _(weight: Tensor, groups: int, *_: object) -> Tensor:
     reference.energies,
 )
 def _(weight: Tensor, groups: int, *_: object) -> tuple[Tensor, Tensor]:
-    rows, cols, *_ = weight.shape
+    rows, cols = weight.shape[:2]
     return (
         weight.new_empty([rows], dtype=torch.float64),
         weight.new_empty([groups * cols], dtype=torch.float64),
