@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.helpers")
 
-
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile(

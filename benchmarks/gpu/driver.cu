@@ -14,6 +14,7 @@
 
 #include "cuda/launch.h"
 
+using namespace lap;        // NOLINT
 using namespace lap::cuda;  // NOLINT
 
 namespace {
@@ -129,7 +130,7 @@ void run_weights(const Case& c, DType dtype) {
   std::vector<uint8_t> eligible(n);
   for (int64_t i = 0; i < n; ++i) eligible[i] = i % 2 == 0;
   may.fill(eligible);
-  const Weight weight = {w.as(), dtype, c.rows, c.cols, c.window, c.groups};
+  const Weight weight = {w.as(), dtype, {c.rows, c.cols, c.window, c.groups}};
   const Norms given = {row.as<double>(), col.as<double>()};
   const int64_t keep = n / 5;
   Buffer workspace(mask_workspace(weight));
@@ -148,45 +149,46 @@ void run_weights(const Case& c, DType dtype) {
   }
   const Status status = workspace.read<Status>(1)[0];
   expect(status.bad_count == 0 && !status.bad_norm(0) && !status.bad_norm(1), "status");
-  Buffer scores(n * (dtype == DType::f64 ? 8 : 4)), score_room(score_workspace(weight));
-  require(launch_score(weight, given, true, scores.as(), score_room.as(), nullptr), "score");
-  Buffer row_energy(8 * c.rows), row_room(row_energy_workspace(weight));
-  require(launch_row_energy(weight, 1, true, row_energy.as<double>(), row_room.as(), nullptr), "row");
-  Buffer col_energy(8 * c.cols * c.groups), col_room(col_energy_workspace(weight));
-  require(launch_col_energy(weight, 1, true, col_energy.as<double>(), col_room.as(), nullptr), "col");
-  Strided target = {w.as(), dtype, n, 3, {c.rows, c.cols, c.window}, {}};
+  Buffer scores(n * (dtype == DType::f64 ? 8 : 4)), score_space(score_workspace(weight));
+  require(launch_score(weight, given, true, scores.as(), score_space.as(), nullptr), "score");
+  Buffer row_energy(8 * c.rows), row_space(row_energy_workspace(weight));
+  require(launch_row_energy(weight, 1, true, row_energy.as<double>(), row_space.as(), nullptr), "row");
+  Buffer col_energy(8 * c.cols * c.groups), col_space(col_energy_workspace(weight));
+  require(launch_col_energy(weight, 1, true, col_energy.as<double>(), col_space.as(), nullptr), "col");
+  const int64_t shape[3] = {c.rows, c.cols, c.window};
   const int64_t straight[3] = {c.cols * c.window, c.window, 1};
-  std::memcpy(target.stride, straight, sizeof(straight));
-  require(launch_zero_dropped(target, mask.as<uint8_t>(), true, workspace.as(), nullptr), "zero");
   const int64_t turned[3] = {1, c.rows, c.rows * c.cols};
-  std::memcpy(target.stride, turned, sizeof(turned));
-  require(launch_zero_dropped(target, mask.as<uint8_t>(), true, workspace.as(), nullptr), "strided");
+  for (const int64_t* stride : {straight, turned}) {
+    Strided target;
+    expect(make_strided(w.as(), dtype, 3, shape, stride, &target), "strides");
+    require(launch_zero(target, mask.as<uint8_t>(), true, workspace.as(), nullptr), "zero");
+  }
   require(cudaDeviceSynchronize(), c.name);
 }
 
 void run_list(DType dtype, int count, int64_t each) {
   std::vector<Buffer*> held;
-  std::vector<Ranked> ranked;
+  std::vector<Source> sources;
   int64_t n = 0;
   for (int t = 0; t < count; ++t) {
     const int64_t size = each + t;
     held.push_back(new Buffer(size * item_size(dtype)));
     upload(held.back(), normal(size), dtype);
     held.push_back(new Buffer(size));
-    ranked.push_back({held[held.size() - 2]->as(), size, nullptr, held.back()->as<uint8_t>()});
+    sources.push_back({held[held.size() - 2]->as(), size, nullptr, held.back()->as<uint8_t>()});
     n += size;
   }
   const int64_t keep = n / 10;
-  Buffer workspace(topk_mask_workspace(ranked.data(), count, dtype)), value(8);
-  require(launch_topk_mask(ranked.data(), count, dtype, keep, true, workspace.as(), nullptr), "topk");
+  Buffer workspace(topk_mask_workspace(sources.data(), count, dtype)), value(8);
+  require(launch_topk_mask(sources.data(), count, dtype, keep, true, workspace.as(), nullptr), "topk");
   require(cudaDeviceSynchronize(), "topk");
   int64_t kept = 0;
   for (int t = 0; t < count; ++t) {
-    for (const uint8_t byte : held[2 * t + 1]->read<uint8_t>(ranked[t].size)) kept += byte;
-    ranked[t].mask = nullptr;
+    for (const uint8_t byte : held[2 * t + 1]->read<uint8_t>(sources[t].size)) kept += byte;
+    sources[t].mask = nullptr;
   }
   expect(kept == keep, "topk_mask keeps another number");
-  require(launch_kth_largest(ranked.data(), count, dtype, keep, true, value.as(), workspace.as(),
+  require(launch_kth_largest(sources.data(), count, dtype, keep, true, value.as(), workspace.as(),
                              nullptr),
           "kth");
   require(cudaDeviceSynchronize(), "kth");

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LEAST_ROOM, ROOM_SHARE = 1 << 16, 64  # csrc/cuda/select.cuh: kLeastRoom and the next
+LEAST_CAPACITY, CAPACITY_SHARE = 1 << 16, 64  # csrc/cuda/select.cuh: kLeastCapacity and the next
 LEAST_SAMPLE_BITS, MOST_SAMPLE_BITS = 12, 16
 DEVIATIONS = 3.5
 SECTOR = 32  # bytes that memory moves at the least
@@ -95,14 +95,14 @@ def sample_bits(n: int) -> int:
     return bits
 
 
-def room(n: int) -> int:
+def capacity(n: int) -> int:
     """Candidates there is memory for."""
-    return max(LEAST_ROOM, n // ROOM_SHARE)
+    return max(LEAST_CAPACITY, n // CAPACITY_SHARE)
 
 
 def candidate_share(n: int, kept: float) -> float:
     """The part of the elements that the interval holds on ordinary data (plan_interval)."""
-    if n <= room(n):
+    if n <= capacity(n):
         return 1.0
     size = 1 << sample_bits(n)
     center = kept * size
@@ -130,7 +130,7 @@ def selection(n: int, item: int, kept: float, channels: int, tensors: int = 1) -
     rank = 8 if item == 8 else 4
     candidates = n * candidate_share(n, kept)
     phases = [Phase("prepare", 16.0 * channels + 72 * tensors, 12.0 * channels + 49152)]
-    if n > room(n):
+    if n > capacity(n):
         size = 1 << sample_bits(n)
         phases.append(Phase("sample", size * (SECTOR + rank), size * rank))
     phases.append(Phase("scan", n * item, n + candidates * (rank + 8)))

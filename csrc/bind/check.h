@@ -8,46 +8,42 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "../math/layout.h"
 
 namespace lap::bind {
-
-struct WeightShape {
-  int64_t rows;
-  int64_t cols;
-  int64_t window;
-  int64_t groups;
-};
 
 [[noreturn]] inline void fail(const std::string& op, const std::string& text) {
   throw std::invalid_argument(op + ": " + text);
 }
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
-template <typename Sizes>
-WeightShape weight_shape(const char* op,
-                         const Sizes& sizes,
-                         int64_t dims,
-                         int64_t in_count,
-                         int64_t out_count,
-                         int64_t groups,
-                         bool transposed) {
-  if (dims < 2)
-    fail(op, "expected w with at least 2 dimensions [O, I, *K], got " + std::to_string(dims) + ".");
-  WeightShape shape = {sizes[0], sizes[1], 1, groups};
-  for (int64_t d = 2; d < dims; ++d) shape.window *= sizes[d];
-  if (groups < 1 || shape.rows % groups != 0) {
+inline Layout layout_of(const char* op,
+                        const std::vector<int64_t>& sizes,
+                        int64_t in_count,
+                        int64_t out_count,
+                        int64_t groups,
+                        bool transposed) {
+  if (sizes.size() < 2) {
+    fail(op, "expected w with at least 2 dimensions [O, I, *K], got " +
+                 std::to_string(sizes.size()) + ".");
+  }
+  Layout layout = {sizes[0], sizes[1], 1, groups};
+  for (size_t d = 2; d < sizes.size(); ++d) layout.window *= sizes[d];
+  if (groups < 1 || layout.rows % groups != 0) {
     fail(op, "expected groups that divide w.shape[0], got groups " + std::to_string(groups) +
-                 " and w.shape[0] " + std::to_string(shape.rows) + ".");
+                 " and w.shape[0] " + std::to_string(layout.rows) + ".");
   }
   const int64_t rows = transposed ? in_count : out_count;
   const int64_t cols = transposed ? out_count : in_count;
-  if (rows != shape.rows || cols != shape.cols * groups) {
+  if (rows != layout.rows || cols != layout.cols * groups) {
     fail(op, "expected one norm per channel of w, got in_norm [" + std::to_string(in_count) +
                  "], out_norm [" + std::to_string(out_count) + "] and w [" +
-                 std::to_string(shape.rows) + ", " + std::to_string(shape.cols) +
+                 std::to_string(layout.rows) + ", " + std::to_string(layout.cols) +
                  ", ...] with groups " + std::to_string(groups) + ".");
   }
-  return shape;
+  return layout;
 }
 
 [[noreturn]] inline void fail_not_finite(const std::string& op,
@@ -81,12 +77,19 @@ WeightShape weight_shape(const char* op,
 }
 
 // Norms given by the user: finite and not negative.
-inline void check_norms(const char* op, const char* name, const double* norm, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (!(norm[i] >= 0 && norm[i] <= 1.7976931348623157e308)) {
-      fail(op, std::string("expected finite norms >= 0 in ") + name + ", got " +
-                   std::to_string(norm[i]) + " at index " + std::to_string(i) + ".");
-    }
+[[noreturn]] inline void fail_norm(const char* op, const char* name, double norm, int64_t i) {
+  fail(op, std::string("expected finite norms >= 0 in ") + name + ", got " + std::to_string(norm) +
+               " at index " + std::to_string(i) + ".");
+}
+
+inline void check_keep(const char* op, int64_t keep) {
+  if (keep < 0) fail(op, "expected keep >= 0, got " + std::to_string(keep) + ".");
+}
+
+inline void check_rank(const char* op, int64_t k, int64_t count) {
+  if (k < 1 || k > count) {
+    fail(op, "expected 1 <= k <= " + std::to_string(count) + " (the number of scores), got " +
+                 std::to_string(k) + ".");
   }
 }
 

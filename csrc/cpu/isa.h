@@ -6,21 +6,25 @@
 
 #include <cstdint>
 
+#include "../math/dtype.h"
 #include "../math/key.h"
-#include "weight.h"
 
 namespace lap::cpu {
 
-// Keys above high are kept, keys below low dropped, those between are candidates.
+// Keys above high are kept, keys below low dropped, those from low to high are candidates.
 template <typename Key>
-struct Decision {
+struct Interval {
   Key low;
   Key high;
+
+  // All keys but kNever.
+  static constexpr Interval full() {
+    return {KeyTraits<Key>::kNever + 1, KeyTraits<Key>::kMagnitude};
+  }
 };
 
-// Where classify puts the weights it cannot decide: their keys, and their offsets in the chunk.
-// There must be room for as many as it is given, and for kSpareCandidates that it may write in
-// vain.
+// Where classify puts the weights it cannot decide: their keys, and their offsets in the chunk. It
+// must hold as many as classify is given, and kSpareCandidates that may be written in vain.
 constexpr int kSpareCandidates = 2;
 template <typename Key>
 struct Candidates {
@@ -42,19 +46,19 @@ struct KeyKernels {
   Key (*scores)(const void* scores, int64_t n, Key* keys);
 
   // The keys of weights (of scores), decided at once: mask[j] = key > high; candidates get base + j
-  // need room (see above); *above grows by the number kept.
+  // as offsets; *above grows by the number kept.
   Key (*classify_weights)(const void* w,
                           const Float* col_norm,
                           Float row_norm,
                           int64_t n,
-                          const Decision<Key>& to,
+                          const Interval<Key>& interval,
                           int64_t base,
                           uint8_t* mask,
                           Candidates<Key>* candidates,
                           int64_t* above);
   Key (*classify_scores)(const void* scores,
                          int64_t n,
-                         const Decision<Key>& to,
+                         const Interval<Key>& interval,
                          int64_t base,
                          uint8_t* mask,
                          Candidates<Key>* candidates,
@@ -72,7 +76,7 @@ struct DecideKernels {
 
   void (*classify)(const Key* keys,
                    int64_t n,
-                   const Decision<Key>& to,
+                   const Interval<Key>& interval,
                    int64_t base,
                    uint8_t* mask,
                    Candidates<Key>* candidates,

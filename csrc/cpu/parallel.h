@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // How the core asks for threads without knowing whose they are: the torch bindings pass torch's
 // pool, the NumPy module and the C++ tests pass std::thread, a test may pass one thread.
-// Work is cut into chunks whose results do not depend on who takes them; workers draw the next
+// Work is divided into chunks whose results do not depend on who takes them; workers draw the next
 // chunk from a counter, so a busy core delays nobody.
 #pragma once
 

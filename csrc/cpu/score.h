@@ -2,7 +2,8 @@
 // The scores themselves, stored: float for float, half and bfloat16 weights, double for double.
 #pragma once
 
-#include "keys.h"
+#include "../math/layout.h"
+#include "../math/strided.h"
 #include "parallel.h"
 
 namespace lap::cpu {
@@ -10,8 +11,7 @@ namespace lap::cpu {
 // out [size], contiguous. Returns false when check_finite is set and a weight is not finite.
 bool score(const Strided& w,
            const Layout& layout,
-           const double* row_norm,
-           const double* col_norm,
+           const Norms& norms,
            bool check_finite,
            const Pool& pool,
            void* out);

@@ -2,9 +2,9 @@
 // Exact selection of the k largest scores over one or several sources, without storing a score.
 //
 //   1. sample     keys at hashed positions estimate an interval [low, high] around the threshold
-//   2. sweep      one reading: above high is kept, below low is dropped (the mask is written), the
+//   2. scan       one reading: above high is kept, below low is dropped (the mask is written), the
 //                 few between are collected as (key, position)
-//   3. resolve    the threshold among the collected, by histograms of their keys; the mask bytes of
+//   3. finish     the threshold among the collected, by histograms of their keys; the mask bytes of
 //                 those above it are set, and of those equal to it the first in order
 //   If the sample misled (the interval misses the threshold, or holds too many): histograms over
 //   all keys, 11 bits a reading, give an interval that cannot; if one single key holds too many,
@@ -17,8 +17,8 @@
 
 #include <vector>
 
-#include "keys.h"
 #include "parallel.h"
+#include "source.h"
 
 namespace lap::cpu {
 

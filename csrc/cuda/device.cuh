@@ -127,17 +127,17 @@ cudaError_t with_type(DType dtype, const Run& run) {
 
 // --- workspace --------------------------------------------------------------------------------
 
-// Cuts a workspace into aligned pieces; with a null base it only measures.
+// Divides a workspace into aligned arrays; with a null base it only measures.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
 
   template <typename T>
   T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    T* taken = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
     constexpr size_t kAlignment = 256;
     used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return piece;
+    return taken;
   }
   size_t used() const { return used_; }
 
@@ -163,7 +163,7 @@ struct Divider {
   }
   __device__ int64_t quotient(int64_t n) const {
     const uint64_t x = static_cast<uint64_t>(n);
-    return static_cast<int64_t>((__umul64hi(multiplier, x) + x) >> shift);
+    return static_cast<int64_t>((high64(multiplier, x) + x) >> shift);
   }
 };
 
@@ -262,13 +262,6 @@ __device__ inline double trap(double x, double trapped) {
 #else
   return x * 0.0 + trapped;
 #endif
-}
-
-__device__ inline bool is_finite(float x) {
-  return score_key(x) < KeyTraits<int32_t>::kInfinity;
-}
-__device__ inline bool is_finite(double x) {
-  return score_key(x) < KeyTraits<int64_t>::kInfinity;
 }
 
 }  // namespace lap::cuda

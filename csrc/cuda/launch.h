@@ -5,7 +5,7 @@
 // A launcher only enqueues: it allocates nothing, never waits for the device and never reads from
 // it, so that a CUDA graph can capture it. Decisions that depend on data are made on the device.
 // What the host must know afterwards is the Status at the head of the workspace.
-// Tensors are contiguous; only zero_dropped takes strides. Sizes are int64 everywhere.
+// Tensors are contiguous; only zero takes strides. Sizes are int64 everywhere.
 #pragma once
 
 #include <cstddef>
@@ -17,13 +17,10 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "../math/layout.h"
+#include "../math/strided.h"
+
 namespace lap::cuda {
-
-enum class DType { f32, f16, bf16, f64 };
-
-constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
 
 // What a run found. All zeros: nothing wrong. Inverted counters, so that zeroed memory means "none"
 // and atomicMax finds the first.
@@ -41,42 +38,18 @@ struct Status {
   int source() const { return static_cast<int>(~source_inverted); }
 };
 
-// Element (r, c, k) of a weight has one norm a row and one a column: row[r] and
-// col[group(r) * cols + c], group(r) = r / (rows / groups). A transposed convolution swaps roles.
 struct Weight {
   const void* data;  // [rows, cols, window]
   DType dtype;
-  int64_t rows;
-  int64_t cols;
-  int64_t window;
-  int64_t groups;
-
-  int64_t row_size() const { return cols * window; }
-  int64_t size() const { return rows * cols * window; }
+  Layout layout;
 };
 
-struct Norms {
-  const double* row;  // [rows]
-  const double* col;  // [groups * cols]
-};
-
-// One tensor of a ranking.
-struct Ranked {
+// One tensor to rank.
+struct Source {
   const void* data;         // [size]
   int64_t size;             //
   const uint8_t* eligible;  // [size] or null: all may be kept
   uint8_t* mask;            // [size] out, or null: only the threshold is wanted
-};
-
-constexpr int kMaxDims = 8;
-
-struct Strided {
-  void* data;
-  DType dtype;
-  int64_t size;
-  int dims;
-  int64_t shape[kMaxDims];
-  int64_t stride[kMaxDims];  // in elements
 };
 
 // energy[r] = sum over row r of (x * scale)^2, in the order of math/sums.h.
@@ -97,7 +70,7 @@ cudaError_t launch_col_energy(const Weight& x,
                               void* workspace,
                               cudaStream_t stream);
 
-// out[r, c, k] = |w[r, c, k]| * (row[r] * col[group(r) * cols + c])
+// out[r, c, k] = |w[r, c, k]| * (row[r] * col[group_of(r) * cols + c])
 size_t score_workspace(const Weight& w);
 cudaError_t launch_score(const Weight& w,
                          const Norms& norms,
@@ -117,17 +90,17 @@ cudaError_t launch_mask(const Weight& w,
                         void* workspace,
                         cudaStream_t stream);
 
-// w = +0.0 where mask is 0: the second half of prune_. mask_workspace is launch_mask's: with
-// check_finite set nothing is written if that run found anything wrong.
-cudaError_t launch_zero_dropped(const Strided& w,
-                                const uint8_t* mask,
-                                bool check_finite,
-                                const void* mask_workspace,
-                                cudaStream_t stream);
+// w = +0.0 where mask is 0: the second half of prune_. w.data must be writable. mask_workspace is
+// launch_mask's: with check_finite set nothing is written if that run found anything wrong.
+cudaError_t launch_zero(const Strided& w,
+                        const uint8_t* mask,
+                        bool check_finite,
+                        const void* mask_workspace,
+                        cudaStream_t stream);
 
 // One ranking over a list of score tensors of one dtype: each one's mask is written.
-size_t topk_mask_workspace(const Ranked* scores, int count, DType dtype);
-cudaError_t launch_topk_mask(const Ranked* scores,  // [count], host memory, read before returning
+size_t topk_mask_workspace(const Source* scores, int count, DType dtype);
+cudaError_t launch_topk_mask(const Source* scores,  // [count], host memory, read before returning
                              int count,
                              DType dtype,
                              int64_t keep,
@@ -136,7 +109,7 @@ cudaError_t launch_topk_mask(const Ranked* scores,  // [count], host memory, rea
                              cudaStream_t stream);
 
 // value = the k-th largest, 1 <= k <= all elements; same workspace as topk_mask.
-cudaError_t launch_kth_largest(const Ranked* scores,  // [count], host memory
+cudaError_t launch_kth_largest(const Source* scores,  // [count], host memory
                                int count,
                                DType dtype,
                                int64_t k,

@@ -166,13 +166,6 @@ __global__ void __launch_bounds__(kThreads, kResident) col_total_kernel(const do
   }
 }
 
-int64_t row_segments(const Weight& x) {
-  return ceil_div(x.row_size(), kSegment);
-}
-int64_t col_segments(const Weight& x) {
-  return ceil_div(x.rows / x.groups, kSegmentRows);
-}
-
 template <typename... Params, typename... Args>
 cudaError_t launch_over(int64_t threads,
                         void (*kernel)(Params...),
@@ -192,7 +185,7 @@ cudaError_t clear(Status* status, cudaStream_t stream) {
 size_t row_energy_workspace(const Weight& x) {
   Carver carver(nullptr);
   carver.take<Status>(1);
-  carver.take<double>(x.rows * row_segments(x));
+  carver.take<double>(x.layout.rows * row_segments(x.layout.row_size()));
   return carver.used();
 }
 
@@ -204,14 +197,16 @@ cudaError_t launch_row_energy(const Weight& x,
                               cudaStream_t stream) {
   Carver carver(workspace);
   Status* status = carver.take<Status>(1);
-  double* partial = carver.take<double>(x.rows * row_segments(x));
+  const int64_t rows = x.layout.rows;
+  const int64_t row_size = x.layout.row_size();
+  const int64_t per_row = row_segments(row_size);
+  double* partial = carver.take<double>(rows * per_row);
   cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
-  if (error != cudaSuccess || x.rows == 0) return error;
-  if (x.row_size() == 0) return cudaMemsetAsync(energy, 0, x.rows * sizeof(double), stream);
-  const int64_t per_row = row_segments(x);
+  if (error != cudaSuccess || rows == 0) return error;
+  if (row_size == 0) return cudaMemsetAsync(energy, 0, rows * sizeof(double), stream);
   const RowArgs args = {x.data,
-                        x.row_size(),
-                        x.rows * per_row,
+                        row_size,
+                        rows * per_row,
                         Divider(per_row),
                         scale,
                         per_row == 1 ? energy : partial,
@@ -220,13 +215,14 @@ cudaError_t launch_row_energy(const Weight& x,
     return launch_over(args.segments * kWarp, row_segment_kernel<decltype(type)>, stream, args);
   });
   if (error != cudaSuccess || per_row == 1) return error;
-  return launch_over(x.rows, row_total_kernel, stream, partial, x.rows, per_row, energy);
+  return launch_over(rows, row_total_kernel, stream, partial, rows, per_row, energy);
 }
 
 size_t col_energy_workspace(const Weight& x) {
   Carver carver(nullptr);
   carver.take<Status>(1);
-  carver.take<double>(x.groups * col_segments(x) * x.row_size());
+  const Layout& layout = x.layout;
+  carver.take<double>(layout.groups * col_segments(layout.group_rows()) * layout.row_size());
   return carver.used();
 }
 
@@ -237,19 +233,20 @@ cudaError_t launch_col_energy(const Weight& x,
                               void* workspace,
                               cudaStream_t stream) {
   Carver carver(workspace);
-  const int64_t segments = col_segments(x);
-  const int64_t width = x.row_size();
-  const int64_t channels = x.groups * x.cols;
+  const Layout& layout = x.layout;
+  const int64_t segments = col_segments(layout.group_rows());
+  const int64_t width = layout.row_size();
+  const int64_t channels = layout.channels();
   Status* status = carver.take<Status>(1);
-  double* partial = carver.take<double>(x.groups * segments * width);
+  double* partial = carver.take<double>(layout.groups * segments * width);
   cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
   if (error != cudaSuccess || channels == 0) return error;
-  if (x.size() == 0) return cudaMemsetAsync(energy, 0, channels * sizeof(double), stream);
-  const bool alone = segments == 1 && x.window == 1;  // a column is a channel
+  if (layout.size() == 0) return cudaMemsetAsync(energy, 0, channels * sizeof(double), stream);
+  const bool alone = segments == 1 && layout.window == 1;  // a column is a channel
   const ColArgs args = {x.data,
-                        x.rows / x.groups,
+                        layout.group_rows(),
                         width,
-                        x.groups * segments * width,
+                        layout.groups * segments * width,
                         Divider(width),
                         Divider(segments),
                         scale,
@@ -259,8 +256,8 @@ cudaError_t launch_col_energy(const Weight& x,
     return launch_over(args.sums, col_segment_kernel<decltype(type)>, stream, args);
   });
   if (error != cudaSuccess || alone) return error;
-  return launch_over(channels, col_total_kernel, stream, partial, channels, segments, x.window,
-                     Divider(x.cols), energy);
+  return launch_over(channels, col_total_kernel, stream, partial, channels, segments, layout.window,
+                     Divider(layout.cols), energy);
 }
 
 }  // namespace lap::cuda

@@ -18,7 +18,7 @@
 // after the grid_sync() that ended its last reading.
 #pragma once
 
-#include "ranks.cuh"
+#include "key.cuh"
 
 namespace lap::cuda {
 
@@ -88,7 +88,7 @@ struct Bin {
   Count total;
 };
 
-// Counts digits; a run of equal digits costs one atomic, so that all-equal data is no worst case.
+// Counts digits; equal digits in a row cost one atomic, so that all-equal data is no worst case.
 class DigitCounter {
  public:
   __device__ explicit DigitCounter(LocalHistogram* histogram) : histogram_(histogram) {}

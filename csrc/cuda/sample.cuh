@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Step 2 of select.cuh: ranks at hashed positions, and the interval that they set. See
-// select_kernels.cuh for T and Ranks.
+// select_kernels.cuh for T and Keys.
 #pragma once
 
 #include "select.cuh"
@@ -10,16 +10,6 @@ namespace lap::cuda {
 // Bits of a rank that the interval's ends are known to: the rest is rounded outwards.
 template <typename Rank>
 constexpr int kSampledBits = sizeof(Rank) == 4 ? 22 : 33;
-
-// i-th of 2^bits positions in [0, size): one hashed place in each of 2^bits equal stretches.
-__device__ inline int64_t sample_position(uint32_t i, int bits, int64_t size) {
-  uint64_t hash = (i + 1) * 0x9e3779b97f4a7c15u;  // splitmix64
-  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
-  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
-  hash ^= hash >> 31;
-  const uint64_t fraction = static_cast<uint64_t>(i) << (64 - bits) | hash >> bits;
-  return static_cast<int64_t>(__umul64hi(fraction, static_cast<uint64_t>(size)));
-}
 
 // visit(rank) for this thread's share of the sample, in vectors of 16 bytes.
 template <typename Rank, typename Visit>
@@ -45,19 +35,19 @@ struct LocalHistograms {
   LocalHistogram of[2];
 };
 
-// The leading bits of the sample's ranks at two places (0: the best), by one block. `digits`: the
+// The leading bits of the sample's ranks at two indices (0: the best), by one block. `digits`: the
 // counts of all ranks' first digit.
 template <typename Rank>
 __device__ void prefixes_at(const Rank* sample,
                             int size,
                             const Count* digits,
-                            const int64_t (&place)[2],
+                            const int64_t (&index)[2],
                             LocalHistograms* local,
                             Prefix<Rank> (&prefix)[2]) {
   constexpr int kBits = static_cast<int>(sizeof(Rank)) * 8;
   Count wanted[2];
   for (int side = 0; side < 2; ++side) {
-    wanted[side] = static_cast<Count>(place[side]) + 1;
+    wanted[side] = static_cast<Count>(index[side]) + 1;
     const Bin bin = find_bin<kLoneThreads>(wanted[side], [&](int b) { return digits[b]; });
     prefix[side].extend(bin.digit, kBits - kRadixBits);
     wanted[side] -= bin.before;
@@ -101,10 +91,10 @@ __device__ inline bool last_block(uint32_t* arrived) {
 // Sets state.first, state.last. Thread: one sampled element. Reads 2^sample_bits sectors of 32
 // bytes; every block counts the first digit of its ranks, and the last block reads all ranks once
 // (twice, 64-bit keys) from the L2 cache.
-template <typename T, typename Ranks>
+template <typename T, typename Keys>
 __global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
-  using Rank = typename Ranks::Rank;
-  constexpr Rank kWorst = RankTraits<typename Ranks::Key>::kWorst;
+  using Rank = typename Keys::Rank;
+  constexpr Rank kWorst = RankTraits<typename Keys::Key>::kWorst;
   constexpr int kTop = static_cast<int>(sizeof(Rank)) * 8 - kRadixBits;
   LAP_SHARED(LocalHistograms, local);
   Rank* sample = static_cast<Rank*>(args.sample);
@@ -114,13 +104,13 @@ __global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
   __syncthreads();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < size) {
-    const Ranks ranks(args.scaled, args.places);
-    const int64_t position = sample_position(i, args.sample_bits, args.size);
-    const Source& source = source_at(args.sources, args.count, position);
+    const Keys keys(args.scaled, args.layout);
+    const int64_t position = args.sampled(i);
+    const ListedSource& source = source_at(args.sources, args.count, position);
     const int64_t index = position - source.first;
     const bool live = source.eligible == nullptr || source.eligible[index] != 0;
     const Rank rank =
-        live ? ranks.rank_at(index, static_cast<const T*>(source.data)[index]) : kWorst;
+        live ? keys.rank_at(index, static_cast<const T*>(source.data)[index]) : kWorst;
     sample[i] = rank;
     atomicAdd(counts + (rank >> kTop), 1u);
   }
@@ -131,14 +121,14 @@ __global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
   }
   if (!last_block(&args.state->sampled)) return;
   const int64_t most = size - 1;
-  const int64_t place[2] = {args.first_place > 0 ? args.first_place : 0,
-                            args.last_place < most ? args.last_place : most};
+  const int64_t index[2] = {args.first_sampled > 0 ? args.first_sampled : 0,
+                            args.last_sampled < most ? args.last_sampled : most};
   Prefix<Rank> prefix[2];
-  prefixes_at(sample, size, digits, place, &local, prefix);
+  prefixes_at(sample, size, digits, index, &local, prefix);
   if (threadIdx.x != 0) return;
   const Rank edge = prefix[1].rank | prefix[1].rank_rest;
-  args.state->first = args.first_place < 0 ? Rank{0} : prefix[0].rank;
-  args.state->last = args.last_place > most || edge == kWorst ? kWorst - 1 : edge;
+  args.state->first = args.first_sampled < 0 ? Rank{0} : prefix[0].rank;
+  args.state->last = args.last_sampled > most || edge == kWorst ? kWorst - 1 : edge;
 }
 
 }  // namespace lap::cuda

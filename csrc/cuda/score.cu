@@ -17,7 +17,7 @@ struct ScoreArgs {
   bool aligned;
   Norms norms;
   ScaledNorms scaled;
-  Places places;
+  LayoutDividers layout;
   const Scale* scale;
   void* out;
   Status* status;  // null: no check
@@ -80,8 +80,7 @@ struct Scaled {
 
   __device__ Scaled(const ScaledNorms& norms, const Scale& scale) {
     constexpr bool kFloat = sizeof(Float) == 4;
-    constexpr int kMost = kFloat ? 126 : 1022;
-    constexpr Float kSmallestNormal = kFloat ? 0x1p-126 : 0x1p-1022;
+    constexpr int kMost = kExponentEnd<Float> - 2;  // 2^kMost and 2^-kMost are normal numbers
     if constexpr (kFloat) {
       row = norms.row_narrow;
       col = norms.col_narrow;
@@ -90,10 +89,10 @@ struct Scaled {
       col = norms.col;
     }
     along = static_cast<const Float*>(norms.along);
-    usable = scale.narrow && scale.exponent >= -kMost && scale.exponent <= kMost;
+    usable = scale.normal<Float>() && scale.exponent >= -kMost && scale.exponent <= kMost;
     factor = usable ? static_cast<Float>(ldexp(1.0, scale.exponent)) : Float{1};
     const int up = usable && scale.exponent < 0 ? -scale.exponent : 0;
-    bound = product(kSmallestNormal, static_cast<Float>(ldexp(1.0, up)));
+    bound = product(static_cast<Float>(kSmallestNormal<Float>), static_cast<Float>(ldexp(1.0, up)));
   }
 };
 
@@ -102,9 +101,9 @@ template <typename T>
 __device__ void score_one(const ScoreArgs& args, int64_t index) {
   using Float = decltype(widen(T{}));
   const Float w = widen(static_cast<const T*>(args.w)[index]);
-  const Place place(args.places, index);
+  const Coordinates at(args.layout, index);
   static_cast<Float*>(args.out)[index] =
-      exact_score<Float>(w, args.norms.row[place.row], args.norms.col[place.channel()]);
+      exact_score<Float>(w, args.norms.row[at.row], args.norms.col[at.channel()]);
   if (args.status != nullptr && !is_finite(w)) {
     note_bad(&args.status->bad_count, &args.status->first_inverted, 1, index);
   }
@@ -136,7 +135,7 @@ __device__ bool scores_hold(const T* x,
 
 // out = score of w. Thread: kPerThread elements of a tile, in vectors of 16 bytes; bytes per
 // element: sizeof(T) read, sizeof(Float) written. Elements are independent: deterministic. kRows:
-// see WeightRanks.
+// see WeightKeys.
 template <typename T, bool kRows>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? kResident : 3)
     score_kernel(ScoreArgs args) {
@@ -150,27 +149,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? kResident : 3)
     Float* out = static_cast<Float*>(args.out) + begin;
     T x[kPerThread];
     load_values<kRows>(static_cast<const T*>(args.w) + begin, reach, x);
-    const TileRows rows(args.places, begin);
+    const TileRows rows(args.layout, begin);
     uint32_t others = 0;  // vectors that need score_one
     LAP_UNROLL
     for (int v = 0; v < kPerThread / V; ++v) {
       const uint32_t offset = offset_of<T>(v * V);
       if (offset >= reach.count) continue;
-      const bool whole = kRows || reach.vectors;
+      const bool in_vectors = kRows || reach.vectors;
       Float factors[V];
       if constexpr (kRows) {
-        uint32_t place = 0;
-        const Float row_norm = scaled.row[rows.row_at(offset, &place)];
-        load_vector(scaled.along + place, factors);
+        uint32_t in_row = 0;
+        const Float row_norm = scaled.row[rows.row_at(offset, &in_row)];
+        load_vector(scaled.along + in_row, factors);
         LAP_UNROLL
         for (int j = 0; j < V; ++j) factors[j] = product(row_norm, factors[j]);
       } else {
-        Place place(args.places, begin + offset);
+        Coordinates at(args.layout, begin + offset);
         LAP_UNROLL
         for (int j = 0; j < V; ++j) {
-          const bool exists = whole || offset + j < reach.count;
-          factors[j] = exists ? product(scaled.row[place.row], scaled.col[place.channel()]) : 0;
-          place.step();
+          const bool exists = in_vectors || offset + j < reach.count;
+          factors[j] = exists ? product(scaled.row[at.row], scaled.col[at.channel()]) : 0;
+          at.step();
         }
       }
       Float products[V];
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? kResident : 3)
           scaled.usable && scores_hold(x + v * V, factors, products, values, scaled.bound);
       if (!hold) {
         others |= 1u << v;
-      } else if (whole) {
+      } else if (in_vectors) {
         store_vector(out + offset, values);
       } else {
         LAP_UNROLL
@@ -222,21 +221,22 @@ cudaError_t launch_score(const Weight& w,
   Status* status = carver.take<Status>(1);
   Scale* scale = carver.take<Scale>(1);
   const ScaledNorms scaled = take_scaled_norms(&carver, w);
-  if (w.size() == 0) return cudaMemsetAsync(status, 0, sizeof(Status), stream);
+  const int64_t size = w.layout.size();
+  if (size == 0) return cudaMemsetAsync(status, 0, sizeof(Status), stream);
   const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, status, check_finite};
   const cudaError_t error = launch(scale_kernel, 1, kLoneThreads, stream, scale_args);
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  const ScoreArgs args = {w.data, w.size(), aligned,
-                          norms,  scaled,   Places(w),
-                          scale,  out,      check_finite ? status : nullptr};
+  const ScoreArgs args = {w.data, size,   aligned,
+                          norms,  scaled, LayoutDividers(w.layout),
+                          scale,  out,    check_finite ? status : nullptr};
   return with_type(w.dtype, [&](auto type) {
     using T = decltype(type);
     const bool rows = aligned && scaled.along != nullptr;
     const auto kernel = rows ? score_kernel<T, true> : score_kernel<T, false>;
     unsigned blocks = 0;
-    const cudaError_t found = grid_for(kernel, ceil_div(w.size(), kTile), &blocks);
+    const cudaError_t found = grid_for(kernel, ceil_div(size, kTile), &blocks);
     return found != cudaSuccess ? found : launch(kernel, blocks, kThreads, stream, args);
   });
 }

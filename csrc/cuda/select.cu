@@ -11,14 +11,14 @@
 namespace lap::cuda {
 namespace {
 
-__device__ void describe(Source* sources, const SourceBatch& batch) {
+__device__ void describe(ListedSource* sources, const SourceBatch& batch) {
   for (int i = threadIdx.x; i < batch.count; i += blockDim.x) {
     sources[batch.begin + i] = batch.sources[i];
   }
 }
 
 // Further sources than prepare_kernel takes. Thread: one source.
-__global__ void describe_kernel(Source* sources, SourceBatch batch) {
+__global__ void describe_kernel(ListedSource* sources, SourceBatch batch) {
   describe(sources, batch);
 }
 
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kLoneThreads) prepare_kernel(SelectArgs args, 
   for (size_t i = threadIdx.x; i < sizeof(State) / sizeof(uint32_t); i += blockDim.x) words[i] = 0;
   describe(args.sources, batch);
   __syncthreads();
-  Scale scale = {0, 1, 1};
+  Scale scale = {0, 1};
   if (args.norms.row != nullptr) {
     Status* status = args.check ? &args.state->status : nullptr;
     scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
@@ -38,21 +38,21 @@ __global__ void __launch_bounds__(kLoneThreads) prepare_kernel(SelectArgs args, 
   const uint64_t worst = args.wide_keys ? ~uint64_t{0} : uint64_t{0xffffffff};
   State& state = *args.state;
   state.scale = scale;
-  state.status.out_of_range = !scale.narrow && !scale.wide;
+  state.status.out_of_range = !scale.normal<double>();
   if (args.plan == Plan::all) state.first = worst;
   if (args.plan == Plan::all || args.plan == Plan::candidates) state.last = worst - 1;
 }
 
 struct Buffers {
   int64_t size = 0;  // elements of all sources
-  int64_t room = 0;
+  int64_t capacity = 0;
   int sample_bits = 0;
 };
 
-Buffers plan_buffers(const Ranked* sources, int count) {
+Buffers plan_buffers(const Source* sources, int count) {
   Buffers plan;
   for (int i = 0; i < count; ++i) plan.size += sources[i].size;
-  plan.room = std::max(kLeastRoom, plan.size / kRoomShare);
+  plan.capacity = std::max(kLeastCapacity, plan.size / kCapacityShare);
   plan.sample_bits = kLeastSampleBits;
   while (plan.sample_bits < kMostSampleBits && (int64_t{32} << plan.sample_bits) <= plan.size) {
     ++plan.sample_bits;
@@ -60,7 +60,7 @@ Buffers plan_buffers(const Ranked* sources, int count) {
   return plan;
 }
 
-// Cuts the workspace; weight is null for raw scores. Returns the bytes used.
+// Divides the workspace; weight is null for raw scores. Returns the bytes used.
 size_t carve(void* workspace,
              const Buffers& plan,
              int count,
@@ -69,12 +69,12 @@ size_t carve(void* workspace,
              SelectArgs* args) {
   Carver carver(workspace);
   args->state = carver.take<State>(1);
-  args->sources = carver.take<Source>(count);
+  args->sources = carver.take<ListedSource>(count);
   if (weight != nullptr) args->scaled = take_scaled_norms(&carver, *weight);
   const int64_t rank_size = dtype == DType::f64 ? 8 : 4;
   args->sample = carver.take<char>(rank_size << plan.sample_bits);
-  args->ranks = carver.take<char>(rank_size * plan.room);
-  args->positions = carver.take<int64_t>(plan.room);
+  args->ranks = carver.take<char>(rank_size * plan.capacity);
+  args->positions = carver.take<int64_t>(plan.capacity);
   return carver.used();
 }
 
@@ -85,21 +85,23 @@ void plan_interval(int64_t keep, const Buffers& buffers, SelectArgs* args) {
     args->plan = Plan::none;
   } else if (keep >= buffers.size && !threshold_wanted) {
     args->plan = Plan::all;
-  } else if (buffers.size <= buffers.room) {
+  } else if (buffers.size <= buffers.capacity) {
     args->plan = Plan::candidates;
   } else {
     args->plan = Plan::sample;
     const double kept = static_cast<double>(keep) / static_cast<double>(buffers.size);
-    const double center = kept * static_cast<double>(int64_t{1} << buffers.sample_bits);
+    const int64_t sampled = int64_t{1} << buffers.sample_bits;
+    args->sampled = SamplePositions(sampled, buffers.size);
+    const double center = kept * static_cast<double>(sampled);
     const double margin = kDeviations * std::sqrt(center * (1 - kept)) + 2;
-    args->first_place = static_cast<int64_t>(std::floor(center - margin));
-    args->last_place = static_cast<int64_t>(std::ceil(center + margin));
+    args->first_sampled = static_cast<int64_t>(std::floor(center - margin));
+    args->last_sampled = static_cast<int64_t>(std::ceil(center + margin));
   }
 }
 
 // Launches prepare_kernel, and describe_kernel for what it does not take.
 cudaError_t launch_prepare(
-    const Ranked* ranked, int count, DType dtype, SelectArgs* args, cudaStream_t stream) {
+    const Source* sources, int count, DType dtype, SelectArgs* args, cudaStream_t stream) {
   SourceBatch batch = {};
   bool prepared = false;
   int64_t first = 0;
@@ -114,12 +116,11 @@ cudaError_t launch_prepare(
       batch.count = 0;
     }
     if (i == count) break;
-    const Ranked& r = ranked[i];
-    const bool aligned = aligned_for_vectors(r.data, item_size(dtype), r.eligible, r.mask);
-    batch.sources[batch.count++] = {r.data,      r.eligible, r.mask, r.size, first,
-                                    args->tiles, 0,          0,      aligned};
-    first += r.size;
-    args->tiles += ceil_div(r.size, kTile);
+    const Source& s = sources[i];
+    const bool aligned = aligned_for_vectors(s.data, item_size(dtype), s.eligible, s.mask);
+    batch.sources[batch.count++] = {s, first, args->tiles, 0, 0, aligned};
+    first += s.size;
+    args->tiles += ceil_div(s.size, kTile);
   }
   return cudaSuccess;
 }
@@ -130,7 +131,7 @@ int bits_of(int64_t x) {
   return bits;
 }
 
-cudaError_t launch_select(const Ranked* ranked,
+cudaError_t launch_select(const Source* sources,
                           int count,
                           DType dtype,
                           const Weight* weight,
@@ -141,25 +142,25 @@ cudaError_t launch_select(const Ranked* ranked,
                           void* workspace,
                           cudaStream_t stream) {
   SelectArgs args = {};
-  const Buffers buffers = plan_buffers(ranked, count);
+  const Buffers buffers = plan_buffers(sources, count);
   carve(workspace, buffers, count, dtype, weight, &args);
   if (buffers.size == 0) return cudaMemsetAsync(args.state, 0, sizeof(Status), stream);
   args.count = count;
   args.size = buffers.size;
   args.norms = norms;
-  if (weight != nullptr) args.places = Places(*weight);
+  if (weight != nullptr) args.layout = LayoutDividers(weight->layout);
   args.rounded = dtype != DType::f64;
   args.wide_keys = dtype == DType::f64;
-  args.room = buffers.room;
+  args.capacity = buffers.capacity;
   args.keep = keep < 0 ? 0 : static_cast<Count>(keep);
   args.position_bits = bits_of(buffers.size - 1);
   args.check = check_finite;
   args.value = value;
   plan_interval(keep, buffers, &args);
-  const cudaError_t error = launch_prepare(ranked, count, dtype, &args, stream);
+  const cudaError_t error = launch_prepare(sources, count, dtype, &args, stream);
   if (error != cudaSuccess) return error;
   if (weight == nullptr) return launch_score_steps(dtype, args, stream);
-  const Ranked& w = ranked[0];
+  const Source& w = sources[0];
   const bool rows = args.scaled.along != nullptr &&
                     aligned_for_vectors(w.data, item_size(dtype), w.eligible, w.mask);
   return rows ? launch_row_steps(dtype, args, stream) : launch_weight_steps(dtype, args, stream);
@@ -169,8 +170,8 @@ cudaError_t launch_select(const Ranked* ranked,
 
 size_t mask_workspace(const Weight& w) {
   SelectArgs args = {};
-  const Ranked ranked = {w.data, w.size(), nullptr, nullptr};
-  return carve(nullptr, plan_buffers(&ranked, 1), 1, w.dtype, &w, &args);
+  const Source source = {w.data, w.layout.size(), nullptr, nullptr};
+  return carve(nullptr, plan_buffers(&source, 1), 1, w.dtype, &w, &args);
 }
 
 cudaError_t launch_mask(const Weight& w,
@@ -181,17 +182,17 @@ cudaError_t launch_mask(const Weight& w,
                         uint8_t* mask,
                         void* workspace,
                         cudaStream_t stream) {
-  const Ranked ranked = {w.data, w.size(), eligible, mask};
-  return launch_select(&ranked, 1, w.dtype, &w, norms, keep, check_finite, nullptr, workspace,
+  const Source source = {w.data, w.layout.size(), eligible, mask};
+  return launch_select(&source, 1, w.dtype, &w, norms, keep, check_finite, nullptr, workspace,
                        stream);
 }
 
-size_t topk_mask_workspace(const Ranked* scores, int count, DType dtype) {
+size_t topk_mask_workspace(const Source* scores, int count, DType dtype) {
   SelectArgs args = {};
   return carve(nullptr, plan_buffers(scores, count), count, dtype, nullptr, &args);
 }
 
-cudaError_t launch_topk_mask(const Ranked* scores,
+cudaError_t launch_topk_mask(const Source* scores,
                              int count,
                              DType dtype,
                              int64_t keep,
@@ -202,7 +203,7 @@ cudaError_t launch_topk_mask(const Ranked* scores,
                        stream);
 }
 
-cudaError_t launch_kth_largest(const Ranked* scores,
+cudaError_t launch_kth_largest(const Source* scores,
                                int count,
                                DType dtype,
                                int64_t k,

@@ -19,20 +19,21 @@
 //                                  + about 0.4 for the buffer; if misled 3 to 5 readings more
 #pragma once
 
+#include "../math/sample.h"
 #include "radix.cuh"
 
 namespace lap::cuda {
 
 #if defined(LAP_EMULATED)
-constexpr int64_t kLeastRoom = 512;
+constexpr int64_t kLeastCapacity = 512;
 constexpr int kLeastSampleBits = 7;
 constexpr int kMostSampleBits = 9;
-constexpr int64_t kRoomShare = 3;
+constexpr int64_t kCapacityShare = 3;
 #else
-constexpr int64_t kLeastRoom = 1 << 16;  // candidates there is always room for
+constexpr int64_t kLeastCapacity = 1 << 16;  // candidates
 constexpr int kLeastSampleBits = 12;
 constexpr int kMostSampleBits = 16;
-constexpr int64_t kRoomShare = 64;  // room for n / 64 candidates: 3/16 byte per element
+constexpr int64_t kCapacityShare = 64;  // of n / 64 candidates: 3/16 byte per element
 #endif
 constexpr double kDeviations = 3.5;    // misleads once in 2000 times, holds 1.4 % of n at most
 constexpr int kSourcesPerLaunch = 32;  // 72 bytes each, of the 4 KB that parameters may have
@@ -42,7 +43,7 @@ struct State {
   Scale scale;
   uint64_t first;  // the interval of ranks
   uint64_t last;
-  Count sure;        // elements better than the interval
+  Count above;       // elements better than the interval
   Count candidates;  // elements in it
   uint32_t underflow;
   uint32_t wide_underflow;
@@ -51,38 +52,39 @@ struct State {
 };
 
 struct SourceBatch {
-  Source sources[kSourcesPerLaunch];
+  ListedSource sources[kSourcesPerLaunch];
   int begin;  // number of sources[0] in the list
   int count;
 };
 
 // How the interval is found.
 enum class Plan {
-  none,        // keep 0: no element is sure, none a candidate
-  all,         // keep >= size: every eligible element is sure
+  none,        // keep 0: no element is above, none a candidate
+  all,         // keep >= size: every eligible element is above
   candidates,  // few elements: every eligible one is a candidate
   sample,      // from 2^sample_bits ranks
 };
 
 struct SelectArgs {
   State* state;
-  Source* sources;  // [count]
+  ListedSource* sources;  // [count]
   int count;
   int64_t size;   // elements of all
   int64_t tiles;  // of all
   Norms norms;    // weights only, as the next two
   ScaledNorms scaled;
-  Places places;
+  LayoutDividers layout;
   bool rounded;    // float scores: 24 bits
   bool wide_keys;  // 64-bit keys from the start: double
   Plan plan;
   int sample_bits;
-  int64_t first_place;  // places in the sample, best first, that set the interval;
-  int64_t last_place;   // below 0 and from 2^sample_bits on: open on that side
-  void* sample;         // [2^sample_bits] ranks
-  void* ranks;          // [room] candidates
-  int64_t* positions;   // [room]
-  int64_t room;
+  SamplePositions sampled;
+  int64_t first_sampled;  // places in the sample, best first, that set the interval;
+  int64_t last_sampled;   // below 0 and from 2^sample_bits on: open on that side
+  void* sample;           // [2^sample_bits] ranks
+  void* ranks;            // [capacity] candidates
+  int64_t* positions;     // [capacity]
+  int64_t capacity;
   Count keep;
   int position_bits;
   bool check;

@@ -7,7 +7,7 @@ namespace lap::cuda {
 cudaError_t launch_score_steps(DType dtype, const SelectArgs& args, cudaStream_t stream) {
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return launch_steps<T, ScoreRanks<T>>(args, stream);
+    return launch_steps<T, ScoreKeys<T>>(args, stream);
   });
 }
 

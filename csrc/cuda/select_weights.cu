@@ -9,7 +9,7 @@ cudaError_t launch_weight_steps(DType dtype, const SelectArgs& args, cudaStream_
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     using Key = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type;
-    return launch_steps<T, WeightRanks<T, Key, false>>(args, stream);
+    return launch_steps<T, WeightKeys<T, Key, false>>(args, stream);
   });
 }
 

@@ -244,9 +244,8 @@ __device__ void store_bytes(uint8_t* tile, const Reach& reach, const ByteSet& se
   }
 }
 
-// Where element p of a weight's flat order lies: row p / (cols * window), column
-// group(row) * cols + (p / window) % cols.
-struct Places {
+// The divisions that tell an element's row and column (math/layout.h).
+struct LayoutDividers {
   Divider row_size;
   NarrowDivider narrow_row;  // if row_size allows it, which `straight` says
   Divider window;
@@ -254,35 +253,37 @@ struct Places {
   int64_t cols = 1;
   int64_t groups = 1;
 
-  Places() = default;
-  explicit Places(const Weight& w)
-      : row_size(w.row_size()),
-        window(w.window),
-        group_rows(w.rows / w.groups),
-        cols(w.cols),
-        groups(w.groups) {
-    if (w.row_size() <= NarrowDivider::kMost) narrow_row = NarrowDivider(w.row_size());
+  LayoutDividers() = default;
+  explicit LayoutDividers(const Layout& layout)
+      : row_size(layout.row_size()),
+        window(layout.window),
+        group_rows(layout.group_rows()),
+        cols(layout.cols),
+        groups(layout.groups) {
+    const int64_t size = layout.row_size();
+    if (size <= NarrowDivider::kMost) narrow_row = NarrowDivider(size);
   }
 };
 
 // Is every vector of 16 bytes part of one row, rows short enough for NarrowDivider, and the
-// column's norm the same function of the place in the row for all rows?
+// column's norm the same function of the offset in the row for all rows?
 inline bool straight(const Weight& w) {
-  const bool whole = w.row_size() % (16 / item_size(w.dtype)) == 0;
-  return whole && w.row_size() <= NarrowDivider::kMost && w.groups == 1;
+  const int64_t row_size = w.layout.row_size();
+  const bool in_vectors = row_size % (16 / item_size(w.dtype)) == 0;
+  return in_vectors && row_size <= NarrowDivider::kMost && w.layout.groups == 1;
 }
 
 // The rows of a tile of a straight weight. One division of 64 bits a tile, one of 32 bits a vector.
 class TileRows {
  public:
-  __device__ TileRows(const Places& places, int64_t begin)
-      : size_(places.narrow_row), row_(places.row_size.quotient(begin)) {
+  __device__ TileRows(const LayoutDividers& layout, int64_t begin)
+      : size_(layout.narrow_row), row_(layout.row_size.quotient(begin)) {
     rest_ = static_cast<uint32_t>(begin - row_ * static_cast<int64_t>(size_.divisor));
   }
-  // The row of the tile's element `offset`, and *along: its place in the row
-  __device__ int64_t row_at(uint32_t offset, uint32_t* along) const {
+  // The row of the tile's element `offset`, and *in_row: its offset there
+  __device__ int64_t row_at(uint32_t offset, uint32_t* in_row) const {
     const uint32_t down = size_.quotient(rest_ + offset);
-    *along = rest_ + offset - down * size_.divisor;
+    *in_row = rest_ + offset - down * size_.divisor;
     return row_ + down;
   }
 
@@ -292,20 +293,21 @@ class TileRows {
   uint32_t rest_;
 };
 
-// Any weight: two or three divisions of 64 bits a vector, then steps.
-class Place {
+// Row and channel of neighboring elements of any weight: two or three divisions of 64 bits for the
+// first, then steps.
+class Coordinates {
  public:
-  __device__ Place(const Places& places, int64_t index) : places_(places) {
-    row = places.row_size.quotient(index);
-    const int64_t rest = index - row * static_cast<int64_t>(places.row_size.divisor);
-    col_ = places.window.quotient(rest);
-    k_ = rest - col_ * static_cast<int64_t>(places.window.divisor);
+  __device__ Coordinates(const LayoutDividers& layout, int64_t index) : layout_(layout) {
+    row = layout.row_size.quotient(index);
+    const int64_t rest = index - row * static_cast<int64_t>(layout.row_size.divisor);
+    col_ = layout.window.quotient(rest);
+    k_ = rest - col_ * static_cast<int64_t>(layout.window.divisor);
     start_group();
   }
   __device__ void step() {
-    if (++k_ < static_cast<int64_t>(places_.window.divisor)) return;
+    if (++k_ < static_cast<int64_t>(layout_.window.divisor)) return;
     k_ = 0;
-    if (++col_ < places_.cols) return;
+    if (++col_ < layout_.cols) return;
     col_ = 0;
     ++row;
     start_group();
@@ -316,10 +318,10 @@ class Place {
 
  private:
   __device__ void start_group() {
-    first_channel_ = places_.groups == 1 ? 0 : places_.group_rows.quotient(row) * places_.cols;
+    first_channel_ = layout_.groups == 1 ? 0 : layout_.group_rows.quotient(row) * layout_.cols;
   }
 
-  const Places& places_;
+  const LayoutDividers& layout_;
   int64_t col_;
   int64_t k_;
   int64_t first_channel_;

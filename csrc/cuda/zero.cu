@@ -73,25 +73,16 @@ __global__ void __launch_bounds__(kThreads, kResident) zero_strided_kernel(ZeroA
   }
 }
 
-bool contiguous(const Strided& w) {
-  int64_t expected = 1;
-  for (int d = w.dims - 1; d >= 0; --d) {
-    if (w.shape[d] != 1 && w.stride[d] != expected) return false;
-    expected *= w.shape[d];
-  }
-  return true;
-}
-
 }  // namespace
 
-cudaError_t launch_zero_dropped(const Strided& w,
-                                const uint8_t* mask,
-                                bool check_finite,
-                                const void* mask_workspace,
-                                cudaStream_t stream) {
+cudaError_t launch_zero(const Strided& w,
+                        const uint8_t* mask,
+                        bool check_finite,
+                        const void* mask_workspace,
+                        cudaStream_t stream) {
   if (w.size == 0) return cudaSuccess;
   ZeroArgs args = {};
-  args.w = w.data;
+  args.w = const_cast<void*>(w.data);
   args.mask = mask;
   args.size = w.size;
   args.aligned = aligned_for_vectors(w.data, item_size(w.dtype), mask, nullptr);
@@ -101,12 +92,13 @@ cudaError_t launch_zero_dropped(const Strided& w,
     args.shape[d] = Divider(w.shape[d]);
     args.stride[d] = w.stride[d];
   }
-  const bool whole = contiguous(w);
+  const bool contiguous = w.contiguous();
   return with_type(w.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto kernel = whole ? zero_kernel<T> : zero_strided_kernel<T>;
+    const auto kernel = contiguous ? zero_kernel<T> : zero_strided_kernel<T>;
     unsigned blocks = 0;
-    const cudaError_t error = grid_for(kernel, ceil_div(w.size, whole ? kTile : kThreads), &blocks);
+    const cudaError_t error =
+        grid_for(kernel, ceil_div(w.size, contiguous ? kTile : kThreads), &blocks);
     return error != cudaSuccess ? error : launch(kernel, blocks, kThreads, stream, args);
   });
 }

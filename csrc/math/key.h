@@ -49,6 +49,13 @@ LAP_HOST_DEVICE int64_t score_key(double score) {
   return bit_cast<int64_t>(score) & KeyTraits<int64_t>::kMagnitude;
 }
 
+LAP_HOST_DEVICE bool is_finite(float x) {
+  return score_key(x) < KeyTraits<int32_t>::kInfinity;
+}
+LAP_HOST_DEVICE bool is_finite(double x) {
+  return score_key(x) < KeyTraits<int64_t>::kInfinity;
+}
+
 // Key of any score. Its own inverse on bits: the same flip takes a key back to its float.
 LAP_HOST_DEVICE int32_t flip_negative(int32_t bits) {
   return bits ^ ((bits >> 31) & KeyTraits<int32_t>::kMagnitude);

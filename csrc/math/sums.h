@@ -10,10 +10,24 @@
 //            energy adds its window positions in order, from 0.
 #pragma once
 
+#include "host_device.h"
+
 namespace lap {
 
 constexpr int kSegment = 1024;    // elements of a row that one pass of the lanes covers
 constexpr int kLanes = 32;        // one warp, or eight AVX2 registers of doubles
 constexpr int kSegmentRows = 64;  // rows that one partial sum of a column covers
+
+constexpr int64_t row_segments(int64_t row_size) {
+  return ceil_div(row_size, kSegment);
+}
+constexpr int64_t col_segments(int64_t rows) {  // of one group
+  return ceil_div(rows, kSegmentRows);
+}
+
+// Squares of doubles below 2^-537 vanish, so a sum below kVanishing may have lost some. It has if
+// the sum of (kEnlarge * x)^2 is not zero.
+constexpr double kVanishing = 0x1p-1000;
+constexpr double kEnlarge = 0x1p900;
 
 }  // namespace lap

@@ -26,6 +26,8 @@ from lap_ext.checkpoint.files import wrong
 from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.passes import Task
 from lap_ext.checkpoint.reading import Buffer
+from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.key import key_dtype
 from lap_ext.topology import Layer
 
 _BETWEEN = 1 << 18  # weights between two marks
@@ -98,11 +100,9 @@ class _Walk:
         self.task, self.layer, self._buffer = task, layer, buffer
         self.size = torch.ones((), dtype=torch.float64)
         self.blurred: set[int] = set()
-        double = task.dtype(layer) == torch.float64
-        self._dtype = torch.float64 if double else torch.float32
+        self._dtype = score_dtype(task.dtype(layer))
         self._room = min(task.limits.sorted, math.prod(layer.shape))
         self._marks = [_Mark(_TOP, ranking.largest(self._dtype), 0, 0, 0.0)]
-        self._passes = 0
 
     def keys(self, low: int, high: int) -> Iterator[Tensor]:
         """Keys of LAMP scores, falling: all in [low, high], and for each one above some key above."""
@@ -145,18 +145,14 @@ class _Walk:
         """All scores whose keys lie in [low, high], falling; as many at a time as there is room for."""
         found = ranking.Pass(1, low, high, self._room)
         pieces = self.task.copies[self.layer.name][0]
-        self._passes += 1
-        if self._passes > 1:  # the first one was foreseen
-            self.task.total += sum(piece.entry.size for piece in pieces)
+        self.task.begin("rank", [self.layer])
         scores = LayerScores(self.task.network, self.task.criterion, self.layer)
-        for first, weight in self.task.runs(self.layer, pieces, self._buffer, "rank"):
+        for first, weight in self.task.runs(self.layer, pieces, self._buffer):
             found.add(0, ranking.keys_of(scores.of(weight, first)))
         del scores  # Random's are as large as the layer
         count = found.inside[0]
         if low == high:
-            one = torch.tensor(
-                [low], dtype=torch.int64 if self._dtype == torch.float64 else torch.int32
-            )
+            one = torch.tensor([low], dtype=key_dtype(self._dtype))
             yield one.view(self._dtype).expand(count)
         elif count and found.complete:
             yield found.held[:count].sort(descending=True).values.view(self._dtype)

@@ -22,7 +22,7 @@ from lap_ext.checkpoint.files import FUNCTION, wrong
 from lap_ext.criteria import Criterion, Random
 from lap_ext.criteria.context import Network
 from lap_ext.ops import check, from_norms
-from lap_ext.ops.reference.common import outer, rounded
+from lap_ext.ops.reference.common import outer, rounded, score_dtype
 from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part
@@ -138,7 +138,7 @@ class LayerScores:
             for x in pieces(part, first, weight.numel()):
                 scores = self._block(weight, first, part, rows, cols, x)
                 _block_of(total, first, part, x).add_(scores.double().square_())
-        kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        kind = score_dtype(weight.dtype)
         return total.sqrt_().to(kind)
 
     def at(self, weight: Tensor, position: Tensor) -> Tensor:

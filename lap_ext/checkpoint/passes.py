@@ -13,7 +13,7 @@ Each gives the bits that the same step over whole tensors in memory gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.criteria import Criterion
-from lap_ext.progress import Progress
+from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
 
@@ -47,7 +47,7 @@ class PieceCut:
 
 @dataclass
 class Task:
-    """What is to be done: everything that has been checked, and how far it is."""
+    """What is to be done: everything that has been checked, and the step that goes on."""
 
     source: Source
     network: FileNetwork
@@ -56,8 +56,7 @@ class Task:
     copies: Mapping[str, list[Copy]]
     limits: Limits
     on_progress: Callable[[Progress], Any] | None = None
-    total: int = 0
-    done: int = 0
+    step: Step = field(default_factory=lambda: Step(None, "", 0))
     samples: dict[str, Tensor] = field(default_factory=dict)  # "w" of a layer, flat
     steps: dict[str, int] = field(default_factory=dict)  # a sample has every so many-th weight
     sizes: dict[str, float] = field(default_factory=dict)  # layer name -> what scores are over
@@ -66,20 +65,19 @@ class Task:
         """As it is stored."""
         return DTYPES[self.copies[layer.name][0][0].entry.dtype]
 
-    def report(self, step: str, name: str, size: int) -> None:
-        """Size bytes more have been read."""
-        self.done += size
-        self.total = max(self.total, self.done)
-        if self.on_progress is not None:
-            self.on_progress(Progress(step, name, self.done, self.total))
+    def size(self, layer: Layer) -> int:
+        """Bytes of a layer's weight in the files."""
+        return sum(piece.entry.size for piece in self.copies[layer.name][0])
 
-    def runs(
-        self, layer: Layer, copy: Copy, buffers: Buffer | Sequence[Buffer], step: str
-    ) -> Iterator[Any]:
+    def begin(self, step: str, layers: Iterable[Layer]) -> None:
+        """Begins a step that reads each of these layers once."""
+        self.step = Step(self.on_progress, step, sum(map(self.size, layers)))
+
+    def runs(self, layer: Layer, copy: Copy, buffers: Buffer | Sequence[Buffer]) -> Iterator[Any]:
         """(first element, elements) of a layer in runs of whole rows."""
         for first, weight in self.source.runs(copy, self.limits.run[layer.name], buffers):
             yield first, weight
-            self.report(step, layer.name, weight.nbytes)
+            self.step.read(layer.name, weight.nbytes)
 
     def whole(self, jobs: Sequence[Copy], behind: bool = False) -> Iterator[Tensor]:
         """Copies one after the other, each all in memory; the next one is read meanwhile.
@@ -107,6 +105,7 @@ def measure(task: Task) -> None:
     fits = [x for x in layers if x.name in task.limits.measured_whole]
     whole = task.whole([task.copies[x.name][0] for x in fits])
     buffer = Buffer()
+    task.begin("measure", layers)
     for layer in layers:
         copy = task.copies[layer.name][0]
         sampled = _Sample(task, layer)
@@ -115,9 +114,9 @@ def measure(task: Task) -> None:
             task.network.hold(layer, weight)
             task.network.measure(layer)
             sampled.add(0, weight)
-            task.report("measure", layer.name, weight.nbytes)
+            task.step.read(layer.name, weight.nbytes)
         else:
-            runs = task.runs(layer, copy, buffer, "measure")
+            runs = task.runs(layer, copy, buffer)
             task.network.measure_runs(layer, sampled.passing(runs))
         sampled.store()
     for _ in whole:  # ends the reader
@@ -174,10 +173,11 @@ def sample_steps(layers: Sequence[Layer], limit: int) -> dict[str, int]:
 def score_sizes(task: Task) -> dict[str, float]:
     """Layer name -> the norm of its scores, as selection.normalized has it."""
     buffer, sizes = Buffer(), {}
+    task.begin("rank", task.layers)
     for layer in task.layers:
         scores = LayerScores(task.network, task.criterion, layer)
         energies: list[float] = []
-        for first, weight in task.runs(layer, task.copies[layer.name][0], buffer, "rank"):
+        for first, weight in task.runs(layer, task.copies[layer.name][0], buffer):
             energies += selection.row_energies(scores.of(weight, first), layer.shape[-1])
         size = math.sqrt(math.fsum(energies))
         if not math.isfinite(size):
@@ -191,19 +191,15 @@ def cut_of(task: Task, layers: Sequence[Layer], keep: int, how: str) -> dict[Key
     parts = [(x, piece) for x in layers for piece in task.copies[x.name][0]]
     counts = [piece.entry.numel for _, piece in parts]
     dtype = _score_dtype(task, layers, how)
-    buffer, passes = Buffer(), 0
+    buffer = Buffer()
 
-    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        del low, high  # all keys
-        nonlocal passes
-        passes += 1
-        if passes > 1:
-            task.total += sum(piece.entry.size for _, piece in parts)
+    def sweep(_low: int, _high: int) -> Iterator[tuple[int, Tensor]]:  # all keys
+        task.begin("rank", layers)
         place = 0
         for layer in layers:
             score = scorer(task, layer, how)
             for piece in task.copies[layer.name][0]:
-                for first, weight in task.runs(layer, (piece,), buffer, "rank"):
+                for first, weight in task.runs(layer, (piece,), buffer):
                     yield place, ranking.keys_of(score(weight, first))
                 place += 1
 

@@ -16,7 +16,6 @@ from lap_ext.checkpoint.files import FUNCTION, Copy, Folder, wrong
 from lap_ext.checkpoint.memory import limits, parsed
 from lap_ext.checkpoint.passes import Key, PieceCut, Task
 from lap_ext.checkpoint.reading import Source, same
-from lap_ext.checkpoint.state import Work
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import Criterion, Lookahead, Lookback, Lookforward, MagnitudeBN, Random
 from lap_ext.criteria.context import BN
@@ -73,22 +72,6 @@ class Plan:
             limit = max(1, self.task.limits.sample // len(rankings))
             steps |= passes.sample_steps(layers, limit)
         return steps
-
-    def bytes(self, work: Work) -> int:
-        """Bytes that are still to be read, where no ranking needs a second pass."""
-        every = [self.size(x) for x in self.task.network.topology.layers.values()]
-        total = sum(every) if self.measured and "steps" not in work.facts else 0
-        if self.normalize != "none" and "sizes" not in work.facts:
-            total += sum(self.size(x) for x in self.task.layers)
-        ranked = {found[0] for found in work.facts.get("cuts", [])}
-        for layers, _, _ in self.rankings():
-            total += sum(self.size(x) for x in layers if x.name not in ranked)
-        left = [shard for shard in self.files.shards if shard.name not in work.facts["done"]]
-        return total + sum(entry.size for shard in left for entry in shard.entries)
-
-    def size(self, layer: Layer) -> int:
-        """Bytes of a layer's weight in the files."""
-        return sum(piece.entry.size for piece in self.task.copies[layer.name][0])
 
 
 def used_once(criterion: Criterion, layer: Layer) -> bool:

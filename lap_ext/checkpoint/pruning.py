@@ -161,7 +161,6 @@ def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
     check_disk(files, work, masks)
     if masks is not None and not masks.complete:
         masks.create()
-    task.total = plan.bytes(work)
     if plan.measured and not _measured_before(plan, work):
         task.steps = plan.steps()
         passes.measure(task)

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lap_ext.ops.reference.key import key_dtype
+
 CHUNK = BINS = 1 << 15  # elements at a time: they stay in the cache, and torch uses one thread
 _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 
@@ -44,12 +46,12 @@ class Cut:
 
 def keys_of(scores: Tensor) -> Tensor:
     """Integers that sort as scores >= 0 do, flat: int32, int64 for float64. A view."""
-    return scores.flatten().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    return scores.flatten().view(key_dtype(scores.dtype))
 
 
 def largest(dtype: torch.dtype) -> int:
     """The largest key of scores of a dtype."""
-    return torch.iinfo(torch.int64 if dtype == torch.float64 else torch.int32).max
+    return torch.iinfo(key_dtype(dtype)).max
 
 
 def bracket(sample: Tensor, keep: int, total: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -124,8 +124,7 @@ def model_facts(
     """
 
     def weights(layer: Layer) -> LayerWeights:
-        def chunks(most: int) -> Iterator[Chunk]:
-            del most  # they are in memory as they are
+        def chunks(_most: int) -> Iterator[Chunk]:  # all are in memory already
             yield layer.weight, result.masks[layer.name], scores.get(layer.name)
 
         return _weights(layer, layer.weight.element_size(), 1, chunks)

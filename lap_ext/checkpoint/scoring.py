@@ -105,18 +105,15 @@ def scores(
 def _computed(plan: Plan, normalize: str) -> Iterator[Tensor]:
     """The scores of each layer, in one pass over the checkpoint."""
     task = plan.task
-    task.done = 0
-    task.total = sum(plan.size(layer) for layer in task.layers)
-    if plan.measured:
-        task.total += sum(plan.size(layer) for layer in task.network.topology.layers.values())
     with naming(_FUNCTION):
         if plan.measured:
             passes.measure(task)
         buffer = Buffer()
+        task.begin("score", task.layers)
         for layer in task.layers:
             scorer = passes.scorer(task, layer, "plain")
             found = torch.empty(math.prod(layer.shape), dtype=score_dtype(task.dtype(layer)))
-            for first, weight in task.runs(layer, task.copies[layer.name][0], buffer, "score"):
+            for first, weight in task.runs(layer, task.copies[layer.name][0], buffer):
                 found[first : first + weight.numel()] = scorer(weight, first)
             yield selection.normalized(found.view(layer.shape), normalize, None)
 

@@ -27,6 +27,7 @@ from lap_ext.checkpoint.passes import Key, PieceCut, Task, scorer
 from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.state import Work, check_room, on_disk
 from lap_ext.checkpoint.writing import MaskFile, ShardFile
+from lap_ext.progress import Step
 from lap_ext.pruning import selection
 from lap_ext.report import Histogram
 from lap_ext.topology import Layer
@@ -93,6 +94,8 @@ class Writer:
     def run(self, work: Work) -> None:
         """Writes the shards that are not done, and the other files."""
         left = [shard for shard in self.folder.shards if shard.name not in work.facts["done"]]
+        size = sum(entry.size for shard in left for entry in shard.entries)
+        self.task.step = Step(self.task.on_progress, "write", size)
         if self.masks is not None:
             self.masks.open()
         try:
@@ -135,7 +138,7 @@ class Writer:
                     behind.do(self._finish, entry, 0, weight, self._fused(entry, weight), file)
                     if not self.task.limits.behind:
                         behind.wait()
-                    self.task.report("write", entry.name, entry.size)
+                    self.task.step.read(entry.name, entry.size)
                     continue
                 behind.wait()  # the buffers of the others are free again
                 if entry.name in self._layers:
@@ -148,7 +151,7 @@ class Writer:
             view = self._buffer.view(min(_COPIED, entry.size - offset))
             self.task.source.fill(entry, offset, view)
             file.write(view)
-            self.task.report("write", entry.name, len(view))
+            self.task.step.read(entry.name, len(view))
 
     def _fused(self, entry: Entry, weight: Tensor) -> Tensor:
         """The fused mask of a whole layer, flat."""
@@ -175,7 +178,7 @@ class Writer:
         shown, shows = self._shown(entry), score
         if shown and found.how != "plain":
             shows = LayerScores(self.task.network, self.task.criterion, layer).of
-        for first, weight in self.task.runs(layer, (piece,), buffers, "write"):
+        for first, weight in self.task.runs(layer, (piece,), buffers):
             mask = next(flags).tensor(weight.numel(), torch.bool)
             scores = score(weight, first)
             keys = ranking.keys_of(scores)

@@ -94,8 +94,7 @@ def _text(error: Exception) -> str:
 def _terminating() -> Iterator[None]:
     """SIGTERM unwinds as Ctrl-C does, where signals can be set (the main thread)."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
+    def stop(_number: int, _frame: FrameType | None) -> None:
         raise _Terminated
 
     try:
@@ -113,8 +112,7 @@ def _terminating() -> Iterator[None]:
 def _warnings_as_lines(verb: str) -> Iterator[None]:
     """A warning is one line on stderr, without the place in the library that it came from."""
 
-    def show(message: Warning | str, *place: object, **more: object) -> None:
-        del place, more
+    def show(message: Warning | str, *_place: object, **_more: object) -> None:
         text = _FUNCTION.sub("", " ".join(str(message).split()))
         line(sys.stderr, f"lap-ext {verb}: warning: {text}")
 

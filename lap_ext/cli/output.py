@@ -61,7 +61,7 @@ class Progress:
     def __init__(self, show: bool = True, stream: IO[str] | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.text, self.done, self.total = "", 0.0, 0.0
-        self._began = self._told = time.monotonic()
+        self._started = self._told = self._began = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
         self._rich = self.stream.isatty() and importlib.util.find_spec("rich") is not None
@@ -85,7 +85,7 @@ class Progress:
         with self._lock:
             self._close()
             self.text, self.done, self.total = text, 0, total
-            self._began = self._told = time.monotonic()
+            self._began = time.monotonic()
 
     def advance(self, count: float = 1) -> None:
         """So much more of the part is done."""
@@ -93,15 +93,15 @@ class Progress:
 
     def follow(self, facts: Any) -> None:
         """The progress that a library function tells, as its `on_progress`."""
-        if not self.total or facts.done < self.done:  # another step, or the first that is counted
-            self._began = time.monotonic()
-        self.text, self.done, self.total = facts.step, facts.done, facts.total
+        if (facts.step, facts.total) != (self.text, self.total) or facts.done < self.done:
+            self.step(facts.step, facts.total)
+        self.done = facts.done
 
     def tell(self) -> None:
         """Shows how far it is, if that is due."""
         with self._lock:
             now = time.monotonic()
-            if now - self._began < _LATER:
+            if now - self._started < _LATER:
                 return
             if self._rich:
                 self._draw()
@@ -114,7 +114,7 @@ class Progress:
             self.tell()
 
     def _left(self, now: float) -> str:
-        if not self.total or not self.done:
+        if not self.total or not self.done or now == self._began:
             return " ..."
         left = (now - self._began) * (self.total / self.done - 1)
         return f": {self.done / self.total:.0%}, {max(left, 0):.0f} s left"

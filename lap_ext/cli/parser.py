@@ -81,9 +81,12 @@ class _Completion(argparse.Action):
     """Prints a script and ends."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: object = None
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: object,
+        shell: Any,
+        _option: object = None,
     ) -> None:
-        del namespace, option
         try:
             script = completion(shell)
         except ModuleNotFoundError as error:
@@ -225,8 +228,8 @@ def _demo(verb: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def _info(verb: argparse.ArgumentParser) -> None:
-    del verb
+def _info(_verb: argparse.ArgumentParser) -> None:
+    """Takes no options."""
 
 
 _VERBS = {

@@ -205,9 +205,8 @@ def _is_structure(text: str) -> bool:
     return plain(json.loads(text)[1])
 
 
-def _is_any(text: str) -> bool:
+def _is_any(_text: str) -> bool:
     """Of what is written as Python writes a string, or left alone by check_guards=False."""
-    del text
     return True
 
 

@@ -35,8 +35,7 @@ def _define(schema: str, kernel: Callable[..., Any]) -> Callable[[_Fake], _Fake]
 
 
 @_define("row_energy(Tensor weight, bool check_finite, str name) -> Tensor", reference.row_energy)
-def _(weight: Tensor, check_finite: bool, name: str) -> Tensor:
-    del check_finite, name
+def _(weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty([weight.shape[0]], dtype=torch.float64)
 
 
@@ -44,8 +43,7 @@ def _(weight: Tensor, check_finite: bool, name: str) -> Tensor:
     "col_energy(Tensor weight, int groups, bool check_finite, str name) -> Tensor",
     reference.col_energy,
 )
-def _(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
-    del check_finite, name
+def _(weight: Tensor, groups: int, *_: object) -> Tensor:
     return weight.new_empty([groups * weight.shape[1]], dtype=torch.float64)
 
 
@@ -54,9 +52,8 @@ def _(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
     "energies(Tensor weight, int groups, bool check_finite, str name) -> (Tensor row, Tensor col)",
     reference.energies,
 )
-def _(weight: Tensor, groups: int, check_finite: bool, name: str) -> tuple[Tensor, Tensor]:
-    del check_finite, name
-    rows, cols, *_ = weight.shape
+def _(weight: Tensor, groups: int, *_: object) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape[:2]
     return (
         weight.new_empty([rows], dtype=torch.float64),
         weight.new_empty([groups * cols], dtype=torch.float64),
@@ -74,8 +71,7 @@ def _(energies: list[Tensor]) -> Tensor:
     "bool check_finite) -> Tensor",
     reference.score,
 )
-def _(w: Tensor, *args: object) -> Tensor:
-    del args
+def _(w: Tensor, *_: object) -> Tensor:
     return w.new_empty(w.shape, dtype=score_dtype(w.dtype))
 
 
@@ -89,8 +85,7 @@ def _(w: Tensor, *args: object) -> Tensor:
     "bool transposed, bool check_finite) -> Tensor",
     reference.prune_,
 )
-def _(w: Tensor, *args: object) -> Tensor:
-    del args
+def _(w: Tensor, *_: object) -> Tensor:
     return w.new_empty(w.shape, dtype=torch.bool)
 
 
@@ -98,8 +93,7 @@ def _(w: Tensor, *args: object) -> Tensor:
     "topk_mask(Tensor[] scores, SymInt keep, Tensor[] masks, bool check_finite) -> Tensor[]",
     reference.topk_mask,
 )
-def _(scores: list[Tensor], *args: object) -> list[Tensor]:
-    del args
+def _(scores: list[Tensor], *_: object) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=torch.bool) for x in scores]
 
 
@@ -135,16 +129,14 @@ def _global_mask(
     "Tensor[] masks, bool check_finite) -> Tensor[]",
     _global_mask,
 )
-def _(w: list[Tensor], *args: object) -> list[Tensor]:
-    del args
+def _(w: list[Tensor], *_: object) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=torch.bool) for x in w]
 
 
 @_define(
     "kth_largest(Tensor[] scores, SymInt k, bool check_finite) -> Tensor", reference.kth_largest
 )
-def _(scores: list[Tensor], *args: object) -> Tensor:
-    del args
+def _(scores: list[Tensor], *_: object) -> Tensor:
     return scores[0].new_empty([], dtype=score_dtype(scores[0].dtype))
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from tests.helpers import masked_network as cases
-from tests.helpers.processes import two_processes
+from tests.helpers.processes import run_python, two_processes
 
 pytest.importorskip("lightning", reason="the host of this adapter")
 
@@ -227,9 +225,7 @@ import lap_ext.adapters.lightning
 def test_without_its_host() -> None:
     """pytorch_lightning alone will do; without either it says so."""
     pytest.importorskip("pytorch_lightning")
-    run = subprocess.run(
-        [sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(ALONE)
     text = "expected the lightning package (or pytorch_lightning), got none that can be imported"
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1], run.stderr
 

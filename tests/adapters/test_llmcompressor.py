@@ -10,8 +10,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lap_ext
+from tests.helpers.processes import run_python
 
 transformers = pytest.importorskip("transformers", reason="the models of this adapter's host")
 
@@ -219,7 +218,5 @@ def test_examples() -> None:
 def test_without_its_host() -> None:
     code = "import sys; sys.modules['llmcompressor'] = None; import lap_ext.adapters.llmcompressor"
     text = "expected the llmcompressor package (0.14 or later), got none that can be imported"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1]

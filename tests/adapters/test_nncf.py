@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from tests.helpers.processes import run_python
 
 pytest.importorskip("nncf", reason="the host of this adapter")
 
@@ -381,7 +380,5 @@ def test_without_its_host(module: str, text: str) -> None:
         "import sys, types; Old = types.ModuleType('nncf'); Old.__version__ = '2.9'; "
         f"sys.modules['nncf'] = {module}; import lap_ext.adapters.nncf"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1]

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.nn.utils import parametrize
 import lap_ext
 from lap_ext.adapters.torch_ao import LookaheadSparsifier
 from tests.helpers import masked_network as cases
+from tests.helpers.processes import run_python
 
 EXAMPLE = torch.zeros(1, 1, 6, 6)
 FC1, FC2 = {"tensor_fqn": "fc1.weight"}, {"tensor_fqn": "fc2.weight"}
@@ -290,8 +289,6 @@ def test_before_prepare() -> None:
 
 def test_without_its_host() -> None:
     code = "import sys, torch; sys.modules['torch.ao.pruning'] = None; import lap_ext.adapters.torch_ao"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 1
     assert "expected a torch with torch.ao.pruning, got torch" in run.stderr.splitlines()[-1]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -24,6 +22,7 @@ import lap_ext
 from lap_ext.adapters import torch_prune
 from lap_ext.adapters.torch_prune import LookaheadUnstructured, lookahead_unstructured
 from tests.helpers import masked_network as cases
+from tests.helpers.processes import run_python
 
 EXAMPLE = torch.zeros(1, 1, 6, 6)
 NAMES = ("conv", "fc1", "fc2")
@@ -310,4 +309,5 @@ def test_the_package_does_not_import_adapters() -> None:
         "import sys, lap_ext; [getattr(lap_ext, name) for name in lap_ext.__all__]; "
         "assert not any('lap_ext.adapters' in name or name == 'transformers' for name in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run = run_python(code)
+    assert run.returncode == 0, run.stderr

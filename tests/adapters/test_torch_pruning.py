@@ -7,8 +7,6 @@ gone say which weights the channel's importance must be the energy of.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lap_ext
+from tests.helpers.processes import run_python
 
 pytest.importorskip("torch_pruning", reason="the host of this adapter")
 
@@ -393,7 +392,5 @@ def test_without_its_host(module: str, text: str) -> None:
         "sys.modules['torch_pruning.pruner'] = Old.pruner; "
         f"sys.modules['torch_pruning'] = {module}; import lap_ext.adapters.torch_pruning"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1]

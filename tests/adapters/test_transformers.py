@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from tests.helpers import masked_network as cases
-from tests.helpers.processes import two_processes
+from tests.helpers.processes import run_python, two_processes
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 transformers = pytest.importorskip("transformers", reason="the host of this adapter")
@@ -291,9 +289,7 @@ def test_without_its_host(host: str, text: str) -> None:
         "Old.TrainerCallback = Old.PreTrainedModel = type('X', (), {}); "
         f"sys.modules['transformers'] = {host}; import lap_ext.adapters.transformers"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = run_python(code)
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1]
 
 

@@ -74,8 +74,8 @@ def test_verdicts() -> None:
 def test_constants_are_those_of_the_kernels() -> None:
     native = SELECT.read_text().partition("#else")[2].partition("namespace")[0]
     found = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", native))
-    assert found["kLeastRoom"] == "1 << 16" and floors.LEAST_ROOM == 1 << 16
-    assert int(found["kRoomShare"]) == floors.ROOM_SHARE
+    assert found["kLeastCapacity"] == "1 << 16" and floors.LEAST_CAPACITY == 1 << 16
+    assert int(found["kCapacityShare"]) == floors.CAPACITY_SHARE
     assert int(found["kLeastSampleBits"]) == floors.LEAST_SAMPLE_BITS
     assert int(found["kMostSampleBits"]) == floors.MOST_SAMPLE_BITS
     assert float(found["kDeviations"]) == floors.DEVIATIONS
@@ -86,7 +86,7 @@ def test_candidates() -> None:
     assert floors.candidate_share(1000, 0.1) == 1.0  # few elements: all are
     half, tenth = (floors.candidate_share(1 << 28, kept) for kept in (0.5, 0.1))
     assert half == pytest.approx(2 * (3.5 * (65536 * 0.25) ** 0.5 + 2) / 65536)
-    assert tenth < half < 1 / floors.ROOM_SHARE  # they fit the room
+    assert tenth < half < 1 / floors.CAPACITY_SHARE  # they fit the buffer
 
 
 def test_bytes_that_move_are_at_least_the_floor() -> None:

@@ -14,10 +14,10 @@ from benchmarks.gpu.ptxas import Kernel
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda-static.json"
 
 # nvcc 13.0: a kernel with shared memory, one that calls a function, one that spills, for two GPUs.
-SCAN = "_ZN3lap4cuda11scan_kernelIfNS0_11WeightRanksIfiLb1EEEEEvNS0_10SelectArgsE"
+SCAN = "_ZN3lap4cuda11scan_kernelIfNS0_10WeightKeysIfiLb1EEEEEvNS0_10SelectArgsE"
 EXACT = "_ZN3lap4cuda40_GLOBAL__N__e71160e7_8_score_cu_3cccd40c11exact_scoreIfEET_ddd"
 SCORE = "_ZN3lap4cuda40_GLOBAL__N__e71160e7_8_score_cu_3cccd40c12score_kernelIfEEvNS1_9ScoreArgsE"
-FINISH = "_ZN3lap4cuda13finish_kernelIdNS0_11WeightRanksIdlEEEEvNS0_10SelectArgsE"
+FINISH = "_ZN3lap4cuda13finish_kernelIdNS0_10WeightKeysIdlEEEEvNS0_10SelectArgsE"
 RECORDED = f"""\
 [3/9] Building CUDA object CMakeFiles/lap_cuda.dir/csrc/cuda/score.cu.o
 ptxas info    : 0 bytes gmem
@@ -72,8 +72,8 @@ def test_spills_and_stack_frames_are_found() -> None:
 def test_names_for_people() -> None:
     long = "void lap::cuda::(anonymous namespace)::score_kernel<lap::BFloat16, true>(lap::Args)"
     assert ptxas.short(long) == "score_kernel<bfloat16, true>"
-    long = "void lap::cuda::scan_kernel<lap::Half, lap::cuda::ScoreRanks<lap::Half> >(Args)"
-    assert ptxas.short(long) == "scan_kernel<float16, ScoreRanks<float16>>"
+    long = "void lap::cuda::scan_kernel<lap::Half, lap::cuda::ScoreKeys<lap::Half> >(Args)"
+    assert ptxas.short(long) == "scan_kernel<float16, ScoreKeys<float16>>"
     assert ptxas.short("_ZN3lap4cudaE") == "_ZN3lap4cudaE"
     assert len(ptxas.named(ptxas.parse(RECORDED))) == 3
 
@@ -107,7 +107,7 @@ def test_the_digest_sees_every_source() -> None:
 def test_the_committed_report() -> None:
     content = json.loads(RESULTS.read_text())
     kernels = content["kernels"]
-    assert any(name.startswith("scan_kernel<float, WeightRanks") for name in kernels)
+    assert any(name.startswith("scan_kernel<float, WeightKeys") for name in kernels)
     for name, archs in kernels.items():
         assert set(archs) >= {"sm_80", "sm_90"}, name
         for arch, row in archs.items():

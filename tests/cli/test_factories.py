@@ -356,6 +356,22 @@ def test_time_left_counts_from_where_the_work_began(monkeypatch: pytest.MonkeyPa
     assert stream.getvalue().splitlines() == ["measure: 40%, 15 s left", "score: 50%, 10 s left"]
 
 
+def test_many_short_steps_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step begins its own count; whether a line is due counts from the last line."""
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with output.Progress(stream=stream) as progress:
+        progress.step("prune")
+        for second in range(25):
+            now[0] = second
+            progress.follow(
+                lap_ext.progress.Progress("rank", f"layer{second // 2}", 4, 8 + second // 2)
+            )
+            progress.tell()
+    assert stream.getvalue().splitlines() == ["rank ...", "rank ..."]
+
+
 def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich", reason="rich draws the bar")
 

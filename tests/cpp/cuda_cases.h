@@ -20,28 +20,28 @@
 
 namespace cases {
 
-using lap::cuda::DType;
+using lap::DType;
 constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
 
 // Memory of exactly `bytes` bytes on the heap; `shift` bytes past a 16-byte boundary.
 class Buffer {
  public:
-  explicit Buffer(size_t bytes, size_t shift = 0) : room_(bytes + shift), shift_(shift) {
-    std::fill(room_.begin(), room_.end(), static_cast<char>(0xa5));
+  explicit Buffer(size_t bytes, size_t shift = 0) : memory_(bytes + shift), shift_(shift) {
+    std::fill(memory_.begin(), memory_.end(), static_cast<char>(0xa5));
   }
   template <typename T = void>
   T* as() {
-    return reinterpret_cast<T*>(room_.data() + shift_);
+    return reinterpret_cast<T*>(memory_.data() + shift_);
   }
   template <typename T>
   T at(int64_t i) const {
     T x;
-    std::memcpy(&x, room_.data() + shift_ + static_cast<size_t>(i) * sizeof(T), sizeof(T));
+    std::memcpy(&x, memory_.data() + shift_ + static_cast<size_t>(i) * sizeof(T), sizeof(T));
     return x;
   }
 
  private:
-  std::vector<char> room_;
+  std::vector<char> memory_;
   size_t shift_;
 };
 
@@ -89,7 +89,7 @@ struct Tensor {
   Tensor(DType d, const std::vector<double>& values, size_t shift = 0)
       : dtype(d),
         size(static_cast<int64_t>(values.size())),
-        data(values.size() * lap::cuda::item_size(d), shift * lap::cuda::item_size(d)) {
+        data(values.size() * lap::item_size(d), shift * lap::item_size(d)) {
     for (int64_t i = 0; i < size; ++i) set(i, values[i]);
   }
   void set(int64_t i, double x) {
@@ -172,9 +172,9 @@ struct Layer {
 
   int64_t size() const { return rows * cols * window; }
   lap::cuda::Weight weight(const void* data) const {
-    return {data, dtype, rows, cols, window, groups};
+    return {data, dtype, {rows, cols, window, groups}};
   }
-  lap::cuda::Norms norms() const { return {row_norm.data(), col_norm.data()}; }
+  lap::Norms norms() const { return {row_norm.data(), col_norm.data()}; }
 };
 
 inline std::vector<Exact> exact_scores(const Layer& layer, const Tensor& w) {

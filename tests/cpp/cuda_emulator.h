@@ -262,9 +262,6 @@ inline int __popc(uint32_t x) {
 inline int __ffs(int x) {
   return __builtin_ffs(x);
 }
-inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
-}
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);

@@ -59,12 +59,12 @@ double norm(Bytes& bytes, bool extreme) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   layers::Layer layer;
-  layer.dtype = static_cast<layers::DType>(bytes.take(1) % lap::cpu::kDTypes);
+  layer.dtype = static_cast<layers::DType>(bytes.take(1) % lap::kDTypes);
   const int64_t groups = 1 + static_cast<int64_t>(bytes.take(1) % 3);
   layer.layout = {groups * static_cast<int64_t>(1 + bytes.take(1) % 40),
                   static_cast<int64_t>(1 + bytes.take(1) % 120),
                   static_cast<int64_t>(1 + bytes.take(1) % 5), groups};
-  const int64_t n = layer.layout.rows * layer.layout.row_size();
+  const int64_t n = layer.layout.size();
   const int64_t keep = static_cast<int64_t>(bytes.take(4)) % (n + 2);
   const int kind = static_cast<int>(bytes.take(1) % 4);
   const bool extreme = layer.dtype != layers::DType::f64 && bytes.take(1) % 2;
@@ -88,7 +88,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool to_float = layer.dtype != layers::DType::f64;
   const std::vector<double> scores =
       naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, to_float);
-  if (selection.outcome != lap::cpu::Outcome::ok || mask != naive::mask(scores, keep, eligible)) {
+  if (selection.outcome != lap::cpu::Outcome::ok ||
+      mask != naive::mask(naive::ranking(scores, eligible), keep, n)) {
     std::fprintf(stderr, "wrong mask: dtype %d, [%ld, %ld, %ld], groups %ld, keep %ld, kind %d\n",
                  static_cast<int>(layer.dtype), layer.layout.rows, layer.layout.cols,
                  layer.layout.window, groups, keep, kind);

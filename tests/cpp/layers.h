@@ -11,8 +11,8 @@
 
 namespace layers {
 
-using lap::cpu::DType;
-using lap::cpu::Layout;
+using lap::DType;
+using lap::Layout;
 
 inline float as_bfloat16(float x) {  // cut off, which is all that a test value needs
   return lap::bit_cast<float>(lap::bit_cast<uint32_t>(x) & 0xffff0000u);
@@ -29,9 +29,9 @@ struct Layer {
 
   // Stores w in memory, in logical order, and takes back what the dtype made of it.
   void store() {
-    memory.resize(w.size() * lap::cpu::item_size(dtype));
+    memory.resize(w.size() * lap::item_size(dtype));
     for (size_t p = 0; p < w.size(); ++p) {
-      char* at = memory.data() + p * lap::cpu::item_size(dtype);
+      char* at = memory.data() + p * lap::item_size(dtype);
       if (dtype == DType::f64) {
         memcpy(at, &w[p], 8);
       } else if (dtype == DType::f32) {
@@ -56,10 +56,9 @@ struct Layer {
     lap::cpu::Source source;
     const int64_t size = static_cast<int64_t>(w.size());
     const int64_t one = 1;
-    lap::cpu::make_strided(memory.data(), dtype, 1, &size, &one, &source.x);
+    lap::make_strided(memory.data(), dtype, 1, &size, &one, &source.x);
     source.layout = layout;
-    source.row_norm = row_norm.data();
-    source.col_norm = col_norm.data();
+    source.norms = {row_norm.data(), col_norm.data()};
     source.mask = mask;
     return source;
   }
@@ -72,10 +71,10 @@ Layer random_layer(DType dtype, Layout layout, Random& random) {
   layer.layout = layout;
   std::normal_distribution<double> normal;
   std::uniform_real_distribution<double> uniform(0.5, 2.0);
-  layer.w.resize(layout.rows * layout.cols * layout.window);
+  layer.w.resize(layout.size());
   for (double& x : layer.w) x = normal(random);
   layer.row_norm.resize(layout.rows);
-  layer.col_norm.resize(layout.groups * layout.cols);
+  layer.col_norm.resize(layout.channels());
   for (double& x : layer.row_norm) x = uniform(random);
   for (double& x : layer.col_norm) x = uniform(random);
   layer.store();

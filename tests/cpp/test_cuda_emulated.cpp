@@ -4,6 +4,7 @@
 #include "cuda_cases.h"
 #include "doctest.h"
 
+using namespace lap;        // NOLINT
 using namespace lap::cuda;  // NOLINT
 using cases::Buffer;
 using cases::Layer;
@@ -37,7 +38,7 @@ std::vector<double> naive_rows(const Tensor& x, int64_t rows, double scale) {
   return energies;
 }
 
-std::vector<double> naive_cols(const Tensor& x, const Weight& shape, double scale) {
+std::vector<double> naive_cols(const Tensor& x, const Layout& shape, double scale) {
   const int64_t width = shape.cols * shape.window;
   const int64_t rows = shape.rows / shape.groups;
   std::vector<double> energies;
@@ -123,7 +124,7 @@ TEST_CASE("a division by multiplication is exact") {
     std::copy(strides, strides + 3, strided.stride);
     std::vector<uint8_t> mask(105);
     for (int i = 0; i < 105; ++i) mask[i] = i % 4 == 0;
-    CHECK(launch_zero_dropped(strided, mask.data(), false, nullptr, nullptr) == cudaSuccess);
+    CHECK(launch_zero(strided, mask.data(), false, nullptr, nullptr) == cudaSuccess);
     int wrong = 0;
     for (int a = 0; a < 5; ++a) {
       for (int b = 0; b < 7; ++b) {
@@ -146,7 +147,7 @@ TEST_CASE("contiguous weights are zeroed where the mask is 0, whole vectors and 
       std::vector<uint8_t> mask(n);
       for (int64_t i = 0; i < n; ++i) mask[i] = i % 100 < 20 || i % 7 == 0;
       const Strided strided = {w.data.as(), dtype, n, 1, {n}, {1}};
-      CHECK(launch_zero_dropped(strided, mask.data(), false, nullptr, nullptr) == cudaSuccess);
+      CHECK(launch_zero(strided, mask.data(), false, nullptr, nullptr) == cudaSuccess);
       int64_t wrong = 0;
       for (int64_t i = 0; i < n; ++i) wrong += w[i] != (mask[i] ? -2.0 : 0.0);
       for (int64_t i = 0; i < n; ++i) wrong += !mask[i] && std::signbit(w[i]);
@@ -161,13 +162,13 @@ TEST_CASE("nothing is zeroed after a run that found something wrong") {
   Status status = {};
   const Strided strided = {w.data.as(), DType::f32, 3, 1, {3}, {1}};
   status.bad_count = 1;
-  CHECK(launch_zero_dropped(strided, mask.data(), true, &status, nullptr) == cudaSuccess);
+  CHECK(launch_zero(strided, mask.data(), true, &status, nullptr) == cudaSuccess);
   CHECK(w[0] == 1);
   status = {};
   status.out_of_range = 1;
-  CHECK(launch_zero_dropped(strided, mask.data(), true, &status, nullptr) == cudaSuccess);
+  CHECK(launch_zero(strided, mask.data(), true, &status, nullptr) == cudaSuccess);
   CHECK(w[0] == 1);
-  CHECK(launch_zero_dropped(strided, mask.data(), false, &status, nullptr) == cudaSuccess);
+  CHECK(launch_zero(strided, mask.data(), false, &status, nullptr) == cudaSuccess);
   CHECK(w[0] == 0);
 }
 
@@ -176,7 +177,7 @@ TEST_CASE("row energies have the documented order of additions") {
     for (const int64_t row_size : {1, 9, 31, 32, 33, 300, 1024, 1025, 3000}) {
       const int64_t rows = 5;
       Tensor x(dtype, cases::normal(rows * row_size, 7 + row_size), 1);
-      const Weight shape = {x.data.as(), dtype, rows, row_size, 1, 1};
+      const Weight shape = {x.data.as(), dtype, {rows, row_size, 1, 1}};
       const double scale = row_size == 33 ? 0x1p-3 : 1;
       const auto found = energies(rows, row_energy_workspace(shape), [&](double* e, void* space) {
         return launch_row_energy(shape, scale, true, e, space, nullptr);
@@ -192,23 +193,23 @@ TEST_CASE("column energies have the documented order of additions") {
       for (const int64_t window : {1, 9}) {
         const int64_t groups = rows % 5 == 0 ? 5 : 1;
         Tensor x(dtype, cases::normal(rows * 11 * window, rows), 1);
-        const Weight shape = {x.data.as(), dtype, rows, 11, window, groups};
+        const Weight shape = {x.data.as(), dtype, {rows, 11, window, groups}};
         const auto found =
             energies(groups * 11, col_energy_workspace(shape), [&](double* e, void* space) {
               return launch_col_energy(shape, 1.0, true, e, space, nullptr);
             });
-        CHECK(found == naive_cols(x, shape, 1.0));
+        CHECK(found == naive_cols(x, shape.layout, 1.0));
       }
     }
   }
 }
 
 TEST_CASE("energies of nothing are zero") {
-  const Weight rows = {nullptr, DType::f32, 3, 0, 1, 1};
+  const Weight rows = {nullptr, DType::f32, {3, 0, 1, 1}};
   CHECK(energies(3, row_energy_workspace(rows), [&](double* e, void* space) {
           return launch_row_energy(rows, 1, true, e, space, nullptr);
         }) == std::vector<double>(3, 0.0));
-  const Weight cols = {nullptr, DType::f32, 0, 4, 1, 1};
+  const Weight cols = {nullptr, DType::f32, {0, 4, 1, 1}};
   CHECK(energies(4, col_energy_workspace(cols), [&](double* e, void* space) {
           return launch_col_energy(cols, 1, true, e, space, nullptr);
         }) == std::vector<double>(4, 0.0));
@@ -219,7 +220,7 @@ TEST_CASE("non-finite weights are counted, the first one found") {
     std::vector<double> values = cases::normal(40 * 60, 3);
     for (const int64_t i : {1999, 777, 778, 2390}) values[i] = i % 2 ? NAN : -INFINITY;
     Tensor x(dtype, values);
-    const Weight shape = {x.data.as(), dtype, 40, 20, 3, 1};
+    const Weight shape = {x.data.as(), dtype, {40, 20, 3, 1}};
     Status row = {};
     energies(
         40, row_energy_workspace(shape),

@@ -6,6 +6,7 @@
 // after cuda_cases.h, which says LAP_EMULATED
 #include "../../csrc/cuda/select_kernels.cuh"
 
+using namespace lap;        // NOLINT
 using namespace lap::cuda;  // NOLINT
 using cases::Buffer;
 using cases::Tensor;
@@ -25,25 +26,25 @@ ListResult run_list(std::vector<Tensor>& scores,
                     const std::vector<Bytes>& eligible,
                     bool check,
                     bool threshold) {
-  std::vector<Ranked> ranked;
+  std::vector<Source> sources;
   std::vector<Buffer> masks;
   for (const Tensor& t : scores) masks.emplace_back(t.size);
   for (size_t i = 0; i < scores.size(); ++i) {
     const uint8_t* may = eligible.empty() ? nullptr : eligible[i].data();
     uint8_t* mask = threshold ? nullptr : masks[i].as<uint8_t>();
-    ranked.push_back({scores[i].data.as(), scores[i].size, may, mask});
+    sources.push_back({scores[i].data.as(), scores[i].size, may, mask});
   }
-  const int count = static_cast<int>(ranked.size());
+  const int count = static_cast<int>(sources.size());
   const DType dtype = scores.empty() ? DType::f32 : scores[0].dtype;
-  Buffer workspace(topk_mask_workspace(ranked.data(), count, dtype));
+  Buffer workspace(topk_mask_workspace(sources.data(), count, dtype));
   Buffer value(8);
   ListResult result;
   if (threshold) {
-    CHECK(launch_kth_largest(ranked.data(), count, dtype, keep, check, value.as(), workspace.as(),
+    CHECK(launch_kth_largest(sources.data(), count, dtype, keep, check, value.as(), workspace.as(),
                              nullptr) == cudaSuccess);
     result.value = dtype == DType::f64 ? value.at<double>(0) : value.at<float>(0);
   } else {
-    CHECK(launch_topk_mask(ranked.data(), count, dtype, keep, check, workspace.as(), nullptr) ==
+    CHECK(launch_topk_mask(sources.data(), count, dtype, keep, check, workspace.as(), nullptr) ==
           cudaSuccess);
     for (size_t i = 0; i < scores.size(); ++i) {
       result.masks.emplace_back(masks[i].as<uint8_t>(), masks[i].as<uint8_t>() + scores[i].size);
@@ -129,7 +130,7 @@ TEST_CASE("a sample that misleads costs time, not correctness, of raw scores eit
   const int64_t n = 6000;
   std::vector<double> values = cases::normal(n, 31);
   for (const int bits : {7, 8, 9}) {  // whichever of them the sample has
-    for (int i = 0; i < 1 << bits; ++i) values[lap::cuda::sample_position(i, bits, n)] = 100 + i;
+    for (int i = 0; i < 1 << bits; ++i) values[SamplePositions(1 << bits, n)(i)] = 100 + i;
   }
   std::vector<Tensor> list;
   list.emplace_back(DType::f32, values);

@@ -7,6 +7,7 @@
 // after cuda_cases.h, which says LAP_EMULATED
 #include "../../csrc/cuda/select_kernels.cuh"
 
+using namespace lap;        // NOLINT
 using namespace lap::cuda;  // NOLINT
 using cases::Buffer;
 using cases::Layer;

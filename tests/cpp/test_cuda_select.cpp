@@ -7,6 +7,7 @@
 // after cuda_cases.h, which says LAP_EMULATED
 #include "../../csrc/cuda/select_kernels.cuh"
 
+using namespace lap;        // NOLINT
 using namespace lap::cuda;  // NOLINT
 using cases::Buffer;
 using cases::Layer;
@@ -61,14 +62,14 @@ Layer ones(DType dtype, int64_t n) {
   return {dtype, 1, n, 1, 1, {1.0}, std::vector<double>(n, 1.0)};
 }
 
-bool fell_back(const State& state, int64_t keep, int64_t room) {
+bool fell_back(const State& state, int64_t keep, int64_t capacity) {
   const Count k = static_cast<Count>(keep);
-  return state.candidates > static_cast<Count>(room) || state.sure > k ||
-         state.sure + state.candidates < k;
+  return state.candidates > static_cast<Count>(capacity) || state.above > k ||
+         state.above + state.candidates < k;
 }
 
-int64_t room_of(int64_t n) {
-  return std::max(kLeastRoom, n / kRoomShare);
+int64_t capacity_of(int64_t n) {
+  return std::max(kLeastCapacity, n / kCapacityShare);
 }
 
 }  // namespace
@@ -104,7 +105,7 @@ TEST_CASE("the one pass and the buffer suffice on ordinary data") {
   for (const DType dtype : {DType::f32, DType::f64}) {
     for (const int64_t keep : {90, 900, 4500, 8100}) {
       const State state = check_mask(plain(dtype, 90, 100), cases::normal(9000, 5), keep);
-      CHECK(!fell_back(state, keep, room_of(9000)));
+      CHECK(!fell_back(state, keep, capacity_of(9000)));
     }
   }
 }
@@ -122,7 +123,7 @@ TEST_CASE("equal scores: the lower index is kept") {
   for (const DType dtype : cases::kDTypes) {
     for (const int64_t keep : {1, 1000, 2999, 3000}) {
       const State state = check_mask(ones(dtype, 3000), std::vector<double>(3000, 0.5), keep);
-      if (keep < 3000) CHECK(fell_back(state, keep, room_of(3000)));  // the buffer overflows
+      if (keep < 3000) CHECK(fell_back(state, keep, capacity_of(3000)));  // the buffer overflows
     }
     check_mask(ones(dtype, 400), std::vector<double>(400, 0.5), 123);
     std::vector<double> few_values = cases::normal(5000, 6);
@@ -171,7 +172,7 @@ TEST_CASE("underflow does not decide") {
         dtype, 40, 100, 1, 1, cases::spread(40, 1, -150, 0), cases::spread(100, 2, -150, 0)};
     for (const int64_t keep : {1, 2000, 3900, 3999}) {
       const State state = check_mask(far, values, keep);
-      CHECK(state.scale.narrow == 0);
+      CHECK(!state.scale.normal<float>());
     }
     check_mask(far, values, 1500, {true, cases::random_bytes(4000, 2, 0.5)});
   }
@@ -181,7 +182,7 @@ TEST_CASE("underflow does not decide") {
         dtype, 40, 100, 1, 1, cases::spread(40, 1, -20, 0), cases::spread(100, 2, -20, 0)};
     const std::vector<double> tiny = cases::spread(4000, 3, -140, -100);
     for (const int64_t keep : {100, 2500, 3900, 3999}) {
-      CHECK(check_mask(near, tiny, keep).scale.narrow == 1);
+      CHECK(check_mask(near, tiny, keep).scale.normal<float>());
     }
   }
   // large norms do not overflow
@@ -196,7 +197,7 @@ TEST_CASE("norms that are equal in 24 bits give equal scores, in wide ranks too"
   col[3999] = 0x1p-200;  // wide
   const Layer layer = {DType::f32, 1,     4000, 1,
                        1,          {1.5}, col};  // 1.5 * (1 + 2^-24) alone would round up
-  CHECK(check_mask(layer, std::vector<double>(4000, 1.0), 1001).scale.narrow == 0);
+  CHECK(!check_mask(layer, std::vector<double>(4000, 1.0), 1001).scale.normal<float>());
 }
 
 TEST_CASE("norms must be finite and not negative") {
@@ -241,10 +242,10 @@ TEST_CASE("a sample that misleads costs time, not correctness") {
     std::vector<double> values = cases::normal(n, 31);
     int bits = kLeastSampleBits;
     while (bits < kMostSampleBits && (int64_t{32} << bits) <= n) ++bits;
-    for (int i = 0; i < 1 << bits; ++i) values[sample_position(i, bits, n)] *= sampled;
+    for (int i = 0; i < 1 << bits; ++i) values[SamplePositions(1 << bits, n)(i)] *= sampled;
     for (const DType dtype : cases::kDTypes) {
       const State state = check_mask(ones(dtype, n), values, 3000);
-      CHECK(fell_back(state, 3000, room_of(n)));
+      CHECK(fell_back(state, 3000, capacity_of(n)));
     }
   }
 }

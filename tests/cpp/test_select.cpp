@@ -29,23 +29,29 @@ std::vector<uint8_t> selected(const Layer& layer,
   return mask;
 }
 
-std::vector<uint8_t> expected(const Layer& layer,
-                              int64_t keep,
-                              const std::vector<uint8_t>& eligible = {}) {
+std::vector<int64_t> ranking(const Layer& layer, const std::vector<uint8_t>& eligible = {}) {
   const bool to_float = layer.dtype != DType::f64;
-  return naive::mask(naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, to_float),
-                     keep, eligible);
+  return naive::ranking(
+      naive::scores(layer.w, layer.layout, layer.row_norm, layer.col_norm, to_float), eligible);
+}
+
+// Masks for each keep against one full sort.
+void check_layer(const Layer& layer,
+                 std::initializer_list<int64_t> keeps,
+                 const std::vector<uint8_t>& eligible = {}) {
+  const std::vector<int64_t> right = ranking(layer, eligible);
+  for (const int64_t keep : keeps) {
+    CAPTURE(keep);
+    CHECK(selected(layer, keep, 2, eligible) == naive::mask(right, keep, layer.w.size()));
+  }
 }
 
 void check_layer(const Layer& layer) {
   const int64_t n = static_cast<int64_t>(layer.w.size());
-  for (const int64_t keep : {int64_t{0}, int64_t{1}, n / 100, n / 10, n / 2, n - 1, n, n + 5}) {
-    CAPTURE(keep);
-    CHECK(selected(layer, keep, 2) == expected(layer, keep));
-  }
+  check_layer(layer, {0, 1, n / 100, n / 10, n / 2, n - 1, n, n + 5});
 }
 
-// 300 819 weights, so that the sample, the sweep and the candidates are all at work
+// 300 819 weights, so that the sample, the scan and the candidates are all at work
 Layer large(DType dtype, std::mt19937_64& random) {
   return layers::random_layer(dtype, {509, 591, 1, 1}, random);
 }
@@ -80,10 +86,11 @@ TEST_CASE("large layers, one to four threads") {
   std::mt19937_64 random(2);
   for (const DType dtype : kAllDTypes) {
     const Layer layer = large(dtype, random);
-    for (const int64_t keep : {int64_t{10}, int64_t{10000}, int64_t{100000}, int64_t{150001}}) {
+    const std::vector<int64_t> right = ranking(layer);
+    for (const int64_t keep : {10, 10000, 100000, 150001}) {
       CAPTURE(keep);
-      const std::vector<uint8_t> right = expected(layer, keep);
-      for (const int threads : {1, 2, 4}) CHECK(selected(layer, keep, threads) == right);
+      const std::vector<uint8_t> mask = naive::mask(right, keep, layer.w.size());
+      for (const int threads : {1, 2, 4}) CHECK(selected(layer, keep, threads) == mask);
     }
   }
 }
@@ -94,10 +101,7 @@ TEST_CASE("eligible: pruned weights never return") {
   std::vector<uint8_t> eligible(layer.w.size());
   for (uint8_t& e : eligible) e = random() % 3 == 0;
   const int64_t count = std::accumulate(eligible.begin(), eligible.end(), int64_t{0});
-  for (const int64_t keep : {int64_t{1}, count / 2, count - 1, count, count + 1000}) {
-    CAPTURE(keep);
-    CHECK(selected(layer, keep, 2, eligible) == expected(layer, keep, eligible));
-  }
+  check_layer(layer, {1, count / 2, count - 1, count, count + 1000}, eligible);
 }
 
 TEST_CASE("ties: the lower index is kept, whatever plan the data leads to") {
@@ -125,10 +129,7 @@ TEST_CASE("ties: the lower index is kept, whatever plan the data leads to") {
     std::sort(layer.w.begin(), layer.w.end());
   }
   layer.store();
-  for (const int64_t keep : {int64_t{1}, n / 100, n / 10, n / 2, n - 1}) {
-    CAPTURE(keep);
-    CHECK(selected(layer, keep, 2) == expected(layer, keep));
-  }
+  check_layer(layer, {1, n / 100, n / 10, n / 2, n - 1});
 }
 
 TEST_CASE("underflow never decides: float products far below float's range") {
@@ -164,22 +165,21 @@ TEST_CASE("a list of score tensors is one ranking; empty tensors do not matter")
     tensors[t].store();
     all.insert(all.end(), tensors[t].w.begin(), tensors[t].w.end());
   }
-  std::vector<double> falling = all;
-  std::sort(falling.begin(), falling.end(), std::greater<double>());
+  const std::vector<int64_t> right = naive::ranking(all, {});
   for (const int64_t keep : {int64_t{1}, int64_t{35000}, int64_t{300000}}) {
     std::vector<uint8_t> mask(all.size(), 7);
     std::vector<Source> sources;
     size_t first = 0;
     for (const Layer& tensor : tensors) {
       sources.push_back(tensor.source(mask.data() + first));
-      sources.back().row_norm = sources.back().col_norm = nullptr;
+      sources.back().norms = {};
       first += tensor.w.size();
     }
     const Pool pool = lap::cpu::std_thread_pool(2);
-    CHECK(lap::cpu::select(sources, keep, true, pool).threshold == falling[keep - 1]);
-    CHECK(mask == naive::mask(all, keep, {}));
+    CHECK(lap::cpu::select(sources, keep, true, pool).threshold == all[right[keep - 1]]);
+    CHECK(mask == naive::mask(right, keep, all.size()));
     for (Source& source : sources) source.mask = nullptr;  // only the threshold
-    CHECK(lap::cpu::select(sources, keep, true, pool).threshold == falling[keep - 1]);
+    CHECK(lap::cpu::select(sources, keep, true, pool).threshold == all[right[keep - 1]]);
   }
 }
 
@@ -209,6 +209,7 @@ TEST_CASE("several weights with their norms are one ranking of their scores, bes
     all.insert(all.end(), scores.begin(), scores.end());
   }
   const int64_t n = static_cast<int64_t>(all.size());
+  const std::vector<int64_t> right = naive::ranking(all, {});
   for (const int64_t keep : {int64_t{0}, int64_t{1}, n / 100, n / 2, n - 1, n}) {
     CAPTURE(keep);
     std::vector<uint8_t> mask(all.size(), 7);
@@ -217,12 +218,12 @@ TEST_CASE("several weights with their norms are one ranking of their scores, bes
     for (size_t t = 0; t < layers.size(); ++t) {
       sources.push_back(layers[t].source(mask.data() + first));
       sources.back().absolute = true;
-      if (t == 4) sources.back().row_norm = sources.back().col_norm = nullptr;
+      if (t == 4) sources.back().norms = {};
       first += layers[t].w.size();
     }
     const Pool pool = lap::cpu::std_thread_pool(2);
     CHECK(lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok);
-    CHECK(mask == naive::mask(all, keep, {}));
+    CHECK(mask == naive::mask(right, keep, all.size()));
   }
 }
 
@@ -239,7 +240,7 @@ TEST_CASE("an infinite weight is found beside infinite scores") {
       std::vector<uint8_t> mask(18000);
       std::vector<Source> sources = {weight.source(mask.data()), scores.source(mask.data() + 9000)};
       sources[0].absolute = true;
-      sources[1].row_norm = sources[1].col_norm = nullptr;
+      sources[1].norms = {};
       const Pool pool = lap::cpu::std_thread_pool(2);
       CHECK((lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok) == (bad == 0));
     }
@@ -258,7 +259,7 @@ TEST_CASE("strides: the same bits as the contiguous weight") {
   Source source = layer.source(mask.data());
   const int64_t shape[] = {300, 200};
   const int64_t stride[] = {1, 300};
-  REQUIRE(lap::cpu::make_strided(transposed.data(), DType::f32, 2, shape, stride, &source.x));
+  REQUIRE(lap::make_strided(transposed.data(), DType::f32, 2, shape, stride, &source.x));
   const Pool pool = lap::cpu::std_thread_pool(2);
   REQUIRE(lap::cpu::select({source}, 6000, true, pool).outcome == Outcome::ok);
   CHECK(mask == selected(layer, 6000, 1));

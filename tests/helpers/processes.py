@@ -25,6 +25,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": search, **env},
         capture_output=True,
         text=True,
+        timeout=600,
         check=False,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 import lap_ext
 from lap_ext.masks import Masks, file
 from tests.helpers import masked_network as cases
+from tests.helpers.processes import run_python
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])  # 1 + 4 + 32
 
@@ -159,8 +159,8 @@ def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
         os.fsync = lambda number: os._exit(9)
         Masks({{"a": torch.zeros(2, 3, dtype=torch.bool)}}).save({str(tmp_path / "m")!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
-    assert done.returncode == 9
+    done = run_python(textwrap.dedent(script))
+    assert done.returncode == 9, done.stderr
     assert Masks.load(tmp_path / "m") == masks and len(list(tmp_path.iterdir())) == 2
 
 
@@ -228,7 +228,8 @@ def test_without_numpy(tmp_path: Path) -> None:
         masks.save({str(tmp_path / "m")!r})
         assert Masks.load({str(tmp_path / "m")!r}) == masks
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    done = run_python(textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
 
 
 # --- against a model ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lap_ext
-import lap_ext.ops
+import lap_ext.ops.schema
 from tests.helpers.parameters import needs_native
 from tests.helpers.processes import run_python
 
@@ -47,13 +47,13 @@ def test_info_tells_what_is_loaded() -> None:
 
 @needs_native
 def test_unknown_isa_is_an_error() -> None:
-    result = run_python("import lap_ext.ops; print(lap_ext.info())", LAP_EXT_ISA="v9")
+    result = run_python("import lap_ext; print(lap_ext.info())", LAP_EXT_ISA="v9")
     assert result.returncode != 0 and "v9" in result.stderr and "LAP_EXT_ISA" in result.stderr
 
 
 def test_fallback_on_request() -> None:
     code = (
-        "import torch, lap_ext.ops\n"
+        "import torch, lap_ext.ops.schema\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key('lap_ext::mask', 'CPU')\n"
         "m = lap_ext.mask(None, torch.tensor([[3., 1., 2.]]), None, keep=2)\n"
         "print(has, m.tolist(), 'LAP_EXT_NATIVE' in str(lap_ext.info()))\n"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library, nn
 
 import lap_ext
-import lap_ext.ops
+import lap_ext.ops.schema
 from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 
 OPS = torch.ops.lap_ext

@@ -69,8 +69,7 @@ def test_the_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         traced.append(args)
         return lap_ext.trace(*args, **kwargs)
 
-    monkeypatch.setattr("lap_ext.pruning.pruner.trace", counted)
-    monkeypatch.setattr("lap_ext.pruning.model.trace", counted)
+    monkeypatch.setattr("lap_ext.pruning.plan.trace", counted)
     first = Pruner(model, EXAMPLE, linear(0.5, start=0, end=4))
     for _ in range(5):
         first.step()

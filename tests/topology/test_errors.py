@@ -295,7 +295,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rounds": ({"rounds": 0}, ValueError, "expected rounds >= 1, got 0."),
     "rounds_type": ({"rounds": 1.5}, TypeError, "expected rounds to be an integer, got float."),
     "exclude": ({"exclude": ["head*"]}, ValueError,
-                "expected exclude patterns that name a layer, got 'head*'. The layers are 0, 2, ..."),
+                "expected exclude patterns that name a layer, got 'head*'. The layers are 0, 2."),
     "both": ({"scope": "global", "order": "forward"}, ValueError,
              'expected order="parallel" with scope="global" (one ranking needs all scores at once), got order=\'forward\''),
     "mask_name": ({"masks": {"1": MASK}}, ValueError, "expected masks of the model's layers, got one for '1'."),

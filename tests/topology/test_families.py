@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every family of the zoo: what is pruned, how much of it, and that edges tell what the sweeps add up.
 
-The factors of a role come from two sweeps over the channel graph (topology/energy.py). The edges that
+The factors of a role come from two sweeps over the channel graph (topology/propagate.py). The edges that
 a user sees come from another path, one walk a role (topology/edges.py). Each must be the sum over the
 edges of scale^2 * the squared norm of the neighbor's channel, which is computed here from the weights.
 """

@@ -9,8 +9,8 @@ is what a tracer may refuse by name but never guess.
 
 from __future__ import annotations
 
-from . import chains, dense, hard, hf, mobile, modern, resnets, sequence
-from .common import Entry, Example
+from tests.zoo import chains, dense, hard, hf, mobile, modern, resnets, sequence
+from tests.zoo.common import Entry, Example
 
 VISION: list[Entry] = [
     *chains.ENTRIES,

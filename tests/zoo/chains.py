@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from .common import Entry, images
+from tests.zoo.common import Entry, images
 
 
 def mlp() -> nn.Module:

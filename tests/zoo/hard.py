@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from .common import ConvBN, Entry, images
-from .hf import IDS, hf, text
+from tests.zoo.common import ConvBN, Entry, images
+from tests.zoo.hf import IDS, hf, text
 
 
 class Between(nn.Module):

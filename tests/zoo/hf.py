@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import Entry, Example, entry
+from tests.zoo.common import Entry, Example, entry
 
 Inputs = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .common import ConvBN, Entry, SqueezeExcite, images
+from tests.zoo.common import ConvBN, Entry, SqueezeExcite, images
 
 
 def head(c_in: int, dropout: float = 0.2) -> list[nn.Module]:

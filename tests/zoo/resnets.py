@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from .common import ConvBN, Entry, SqueezeExcite, images
+from tests.zoo.common import ConvBN, Entry, SqueezeExcite, images
 
 Block = Callable[[int, int, int], nn.Module]  # c_in, c_out, stride
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from .common import Entry, entry, images
+from tests.zoo.common import Entry, entry, images
 
 VOCABULARY = 11
 

@@ -223,7 +223,7 @@ def _average(call: Call) -> nn.Module:
         if uneven or call["ceil_mode"] or call.get("divisor_override") is not None:
             raise _NotInChain("windows of different sizes")
     result = call.node.meta["val"]
-    options = {"groups": before[1], "bias": False, "dtype": score_dtype(result)}
+    options = {"groups": before[1], "bias": False, "dtype": score_dtype(result.dtype)}
     made = skip_init(_CONV[n], before[1], before[1], window, stride, padding, **options)
     made.weight.data.fill_(1.0 / torch.Size(window).numel())
     return made.to(result.device).requires_grad_(False)
@@ -243,7 +243,7 @@ def _floats(x: Any) -> Tensor:
     """A copy in float32, float64 for float64."""
     if not isinstance(x, Tensor):
         raise _NotInChain("a computed weight")
-    return x.detach().to(score_dtype(x), copy=True)
+    return x.detach().to(score_dtype(x.dtype), copy=True)
 
 
 def _filled(module: nn.Module, weight: Tensor, bias: Any) -> nn.Module:

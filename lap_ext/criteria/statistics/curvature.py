@@ -117,7 +117,7 @@ def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, Secon
 
 def _wide(x: Tensor) -> Tensor:
     """As the chain computes: float32, float64 for float64; a leaf of its own."""
-    return x.detach().to(score_dtype(x))
+    return x.detach().to(score_dtype(x.dtype))
 
 
 def _compare(chain: Chain, expected: Tensor, x: Tensor, function: str) -> None:

@@ -47,7 +47,7 @@ def weight_gradients(
     weights = {
         name: layer.weight for name, layer in topology.layers.items() if layer.weight.requires_grad
     }
-    totals = {name: torch.zeros_like(w, dtype=score_dtype(w)) for name, w in weights.items()}
+    totals = {name: torch.zeros_like(w, dtype=score_dtype(w.dtype)) for name, w in weights.items()}
     if not weights:
         return {}
     with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _no_cudnn_rnn(model):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "keys.h"
+#include "key.h"
 
 #include <utility>
 
@@ -42,7 +42,7 @@ void pick_elements(const Strided& x, const int64_t* position, int64_t n, void* o
 }  // namespace
 
 template <typename Key>
-Keys<Key>::Keys(const Source& source, Norms<Float> norms)
+Keys<Key>::Keys(const Source& source, ScaledNorms<Float> norms)
     : source_(source),
       norms_(std::move(norms)),
       kernel_(key_kernels<Key>(source.x.dtype)),
@@ -54,10 +54,11 @@ Key Keys<Key>::fill(int64_t begin, int64_t n, Scratch* scratch, Key* keys) const
   if (source_.is_scores()) {
     top = kernel_.scores(elements(source_.x, begin, n, scratch->gathered), n, keys) - 1;
   } else {
-    for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
-                   [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
-                     top = std::max(top, kernel_.weights(x, col, row, count, keys + first));
-                   });
+    for_each_with_norms(
+        source_.x, source_.layout, norms_, begin, n, scratch,
+        [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
+          top = std::max(top, kernel_.weights(x, col, row, count, keys + first));
+        });
   }
   if (source_.eligible != nullptr) decide_.restrict_to(source_.eligible + begin, n, keys);
   return top;
@@ -99,30 +100,31 @@ void Keys<Key>::pick(const int64_t* position, int64_t n, Scratch* scratch, Key* 
 template <typename Key>
 Key Keys<Key>::classify(int64_t begin,
                         int64_t n,
-                        const Decision<Key>& to,
+                        const Interval<Key>& interval,
                         int64_t base,
                         Scratch* scratch,
                         uint8_t* mask,
                         Candidates<Key>* candidates,
                         int64_t* above) const {
   if (source_.eligible != nullptr) {
-    Key keys[kBlock];
+    Key keys[kTile];
     const Key top = fill(begin, n, scratch, keys);
-    decide_.classify(keys, n, to, base, mask, candidates, above);
+    decide_.classify(keys, n, interval, base, mask, candidates, above);
     return top;
   }
   if (source_.is_scores()) {
-    return kernel_.classify_scores(elements(source_.x, begin, n, scratch->gathered), n, to, base,
-                                   mask, candidates, above) -
+    return kernel_.classify_scores(elements(source_.x, begin, n, scratch->gathered), n, interval,
+                                   base, mask, candidates, above) -
            1;
   }
   Key top = 0;
-  for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
-                 [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
-                   const Key size = kernel_.classify_weights(x, col, row, count, to, base + first,
-                                                             mask + first, candidates, above);
-                   top = std::max(top, size);
-                 });
+  for_each_with_norms(
+      source_.x, source_.layout, norms_, begin, n, scratch,
+      [&](const void* x, const Float* col, Float row, int64_t first, int64_t count) {
+        const Key size = kernel_.classify_weights(x, col, row, count, interval, base + first,
+                                                  mask + first, candidates, above);
+        top = std::max(top, size);
+      });
   return top;
 }
 
@@ -130,10 +132,10 @@ template <typename Key>
 bool Keys<Key>::underflows(int64_t begin, int64_t n, Scratch* scratch) const {
   bool found = false;
   if (source_.is_scores() || source_.absolute) return found;
-  for_each_piece(source_.x, source_.layout, norms_, begin, n, scratch,
-                 [&](const void* x, const Float* col, Float row, int64_t, int64_t count) {
-                   found = found || kernel_.underflows(x, col, row, count);
-                 });
+  for_each_with_norms(source_.x, source_.layout, norms_, begin, n, scratch,
+                      [&](const void* x, const Float* col, Float row, int64_t, int64_t count) {
+                        found = found || kernel_.underflows(x, col, row, count);
+                      });
   return found;
 }
 

@@ -7,18 +7,18 @@
 #include <vector>
 
 #include "candidates.h"
-#include "keys.h"
+#include "key.h"
 #include "parallel.h"
 
 namespace lap::cpu {
 
 template <typename Key>
-struct Swept {
-  int64_t above = 0;       // keys above Decision::high
+struct Scanned {
+  int64_t above = 0;       // keys above Interval::high
   int64_t candidates = 0;  // keys from low to high
   Key top = 0;             // largest |x|, as Keys::fill tells it
-  bool overflow = false;   // more candidates than there is room for: the rest means nothing
-  std::vector<Run<Key>> runs;
+  bool overflow = false;   // more candidates than the capacity: the rest means nothing
+  std::vector<CandidateList<Key>> lists;
 };
 
 template <typename Key>
@@ -36,23 +36,18 @@ struct Chunk {
 };
 
 template <typename Key>
-class Sweeper {
+class Scanner {
  public:
-  Sweeper(std::vector<Keys<Key>> keys, const Pool& pool);
-
-  int64_t size() const { return size_; }
-
-  // Keys at m hashed positions, one in each of m equal stretches.
-  std::vector<Key> sample(int64_t m) const;
+  Scanner(std::vector<Keys<Key>> keys, const Pool& pool);
 
   // Writes the masks (zero for candidates) and collects the candidates.
-  Swept<Key> sweep(const Decision<Key>& to);
+  Scanned<Key> scan(const Interval<Key>& interval);
 
   // Writes 1 above the threshold, 2 at it, 0 below.
   Marked<Key> mark_ties(Key threshold);
 
   // Turns the first `ties` marks in order into 1, the rest into 0.
-  void settle_ties(const std::vector<int64_t>& chunk_ties, int64_t ties);
+  void finalize_ties(const std::vector<int64_t>& chunk_ties, int64_t ties);
 
   // counts[b] = keys with (biased(key) - low) >> shift == b, for 0 <= b < 2^11
   std::vector<int64_t> histogram(typename std::make_unsigned<Key>::type low, int shift);
@@ -63,28 +58,27 @@ class Sweeper {
   // True when some product of nonzero factors left the normal range.
   bool underflows();
 
+  const std::vector<Keys<Key>>& keys() const { return keys_; }
   const Chunk& chunk(int64_t c) const { return chunks_[c]; }
   uint8_t* mask_of(const Chunk& chunk) const;
   const Pool& pool() const { return pool_; }
-  int64_t capacity() const;  // candidates that there is room for
+  int64_t capacity() const;  // candidates that there is memory for
 
  private:
-  // block(worker, chunk number, first element in the chunk, n, scratch) -> largest |x| as a key,
-  // once per block of kBlock elements; returns the largest of all. Stops early once stop is true.
-  template <typename Block>
-  Key for_each_block(const std::atomic<bool>& stop, const Block& block);
+  // visit(worker, chunk number, first element in the chunk, n, scratch) -> largest |x| as a key,
+  // once per tile; returns the largest of all. Stops early once stop is true.
+  template <typename Visit>
+  Key for_each_tile(const std::atomic<bool>& stop, const Visit& visit);
 
-  // The same with the block's keys made: block(worker, chunk number, first element, n, keys)
-  template <typename Block>
-  Key for_each_keys(const Block& block);
+  // The same with the tile's keys made: visit(worker, chunk number, first element, n, keys)
+  template <typename Visit>
+  Key for_each_keys(const Visit& visit);
 
   std::vector<Keys<Key>> keys_;
   const Pool& pool_;
   std::vector<Chunk> chunks_;
-  std::vector<int64_t> first_;  // position of each source's element 0 among all
-  int64_t size_ = 0;
   int64_t bytes_ = 0;
-  std::unique_ptr<char[]> room_;  // candidates' slabs, kept for the next sweep
+  std::unique_ptr<char[]> candidates_;  // memory of the last scan's, until the next
 };
 
 // Keys as unsigned numbers in the same order.
@@ -102,7 +96,10 @@ Key unbiased(typename std::make_unsigned<Key>::type bits) {
 constexpr int kHistogramBits = 11;
 constexpr int64_t kBins = 1 << kHistogramBits;
 
-extern template class Sweeper<int32_t>;
-extern template class Sweeper<int64_t>;
+// The workers' histograms added up.
+std::vector<int64_t> sum_of(std::vector<std::vector<int64_t>> counts);
+
+extern template class Scanner<int32_t>;
+extern template class Scanner<int64_t>;
 
 }  // namespace lap::cpu

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+// csrc/cpu as the operators see it, for any kind of array in host memory.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../cpu/memory.h"
+#include "../cpu/norms.h"
+#include "../cpu/score.h"
+#include "../cpu/select.h"
+#include "../cpu/zero.h"
+#include "../math/strided.h"
+#include "check.h"
+#include "operators.h"
+
+namespace lap::bind {
+
+template <typename ArraysOf>
+class CpuCore {
+ public:
+  using Arrays = ArraysOf;
+  using Array = typename Arrays::Array;
+  using Source = cpu::Source;
+  using Weight = bind::Weight<CpuCore>;
+  using Scores = bind::Scores<CpuCore>;
+
+  explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
+
+  template <typename T>
+  Array empty(const Array& like, const Sizes& sizes) const {
+    Array out = Arrays::template empty<T>(like, sizes);
+    cpu::prefer_large_pages(Arrays::mutable_data(out), Arrays::size(out) * sizeof(T));
+    return out;
+  }
+
+  // The elements of x in C order: in place, or copied to *held where strided() fails.
+  Strided view(const char* op, const Array& x, Array* held) const {
+    const DType dtype = Arrays::dtype(op, x);
+    Strided out;
+    if (!strided<Arrays>(x, dtype, &out)) {
+      *held = Arrays::contiguous(x);
+      strided<Arrays>(*held, dtype, &out);
+    }
+    return out;
+  }
+
+  Source source(const char* op, const Array& scores, Array* held) const {
+    Source out;
+    out.x = view(op, scores, held);
+    return out;
+  }
+
+  void check_norms(const char* op, const char* name, const double* norm, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(norm[i] >= 0 && norm[i] <= 1.7976931348623157e308)) fail_norm(op, name, norm[i], i);
+    }
+  }
+
+  // The energy of each row (column) of scale * w.
+  Problems energy(
+      Axis axis, const Weight& weight, double scale, bool check, const Array& out) const {
+    if (axis == Axis::rows) {
+      cpu::row_energy(weight.x, weight.layout.rows, scale, pool_, doubles(out));
+    } else {
+      cpu::col_energy(weight.x, weight.layout, scale, pool_, doubles(out));
+    }
+    return check ? problems_in(weight.x, out) : Problems{};
+  }
+
+  // Both from one reading of w.
+  Problems energies(const Weight& weight, bool check, const Array& row, const Array& col) const {
+    cpu::energies(weight.x, weight.layout, pool_, doubles(row), doubles(col));
+    return check ? problems_in(weight.x, row) : Problems{};
+  }
+
+  std::vector<double> read(const Array& x) const {
+    return std::vector<double>(doubles(x), doubles(x) + Arrays::size(x));
+  }
+
+  Problems score(const Weight& weight, bool check_finite, const Array& out) const {
+    const bool finite = cpu::score(weight.x, weight.layout, weight.norms, check_finite, pool_,
+                                   Arrays::mutable_data(out));
+    return finite ? Problems{} : problems_in({source_of(weight)});
+  }
+
+  // The threshold is known only after all of w is read, so w is pruned in a pass of its own.
+  Problems mask(const Weight& weight,
+                const uint8_t* eligible,
+                int64_t keep,
+                bool check_finite,
+                const Array& mask,
+                const Array* pruned) const {
+    Source source = source_of(weight);
+    source.eligible = eligible;
+    source.mask = static_cast<uint8_t*>(Arrays::mutable_data(mask));
+    const Problems problems = select({source}, keep, check_finite);
+    if (problems.any() || pruned == nullptr) return problems;
+    Strided target = weight.x;
+    if (target.data != Arrays::data(*pruned)) fail(weight.op, Arrays::kNotInPlace);
+    target.data = Arrays::mutable_data(*pruned);
+    cpu::zero(target, source.mask, pool_);
+    return problems;
+  }
+
+  // Marks the k largest in the masks of a list, or writes the k-th to value.
+  Problems rank(const Scores& list, int64_t k, bool check_finite, const Array* value) const {
+    double threshold = 0;
+    const Problems problems = select(list.sources, k, check_finite, &threshold);
+    if (value == nullptr) return problems;
+    if (list.dtype == DType::f64) {
+      *doubles(*value) = threshold;
+    } else {
+      *static_cast<float*>(Arrays::mutable_data(*value)) = static_cast<float>(threshold);
+    }
+    return problems;
+  }
+
+  // Marks the `keep` largest in the masks of the sources.
+  Problems select(const std::vector<Source>& sources,
+                  int64_t keep,
+                  bool check_finite,
+                  double* threshold = nullptr) const {
+    const cpu::Selection selection = cpu::select(sources, keep, check_finite, pool_);
+    if (threshold != nullptr) *threshold = selection.threshold;
+    Problems problems;
+    if (selection.outcome == cpu::Outcome::not_finite) problems = problems_in(sources);
+    problems.range = selection.outcome == cpu::Outcome::range;
+    return problems;
+  }
+
+  static Source source_of(const Weight& weight) { return {weight.x, weight.layout, weight.norms}; }
+
+ private:
+  static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
+
+  static Problems problems_in(const std::vector<Source>& sources) {
+    for (size_t t = 0; t < sources.size(); ++t) {
+      const cpu::NotFinite bad = cpu::find_not_finite(sources[t].x, sources[t].is_scores());
+      if (bad.count > 0) return {bad.count, bad.first, static_cast<int64_t>(t), false};
+    }
+    return {};
+  }
+
+  // x is read again only where its energy is not finite.
+  static Problems problems_in(const Strided& x, const Array& energy) {
+    const auto is_finite = [](double e) { return e - e == 0; };
+    if (std::all_of(doubles(energy), doubles(energy) + Arrays::size(energy), is_finite)) return {};
+    const cpu::NotFinite bad = cpu::find_not_finite(x, false);
+    return {bad.count, bad.first, 0, false};
+  }
+
+  cpu::Pool pool_;
+};
+
+}  // namespace lap::bind

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#include "scale.h"
+
+#include <algorithm>
+
+namespace lap::cpu {
+namespace {
+
+constexpr int64_t kRowsPerEntry = 32;  // rows an entry must serve to be repeated: 3 % of w
+
+NormRange range_of(const double* norm, int64_t n) {
+  NormRange range = {0, 0};
+  for (int64_t i = 0; i < n; ++i) range = with(range, norm[i]);
+  return range;
+}
+
+template <typename Float>
+bool plain(const Norms& norms, const Layout& layout, bool rounded) {
+  const ScaledNorms<Float> scaled = scale_norms<Float>(norms, layout, rounded);
+  return scaled.normal() && scaled.normal(scaled.scale.exponent);
+}
+
+}  // namespace
+
+template <typename Float>
+ScaledNorms<Float> scale_norms(const Norms& norms, const Layout& layout, bool rounded) {
+  const NormRange row = range_of(norms.row, layout.rows);
+  const NormRange col = range_of(norms.col, layout.channels());
+  const int row_exponent = exponent_of(row.largest);
+  const int col_exponent = exponent_of(col.largest);
+  ScaledNorms<Float> out;
+  out.scale = scale_of(row, col);
+  out.expanded = layout.window > 1 && layout.group_rows() >= kRowsPerEntry;
+  const int64_t repeat = out.expanded ? layout.window : 1;
+  out.row.resize(layout.rows);
+  out.col.resize(layout.channels() * repeat);
+  for (int64_t r = 0; r < layout.rows; ++r) {
+    out.row[r] = static_cast<Float>(scaled(norms.row[r], row_exponent, rounded));
+  }
+  for (int64_t c = 0; c < layout.channels(); ++c) {
+    const Float value = static_cast<Float>(scaled(norms.col[c], col_exponent, rounded));
+    std::fill_n(out.col.begin() + c * repeat, repeat, value);
+  }
+  return out;
+}
+
+template <typename Float>
+void ScaledNorms<Float>::unscale() {
+  for (Float& norm : row) norm = std::ldexp(norm, scale.exponent);
+  scale.exponent = 0;
+}
+
+bool has_plain_scores(DType dtype, const Norms& norms, const Layout& layout) {
+  return dtype == DType::f64 ? plain<double>(norms, layout, false)
+                             : plain<float>(norms, layout, true);
+}
+
+template struct ScaledNorms<float>;
+template struct ScaledNorms<double>;
+template ScaledNorms<float> scale_norms(const Norms&, const Layout&, bool);
+template ScaledNorms<double> scale_norms(const Norms&, const Layout&, bool);
+
+}  // namespace lap::cpu

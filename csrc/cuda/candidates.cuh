@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+// Where a scan puts the elements it cannot decide: a buffer of (rank, position) in the workspace.
+#pragma once
+
+#include "select.cuh"
+
+namespace lap::cuda {
+
+template <typename Rank>
+struct Candidates {
+  const Rank* ranks;
+  const int64_t* positions;
+  int64_t count;
+
+  template <typename Visit>
+  __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
+    constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+    const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    for (int64_t first = start; first < count; first += kBatch * stride) {
+      Rank rank[kBatch];
+      int64_t position[kBatch];
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t i = first + b * stride;
+        rank[b] = i < count ? ranks[i] : Rank{0};
+        position[b] = i < count ? positions[i] : 0;
+      }
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
+      }
+    }
+  }
+};
+
+// Candidates that a warp collects in shared memory before it writes them together: one global
+// atomic for some hundred of them, neighbors in memory, and no warp waits for another.
+#if defined(LAP_EMULATED)
+constexpr int kListed = 48;
+#else
+constexpr int kListed = 128;
+#endif
+
+template <typename Rank>
+struct WarpLists {
+  struct List {
+    Rank rank[kListed];
+    uint32_t offset[kListed];  // position - Collector::origin_
+  } of[kThreads / kWarp];
+};
+
+template <typename Rank>
+class Collector {
+ public:
+  using List = typename WarpLists<Rank>::List;
+  __device__ Collector(const SelectArgs& args, List* list) : args_(args), list_(list) {}
+
+  // Adds the elements of the set; all lanes of the warp call it.
+  template <typename T>
+  __device__ void add(const Tile& tile, const ByteSet& open, const Rank (&rank)[kPerThread]) {
+    uint32_t left = open.folded();
+    const int mine = __popc(left);
+    const int inclusive = warp_inclusive_sum(mine);
+    const int total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+    if (total == 0) return;
+    const bool far = static_cast<uint64_t>(tile.position - origin_) >= (uint64_t{1} << 31);
+    if (count_ + total > kListed || far) flush();
+    if (total > kListed) return write<T>(tile, open, rank, inclusive - mine, total);
+    if (count_ == 0) origin_ = tile.position;
+    const uint32_t first = static_cast<uint32_t>(tile.position - origin_);
+    int to = count_ + inclusive - mine;
+    for (; left != 0; left &= left - 1) {  // few, most often none
+      const int e = ByteSet::element_of(__ffs(static_cast<int>(left)) - 1);
+      list_->rank[to] = pick(rank, e);
+      list_->offset[to] = first + offset_of<T>(e);
+      ++to;
+    }
+    count_ += total;
+  }
+
+  __device__ void flush() {
+    if (count_ == 0) return;
+    warp_sync();
+    const int64_t base = reserve(count_);
+    for (int i = lane_id(); i < count_; i += kWarp) {
+      put(base + i, list_->rank[i], origin_ + list_->offset[i]);
+    }
+    warp_sync();
+    count_ = 0;
+  }
+
+ private:
+  // Where so many candidates go in the buffer, or beyond its end.
+  __device__ int64_t reserve(int count) {
+    Count base = 0;
+    if (lane_id() == 0) base = atomicAdd(&args_.state->candidates, static_cast<Count>(count));
+    return static_cast<int64_t>(__shfl_sync(kAllLanes, base, 0));
+  }
+  __device__ void put(int64_t to, Rank rank, int64_t position) {
+    if (to >= args_.capacity) return;
+    static_cast<Rank*>(args_.ranks)[to] = rank;
+    args_.positions[to] = position;
+  }
+  // More than the list holds: `before` elements of earlier lanes come first.
+  template <typename T>
+  __device__ void write(const Tile& tile,
+                        const ByteSet& open,
+                        const Rank (&rank)[kPerThread],
+                        int before,
+                        int total) {
+    int64_t to = reserve(total) + before;
+    LAP_UNROLL
+    for (int e = 0; e < kPerThread; ++e) {
+      if (open.holds(e)) put(to++, rank[e], tile.position + offset_of<T>(e));
+    }
+  }
+
+  const SelectArgs& args_;
+  List* list_;
+  int count_ = 0;       // the same in all lanes, as the next
+  int64_t origin_ = 0;  // position of the first tile in the list
+};
+
+}  // namespace lap::cuda
