@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0#  what pip is given for torch, e.g. make test TORCH="torc
 FUZZ_SECONDS ?= 20
 DEMO_ARGS ?=#  see: make demo DEMO_ARGS=--help
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2#  processes that share the test files; 0: one after the other
 BENCH_ARGS ?=
 GPU_ARGS ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
@@ -42,7 +43,7 @@ test: test-cpp
 	@$(MAKE) --no-print-directory test-py
 
 test-py: $(STAMPS)/test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
