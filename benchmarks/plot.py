@@ -43,5 +43,5 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(which="major", alpha=0.3)
     axes.legend(frameon=False)
-    replace(path, lambda beside: figure.savefig(beside, dpi=130, format="png"))
+    replace(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     pyplot.close(figure)

@@ -85,7 +85,7 @@ def main() -> int:
     plot = os.path.relpath(args.json.with_suffix(".png"), args.readme.parent)
     tables = markdown(json.loads(args.json.read_text()), plot)
     new = f"{before}{BEGIN}\n{tables}{END}{after}"
-    report.replace(args.readme, lambda beside: beside.write_text(new))
+    report.replace(args.readme, lambda file: file.write(new.encode()))
     return 0
 
 

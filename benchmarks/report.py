@@ -7,17 +7,17 @@ A file is written beside its place and renamed, so that a reader never sees half
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rows import Bench, MemoryRow, Rival, Row
 from benchmarks.timing import Stats
+from lap_ext._files import replacing
 
 HEAD = ("case", "call", "removed", "ms [quartiles]", "GB/s", "of limit", "rivals", "target")
 MEMORY_HEAD = ("case", "call", "removed", "w, MB", "extra, MB", "beside masks", "target")
@@ -144,15 +144,11 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented, for diffs."""
-    replace(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n"))
+    replace(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets write make a file beside path, then puts it in its place."""
+def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets write fill a file that takes the place of path, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        write(file)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext._files import replacing
 
 WIDTHS = (64, 500, 500, 500, 500, 10)
 RATIOS = (0.5, 0.5, 0.5, 0.5, 0.25)  # the paper's, per round
@@ -252,9 +253,8 @@ def draw(results: Results, path: Path) -> None:
     panels[0].legend(frameon=False, loc="center right")
     net = "-".join(map(str, WIDTHS))
     figure.suptitle(f"Digits, fully connected {net}, {measured(len(results.dense))}")
-    beside = path.with_name(f".{path.name}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    with replacing(path) as file:  # a reader never sees half a picture
+        figure.savefig(file, format="png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ def write_lines(path: Path, content: dict[str, Any]) -> None:
     for key, value in content.items():
         parts.append(f"{json.dumps(key)}: {_table(value)}")
     text = "{\n " + ",\n ".join(parts) + "\n}\n"
-    replace(path, lambda beside: beside.write_text(text))
+    replace(path, lambda file: file.write(text.encode()))
 
 
 def _table(value: Any) -> str:

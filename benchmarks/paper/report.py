@@ -202,7 +202,7 @@ def draw(found: Sequence[Part], path: Path) -> None:
         _curves(panels[0][column], part)
         _gains(panels[1][column], part)
     figure.suptitle("Lookahead pruning, one-shot, fine-tuned with the masks kept")
-    replace(path, lambda beside: figure.savefig(beside, format="png"))
+    replace(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _curves(panel: Any, part: Part) -> None:

@@ -90,4 +90,4 @@ class Store:
             rows.append("  " + json.dumps(row.pop("key") | row))
         facts = json.dumps(self.facts)
         text = '{\n "facts": ' + facts + ',\n "cells": [\n' + ",\n".join(rows) + "\n ]\n}\n"
-        replace(self.path, lambda beside: beside.write_text(text))
+        replace(self.path, lambda file: file.write(text.encode()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext.masks import parameter_names
 
 
 class TrainingCallback:
@@ -129,8 +130,12 @@ def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cur
 def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mask name -> its parameter, for names as the model itself has them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {name: parameters.get(f"{name}.weight", parameters.get(name)) for name in masks}
-    return {name: weight for name, weight in found.items() if weight is not None}
+    found: dict[str, Tensor] = {}
+    for layer in masks:
+        names = [name for name in parameter_names(layer) if name in parameters]
+        if names:
+            found[layer] = parameters[names[0]]
+    return found
 
 
 def _trainers(optimizers: Sequence[Any], weights: Iterable[Tensor]) -> list[Any]:

@@ -41,6 +41,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext.masks import layer_name, parameter_names
 
 try:
     import nncf
@@ -83,7 +84,7 @@ def masks(model: nn.Module) -> lap_ext.Masks:
         Masks(1 layer, 4 of 8 weights kept, sparsity 0.5)
     """
     found = _buffers("masks", model)
-    return lap_ext.Masks({name.removesuffix(".weight"): m.clone() for name, m in found.items()})
+    return lap_ext.Masks({layer_name(name): m.clone() for name, m in found.items()})
 
 
 def write_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -196,7 +197,7 @@ def _matched(model: nn.Module, buffers: Buffers, masks: lap_ext.Masks) -> dict[s
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for layer, mask in masks.items():
-        weight = weights.get(f"{layer}.weight", weights.get(layer))
+        weight = next((weights[x] for x in parameter_names(layer) if x in weights), None)
         name = first.get(id(weight))
         if weight is None:
             problems.append(f"{layer!r}: the model has no such parameter")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lap_ext
+from lap_ext.masks import layer_name
 
 Place: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds the weight
 Hooks: TypeAlias = list[tuple[nn.Module, Any]]  # modules and torch's pruning hooks on them
@@ -271,7 +272,7 @@ def apply_global_(
     """
     masks = global_masks(model, example_inputs, sparsity, **options)
     with _plain(model) as hooks:
-        names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
+        names = {id(p): layer_name(name) for name, p in model.named_parameters()}
         pruned = [names[id(module._parameters[hook._tensor_name])] for module, hook in hooks]
     fresh = {name: mask for name, mask in masks.items() if name not in pruned}
     lap_ext.Masks(fresh).to_torch_prune(model)
