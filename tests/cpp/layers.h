@@ -30,25 +30,26 @@ struct Layer {
   // Stores w in memory, in logical order, and takes back what the dtype made of it.
   void store() {
     memory.resize(w.size() * lap::item_size(dtype));
-    for (size_t p = 0; p < w.size(); ++p) {
-      char* at = memory.data() + p * lap::item_size(dtype);
-      if (dtype == DType::f64) {
-        memcpy(at, &w[p], 8);
-      } else if (dtype == DType::f32) {
-        const float x = static_cast<float>(w[p]);
-        memcpy(at, &x, 4);
-        w[p] = x;
-      } else if (dtype == DType::bf16) {
-        const float x = as_bfloat16(static_cast<float>(w[p]));
-        const uint16_t bits = static_cast<uint16_t>(lap::bit_cast<uint32_t>(x) >> 16);
-        memcpy(at, &bits, 2);
-        w[p] = x;
-      } else {  // any pattern of a finite float16
-        const uint16_t random = static_cast<uint16_t>(lap::bit_cast<uint64_t>(w[p]) >> 37);
-        const uint16_t bits = (random & 0x7c00) == 0x7c00 ? random & 0x83ff : random;
-        memcpy(at, &bits, 2);
-        w[p] = lap::widen(lap::Half{bits});
-      }
+    for (size_t p = 0; p < w.size(); ++p) store(p);
+  }
+  void store(size_t p) {
+    char* at = memory.data() + p * lap::item_size(dtype);
+    if (dtype == DType::f64) {
+      memcpy(at, &w[p], 8);
+    } else if (dtype == DType::f32) {
+      const float x = static_cast<float>(w[p]);
+      memcpy(at, &x, 4);
+      w[p] = x;
+    } else if (dtype == DType::bf16) {
+      const float x = as_bfloat16(static_cast<float>(w[p]));
+      const uint16_t bits = static_cast<uint16_t>(lap::bit_cast<uint32_t>(x) >> 16);
+      memcpy(at, &bits, 2);
+      w[p] = x;
+    } else {  // any pattern of a finite float16
+      const uint16_t random = static_cast<uint16_t>(lap::bit_cast<uint64_t>(w[p]) >> 37);
+      const uint16_t bits = (random & 0x7c00) == 0x7c00 ? random & 0x83ff : random;
+      memcpy(at, &bits, 2);
+      w[p] = lap::widen(lap::Half{bits});
     }
   }
 

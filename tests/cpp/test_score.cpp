@@ -122,15 +122,20 @@ TEST_CASE("scores of every dtype and layout, near one and far from it") {
   std::mt19937_64 random(2);
   const Layout layouts[] = {{1, 1, 1, 1},  {3, 5, 1, 1},   {7, 127, 1, 1},   {5, 129, 1, 1},
                             {40, 6, 9, 1}, {8, 6, 9, 1},   {50, 40, 9, 2},   {12, 5, 9, 4},
-                            {9, 1, 9, 9},  {70, 16, 9, 2}, {1, 66000, 1, 1}, {66000, 1, 1, 1}};
+                            {9, 1, 9, 9},  {70, 16, 9, 2}, {1, 66000, 1, 1}, {33000, 2, 1, 1}};
   for (const DType dtype : kAllDTypes) {
     for (const Layout& layout : layouts) {
-      for (const int exponent : {0, 40, -120, -160, 130}) {  // the last three leave float's range
-        CAPTURE(exponent);
-        Layer layer = layers::random_layer(dtype, layout, random);
-        for (double& x : layer.row_norm) x = std::ldexp(x, exponent);
-        for (double& x : layer.col_norm) x = std::ldexp(x, -exponent / 2);
-        check_layer(layer);
+      const Layer near = layers::random_layer(dtype, layout, random);
+      check_layer(near);
+      // norms that are no floats although their products are, then scores that are denormal, zero,
+      // infinite
+      const int exponents[][2] = {{40, -20}, {-160, 80}, {-70, -70}, {-160, 0}, {70, 60}};
+      for (const auto& [row, col] : exponents) {
+        CAPTURE(row);
+        Layer far = near;
+        for (double& x : far.row_norm) x = std::ldexp(x, row);
+        for (double& x : far.col_norm) x = std::ldexp(x, col);
+        check_layer(far);
       }
     }
   }
@@ -168,6 +173,8 @@ TEST_CASE("what leaves float's range is rounded once: denormal, zero or infinite
 TEST_CASE("double scores, although the product of their norms leaves double's range") {
   CHECK(by_hand(DType::f64, {0x1p900, 3}, {0x1p-800}, {0x1p-800, 0x1p-100}) ==
         std::vector<double>{0x1p-700, 0x3p-900});
+  CHECK(by_hand(DType::f64, {0x1p900, 3}, {0x1p-801}, {0x1p-800, 0x1p-100}) ==  // an odd exponent
+        std::vector<double>{0x1p-701, 0x3p-901});
   CHECK(by_hand(DType::f64, {0x1p-600, 3}, {0x1p600}, {0x1p600, 0x1p-100}) ==
         std::vector<double>{0x1p600, 0x3p500});
   CHECK(by_hand(DType::f64, {1, 1}, {0x1p-537, 0}, {0x1p-537}) ==
@@ -234,11 +241,13 @@ TEST_CASE("weights that are not finite are found wherever they are, in both form
       CHECK(scores_of(layer).finite);
       for (const size_t at : {0, 65535, 65536, 74999}) {  // a chunk's ends
         for (const double bad : {kInfinity, -kInfinity, std::nan("")}) {
-          Layer broken = layer;
-          broken.w[at] = bad;
-          broken.store();
-          CHECK(!scores_of(broken).finite);
-          const Scores unchecked = scores_of(broken, 2, false);
+          const double good = layer.w[at];
+          layer.w[at] = bad;
+          layer.store(at);
+          CHECK(!scores_of(layer).finite);
+          const Scores unchecked = scores_of(layer, 2, false);
+          layer.w[at] = good;
+          layer.store(at);
           CHECK(unchecked.finite);  // not asked for
           CHECK((std::isnan(bad) ? std::isnan(unchecked.values[at])
                                  : unchecked.values[at] == kInfinity));
