@@ -130,7 +130,9 @@ def test_a_command_ends_at_its_limit_with_its_children(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     begin = time.perf_counter()
-    status, output = steps.run_command([sys.executable, "-c", code], 2)  # Python takes a while to start
+    status, output = steps.run_command(
+        [sys.executable, "-c", code], 2
+    )  # Python takes a while to start
     assert status is None and "begun" in output
     assert time.perf_counter() - begin < 30
     time.sleep(3)
