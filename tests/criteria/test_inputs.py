@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.overrides import TorchFunctionMode
 
-import lap_ext
 from lap_ext.criteria.statistics.activations import mean_squares
-from tests import zoo
+from tests.helpers.topologies import ENTRIES, traced
 
 CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 CONVOLUTIONS |= {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -35,7 +34,6 @@ FAMILIES = {  # entry -> layers that are called as F.linear or F.conv with a par
     "unet_transposed": 13,
     "vit_mha": 6,
 }
-ENTRIES = [entry for entry in zoo.ENTRIES if entry.name in FAMILIES]
 
 
 class Calls(TorchFunctionMode):
@@ -66,9 +64,8 @@ def test_experts_whose_rows_are_sorted_or_picked() -> None:
     pytest.importorskip("transformers", reason="a mixture of experts of transformers")
     found = []
     for name in ("hf_mixtral_batched_mm", "hf_mixtral_grouped_mm"):
-        (entry,) = (entry for entry in zoo.ENTRIES if entry.name == name)
-        model, args, kwargs = entry.make()
-        topology = lap_ext.trace(model, args, kwargs)
+        model, args, kwargs = ENTRIES[name].make()
+        topology = traced(name)
         names = list(inspect.signature(model.forward).parameters)
         batch = {**dict(zip(names, args, strict=False)), **kwargs}
         means = mean_squares(topology, [batch], function="prune", criterion="wanda")
@@ -82,14 +79,13 @@ def test_experts_whose_rows_are_sorted_or_picked() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_inputs_are_those_of_the_calls(entry: zoo.Entry) -> None:
-    if entry.name.startswith("hf_"):
-        pytest.importorskip("transformers", reason="the families of transformers")
-    model, args, kwargs = entry.make()
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_inputs_are_those_of_the_calls(name: str) -> None:
+    topology = traced(name)
+    model = topology.model
+    _, args, kwargs = ENTRIES[name].make()
     names = list(inspect.signature(model.forward).parameters)
     batch = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args
-    topology = lap_ext.trace(model, args, kwargs)
     measured: dict[str, list[Tensor]] = {}
     found = mean_squares(topology, [batch], function="prune", criterion="wanda")
     for role, x in zip(topology.roles, found, strict=True):
@@ -99,7 +95,7 @@ def test_inputs_are_those_of_the_calls(entry: zoo.Entry) -> None:
         kwargs = {**kwargs, "use_cache": False}
     with torch.no_grad(), Calls(model) as calls:
         model(*args, **kwargs)
-    assert len(calls.sums) == FAMILIES[entry.name]
-    for name, total in calls.sums.items():
-        mean = sum(measured[name]) / len(measured[name])
-        torch.testing.assert_close(mean, total / calls.counts[name], rtol=1e-3, atol=1e-6)
+    assert len(calls.sums) == FAMILIES[name]
+    for layer, total in calls.sums.items():
+        mean = sum(measured[layer]) / len(measured[layer])
+        torch.testing.assert_close(mean, total / calls.counts[layer], rtol=1e-3, atol=1e-6)
