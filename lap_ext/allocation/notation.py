@@ -60,7 +60,7 @@ def of_texts(texts: Sequence[str], name: str = "sparsity") -> Sparsity:
 
 
 def text_of(sparsity: Sparsity) -> str:
-    """Writes a sparsity as its texts, with commas between; an allocation of another kind by its repr.
+    """Writes a sparsity as its texts, with commas between; other allocations by their repr.
 
     Example:
         >>> text_of(0.9), text_of({"fc*": 0.5, "*": 0.9}), text_of(erk(0.9))

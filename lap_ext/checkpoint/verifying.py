@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""verify: a pruned checkpoint against its original: bits of kept weights, zeros of pruned ones, counts.
+"""verify: a pruned checkpoint against its original, bit by bit, and the counts of its masks.
 
     kept      the bits of the original's weight
     pruned    +0.0, all bits zero
@@ -119,8 +119,8 @@ class Verdict:
             lines.append(f"{len(self.findings)} findings in {self.tensors} tensors.{how}")
         else:
             lines.append(
-                f"{self.tensors} tensors compared: every kept weight has its original's bits, every "
-                f"pruned one is zero.{how}"
+                f"{self.tensors} tensors compared: every kept weight has its original's bits, "
+                f"every pruned one is zero.{how}"
             )
         return "\n".join(lines)
 
@@ -146,8 +146,8 @@ def verify(
         pruned: a checkpoint directory or a safetensors file, with the masks beside it in
             lap_ext_masks.safetensors. Without masks, zeros are taken for pruned weights.
         original: a checkpoint directory or a safetensors file.
-        sparsity: as in `lap_ext.prune`, that the counts must meet. None: as the pruning has recorded
-            it in lap_ext.json, if it has.
+        sparsity: as in `lap_ext.prune`, that the counts must meet. None: as the pruning has
+            recorded it in lap_ext.json, if it has.
         scope: "layer" or "global", of the sparsity.
         on_progress: called with a `Progress` after each chunk.
 
@@ -167,8 +167,8 @@ def verify(
         ...     save_file({"fc.weight": torch.tensor([[0., 2.], [0., 5.]])}, files[0])
         ...     save_file({"fc.weight": torch.tensor([[1., 2.], [3., 4.]])}, files[1])
         ...     verdict = verify(*files, sparsity=0.5)
-        >>> verdict.ok, verdict.kept, verdict.findings
-        (False, 2, [Finding(tensor='fc.weight', problem='1 elements differ from the original', count=1)])
+        >>> verdict.ok, verdict.kept, verdict.findings[0].problem
+        (False, 2, '1 elements differ from the original')
     """
     check.one_of(_FUNCTION, "scope", scope, SCOPES)
     wanted = None if sparsity is None else (sparsity, scope)
@@ -296,7 +296,7 @@ class _Comparison:
         self.layers.append(LayerCount(name, kept, math.prod(shape)))
 
     def _check_record(self, wanted: tuple[Sparsity, str] | None) -> None:
-        """Checks the counts that the pruning says it has left, and those that the sparsity asks for."""
+        """Checks the counts that are recorded, and those that the sparsity asks for."""
         try:
             recorded = record.read(self.after.path)
         except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""checkpoint.inspect: layers, neighbors, zeros and bytes of a checkpoint, as of the module in memory."""
+"""checkpoint.inspect: layers, neighbors, zeros and bytes of a checkpoint, as of its module."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""checkpoint.scores gives the scores of lap_ext.scores, bit for bit, a layer at a time; its file."""
+"""checkpoint.scores gives the scores of lap_ext.scores, bit for bit, layer by layer; its file."""
 
 from __future__ import annotations
 
@@ -111,9 +111,12 @@ def test_one_layer_is_in_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Nothing is computed before it is asked for."""
     scored: list[str] = []
     real = passes.scorer
-    monkeypatch.setattr(
-        passes, "scorer", lambda task, layer, how: scored.append(layer.name) or real(task, layer, how)  # type: ignore[func-returns-value]
-    )  # fmt: skip
+
+    def noted(task: Any, layer: Any, how: str) -> Any:
+        scored.append(layer.name)
+        return real(task, layer, how)
+
+    monkeypatch.setattr(passes, "scorer", noted)
     found = scores(dense)
     assert scored == []
     for place, (layer, _) in enumerate(found):
@@ -127,7 +130,12 @@ def test_small_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(*given: Any) -> Any:
         scorer = of(*given)
-        return lambda weight, first: counts.append(weight.numel()) or scorer(weight, first)  # type: ignore[func-returns-value]
+
+        def score(weight: Tensor, first: int) -> Tensor:
+            counts.append(weight.numel())
+            return scorer(weight, first)
+
+        return score
 
     monkeypatch.setattr(passes, "scorer", counted)
     with pytest.raises(ValueError, match=r"^checkpoint.scores: expected memory of [\d,]+ bytes or"):
