@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The facts of a report, measured layer by layer from chunks of weights, wherever they come from."""
+"""The facts of a report, measured layer by layer from chunks of weights, wherever they are."""
 
 from __future__ import annotations
 
