@@ -17,6 +17,7 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "../math/sums.h"
 #include "check.h"
 #include "operators.h"
 #include "torch_arrays.h"

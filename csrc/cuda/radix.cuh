@@ -11,7 +11,7 @@
 //      prefix, and keep drops by the number of elements with lower digits
 //   4. if all elements with this prefix are wanted, the bound is known; else back to 1
 //
-// The digits of the position come after those of the rank: this settles ties, lowest index first,
+// The digits of the position come after those of the rank: this decides ties, lowest index first,
 // and needs one reading of the tiles (later digits touch only the tiles the prefix leaves).
 // Counts are integers, so neither the order of atomics nor of candidates can change the result.
 // Three histograms take turns: while one is filled, block 0 clears the next; a histogram is cleared

@@ -146,7 +146,6 @@ cudaError_t launch_select(const Source* sources,
   carve(workspace, buffers, count, dtype, weight, &args);
   if (buffers.size == 0) return cudaMemsetAsync(args.state, 0, sizeof(Status), stream);
   args.count = count;
-  args.size = buffers.size;
   args.norms = norms;
   if (weight != nullptr) args.layout = LayoutDividers(weight->layout);
   args.rounded = dtype != DType::f64;

@@ -69,7 +69,6 @@ struct SelectArgs {
   State* state;
   ListedSource* sources;  // [count]
   int count;
-  int64_t size;   // elements of all
   int64_t tiles;  // of all
   Norms norms;    // weights only, as the next two
   ScaledNorms scaled;
