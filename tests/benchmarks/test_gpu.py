@@ -7,6 +7,7 @@ fail for a typing error.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import sys
@@ -121,22 +122,18 @@ def test_all_steps_fit_eight_minutes() -> None:
 
 
 def test_a_command_ends_at_its_limit_with_its_children(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w').close()"
-    code = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "print('begun', flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    begin = time.perf_counter()
-    status, output = steps.run_command(
-        [sys.executable, "-c", code], 2
-    )  # Python takes a while to start
-    assert status is None and "begun" in output
-    assert time.perf_counter() - begin < 30
-    time.sleep(3)
-    assert not mark.exists()
+    """The child has a lock for as long as it lives."""
+    with (tmp_path / "lock").open("w") as lock:
+        child = (
+            f"import fcntl, time; file = open({lock.name!r}); fcntl.flock(file, fcntl.LOCK_EX); "
+            "print('locked', flush=True); time.sleep(60)"
+        )
+        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+        begin = time.perf_counter()
+        status, output = steps.run_command([sys.executable, "-c", code], 3)
+        assert status is None and "locked" in output
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert time.perf_counter() - begin < 30
 
 
 def test_a_command_that_ends_by_itself() -> None:

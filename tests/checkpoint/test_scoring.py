@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def quantile(values: list[float], tenths: float) -> float:
     """The first of the sorted values that so many tenths of all do not exceed."""
-    return next(
-        x for x in sorted(values) if 10 * sum(y <= x for y in values) >= tenths * len(values)
-    )
+    ordered = sorted(values)
+    return next(x for x in ordered if 10 * bisect_right(ordered, x) >= tenths * len(ordered))
 
 
 # --- scores ---------------------------------------------------------------------------------------
