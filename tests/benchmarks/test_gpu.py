@@ -128,7 +128,11 @@ def test_a_command_ends_at_its_limit_with_its_children(tmp_path: Path) -> None:
             f"import fcntl, time; file = open({lock.name!r}); fcntl.flock(file, fcntl.LOCK_EX); "
             "print('locked', flush=True); time.sleep(60)"
         )
-        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+        code = (
+            "import subprocess, sys, time\n"
+            f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+            "time.sleep(60)\n"
+        )
         begin = time.perf_counter()
         status, output = steps.run_command([sys.executable, "-c", code], 3)
         assert status is None and "locked" in output
