@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The pure-PyTorch fallback (lap_ext.reference, called directly) against the eager topk path.
+"""The pure-PyTorch fallback (lap_ext.ops.reference, called directly) against the eager topk path.
 
 Its result must be the native one, bit for bit.
 """

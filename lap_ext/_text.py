@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -83,6 +83,16 @@ def layer_name(parameter: str) -> str:
         ('conv1', 'attn.in_proj_weight')
     """
     return parameter.removesuffix(".weight")
+
+
+def parameter_in(layer: str, known: Container[str]) -> str | None:
+    """Finds the parameter that a layer's name stands for; None where none of them is known.
+
+    Example:
+        >>> parameter_in("conv1", {"conv1.weight"}), parameter_in("conv1", {"conv2.weight"})
+        ('conv1.weight', None)
+    """
+    return next((name for name in parameter_names(layer) if name in known), None)
 
 
 def parameter_names(layer: str) -> tuple[str, str]:

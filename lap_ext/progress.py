@@ -16,7 +16,8 @@ class Progress:
         step: "measure" (norms of neighbors), "score" (scores that are stored), "rank" (which weights
             are kept), "write" (a checkpoint's files), "verify", "count zeros" (of layers that are
             inspected), or "data" (criteria that look at data, which has no known length). A step
-            comes once in each round or pass.
+            comes once in each round or pass; norms that are taken again within a round
+            (sequential orders) are not told.
         name: the layer or tensor; "" for all of them.
         done: bytes of weights that the step has read, or written, so far.
         total: all bytes that it will read or write; 0: not known.
@@ -29,12 +30,12 @@ class Progress:
 
 
 class Step:
-    """One step of the work, as it goes on.
+    """Counts the bytes of one step of the work and tells the listener.
 
     Args:
         on_progress: the listener, or None.
         name: of the step.
-        total: bytes of weights that it will read.
+        total: bytes of weights that it will read or write.
 
     Example:
         >>> step = Step(lambda progress: print(progress.name, progress.done, progress.total), "rank", 8)

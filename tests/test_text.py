@@ -62,4 +62,7 @@ def test_matches(name: str, pattern: str, fits: bool) -> None:
     "parameter", ["conv.weight", "attn.in_proj_weight", "weight", "a.weight.weight"]
 )
 def test_a_layer_stands_for_its_parameter(parameter: str) -> None:
-    assert parameter in _text.parameter_names(_text.layer_name(parameter))
+    layer = _text.layer_name(parameter)
+    assert parameter in _text.parameter_names(layer)
+    assert _text.parameter_in(layer, [parameter]) == parameter
+    assert _text.parameter_in(layer, []) is None

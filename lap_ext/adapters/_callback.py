@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.masks import parameter_names
+from lap_ext.masks import parameter_in
 
 
 class TrainingCallback:
@@ -132,9 +132,9 @@ def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tenso
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for layer in masks:
-        names = [name for name in parameter_names(layer) if name in parameters]
-        if names:
-            found[layer] = parameters[names[0]]
+        name = parameter_in(layer, parameters)
+        if name is not None:
+            found[layer] = parameters[name]
     return found
 
 

@@ -41,7 +41,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.masks import layer_name, parameter_names
+from lap_ext.masks import layer_name, parameter_in
 
 try:
     import nncf
@@ -197,7 +197,8 @@ def _matched(model: nn.Module, buffers: Buffers, masks: lap_ext.Masks) -> dict[s
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for layer, mask in masks.items():
-        weight = next((weights[x] for x in parameter_names(layer) if x in weights), None)
+        parameter = parameter_in(layer, weights)
+        weight = None if parameter is None else weights[parameter]
         name = first.get(id(weight))
         if weight is None:
             problems.append(f"{layer!r}: the model has no such parameter")

@@ -125,10 +125,7 @@ class LookaheadSparsifier(BaseSparsifier):
         if config is None:
             config = [{"tensor_fqn": name} for name in parameters]
         _check_config(config, model, parameters)
-        probe = {layer.name: 0.0 for layer in topology.layers.values()}
-        lap_ext.prune(
-            model, topology, probe, apply=False, **self._options
-        )  # raises what step would
+        lap_ext.Pruner(model, topology, lambda step: None, **self._options)  # raises what step would
         self._topology = topology
         super().prepare(model, config)
 

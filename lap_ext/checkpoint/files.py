@@ -68,6 +68,11 @@ class Piece:
 Copy = tuple[Piece, ...]  # all of a parameter, in order
 
 
+def size_of(copy: Copy) -> int:
+    """Bytes of a copy of a parameter."""
+    return sum(piece.entry.size for piece in copy)
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file: head bytes, then its entries without gaps."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lap_ext._text import columns
-from lap_ext.checkpoint.files import naming, open_folder
+from lap_ext._text import columns, some
+from lap_ext.checkpoint.files import naming, open_folder, size_of
 from lap_ext.checkpoint.reading import Buffer, Source, zeros
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.progress import Progress, Step
@@ -153,9 +153,7 @@ def inspect(
         files = open_folder(Path(folder))
         known = structure_of(files, model, example_inputs, unknown)
         first = {name: copies[0] for name, copies in known.copies.items()}
-        step = Step(
-            on_progress, _STEP, sum(x.entry.size for pieces in first.values() for x in pieces)
-        )
+        step = Step(on_progress, _STEP, sum(map(size_of, first.values())))
         source, buffer = Source(files.path), Buffer()
 
         def count(layer: Layer) -> int:
@@ -171,7 +169,7 @@ def inspect(
 def inspect_model(
     topology: Topology, on_progress: Callable[[Progress], Any] | None = None
 ) -> Inspection:
-    """Does the same with a traced module in memory.
+    """Counts the zeros of a traced module's layers.
 
     Example:
         >>> import torch, lap_ext
@@ -201,13 +199,9 @@ def model_bytes(model: nn.Module) -> int:
 
 def neighbors(edges: Iterable[Edge]) -> str:
     """Names what is at the ends of edges, and how channels correspond if it is not one to one."""
-    names = []
-    for edge in edges:
-        how = "" if edge.channel_map in ("same", "all") else f" ({edge.channel_map})"
-        names.append(f"{'coupled with ' if edge.kind == 'coupled' else ''}{edge.name}{how}")
-    names = list(dict.fromkeys(names))
-    more = f", and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
+    marks = {"coupled": "coupled with "}
+    names = [f"{marks.get(edge.kind, '')}{edge.name}{edge.how}" for edge in edges]
+    return some(dict.fromkeys(names), _MOST)
 
 
 def _inspected(topology: Topology, count: Callable[[Layer], int], size: int) -> Inspection:

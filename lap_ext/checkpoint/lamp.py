@@ -5,7 +5,7 @@
 
 Within a layer LAMP scores fall as scores do, so a layer is walked from its largest score on: keys of
 scores come sorted, a range of them at a time, and squares are added in that order, one by one, as in
-memory: the same bits. A walk ends where LAMP scores are below the interval that the cut (rank.py)
+memory: the same bits. A walk ends where LAMP scores are below the interval that the cut (ranking.py)
 looks at, and the next one, of a narrower interval, begins at a mark that the last one left.
 
 The layers then keep so many weights each, by their squares: equal squares are ranked by index alone.

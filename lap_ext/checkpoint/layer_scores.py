@@ -125,7 +125,7 @@ class LayerScores:
         if self._given is not None:
             weight = self._given[first : first + weight.numel()]
         if not self._parts:
-            return self._times(weight[None], Part((1, 1)), None, None, 1).flatten()
+            return self._times(weight[None], None, None, 1).flatten()
         if self.simple:
             part, rows, cols = self._parts[0]
             found = [self._block(weight, first, part, rows, cols, x)
@@ -183,10 +183,10 @@ class LayerScores:
             rows = rows[x.top - start : x.bottom - start]
         if cols is not None and part.groups > 1:
             cols = cols[x.group * block.shape[1] : (x.group + x.groups) * block.shape[1]]
-        return self._times(block, part, rows, cols, x.groups)
+        return self._times(block, rows, cols, x.groups)
 
     def _times(
-        self, block: Tensor, part: Part, rows: Tensor | None, cols: Tensor | None, groups: int
+        self, block: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int
     ) -> Tensor:
         """|block| * (row factor * column factor)."""
         if self.how == "wide":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.energies import FileNetwork
-from lap_ext.checkpoint.files import DTYPES, Copy, wrong
+from lap_ext.checkpoint.files import DTYPES, Copy, size_of, wrong
 from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.reading import Buffer, Source
@@ -47,7 +47,7 @@ class PieceCut:
 
 @dataclass
 class Task:
-    """What is to be done: everything that has been checked, and the step that goes on."""
+    """What is to be done: everything that has been checked, and the current step."""
 
     source: Source
     network: FileNetwork
@@ -67,7 +67,7 @@ class Task:
 
     def size(self, layer: Layer) -> int:
         """Bytes of a layer's weight in the files."""
-        return sum(piece.entry.size for piece in self.copies[layer.name][0])
+        return size_of(self.copies[layer.name][0])
 
     def begin(self, step: str, layers: Iterable[Layer]) -> None:
         """Begins a step that reads each of these layers once."""

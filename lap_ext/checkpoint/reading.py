@@ -102,7 +102,7 @@ def bits(source: Source, entry: Entry, buffer: Buffer) -> Iterator[tuple[int, Te
 
 
 def zeros(source: Source, entry: Entry, buffer: Buffer) -> int:
-    """How many weights of a tensor are zero, of either sign; 0 of a dtype that weights have not."""
+    """How many weights of a tensor are zero, of either sign; 0 for a dtype that weights cannot have."""
     if entry.dtype not in DTYPES:
         return 0
     chunks = _chunks(source, entry, DTYPES[entry.dtype], buffer)

@@ -10,7 +10,8 @@ The command line writes it, with options as they were typed; `verify` reads it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,19 @@ class Record:
     """What a pruning has left behind for `verify`.
 
     Attributes:
-        sparsity: that was asked for.
-        scope: of the sparsity, "layer" or "global".
         counts: layer name -> (weights kept, all weights).
+        asked: option -> value, as it is written.
     """
 
-    sparsity: Sparsity
-    scope: str
     counts: Mapping[str, tuple[int, int]]
+    asked: Any
+
+    def wanted(self) -> tuple[Sparsity, str]:
+        """Reads the sparsity that was asked for, and its scope; ValueError if they are damaged."""
+        with _damage():
+            if self.asked["scope"] not in SCOPES:
+                raise ValueError("no such scope")
+            return notation.of_texts(self.asked["sparsity"]), self.asked["scope"]
 
 
 def write(folder: Path, asked: Mapping[str, Any], result: PruneResult) -> None:
@@ -58,12 +64,16 @@ def read(folder: Path) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
+    with _damage():
         facts = json.loads(path.read_bytes())
-        asked = facts["asked"]
-        if asked["scope"] not in SCOPES:
-            raise ValueError("no such scope")
         counts = {row["name"]: (int(row["kept"]), int(row["total"])) for row in facts["layers"]}
-        return Record(notation.of_texts(asked["sparsity"]), asked["scope"], counts)
+        return Record(counts, facts.get("asked"))
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what is wrong with a record into one ValueError."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{RECORD} is damaged: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.checkpoint.files import DTYPES, Copy, naming, open_folder
+from lap_ext.checkpoint.files import DTYPES, naming, open_folder, size_of
 from lap_ext.checkpoint.inspecting import model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.result import CheckpointResult
@@ -23,7 +23,7 @@ from lap_ext.report import Facts, Histogram, LayerFacts
 from lap_ext.report.gather import Chunk, LayerWeights, gather
 from lap_ext.topology import Layer, Topology
 
-_FUNCTION = "checkpoint.checkpoint_facts"
+_FUNCTION = "checkpoint_facts"
 _STEP = "measure"
 
 
@@ -89,7 +89,7 @@ def checkpoint_facts(
         facts = _facts(os.fspath(folder), result, asked, known.topology)
         facts.bytes_before, facts.bytes_after = before.size, after.size
         layers = [known.topology.layers[name] for name in masks.shapes]
-        total = sum(_stored(known.copies[layer.name][0]) for layer in layers)
+        total = sum(size_of(known.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)
 
 
@@ -167,7 +167,3 @@ def _weights(
         scores=scores,
     )
     return LayerWeights(facts, layer.roles[0].part.shape, layer.groups, itemsize, copies, chunks)
-
-
-def _stored(copy: Copy) -> int:
-    return sum(piece.entry.size for piece in copy)

@@ -70,7 +70,7 @@ class Work:
         return name in self.facts["done"] and path.is_file() and path.stat().st_size == size
 
     def save(self) -> None:
-        """Writes the facts, all or nothing."""
+        """Writes the facts, all or nothing; under a fixed name, which a resumed run knows as ours."""
         text = json.dumps({"asked": self.asked, "facts": self.facts}).encode()
         part = self.place / "state.json.part"
         with on_disk(self.place), part.open("wb") as file:

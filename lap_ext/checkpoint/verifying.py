@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lap_ext import allocation
-from lap_ext._text import columns, layer_name, parameter_names
+from lap_ext._text import columns, layer_name, parameter_in
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.checkpoint import hf, record
 from lap_ext.checkpoint.files import Entry, Folder, naming, open_path
@@ -171,6 +171,8 @@ def verify(
         (False, 2, '1 elements differ from the original')
     """
     check.one_of(_FUNCTION, "scope", scope, SCOPES)
+    if sparsity is not None:
+        allocation.of(sparsity, _FUNCTION)  # a mistake here costs nothing yet
     wanted = None if sparsity is None else (sparsity, scope)
     with naming(_FUNCTION), ExitStack() as stack:
         after, before = open_path(Path(pruned)), open_path(Path(original))
@@ -234,7 +236,7 @@ class _Comparison:
         """Tensor name -> its layer, and the first of the layer's weights that it holds."""
         entries, found, other = self.before.entries, {}, []
         for layer in masks.shapes:
-            parameter = _parameter(layer, entries)
+            parameter = parameter_in(layer, entries)
             if parameter in entries and entries[parameter].shape == masks.shapes[layer]:
                 found[parameter] = (layer, 0)
             else:
@@ -299,6 +301,8 @@ class _Comparison:
         """Checks the counts that are recorded, and those that the sparsity asks for."""
         try:
             recorded = record.read(self.after.path)
+            if recorded is not None and wanted is None:
+                wanted = recorded.wanted()
         except ValueError:
             self._find(record.RECORD, "it is damaged")
             return
@@ -309,7 +313,6 @@ class _Comparison:
                 if counts.get(name) != found.get(name):
                     pair = f"{found.get(name)} in the masks, {counts.get(name)} recorded"
                     self._find(name, f"(kept, total) is {pair}")
-            wanted = wanted or (recorded.sparsity, recorded.scope)
         if wanted is not None:
             self._check_sparsity(*wanted)
 
@@ -338,13 +341,8 @@ def _by_model(folder: Folder, masks: BitMasks) -> dict[str, tuple[str, int]]:
     names, known = Names(folder, model), dict(model.named_parameters())
     found = {}
     for layer in masks.shapes:
-        parameter = _parameter(layer, known)
+        parameter = parameter_in(layer, known)
         if parameter in known:
             pieces = [piece for copy in names.copies(parameter) for piece in copy]
             found.update({piece.entry.name: (layer, piece.begin) for piece in pieces})
     return found
-
-
-def _parameter(layer: str, known: Collection[str]) -> str:
-    """The known parameter that a layer's name stands for; the name itself if there is none."""
-    return next((name for name in parameter_names(layer) if name in known), layer)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lap_ext._text import some
 from lap_ext.cli import program
 from lap_ext.cli.output import Progress
 from lap_ext.topology import Topology, trace
@@ -186,8 +187,7 @@ def _load(module: nn.Module, path: Path) -> None:
         raise ValueError(f"expected {str(path)!r} to fit the model, got: {error}") from None
     for what, names in (("lacks", sorted(missing)), ("has besides", sorted(unexpected))):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
                 f"expected {str(path)!r} to have exactly the model's tensors, got a file that "
-                f"{what} {', '.join(names[:3])}{more}."
+                f"{what} {some(names, 3)}."
             )

@@ -40,6 +40,8 @@ def writing(path: Path, done: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.strerror is None:  # of our own, which says all
+            raise
         raise OSError(error.errno, f"{error.strerror} ({error.filename or path}){done}") from None
     except Exception as error:  # safetensors has an error of its own
         if "No space left on device" not in str(error):

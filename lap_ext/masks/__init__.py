@@ -2,10 +2,10 @@
 """Which weights are kept: applied, kept through training, saved with one bit a weight, read again."""
 
 from lap_ext._text import layer_name as layer_name
-from lap_ext._text import parameter_names as parameter_names
+from lap_ext._text import parameter_in as parameter_in
 from lap_ext.masks.file import BitMasks as BitMasks
 from lap_ext.masks.file import pack as pack
 from lap_ext.masks.file import unpack as unpack
 from lap_ext.masks.masks import Masks as Masks
 
-__all__ = ["BitMasks", "Masks", "layer_name", "pack", "parameter_names", "unpack"]
+__all__ = ["BitMasks", "Masks", "layer_name", "pack", "parameter_in", "unpack"]

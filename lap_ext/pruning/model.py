@@ -80,7 +80,7 @@ def scores(
     topology = topology_of("scores", model, example_inputs, kwargs, neighbors, unknown)
     plan = plan_of("scores", topology, options)
     scoring = _scoring(plan, checked_masks("scores", topology, masks), data, on_progress)
-    scoring.measure()
+    scoring.measure(plan.layers)
     step = scoring.step("score", plan.layers)
     found = {}
     for layer in plan.layers:
@@ -212,22 +212,22 @@ def run(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What scoring needs, and who listens."""
+    """A plan, the network that its scores are computed with, and the listener."""
 
     plan: Plan
     network: Network
     masks: dict[str, Tensor]
     on_progress: Callable[[Progress], Any] | None
 
-    def measure(self) -> None:
-        """Takes the norms that scoring will ask for layer by layer all at once, to be listened to."""
-        if not self.plan.criterion.reads_norms:
+    def measure(self, layers: Sequence[Layer]) -> None:
+        """Takes the norms of the whole network, unless there is nothing to score."""
+        if not layers or not self.plan.criterion.reads_norms:
             return
-        layers = self.plan.topology.layers
-        total = sum(layers[role.layer].weight.nbytes for role in self.network.unmeasured())
+        every = self.plan.topology.layers
+        total = sum(every[role.layer].weight.nbytes for role in self.network.unmeasured())
         step = Step(self.on_progress, "measure", total)
         for role in self.network.take_norms():
-            step.read(role.layer, layers[role.layer].weight.nbytes)
+            step.read(role.layer, every[role.layer].weight.nbytes)
 
     def step(self, name: str, layers: Sequence[Layer]) -> Step:
         """Begins a step that reads the weights of layers once."""
@@ -240,7 +240,7 @@ def _scoring(
     data: Iterable[Any] | None,
     on_progress: Callable[[Progress], Any] | None,
 ) -> _Scoring:
-    """Lets the criterion look at data, if it does."""
+    """Prepares the network; here criteria look at data."""
     if data is not None:
         Step(on_progress, "data", 0).read("", 0)
     network = plan.criterion.prepare(plan.network(masks), data)
@@ -254,8 +254,7 @@ def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Te
     left = sum(_left(layer, masks) for layer in layers)
     stored = [x for x in layers if selection.stores_scores(criterion, x, options.normalize)]
     for number in range(1, options.rounds + 1):
-        if layers:
-            scoring.measure()
+        scoring.measure(layers)
         step, found = scoring.step("score", stored), []
         for layer in layers:
             own = masks.get(layer.name)
@@ -279,8 +278,7 @@ def _by_layer(
     masks = _own_masks(scoring, layers)
     left = {layer.name: _left(layer, masks) for layer in layers}
     for number in range(1, options.rounds + 1):
-        if layers:
-            scoring.measure()
+        scoring.measure(layers)
         step = scoring.step("rank", layers)
         for layer in reversed(layers) if options.order == "backward" else layers:
             name = layer.name

@@ -93,7 +93,7 @@ def options_of(
 
 
 def plan_of(function: str, topology: Topology, options: Options) -> Plan:
-    """Chooses the layers of a model that options speak of."""
+    """Chooses the layers that the options leave to prune."""
     return Plan(function, topology, chosen(function, topology, options.exclude), options)
 
 

@@ -62,8 +62,8 @@ class Pruner:
             function; a sparsity is all that `prune` takes: a number, a dict, an allocation.
         optimizer: what trains the model, or several of them. None: `step` sets pruned weights back
             to zero itself, so it has to follow every step; moments are then the optimizer's own.
-        options: criterion, scope, normalize, order, rounds, exclude, bn, data, kwargs, neighbors
-            and unknown, as in `prune`. data is iterated over at every pruning.
+        options: criterion, scope, normalize, order, rounds, exclude, bn, skip, data, kwargs,
+            neighbors, unknown and on_progress, as in `prune`. data is iterated over at every pruning.
 
     Attributes:
         layers: the layers that it prunes, in the network's order.

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lap_ext.report.facts import Facts, LayerFacts, Measure
 
-Chunk = tuple[
-    Tensor, Tensor, "Tensor | None"
-]  # weights, whether each is kept, scores if they are known
+# weights, whether each is kept, scores if they are known
+Chunk = tuple[Tensor, Tensor, "Tensor | None"]
 
 
 @dataclass

@@ -44,6 +44,11 @@ class Edge:
     via: Trail
 
     @property
+    def how(self) -> str:
+        """How channels correspond, in parentheses behind a name; empty if one to one or all to all."""
+        return "" if self.channel_map in ("same", "all") else f" ({self.channel_map})"
+
+    @property
     def channel_map(self) -> str:
         """How channels correspond, in a word: "same", "offset 64", "repeat 4", "permuted", ..."""
         here, there = self.here, self.there

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lap_ext._text import columns
+from lap_ext._text import columns, some
 from lap_ext.topology.edges import Edge
 
 _MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
@@ -42,14 +42,12 @@ def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) ->
 def _list(name: str, edges: list[Edge]) -> str:
     parts = []
     for edge in edges:
-        map_ = "" if edge.channel_map in ("same", "all") else f" ({edge.channel_map})"
-        mark = {"coupled": "x ", "layer": ""}.get(edge.kind, "")
-        parts.append(f"{mark}{_short(edge.name, name)}{map_}")
+        mark = "x " if edge.kind == "coupled" else ""
+        parts.append(f"{mark}{_short(edge.name, name)}{edge.how}")
     parts = list(dict.fromkeys(parts))
     ends = itertools.accumulate(len(part) + 2 for part in parts)
     shown = max(1, sum(end <= _WIDEST + 2 for end in list(ends)[:_MOST]))
-    more = f", and {len(parts) - shown} more" if len(parts) > shown else ""
-    return ", ".join(parts[:shown]) + more
+    return some(parts, shown)
 
 
 def _short(name: str, row: str) -> str:

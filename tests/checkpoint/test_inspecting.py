@@ -100,7 +100,7 @@ def test_names_of_neighbors() -> None:
     assert neighbors([]) == ""
     assert neighbors([edge("a"), edge("b", "all"), edge("a")]) == "a, b"
     assert neighbors([edge("a", "half"), edge("b", kind="coupled")]) == "a (half), coupled with b"
-    assert neighbors([edge(name) for name in "abcdef"]) == "a, b, c, d, and 2 more"
+    assert neighbors([edge(name) for name in "abcdef"]) == "a, b, c, d and 2 more"
 
 
 def test_progress_adds_up(dense: Path) -> None:

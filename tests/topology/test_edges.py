@@ -202,7 +202,7 @@ def test_table() -> None:
     topology = traced("hf_gpt2_sdpa")
     assert repr(topology) == f"Topology(10 layers, {topology.graph.channels.size - 1} channels)"
     row = next(row for row in str(topology).splitlines() if row.startswith("transformer.wpe"))
-    assert row.endswith("  transformer.h.0.attn.c_attn, and 4 more")
+    assert row.endswith("  transformer.h.0.attn.c_attn and 4 more")
 
 
 def test_table_of_long_names() -> None:
@@ -212,10 +212,10 @@ def test_table_of_long_names() -> None:
     cells = {row.split()[0]: [x for x in row.split("  ") if x][3:] for row in table[2:]}
     layer = "model.layers.1"
     assert [x.strip() for x in cells[f"{layer}.mlp.gate_proj"]] == [
-        "model.embed_tokens, ..0.self_attn.o_proj, and 2 more", "..down_proj"]  # fmt: skip
+        "model.embed_tokens, ..0.self_attn.o_proj and 2 more", "..down_proj"]  # fmt: skip
     assert [x.strip() for x in cells[f"{layer}.self_attn.q_proj"]] == [
-        "model.embed_tokens, ..0.self_attn.o_proj, and 1 more", "x ..k_proj (32 pairs)"]  # fmt: skip
-    assert [x.strip() for x in cells["lm_head"]] == ["model.embed_tokens, and 4 more", "output"]
+        "model.embed_tokens, ..0.self_attn.o_proj and 1 more", "x ..k_proj (32 pairs)"]  # fmt: skip
+    assert [x.strip() for x in cells["lm_head"]] == ["model.embed_tokens and 4 more", "output"]
     assert max(map(len, table)) < 160
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured on a model leaves it as it was."""
+"""Contexts that leave a model as it was while something is measured on it."""
 
 from __future__ import annotations
 

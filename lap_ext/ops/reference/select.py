@@ -139,7 +139,7 @@ def kth_largest(scores: list[Tensor], k: int, check_finite: bool) -> Tensor:
         _require_numbers(scores, "kth_largest")
     keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     key = torch.tensor(_kth_key(keys, k), dtype=keys[0].dtype, device=scores[0].device)
-    return flip(key).view(torch.float64 if key.dtype == torch.int64 else torch.float32)
+    return flip(key).view(score_dtype(scores[0].dtype))
 
 
 def _require_numbers(scores: Sequence[Tensor], op: str) -> None:

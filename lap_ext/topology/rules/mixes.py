@@ -95,7 +95,7 @@ def _repeats(x: Value, dims: list[int]) -> bool:
 
 
 def _term_by_term(t: Tracer, call: Call, x: Value, dims: list[int]) -> Tensor:
-    """Sums sums: a term that is the same channel at every place counts once, as positions do."""
+    """Adds up a sum term by term: a term that is the same channel at every place counts once, as positions do."""
     parts = [
         replace(y, labels=mixed(t.channels, call.name, y.labels, dims, mean=call.name == "mean"))
         for y in x.terms
