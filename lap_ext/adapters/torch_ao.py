@@ -125,7 +125,9 @@ class LookaheadSparsifier(BaseSparsifier):
         if config is None:
             config = [{"tensor_fqn": name} for name in parameters]
         _check_config(config, model, parameters)
-        lap_ext.Pruner(model, topology, lambda step: None, **self._options)  # raises what step would
+        lap_ext.Pruner(
+            model, topology, lambda step: None, **self._options
+        )  # raises what step would
         self._topology = topology
         super().prepare(model, config)
 

@@ -14,6 +14,7 @@ import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
 from lap_ext.checkpoint.inspecting import inspect_model, neighbors
+from lap_ext.topology import Edge
 from tests.helpers.checkpoints import INPUTS, change, network, saved, write
 
 
@@ -94,12 +95,14 @@ def test_others_and_stops_are_told(tmp_path: Path) -> None:
 
 
 def test_names_of_neighbors() -> None:
-    def edge(name: str, how: str = "same", kind: str = "layer") -> Any:
-        return type("Edge", (), {"name": name, "channel_map": how, "kind": kind})
+    def edge(name: str, shift: int = 0, kind: str = "layer") -> Edge:
+        here = torch.arange(2)
+        return Edge(name, kind, here, here + shift, None, ())
 
     assert neighbors([]) == ""
-    assert neighbors([edge("a"), edge("b", "all"), edge("a")]) == "a, b"
-    assert neighbors([edge("a", "half"), edge("b", kind="coupled")]) == "a (half), coupled with b"
+    assert neighbors([edge("a"), edge("b", 5, "input"), edge("a")]) == "a, b"
+    said = neighbors([edge("a", 2), edge("b", kind="coupled")])
+    assert said == "a (offset +2), coupled with b"
     assert neighbors([edge(name) for name in "abcdef"]) == "a, b, c, d and 2 more"
 
 

@@ -154,13 +154,34 @@ def test_damaged_records(dense: Path, pruned: Path, text: str) -> None:
     assert problems(checkpoint.verify(pruned, dense)) == {("lap_ext.json", "it is damaged")}
 
 
+def test_a_sparsity_needs_no_record_of_one(dense: Path, pruned: Path) -> None:
+    """The recorded counts still count where what was asked is lost and a sparsity is given."""
+    path = pruned / "lap_ext.json"
+    counts = [
+        {"name": row.name, "kept": row.kept, "total": row.total}
+        for row in checkpoint.verify(pruned, dense).layers
+    ]
+    path.write_text(json.dumps({"layers": counts}))
+    assert ("lap_ext.json", "it is damaged") in problems(checkpoint.verify(pruned, dense))
+    assert problems(checkpoint.verify(pruned, dense, sparsity=0.5)) == set()
+    counts[0]["kept"] += 1
+    path.write_text(json.dumps({"layers": counts}))
+    ((name, problem),) = problems(checkpoint.verify(pruned, dense, sparsity=0.5))
+    assert name == counts[0]["name"] and "recorded" in problem
+
+
+def test_a_wrong_sparsity_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint.verify: expected 0 <= sparsity <= 1"):
+        checkpoint.verify(tmp_path / "none", tmp_path / "none", sparsity=1.5)
+
+
 def test_the_record_has_everything_that_was_asked(dense: Path, tmp_path: Path) -> None:
     result = prune(dense, tmp_path / "out", lap_ext.erk(0.5))
     record.write(tmp_path / "out", {"sparsity": ["erk:0.5"], "scope": "layer", "bn": "off"}, result)
     facts = json.loads((tmp_path / "out" / "lap_ext.json").read_text())
     assert facts["lap_ext"] == lap_ext.__version__ and facts["asked"]["bn"] == "off"
     found = record.read(tmp_path / "out")
-    assert found is not None and (found.sparsity, found.scope) == (lap_ext.erk(0.5), "layer")
+    assert found is not None and found.wanted() == (lap_ext.erk(0.5), "layer")
     assert found.counts == {row.name: (row.kept, row.total) for row in result.layers}
     assert record.read(dense) is None
 

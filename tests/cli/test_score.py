@@ -152,6 +152,21 @@ def test_nothing_half_written(
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py"}
 
 
+def test_a_file_that_appears_meanwhile(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told in the words of who finds it, and stays."""
+    real = lap_ext.scores
+
+    def slow(*args: Any, **options: Any) -> Any:
+        (tmp_path / "s").write_text("theirs")
+        return real(*args, **options)
+
+    monkeypatch.setattr(lap_ext, "scores", slow)
+    assert "path to be a new file, got 's'" in one_line(run("score", "nets:net", "--out", "s"))
+    assert (tmp_path / "s").read_text() == "theirs"
+
+
 def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 100
