@@ -3,13 +3,15 @@
 
 #include <algorithm>
 
+#include "float_env.h"
+
 namespace lap::cpu {
 namespace {
 
 constexpr int64_t kRowsPerEntry = 32;  // rows an entry must serve to be repeated: 3 % of w
 
 NormRange range_of(const double* norm, int64_t n) {
-  NormRange range = {0, 0};
+  NormRange range = NormRange::none();
   for (int64_t i = 0; i < n; ++i) range = with(range, norm[i]);
   return range;
 }
@@ -24,10 +26,11 @@ bool plain(const Norms& norms, const Layout& layout, bool rounded) {
 
 template <typename Float>
 ScaledNorms<Float> scale_norms(const Norms& norms, const Layout& layout, bool rounded) {
+  const FloatEnv env;
   const NormRange row = range_of(norms.row, layout.rows);
   const NormRange col = range_of(norms.col, layout.channels());
-  const int row_exponent = exponent_of(row.largest);
-  const int col_exponent = exponent_of(col.largest);
+  const ScaleBy scale_row(exponent_of(row));
+  const ScaleBy scale_col(exponent_of(col));
   ScaledNorms<Float> out;
   out.scale = scale_of(row, col);
   out.expanded = layout.window > 1 && layout.group_rows() >= kRowsPerEntry;
@@ -35,10 +38,10 @@ ScaledNorms<Float> scale_norms(const Norms& norms, const Layout& layout, bool ro
   out.row.resize(layout.rows);
   out.col.resize(layout.channels() * repeat);
   for (int64_t r = 0; r < layout.rows; ++r) {
-    out.row[r] = static_cast<Float>(scaled(norms.row[r], row_exponent, rounded));
+    out.row[r] = static_cast<Float>(scale_row(norms.row[r], rounded));
   }
   for (int64_t c = 0; c < layout.channels(); ++c) {
-    const Float value = static_cast<Float>(scaled(norms.col[c], col_exponent, rounded));
+    const Float value = static_cast<Float>(scale_col(norms.col[c], rounded));
     std::fill_n(out.col.begin() + c * repeat, repeat, value);
   }
   return out;

@@ -14,6 +14,16 @@ struct Candidates {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
+    for_each_of<true>(visit);
+  }
+  template <typename Visit>
+  __device__ void for_each_rank(const Prefix<Rank>&, const Visit& visit) const {
+    for_each_of<false>(visit);
+  }
+
+ private:
+  template <bool kPositions, typename Visit>
+  __device__ void for_each_of(const Visit& visit) const {
     constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
     const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -24,7 +34,7 @@ struct Candidates {
       for (int b = 0; b < kBatch; ++b) {
         const int64_t i = first + b * stride;
         rank[b] = i < count ? ranks[i] : Rank{0};
-        position[b] = i < count ? positions[i] : 0;
+        position[b] = kPositions && i < count ? positions[i] : 0;
       }
       LAP_UNROLL
       for (int b = 0; b < kBatch; ++b) {

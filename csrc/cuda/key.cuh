@@ -110,6 +110,7 @@ struct WeightKeys {
 
  private:
   static constexpr int V = kVector<T>;
+  static constexpr int kVectorsPerThread = kPerThread / V;
 
   __device__ static bool underflows(Rank rank, T x, Float row_norm, Float col_norm) {
     return rank >= RankTraits<Key>::kDoubtful && widen(x) != 0 && row_norm != 0 && col_norm != 0;
@@ -120,34 +121,28 @@ struct WeightKeys {
                             uint32_t live,
                             Rank (&rank)[kPerThread],
                             bool* underflow) const {
-    constexpr int kAtOnce = sizeof(T) == 8 ? 4 : 8;  // what the registers hold
     const TileRows rows(layout, tile.begin);
     const uint32_t last = tile.reach.count - V;  // vectors beyond the last one read its norms
+    Float row_norm[kVectorsPerThread];
+    Float col_norm[kVectorsPerThread][V];
     LAP_UNROLL
-    for (int first = 0; first < kPerThread; first += kAtOnce) {
-      Float row_norm[kAtOnce / V];
-      Float col_norm[kAtOnce / V][V];
-      LAP_UNROLL
-      for (int v = 0; v < kAtOnce / V; ++v) {
-        const uint32_t offset = offset_of<T>(first + v * V);
-        uint32_t in_row = 0;
-        row_norm[v] = row[rows.row_at(offset < last ? offset : last, &in_row)];
-        load_vector(along + in_row, col_norm[v]);
-      }
-      Rank worst = 0;
-      LAP_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) {
-        const Rank found = WeightKeys::rank(x[first + j], row_norm[j / V], col_norm[j / V][j % V]);
-        worst = found > worst ? found : worst;
-        rank[first + j] = found;
-      }
-      if (worst < RankTraits<Key>::kDoubtful) continue;
-      LAP_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int e = first + j;
-        const bool doubt = underflows(rank[e], x[e], row_norm[j / V], col_norm[j / V][j % V]);
-        if (doubt && ((live >> e) & 1)) *underflow = true;
-      }
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      const uint32_t offset = offset_of<T>(v * V);
+      uint32_t in_row = 0;
+      row_norm[v] = row[rows.row_at(offset < last ? offset : last, &in_row)];
+      load_vector(along + in_row, col_norm[v]);
+    }
+    Rank worst = 0;
+    LAP_UNROLL
+    for (int e = 0; e < kPerThread; ++e) {
+      rank[e] = WeightKeys::rank(x[e], row_norm[e / V], col_norm[e / V][e % V]);
+      worst = rank[e] > worst ? rank[e] : worst;
+    }
+    if (worst < RankTraits<Key>::kDoubtful) return;
+    LAP_UNROLL
+    for (int e = 0; e < kPerThread; ++e) {
+      const bool doubt = underflows(rank[e], x[e], row_norm[e / V], col_norm[e / V][e % V]);
+      if (doubt && ((live >> e) & 1)) *underflow = true;
     }
   }
 
@@ -181,13 +176,20 @@ struct WeightKeys {
   const LayoutDividers& layout;
 };
 
-// Bit j: bad(x[j]). Elements that do not exist are zeros.
-template <typename T, typename Keys>
-__device__ uint32_t bad_set(const T (&x)[kPerThread]) {
+// Zero if all values are finite (scores: also if not, unless one is NaN).
+template <typename T>
+__device__ auto trapped_of(const T (&x)[kPerThread]) {
   decltype(widen(T{})) trapped = 0;
   LAP_UNROLL
   for (int e = 0; e < kPerThread; ++e) trapped = trap(widen(x[e]), trapped);
-  if (trapped == 0) return 0;
+  return trapped;
+}
+
+// Bit j: bad(x[j]). Reads the tile again: rare, and x need not stay in registers for it.
+template <typename T, typename Keys>
+__device__ uint32_t bad_set(const Tile& tile) {
+  T x[kPerThread];
+  load_values<Keys::kVectors>(static_cast<const T*>(tile.data) + tile.begin, tile.reach, x);
   uint32_t bad = 0;
   LAP_UNROLL
   for (int e = 0; e < kPerThread; ++e) bad |= static_cast<uint32_t>(Keys::bad(x[e])) << e;
@@ -207,8 +209,9 @@ __device__ uint32_t load_ranks(const Keys& keys,
   if (tile.eligible != nullptr) {
     live &= load_bytes<Keys::kVectors, T>(tile.eligible + tile.begin, tile.reach);
   }
-  const uint32_t bad = bad_set<T, Keys>(x);
+  const auto trapped = trapped_of(x);
   keys.rank_tile(tile, x, live, rank, underflow);
+  const uint32_t bad = trapped == 0 ? 0 : bad_set<T, Keys>(tile);  // NaN is not zero
   if (live != kAllPresent) {
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {

@@ -56,8 +56,9 @@ struct Prefix {
   uint64_t position = 0;
   uint64_t position_rest = ~uint64_t{0};
 
+  __device__ bool matches(Rank r) const { return (r & ~rank_rest) == rank; }
   __device__ bool matches(Rank r, uint64_t p) const {
-    return (r & ~rank_rest) == rank && (p & ~position_rest) == position;
+    return matches(r) && (p & ~position_rest) == position;
   }
   __device__ void extend(uint32_t digit, int shift) {
     rank |= static_cast<Rank>(static_cast<Rank>(digit) << shift);
@@ -167,7 +168,8 @@ __device__ Prefix<Rank> common_prefix(Rank first, Rank last, int* bits) {
 
 // All threads of all blocks call select() alike. Elements: for_each(prefix, visit) calls
 // visit(rank, position) for this thread's share of the elements that may match the prefix; none
-// has rank kWorst.
+// has rank kWorst. for_each_rank(prefix, visit) does the same where positions do not matter, and
+// gives any.
 template <typename Key>
 class GridSelector {
  public:
@@ -229,9 +231,15 @@ class GridSelector {
     for (int b = threadIdx.x; b < kBins; b += blockDim.x) local_->counts[b] = 0;
     __syncthreads();
     DigitCounter counter(local_);
-    elements.for_each(prefix, [&](Rank rank, uint64_t position) {
-      if (prefix.matches(rank, position)) counter.add(digit.of(rank, position));
-    });
+    if (digit.of_rank) {
+      elements.for_each_rank(prefix, [&](Rank rank, uint64_t) {
+        if (prefix.matches(rank)) counter.add(digit.of(rank, 0));
+      });
+    } else {
+      elements.for_each(prefix, [&](Rank rank, uint64_t position) {
+        if (prefix.matches(rank, position)) counter.add(digit.of(rank, position));
+      });
+    }
     counter.flush();
     __syncthreads();
     Count* filled = histograms_->counts[turn_ % kTurns];

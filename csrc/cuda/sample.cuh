@@ -7,6 +7,12 @@
 
 namespace lap::cuda {
 
+#if defined(LAP_EMULATED)
+constexpr int kSampleThreads = 128;
+#else
+constexpr int kSampleThreads = 1024;  // the last block works alone; 61 registers a thread
+#endif
+
 // Bits of a rank that the interval's ends are known to: the rest is rounded outwards.
 template <typename Rank>
 constexpr int kSampledBits = sizeof(Rank) == 4 ? 22 : 33;
@@ -48,7 +54,7 @@ __device__ void prefixes_at(const Rank* sample,
   Count wanted[2];
   for (int side = 0; side < 2; ++side) {
     wanted[side] = static_cast<Count>(index[side]) + 1;
-    const Bin bin = find_bin<kLoneThreads>(wanted[side], [&](int b) { return digits[b]; });
+    const Bin bin = find_bin<kSampleThreads>(wanted[side], [&](int b) { return digits[b]; });
     prefix[side].extend(bin.digit, kBits - kRadixBits);
     wanted[side] -= bin.before;
   }
@@ -62,7 +68,7 @@ __device__ void prefixes_at(const Rank* sample,
     __syncthreads();
     for_each_sampled(sample, size, [&](Rank rank) {
       for (int side = 0; side < 2; ++side) {
-        if (!prefix[side].matches(rank, 0)) continue;
+        if (!prefix[side].matches(rank)) continue;
         atomicAdd(&local->of[side].counts[digit.of(rank, 0)], 1u);
       }
     });
@@ -70,7 +76,7 @@ __device__ void prefixes_at(const Rank* sample,
     for (int side = 0; side < 2; ++side) {
       const LocalHistogram& counted = local->of[side];
       const Bin bin =
-          find_bin<kLoneThreads>(wanted[side], [&](int b) { return Count{counted.counts[b]}; });
+          find_bin<kSampleThreads>(wanted[side], [&](int b) { return Count{counted.counts[b]}; });
       prefix[side].extend(bin.digit, shift);
       wanted[side] -= bin.before;
     }
@@ -88,11 +94,11 @@ __device__ inline bool last_block(uint32_t* arrived) {
   return last;
 }
 
-// Sets state.first, state.last. Thread: one sampled element. Reads 2^sample_bits sectors of 32
+// Sets state.first, middle, last. Thread: one sampled element. Reads 2^sample_bits sectors of 32
 // bytes; every block counts the first digit of its ranks, and the last block reads all ranks once
 // (twice, 64-bit keys) from the L2 cache.
 template <typename T, typename Keys>
-__global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kSampleThreads) sample_kernel(SelectArgs args) {
   using Rank = typename Keys::Rank;
   constexpr Rank kWorst = RankTraits<typename Keys::Key>::kWorst;
   constexpr int kTop = static_cast<int>(sizeof(Rank)) * 8 - kRadixBits;
@@ -127,8 +133,12 @@ __global__ void __launch_bounds__(kLoneThreads) sample_kernel(SelectArgs args) {
   prefixes_at(sample, size, digits, index, &local, prefix);
   if (threadIdx.x != 0) return;
   const Rank edge = prefix[1].rank | prefix[1].rank_rest;
-  args.state->first = args.first_sampled < 0 ? Rank{0} : prefix[0].rank;
-  args.state->last = args.last_sampled > most || edge == kWorst ? kWorst - 1 : edge;
+  const bool open[2] = {args.first_sampled<0, args.last_sampled> most || edge == kWorst};
+  const Rank first = open[0] ? Rank{0} : prefix[0].rank;
+  const Rank last = open[1] ? static_cast<Rank>(kWorst - 1) : edge;
+  args.state->first = first;
+  args.state->middle = open[0] || open[1] ? first : first + (last - first) / 2;
+  args.state->last = last;
 }
 
 }  // namespace lap::cuda

@@ -23,7 +23,22 @@ struct ScaledNorms {
   int64_t window;
 };
 
-constexpr int64_t kMostAlong = 1 << 16;  // written by one block; windows of 1 need no writing
+constexpr int64_t kMostAlong = 1 << 16;  // entries that are repeated; windows of 1 need none
+// Blocks that scale one layer's norms: each reads all of them for their range, which takes 8 bytes
+// a norm from the L2 cache, and writes its share.
+#if defined(LAP_EMULATED)
+constexpr int64_t kNormsPerBlock = 24;
+#else
+constexpr int64_t kNormsPerBlock = 1024;
+#endif
+constexpr unsigned kMostNormBlocks = 32;
+
+inline unsigned norm_blocks(const ScaledNorms& norms) {
+  const int64_t blocks = ceil_div(norms.rows + norms.channels, kNormsPerBlock);
+  return static_cast<unsigned>(blocks < 1                 ? 1
+                               : blocks < kMostNormBlocks ? blocks
+                                                          : kMostNormBlocks);
+}
 
 inline ScaledNorms take_scaled_norms(Carver* carver, const Weight& w) {
   const int64_t rows = w.layout.rows;
@@ -48,22 +63,24 @@ inline ScaledNorms take_scaled_norms(Carver* carver, const Weight& w) {
   return norms;
 }
 
-// visit(i, norm[i]) for this thread's share of norm [n], kInFlight loads at a time.
+// visit(i, norm[i]) for this thread's share of begin <= i < end, kInFlight loads at a time.
 template <typename Visit>
-__device__ void block_for_each(const double* norm, int64_t n, const Visit& visit) {
+__device__ void block_for_each(const double* norm, int64_t begin, int64_t end, const Visit& visit) {
   const int64_t stride = blockDim.x;
-  for (int64_t first = threadIdx.x; first < n; first += kInFlight * stride) {
+  int64_t i = begin + threadIdx.x;
+  for (; i + (kInFlight - 1) * stride < end; i += kInFlight * stride) {
     double x[kInFlight];
     LAP_UNROLL
-    for (int b = 0; b < kInFlight; ++b) {
-      const int64_t i = first + b * stride;
-      x[b] = i < n ? norm[i] : 0;
-    }
+    for (int b = 0; b < kInFlight; ++b) x[b] = norm[i + b * stride];
     LAP_UNROLL
-    for (int b = 0; b < kInFlight; ++b) {
-      const int64_t i = first + b * stride;
-      if (i < n) visit(i, x[b]);
-    }
+    for (int b = 0; b < kInFlight; ++b) visit(i + b * stride, x[b]);
+  }
+  double x[kInFlight];
+  LAP_UNROLL
+  for (int b = 0; b < kInFlight; ++b) x[b] = i + b * stride < end ? norm[i + b * stride] : 0;
+  LAP_UNROLL
+  for (int b = 0; b < kInFlight; ++b) {
+    if (i + b * stride < end) visit(i + b * stride, x[b]);
   }
 }
 
@@ -71,16 +88,15 @@ __device__ void block_for_each(const double* norm, int64_t n, const Visit& visit
 // first index of a norm that is not finite or below zero.
 __device__ inline NormRange block_range(const double* norm, int64_t n, Count* bad_inverted) {
   LAP_SHARED(WarpValues<NormRange>, warps);
-  NormRange range = {0, 0};
-  block_for_each(norm, n, [&](int64_t i, double x) {
+  NormRange range = NormRange::none();
+  block_for_each(norm, 0, n, [&](int64_t i, double x) {
     range = with(range, x);
-    if (bad_inverted != nullptr && !(x >= 0 && is_finite(x))) {
-      atomicMax(bad_inverted, ~static_cast<Count>(i));
-    }
+    const bool bad = bit_cast<uint64_t>(x) >= KeyTraits<int64_t>::kInfinity && x != 0;
+    if (bad && bad_inverted != nullptr) atomicMax(bad_inverted, ~static_cast<Count>(i));
   });
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    const double largest = __shfl_down_sync(kAllLanes, range.largest, step);
-    const double smallest = __shfl_down_sync(kAllLanes, range.smallest, step);
+    const uint64_t largest = __shfl_down_sync(kAllLanes, range.largest, step);
+    const uint64_t smallest = __shfl_down_sync(kAllLanes, range.smallest, step);
     range = widest(range, {largest, smallest});
   }
   __syncthreads();  // the previous call's readers are done
@@ -93,40 +109,60 @@ __device__ inline NormRange block_range(const double* norm, int64_t n, Count* ba
   return range;
 }
 
-__device__ inline void block_scale(
-    const double* norm, int64_t n, int exponent, bool rounded, double* wide, float* narrow) {
-  block_for_each(norm, n, [&](int64_t i, double given) {
-    const double x = scaled(given, exponent, rounded);
+// The entries of [0, n) that fall to this block.
+struct Share {
+  int64_t begin;
+  int64_t end;
+
+  __device__ explicit Share(int64_t n) {
+    const int64_t each = ceil_div(n, gridDim.x);
+    begin = each * blockIdx.x < n ? each * blockIdx.x : n;
+    end = begin + each < n ? begin + each : n;
+  }
+};
+
+__device__ inline void block_scale(const double* norm,
+                                   const Share& share,
+                                   int exponent,
+                                   bool rounded,
+                                   double* wide,
+                                   float* narrow) {
+  const ScaleBy scaled(exponent);
+  block_for_each(norm, share.begin, share.end, [&](int64_t i, double given) {
+    const double x = scaled(given, rounded);
     wide[i] = x;
     narrow[i] = static_cast<float>(x);
   });
 }
 
-// along[c * window + k] = col[c], col [channels] of the same type
+// along[c * window + k] = col[c] for the block's share of col. A thread reads what it has written
+// itself: the order of entries is block_for_each's.
 template <typename Float>
-__device__ void block_repeat(const Float* col, int64_t channels, int64_t window, Float* along) {
-  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+__device__ void block_repeat(const Float* col, const Share& share, int64_t window, Float* along) {
+  for (int64_t c = share.begin + threadIdx.x; c < share.end; c += blockDim.x) {
     const Float norm = col[c];
     for (int64_t k = 0; k < window; ++k) along[c * window + k] = norm;
   }
 }
 
-// One block writes `out` and returns the scale, the same in every thread. rounded: 24 bits (float
-// scores), else 53. status: null for no check of the norms.
+// norm_blocks(out) blocks write `out`; each returns the scale, the same in every thread. rounded:
+// 24 bits (float scores), else 53. status: null for no check of the norms, which is block 0's.
 __device__ inline Scale block_scale_norms(const Norms& norms,
                                           bool rounded,
                                           const ScaledNorms& out,
                                           Status* status) {
-  Count* bad = status == nullptr ? nullptr : status->norm_inverted;
+  Count* bad = status == nullptr || blockIdx.x != 0 ? nullptr : status->norm_inverted;
   const NormRange row = block_range(norms.row, out.rows, bad);
   const NormRange col = block_range(norms.col, out.channels, bad == nullptr ? bad : bad + 1);
-  block_scale(norms.row, out.rows, exponent_of(row.largest), rounded, out.row, out.row_narrow);
-  block_scale(norms.col, out.channels, exponent_of(col.largest), rounded, out.col, out.col_narrow);
-  if (out.along != nullptr && out.window != 1) {  // a thread reads what it has written itself
+  const Share rows(out.rows);
+  const Share cols(out.channels);
+  block_scale(norms.row, rows, exponent_of(row), rounded, out.row, out.row_narrow);
+  block_scale(norms.col, cols, exponent_of(col), rounded, out.col, out.col_narrow);
+  if (out.along != nullptr && out.window != 1) {
     if (out.is_double) {
-      block_repeat(out.col, out.channels, out.window, static_cast<double*>(out.along));
+      block_repeat(out.col, cols, out.window, static_cast<double*>(out.along));
     } else {
-      block_repeat(out.col_narrow, out.channels, out.window, static_cast<float*>(out.along));
+      block_repeat(out.col_narrow, cols, out.window, static_cast<float*>(out.along));
     }
   }
   return scale_of(row, col);

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kThreads, Keys::kResident) scan_kernel(SelectA
   Collector<Rank> candidates(args, &lists.of[threadIdx.x / kWarp]);
   const Keys keys(args.scaled, args.layout);
   const Rank first = static_cast<Rank>(args.state->first);
-  const Rank beyond = static_cast<Rank>(args.state->last + 1);  // last is not the worst
+  const Rank middle = static_cast<Rank>(args.state->middle);
+  const Rank length = static_cast<Rank>(args.state->last + 1) - first;  // last is not the worst
   Count above_count = 0;
   bool underflow = false;
   TileFinder tiles(args.sources, args.count);
@@ -32,13 +33,15 @@ __global__ void __launch_bounds__(kThreads, Keys::kResident) scan_kernel(SelectA
     Rank rank[kPerThread];
     const uint32_t bad = load_ranks<T>(keys, tile, rank, &underflow);
     if (args.check && bad != 0) note_bad_in<T>(args, tile, bad);
-    const ByteSet above = byte_set([&](int e) { return rank[e] < first; });
-    ByteSet open = byte_set([&](int e) { return rank[e] < beyond; });
+    const ByteSet open =
+        byte_set([&](int e) { return static_cast<Rank>(rank[e] - first) < length; });
+    const ByteSet guess = byte_set([&](int e) { return rank[e] < middle; });
+    ByteSet above;
     LAP_UNROLL
-    for (int q = 0; q < ByteSet::kWords; ++q) open.words[q] &= ~above.words[q];
+    for (int q = 0; q < ByteSet::kWords; ++q) above.words[q] = guess.words[q] & ~open.words[q];
     above_count += static_cast<Count>(__popc(above.folded()));
     if (tile.mask != nullptr) {
-      store_bytes<Keys::kVectors, T>(tile.mask + tile.begin, tile.reach, above);
+      store_bytes<Keys::kVectors, T>(tile.mask + tile.begin, tile.reach, guess);
     }
     candidates.template add<T>(tile, open, rank);
   }

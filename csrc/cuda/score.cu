@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Scores of all weights, the formula of math/score.h:  s = |w| * (row_norm * col_norm).
 //
-//   1. one block scales the norms by powers of two (scale.cuh)
+//   1. some blocks scale the norms by powers of two (scale.cuh)
 //   2. one pass: the product of the scaled numbers, times 2^exponent, is the score wherever both
 //      are normal numbers; the few others are computed from mantissas and exponents, so that the
 //      exact product of |w| and the rounded norms is rounded once.
@@ -32,13 +32,14 @@ struct ScaleArgs {
   bool check;
 };
 
-// Step 1. One block: clears the status, scales the norms. Reads 8 bytes per row and column.
-__global__ void __launch_bounds__(kLoneThreads) scale_kernel(ScaleArgs args) {
-  if (threadIdx.x == 0) *args.status = Status{};
+// Step 1. Each block scales its share of the norms; the first one clears the status. Reads 8 bytes
+// per row and column and block.
+__global__ void __launch_bounds__(kLoneThreads, 1) scale_kernel(ScaleArgs args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.status = Status{};
   __syncthreads();
   Status* status = args.check ? args.status : nullptr;
   const Scale scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
-  if (threadIdx.x == 0) *args.scale = scale;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.scale = scale;
 }
 
 __device__ inline float rounded_to(float, double x) {
@@ -224,7 +225,8 @@ cudaError_t launch_score(const Weight& w,
   const int64_t size = w.layout.size();
   if (size == 0) return cudaMemsetAsync(status, 0, sizeof(Status), stream);
   const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, status, check_finite};
-  const cudaError_t error = launch(scale_kernel, 1, kLoneThreads, stream, scale_args);
+  const cudaError_t error =
+      launch(scale_kernel, norm_blocks(scaled), kLoneThreads, stream, scale_args);
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;

@@ -22,24 +22,28 @@ __global__ void describe_kernel(ListedSource* sources, SourceBatch batch) {
   describe(sources, batch);
 }
 
-// Step 1. One block: clears the state, describes the first sources, scales the norms, and sets the
-// interval where no sample is taken. Reads 8 bytes per row and column.
-__global__ void __launch_bounds__(kLoneThreads) prepare_kernel(SelectArgs args, SourceBatch batch) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
-  for (size_t i = threadIdx.x; i < sizeof(State) / sizeof(uint32_t); i += blockDim.x) words[i] = 0;
-  describe(args.sources, batch);
+// Step 1. The first block clears the state, describes the first sources, and sets the interval
+// where no sample is taken; each scales its share of the norms (scale.cuh).
+__global__ void __launch_bounds__(kLoneThreads, 1)
+    prepare_kernel(SelectArgs args, SourceBatch batch) {
+  const bool first = blockIdx.x == 0;
+  if (first) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
+    constexpr size_t kWords = sizeof(State) / sizeof(uint32_t);
+    for (size_t i = threadIdx.x; i < kWords; i += blockDim.x) words[i] = 0;
+    describe(args.sources, batch);
+  }
   __syncthreads();
   Scale scale = {0, 1};
   if (args.norms.row != nullptr) {
     Status* status = args.check ? &args.state->status : nullptr;
     scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
   }
-  if (threadIdx.x != 0) return;
+  if (!first || threadIdx.x != 0) return;
   const uint64_t worst = args.wide_keys ? ~uint64_t{0} : uint64_t{0xffffffff};
   State& state = *args.state;
   state.scale = scale;
-  state.status.out_of_range = !scale.normal<double>();
-  if (args.plan == Plan::all) state.first = worst;
+  if (args.plan == Plan::all) state.first = state.middle = worst;
   if (args.plan == Plan::all || args.plan == Plan::candidates) state.last = worst - 1;
 }
 
@@ -109,7 +113,8 @@ cudaError_t launch_prepare(
     if (batch.count == kSourcesPerLaunch || (i == count && (batch.count != 0 || !prepared))) {
       const cudaError_t error =
           prepared ? launch(describe_kernel, 1, kSourcesPerLaunch, stream, args->sources, batch)
-                   : launch(prepare_kernel, 1, kLoneThreads, stream, *args, batch);
+                   : launch(prepare_kernel, norm_blocks(args->scaled), kLoneThreads, stream, *args,
+                            batch);
       if (error != cudaSuccess) return error;
       prepared = true;
       batch.begin = i;

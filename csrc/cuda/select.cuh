@@ -5,10 +5,12 @@
 //   2. sample_kernel   ranks at hashed positions; the last block to finish sets an interval
 //                      [first, last] of ranks that should hold the bound, 3.5 standard deviations
 //                      wide on each side
-//   3. scan_kernel     the one reading of all elements: better than the interval -> mask 1, else
-//                      mask 0; the few inside are appended to a buffer as (rank, position)
+//   3. scan_kernel     the one reading of all elements: better than the interval -> mask 1, worse
+//                      -> mask 0; the few inside are guessed by its middle, and appended to a
+//                      buffer as (rank, position)
 //   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, by the digits
-//                      that the interval leaves open, and their mask bytes. If the sample misled or
+//                      that the interval leaves open, and the bytes guessed wrong (some 12 % of
+//                      theirs: each moves a sector of 32 bytes). If the sample misled or
 //                      the buffer overflowed: the bound among all elements, and all masks again. If
 //                      underflow could have decided: the same with WIDE ranks (math/score.h).
 //
@@ -41,7 +43,8 @@ constexpr int kSourcesPerLaunch = 32;  // 72 bytes each, of the 4 KB that parame
 struct State {
   Status status;
   Scale scale;
-  uint64_t first;  // the interval of ranks
+  uint64_t first;   // the interval of ranks
+  uint64_t middle;  // of its elements, those with lower ranks get mask bytes of 1 at first
   uint64_t last;
   Count above;       // elements better than the interval
   Count candidates;  // elements in it

@@ -42,6 +42,10 @@ struct Everything {
       }
     });
   }
+  template <typename Visit>
+  __device__ void for_each_rank(const Prefix<Rank>& prefix, const Visit& visit) const {
+    for_each(prefix, visit);
+  }
 };
 
 // All masks anew: 1 for what the bound keeps.
@@ -57,16 +61,18 @@ __device__ void write_masks(const Elements& everything, const Bound<Rank>& bound
   });
 }
 
-// Mask bytes of the candidates that the bound keeps.
+// Mask bytes of the candidates that scan_kernel has guessed wrong.
 template <typename Rank>
 __device__ void mark(const SelectArgs& args,
                      const Candidates<Rank>& candidates,
                      const Bound<Rank>& bound) {
+  const Rank middle = static_cast<Rank>(args.state->middle);
   candidates.for_each(Prefix<Rank>{}, [&](Rank rank, uint64_t position) {
-    if (!bound.keeps(rank, position)) return;
+    const bool kept = bound.keeps(rank, position);
+    if (kept == (rank < middle)) return;
     const int64_t at = static_cast<int64_t>(position);
     const ListedSource& source = source_at(args.sources, args.count, at);
-    if (source.mask != nullptr) source.mask[at - source.first] = 1;
+    if (source.mask != nullptr) source.mask[at - source.first] = kept ? 1 : 0;
   });
 }
 
@@ -105,6 +111,7 @@ __device__ bool finish(const SelectArgs& args,
                        int* turn) {
   using Key = typename Keys::Key;
   using Rank = typename Keys::Rank;
+  using Float = typename KeyTraits<Key>::Float;
   State& state = *args.state;
   GridSelector<Key> selector(&state.histograms, local, turn);
   const Keys keys(args.scaled, args.layout);
@@ -121,10 +128,10 @@ __device__ bool finish(const SelectArgs& args,
       common_prefix(static_cast<Rank>(state.first), static_cast<Rank>(state.last), &bits);
   const Selected<Rank> selected = well ? selector.select(candidates, among, shared, bits)
                                        : selector.select(everything, request);
-  if (Keys::kWeights && doubtful<Key>(selected, state.underflow)) {
-    if (kHasWide) return false;
-    if (blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
-  }
+  const bool doubt = Keys::kWeights && doubtful<Key>(selected, state.underflow);
+  if (doubt && kHasWide) return false;
+  const bool lost = Keys::kWeights && selected.ranked && !state.scale.template normal<Float>();
+  if ((doubt || lost) && blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
   write_value<Key>(args, selected.bound.rank);
   if (well) {
     mark(args, candidates, selected.bound);
@@ -145,9 +152,9 @@ __device__ void finish_wide(const SelectArgs& args,
   const Keys keys(args.scaled, args.layout);
   const Everything<T, Keys> everything = {args, keys, &state.wide_underflow};
   const auto selected = selector.select(everything, request);
-  if (doubtful<int64_t>(selected, state.wide_underflow) && blockIdx.x == 0 && threadIdx.x == 0) {
-    state.status.out_of_range = 1;
-  }
+  const bool lost = selected.ranked && !state.scale.normal<double>();
+  const bool doubt = doubtful<int64_t>(selected, state.wide_underflow);
+  if ((lost || doubt) && blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
   write_masks<T>(everything, selected.bound);
 }
 
@@ -180,9 +187,9 @@ template <typename T, typename Keys>
 cudaError_t launch_steps(const SelectArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (args.plan == Plan::sample) {
-    const int64_t blocks = ceil_div(int64_t{1} << args.sample_bits, kLoneThreads);
+    const int64_t blocks = ceil_div(int64_t{1} << args.sample_bits, kSampleThreads);
     error =
-        launch(sample_kernel<T, Keys>, static_cast<unsigned>(blocks), kLoneThreads, stream, args);
+        launch(sample_kernel<T, Keys>, static_cast<unsigned>(blocks), kSampleThreads, stream, args);
     if (error != cudaSuccess) return error;
   }
   unsigned blocks = 0;

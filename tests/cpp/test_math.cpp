@@ -67,22 +67,38 @@ TEST_CASE("a sample reads one element in each of m equal chunks, at places witho
 }
 
 TEST_CASE("norms are scaled by powers of two: the largest into [0.5, 1)") {
-  CHECK(lap::exponent_of(0) == 0);
-  CHECK(lap::exponent_of(0.5) == 0);
-  CHECK(lap::exponent_of(1) == 1);
-  CHECK(lap::exponent_of(0x1.8p-1060) == -1059);  // not normal
-  CHECK(lap::scaled(6, 3, true) == 0.75);
-  CHECK(lap::scaled(1 + 0x1p-24, 1, true) == 0.5);  // 24 bits, ties to even
-  CHECK(lap::scaled(1 + 0x1p-24, 1, false) == 0.5 + 0x1p-25);
-  lap::NormRange range = {0, 0};
-  for (const double x : {0.0, 3.0, HUGE_VAL, 0.25, 40.0, -1.0}) range = lap::with(range, x);
-  CHECK(lap::with(range, NAN).largest == 40);
-  CHECK(range.smallest == 0.25);
+  const auto range_of = [](double x) { return lap::with(lap::NormRange::none(), x); };
+  CHECK(lap::exponent_of(lap::NormRange::none()) == 0);
+  CHECK(lap::exponent_of(range_of(0.5)) == 0);
+  CHECK(lap::exponent_of(range_of(1)) == 1);
+  CHECK(lap::exponent_of(range_of(0x1.8p-1060)) == -1059);  // not normal
+  CHECK(lap::ScaleBy(3)(6, true) == 0.75);
+  CHECK(lap::ScaleBy(1)(1 + 0x1p-24, true) == 0.5);  // 24 bits, ties to even
+  CHECK(lap::ScaleBy(1)(1 + 0x1p-24, false) == 0.5 + 0x1p-25);
+  lap::NormRange range = lap::NormRange::none();
+  for (const double x : {0.0, -0.0, 3.0, HUGE_VAL, 0.25, 40.0, -1.0}) range = lap::with(range, x);
+  range = lap::with(range, NAN);
+  CHECK(lap::bit_cast<double>(range.largest) == 40);
+  CHECK(lap::bit_cast<double>(range.smallest) == 0.25);
   // 40 = 0.625 * 2^6, 3 = 0.75 * 2^2: the smallest product is 0.25 / 2^6 * 1 / 2^2
-  const lap::Scale scale = lap::scale_of(range, {3, 1});
+  const lap::Scale scale = lap::scale_of(range, lap::with(range_of(3), 1));
   CHECK(scale.exponent == 8);
   CHECK(scale.least == 0x1p-10);
-  CHECK(lap::scale_of({0, 0}, {3, 1}).least == 1);
+  CHECK(lap::scale_of(lap::NormRange::none(), range_of(3)).least == 1);
+}
+
+TEST_CASE("a norm is scaled in two factors and rounded once, as ldexp does it") {
+  const double norms[] = {
+      0,           -0.0, 0x1p-1074, 0x1.8p-1074,          0x1.fffffp-1060, 0x1p-1022,
+      0x1.3p-1000, 0.1,  1,         0x1.fffffffffffffp52, 0x1.7p1000,      0x1.fffffffffffffp1023,
+      HUGE_VAL};
+  for (int exponent = -1073; exponent <= 1024; ++exponent) {
+    const lap::ScaleBy scaled(exponent);
+    for (const double norm : norms) {
+      const double expected = std::ldexp(norm, -exponent);
+      CHECK(lap::bit_cast<uint64_t>(scaled(norm, false)) == lap::bit_cast<uint64_t>(expected));
+    }
+  }
 }
 
 TEST_CASE("products are normal numbers with a margin for two roundings") {
