@@ -14,16 +14,6 @@ struct Candidates {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
-    for_each_of<true>(visit);
-  }
-  template <typename Visit>
-  __device__ void for_each_rank(const Prefix<Rank>&, const Visit& visit) const {
-    for_each_of<false>(visit);
-  }
-
- private:
-  template <bool kPositions, typename Visit>
-  __device__ void for_each_of(const Visit& visit) const {
     constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
     const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -34,11 +24,38 @@ struct Candidates {
       for (int b = 0; b < kBatch; ++b) {
         const int64_t i = first + b * stride;
         rank[b] = i < count ? ranks[i] : Rank{0};
-        position[b] = kPositions && i < count ? positions[i] : 0;
+        position[b] = i < count ? positions[i] : 0;
       }
       LAP_UNROLL
       for (int b = 0; b < kBatch; ++b) {
         if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
+      }
+    }
+  }
+
+  // In vectors, by no more blocks than have two batches to do: each adds a histogram of its own.
+  template <typename Visit>
+  __device__ void for_each_rank(const Prefix<Rank>&, const Visit& visit) const {
+    constexpr int V = kVector<Rank>;
+    constexpr int kBatch = 4;
+    const int64_t batch = int64_t{blockDim.x} * V * kBatch;
+    const int64_t busy = ceil_div(count, 2 * batch);
+    const int64_t blocks = busy < gridDim.x ? busy : gridDim.x;
+    if (blockIdx.x >= blocks) return;
+    const int64_t stride = blocks * blockDim.x * V;
+    const int64_t start = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * V;
+    for (int64_t first = start; first < count; first += kBatch * stride) {
+      Rank rank[kBatch][V];
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * stride < count) load_vector(ranks + first + b * stride, rank[b]);
+      }
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        LAP_UNROLL
+        for (int j = 0; j < V; ++j) {
+          if (first + b * stride + j < count) visit(rank[b][j], 0);
+        }
       }
     }
   }

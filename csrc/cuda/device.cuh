@@ -49,19 +49,23 @@ inline cudaError_t processors(int* count) {
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Blocks for `work` blocks' worth of work: no more than the device holds of this kernel at once
-// (kernels stride; a block more would wait for a whole turn of the others).
+// Blocks of `threads` for `work` blocks' worth of work: no more than the device holds of this
+// kernel at once (kernels stride; a block more would wait for a whole turn of the others).
 template <typename... Params>
-cudaError_t grid_for(void (*kernel)(Params...), int64_t work, unsigned* blocks) {
+cudaError_t grid_for(void (*kernel)(Params...),
+                     int64_t work,
+                     unsigned* blocks,
+                     int threads = kThreads) {
   int count = 0;
   cudaError_t error = processors(&count);
   if (error != cudaSuccess) return error;
 #if defined(LAP_EMULATED)
   (void)kernel;
+  (void)threads;
   int per_processor = 1;
 #else
   int per_processor = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
   if (error != cudaSuccess) return error;
 #endif
   const int64_t most = int64_t{count} * per_processor;
@@ -87,21 +91,25 @@ cudaError_t launch(void (*kernel)(Params...),
 
 // As many blocks as grid_for, and they are on the device at once, so that grid_sync() works.
 template <typename Param>
-cudaError_t launch_together(void (*kernel)(Param), int64_t work, cudaStream_t stream, Param param) {
+cudaError_t launch_together(
+    void (*kernel)(Param), int64_t work, cudaStream_t stream, Param param, int threads = kThreads) {
   unsigned blocks = 0;
-  const cudaError_t error = grid_for(kernel, work, &blocks);
+  const cudaError_t error = grid_for(kernel, work, &blocks, threads);
   if (error != cudaSuccess) return error;
+  if (blocks == 1) return launch(kernel, 1, threads, stream, param);
 #if defined(LAP_EMULATED)
-  emulator::launch_together(blocks, kThreads, stream, [&] { kernel(param); });
+  emulator::launch_together(blocks, threads, stream, [&] { kernel(param); });
   return cudaGetLastError();
 #else
   void* params[] = {&param};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                     dim3(kThreads), params, 0, stream);
+                                     dim3(threads), params, 0, stream);
 #endif
 }
 
+// Waits for all blocks of launch_together; one alone need not.
 __device__ inline void grid_sync() {
+  if (gridDim.x == 1) return __syncthreads();
 #if defined(LAP_EMULATED)
   emulator::grid_sync();
 #else
@@ -225,17 +233,15 @@ template <typename T>
 __device__ T block_exclusive_sum(T value, T* total) {
   LAP_SHARED(WarpValues<T>, warps);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int count = static_cast<int>(blockDim.x) / kWarp;
   const T inclusive = warp_inclusive_sum(value);
   __syncthreads();  // the previous call's readers are done
   if (lane_id() == kWarp - 1) warps.values[warp] = inclusive;
   __syncthreads();
-  T before = 0;
-  *total = 0;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) {
-    if (i == warp) before = *total;
-    *total += warps.values[i];
-  }
-  return before + inclusive - value;
+  const T all = warp_inclusive_sum(lane_id() < count ? warps.values[lane_id()] : T{0});
+  *total = __shfl_sync(kAllLanes, all, count - 1);
+  const T before = __shfl_sync(kAllLanes, all, warp == 0 ? 0 : warp - 1);
+  return (warp == 0 ? T{0} : before) + inclusive - value;
 }
 
 // Notes bad values of one tensor; reached only when there are some.

@@ -89,6 +89,11 @@ struct Bin {
   Count total;
 };
 
+template <int numbers>
+struct FoundBins {
+  Bin bins[numbers];
+};
+
 // Counts digits; equal digits in a row cost one atomic, so that all-equal data is no worst case.
 class DigitCounter {
  public:
@@ -109,11 +114,14 @@ class DigitCounter {
   uint32_t run_ = 0;
 };
 
-// The bin that holds the keep-th element, 1 <= keep <= total, in every thread of a block of
-// `threads`. count(b): the histogram, read once, each thread's share at a time.
-template <int threads, typename CountOf>
-__device__ Bin find_bin(Count keep, const CountOf& count) {
-  LAP_SHARED(Bin, found);
+// Of each of the numbers keep: the bin that holds the keep-th element, 1 <= keep <= total, in every
+// thread of a block of `threads`. count(b): the histogram, read once, each thread's share at a
+// time.
+template <int threads, int numbers, typename CountOf>
+__device__ void find_bins(const Count (&keep)[numbers],
+                          const CountOf& count,
+                          Bin (&bins)[numbers]) {
+  LAP_SHARED(FoundBins<numbers>, found);
   constexpr int kPerShare = kBins / threads;
   static_assert(kPerShare * threads == kBins, "every bin has one thread");
   const int begin = static_cast<int>(threadIdx.x) * kPerShare;
@@ -124,20 +132,32 @@ __device__ Bin find_bin(Count keep, const CountOf& count) {
   LAP_UNROLL
   for (int b = 0; b < kPerShare; ++b) mine += counts[b];
   Count total = 0;
-  Count before = block_exclusive_sum(mine, &total);
-  if (before < keep && keep <= before + mine) {
-    LAP_UNROLL
-    for (int b = 0; b < kPerShare; ++b) {
-      if (before < keep && keep <= before + counts[b]) {
-        found = {static_cast<uint32_t>(begin + b), before, counts[b], total};
+  const Count start = block_exclusive_sum(mine, &total);
+  LAP_UNROLL
+  for (int i = 0; i < numbers; ++i) {
+    Count before = start;
+    if (before < keep[i] && keep[i] <= before + mine) {
+      LAP_UNROLL
+      for (int b = 0; b < kPerShare; ++b) {
+        if (before < keep[i] && keep[i] <= before + counts[b]) {
+          found.bins[i] = {static_cast<uint32_t>(begin + b), before, counts[b], total};
+        }
+        before += counts[b];
       }
-      before += counts[b];
+    } else if (threadIdx.x == 0 && keep[i] > total) {
+      found.bins[i] = {kBins - 1, 0, 0, total};
     }
-  } else if (threadIdx.x == 0 && keep > total) {
-    found = {kBins - 1, 0, 0, total};
   }
   __syncthreads();
-  return found;
+  LAP_UNROLL
+  for (int i = 0; i < numbers; ++i) bins[i] = found.bins[i];
+}
+
+template <int threads, typename CountOf>
+__device__ Bin find_bin(Count keep, const CountOf& count) {
+  Bin bins[1];
+  find_bins<threads>({keep}, count, bins);
+  return bins[0];
 }
 
 template <typename Rank>

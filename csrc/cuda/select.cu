@@ -22,26 +22,32 @@ __global__ void describe_kernel(ListedSource* sources, SourceBatch batch) {
   describe(sources, batch);
 }
 
-// Step 1. The first block clears the state, describes the first sources, and sets the interval
-// where no sample is taken; each scales its share of the norms (scale.cuh).
-__global__ void __launch_bounds__(kLoneThreads, 1)
-    prepare_kernel(SelectArgs args, SourceBatch batch) {
-  const bool first = blockIdx.x == 0;
-  if (first) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
-    constexpr size_t kWords = sizeof(State) / sizeof(uint32_t);
-    for (size_t i = threadIdx.x; i < kWords; i += blockDim.x) words[i] = 0;
-    describe(args.sources, batch);
+struct PrepareArgs {
+  SelectArgs select;
+  SourceBatch batch;
+};
+
+// Step 1, by all blocks together: clears the state, scales the norms (scale.cuh). The first block
+// describes the first sources and sets the interval where no sample is taken.
+__global__ void __launch_bounds__(kLoneThreads, 1) prepare_kernel(PrepareArgs given) {
+  const SelectArgs& args = given.select;
+  State& state = *args.state;
+  uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
+  constexpr int kWords = static_cast<int>(sizeof(State) / sizeof(uint32_t));
+  const int stride = static_cast<int>(gridDim.x * blockDim.x);
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < kWords; i += stride) {
+    words[i] = 0;
   }
-  __syncthreads();
+  const bool first = blockIdx.x == 0;
+  if (first) describe(args.sources, given.batch);
   Scale scale = {0, 1};
   if (args.norms.row != nullptr) {
-    Status* status = args.check ? &args.state->status : nullptr;
-    scale = block_scale_norms(args.norms, args.rounded, args.scaled, status);
+    Status* status = args.check ? &state.status : nullptr;
+    scale = grid_scale_norms(args.norms, args.rounded, args.scaled, status);
   }
+  __syncthreads();
   if (!first || threadIdx.x != 0) return;
   const uint64_t worst = args.wide_keys ? ~uint64_t{0} : uint64_t{0xffffffff};
-  State& state = *args.state;
   state.scale = scale;
   if (args.plan == Plan::all) state.first = state.middle = worst;
   if (args.plan == Plan::all || args.plan == Plan::candidates) state.last = worst - 1;
@@ -113,8 +119,8 @@ cudaError_t launch_prepare(
     if (batch.count == kSourcesPerLaunch || (i == count && (batch.count != 0 || !prepared))) {
       const cudaError_t error =
           prepared ? launch(describe_kernel, 1, kSourcesPerLaunch, stream, args->sources, batch)
-                   : launch(prepare_kernel, norm_blocks(args->scaled), kLoneThreads, stream, *args,
-                            batch);
+                   : launch_together(prepare_kernel, norm_blocks(args->scaled), stream,
+                                     PrepareArgs{*args, batch}, kLoneThreads);
       if (error != cudaSuccess) return error;
       prepared = true;
       batch.begin = i;

@@ -50,7 +50,6 @@ struct State {
   Count candidates;  // elements in it
   uint32_t underflow;
   uint32_t wide_underflow;
-  uint32_t sampled;  // blocks that have sampled
   Histograms histograms;
 };
 

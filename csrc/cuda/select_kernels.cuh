@@ -188,8 +188,7 @@ cudaError_t launch_steps(const SelectArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (args.plan == Plan::sample) {
     const int64_t blocks = ceil_div(int64_t{1} << args.sample_bits, kSampleThreads);
-    error =
-        launch(sample_kernel<T, Keys>, static_cast<unsigned>(blocks), kSampleThreads, stream, args);
+    error = launch_together(sample_kernel<T, Keys>, blocks, stream, args, kSampleThreads);
     if (error != cudaSuccess) return error;
   }
   unsigned blocks = 0;
