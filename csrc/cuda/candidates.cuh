@@ -45,7 +45,7 @@ struct Candidates {
     const int64_t stride = blocks * blockDim.x * V;
     const int64_t start = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * V;
     for (int64_t first = start; first < count; first += kBatch * stride) {
-      Rank rank[kBatch][V];
+      Rank rank[kBatch][V] = {};
       LAP_UNROLL
       for (int b = 0; b < kBatch; ++b) {
         if (first + b * stride < count) load_vector(ranks + first + b * stride, rank[b]);
@@ -62,7 +62,8 @@ struct Candidates {
 };
 
 // Candidates that a warp collects in shared memory before it writes them together: one global
-// atomic for some hundred of them, neighbors in memory, and no warp waits for another.
+// atomic for some hundred of them, neighbors in memory, and no warp waits for another. Their order
+// does not matter (radix.cuh).
 #if defined(LAP_EMULATED)
 constexpr int kListed = 48;
 #else
@@ -74,36 +75,41 @@ struct WarpLists {
   struct List {
     Rank rank[kListed];
     uint32_t offset[kListed];  // position - Collector::origin_
+    int next;                  // where the next candidate goes
   } of[kThreads / kWarp];
 };
 
-template <typename Rank>
+template <typename Key>
 class Collector {
  public:
+  using Rank = typename RankTraits<Key>::Rank;
   using List = typename WarpLists<Rank>::List;
-  __device__ Collector(const SelectArgs& args, List* list) : args_(args), list_(list) {}
+  __device__ Collector(const SelectArgs& args, List* list) : args_(args), list_(list) {
+    if (lane_id() == 0) list_->next = 0;
+    warp_sync();
+  }
 
   // Adds the elements of the set; all lanes of the warp call it.
   template <typename T>
-  __device__ void add(const Tile& tile, const ByteSet& open, const Rank (&rank)[kPerThread]) {
+  __device__ void add(const Tile& tile, const ByteSet& open, const Key (&key)[kPerThread]) {
     uint32_t left = open.folded();
     const int mine = __popc(left);
-    const int inclusive = warp_inclusive_sum(mine);
-    const int total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+    const int total = warp_total(mine);
     if (total == 0) return;
     const bool far = static_cast<uint64_t>(tile.position - origin_) >= (uint64_t{1} << 31);
     if (count_ + total > kListed || far) flush();
-    if (total > kListed) return write<T>(tile, open, rank, inclusive - mine, total);
+    if (total > kListed) return write<T>(tile, open, key, mine, total);
     if (count_ == 0) origin_ = tile.position;
+    count_ += total;
+    if (mine == 0) return;
     const uint32_t first = static_cast<uint32_t>(tile.position - origin_);
-    int to = count_ + inclusive - mine;
-    for (; left != 0; left &= left - 1) {  // few, most often none
+    int to = atomicAdd(&list_->next, mine);
+    for (; left != 0; left &= left - 1) {
       const int e = ByteSet::element_of(__ffs(static_cast<int>(left)) - 1);
-      list_->rank[to] = pick(rank, e);
+      list_->rank[to] = rank_of(pick(key, e));
       list_->offset[to] = first + offset_of<T>(e);
       ++to;
     }
-    count_ += total;
   }
 
   __device__ void flush() {
@@ -113,6 +119,8 @@ class Collector {
     for (int i = lane_id(); i < count_; i += kWarp) {
       put(base + i, list_->rank[i], origin_ + list_->offset[i]);
     }
+    warp_sync();
+    if (lane_id() == 0) list_->next = 0;
     warp_sync();
     count_ = 0;
   }
@@ -129,23 +137,20 @@ class Collector {
     static_cast<Rank*>(args_.ranks)[to] = rank;
     args_.positions[to] = position;
   }
-  // More than the list holds: `before` elements of earlier lanes come first.
+  // More than the list holds, `mine` of them this lane's.
   template <typename T>
-  __device__ void write(const Tile& tile,
-                        const ByteSet& open,
-                        const Rank (&rank)[kPerThread],
-                        int before,
-                        int total) {
-    int64_t to = reserve(total) + before;
+  __device__ void write(
+      const Tile& tile, const ByteSet& open, const Key (&key)[kPerThread], int mine, int total) {
+    int64_t to = reserve(total) + warp_inclusive_sum(mine) - mine;
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
-      if (open.holds(e)) put(to++, rank[e], tile.position + offset_of<T>(e));
+      if (open.holds(e)) put(to++, rank_of(key[e]), tile.position + offset_of<T>(e));
     }
   }
 
   const SelectArgs& args_;
   List* list_;
-  int count_ = 0;       // the same in all lanes, as the next
+  int count_ = 0;       // of the list; the same in all lanes, as the next
   int64_t origin_ = 0;  // position of the first tile in the list
 };
 

@@ -219,6 +219,15 @@ __device__ T warp_inclusive_sum(T value) {
   return value;
 }
 
+// Sum of the lanes' values, in all lanes.
+__device__ inline int warp_total(int value) {
+#if defined(LAP_EMULATED)
+  return __shfl_sync(kAllLanes, warp_sum(value), 0);
+#else
+  return __reduce_add_sync(kAllLanes, value);
+#endif
+}
+
 // What the lanes of a warp have written to shared memory is seen by all of them.
 __device__ inline void warp_sync() {
 #if defined(LAP_EMULATED)

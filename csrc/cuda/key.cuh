@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Turns the elements of a tile into keys, which the GPU handles as ranks. A rank is math/key.h's
-// ordered key turned around, rank = unsigned(key) ^ 0x7f..f, so that the best element has the
-// lowest rank and "better" is one unsigned comparison everywhere:
+// Turns the elements of a tile into keys (math/key.h), and keys into ranks. A rank is the key
+// turned around, rank = 0x7f..f - key, so that the best element has the lowest rank and "better" is
+// one unsigned comparison everywhere:
 //
 //   score   inf         1.0         +0.0        -1.0 (raw)   not eligible (kNever)
 //   key     0x7f800000  0x3f800000  0x00000000  0xc07fffff   0x80000000
@@ -30,7 +30,12 @@ struct RankTraits {
 template <typename Key>
 __device__ typename RankTraits<Key>::Rank rank_of(Key key) {
   using Rank = typename RankTraits<Key>::Rank;
-  return static_cast<Rank>(key) ^ static_cast<Rank>(KeyTraits<Key>::kMagnitude);
+  return static_cast<Rank>(KeyTraits<Key>::kMagnitude) - static_cast<Rank>(key);
+}
+
+template <typename Key>
+__device__ Key key_of_rank(typename RankTraits<Key>::Rank rank) {
+  return static_cast<Key>(rank_of(static_cast<Key>(rank)));  // its own inverse
 }
 
 // The keys of raw scores.
@@ -44,11 +49,11 @@ struct ScoreKeys {
 
   __device__ ScoreKeys(const ScaledNorms&, const LayoutDividers&) {}
 
-  __device__ Rank rank_at(int64_t, T x) const { return rank_of(ordered_key(widen(x))); }
-  __device__ void rank_tile(
-      const Tile&, const T (&x)[kPerThread], uint32_t, Rank (&rank)[kPerThread], bool*) const {
+  __device__ Key key_at(int64_t, T x) const { return ordered_key(widen(x)); }
+  __device__ void key_tile(
+      const Tile&, const T (&x)[kPerThread], uint32_t, Key (&key)[kPerThread], bool*) const {
     LAP_UNROLL
-    for (int e = 0; e < kPerThread; ++e) rank[e] = rank_of(ordered_key(widen(x[e])));
+    for (int e = 0; e < kPerThread; ++e) key[e] = ordered_key(widen(x[e]));
   }
   __device__ static bool bad(T x) { return widen(x) != widen(x); }
 };
@@ -63,9 +68,7 @@ struct WeightKeys {
   using Float = typename KeyTraits<Key>::Float;
   static constexpr bool kWeights = true;
   static constexpr bool kVectors = kRows;
-  static constexpr int kResident = sizeof(T) == 8                           ? 1
-                                   : kRows && !std::is_same<T, Half>::value ? 3
-                                                                            : 2;
+  static constexpr int kResident = sizeof(T) == 8 ? 1 : 3;  // scan_kernel's blocks
   static constexpr bool kWide = sizeof(Float) == 8 && sizeof(T) < 8;
 
   __device__ WeightKeys(const ScaledNorms& norms, const LayoutDividers& dividers)
@@ -80,30 +83,30 @@ struct WeightKeys {
     if constexpr (kRows) along = static_cast<const Float*>(norms.along);
   }
 
-  __device__ static Rank rank(T x, Float row_norm, Float col_norm) {
+  __device__ static Key key_of(T x, Float row_norm, Float col_norm) {
     const Float w = static_cast<Float>(widen(x));
     if constexpr (kWide) {
-      return rank_of(score_key(wide_score(w, row_norm, col_norm)));
+      return score_key(wide_score(w, row_norm, col_norm));
     } else {
-      return rank_of(score_key(score(w, row_norm, col_norm)));
+      return score_key(score(w, row_norm, col_norm));
     }
   }
-  __device__ Rank rank_at(int64_t index, T x) const {
+  __device__ Key key_at(int64_t index, T x) const {
     const Coordinates at(layout, index);
-    return rank(x, row[at.row], col[at.channel()]);
+    return key_of(x, row[at.row], col[at.channel()]);
   }
 
-  // Ranks of x, the thread's elements of a tile; what does not live may get any. *underflow is set
+  // Keys of x, the thread's elements of a tile; what does not live may get any. *underflow is set
   // when nonzero factors of a live one gave a product that left the normal range.
-  __device__ void rank_tile(const Tile& tile,
-                            const T (&x)[kPerThread],
-                            uint32_t live,
-                            Rank (&rank)[kPerThread],
-                            bool* underflow) const {
+  __device__ void key_tile(const Tile& tile,
+                           const T (&x)[kPerThread],
+                           uint32_t live,
+                           Key (&key)[kPerThread],
+                           bool* underflow) const {
     if constexpr (kRows) {
-      rank_rows(tile, x, live, rank, underflow);
+      key_rows(tile, x, live, key, underflow);
     } else {
-      rank_steps(tile, x, live, rank, underflow);
+      key_steps(tile, x, live, key, underflow);
     }
   }
   __device__ static bool bad(T x) { return !is_finite(widen(x)); }
@@ -112,15 +115,18 @@ struct WeightKeys {
   static constexpr int V = kVector<T>;
   static constexpr int kVectorsPerThread = kPerThread / V;
 
-  __device__ static bool underflows(Rank rank, T x, Float row_norm, Float col_norm) {
-    return rank >= RankTraits<Key>::kDoubtful && widen(x) != 0 && row_norm != 0 && col_norm != 0;
+  // Below the normal numbers, or the least of them, which a smaller product may have been rounded
+  // to.
+  __device__ static bool doubtful(Key key) { return key <= KeyTraits<Key>::kSmallestNormal; }
+  __device__ static bool underflows(Key key, T x, Float row_norm, Float col_norm) {
+    return doubtful(key) && widen(x) != 0 && row_norm != 0 && col_norm != 0;
   }
 
-  __device__ void rank_rows(const Tile& tile,
-                            const T (&x)[kPerThread],
-                            uint32_t live,
-                            Rank (&rank)[kPerThread],
-                            bool* underflow) const {
+  __device__ void key_rows(const Tile& tile,
+                           const T (&x)[kPerThread],
+                           uint32_t live,
+                           Key (&key)[kPerThread],
+                           bool* underflow) const {
     const TileRows rows(layout, tile.begin);
     const uint32_t last = tile.reach.count - V;  // vectors beyond the last one read its norms
     Float row_norm[kVectorsPerThread];
@@ -132,38 +138,38 @@ struct WeightKeys {
       row_norm[v] = row[rows.row_at(offset < last ? offset : last, &in_row)];
       load_vector(along + in_row, col_norm[v]);
     }
-    Rank worst = 0;
+    Key least = KeyTraits<Key>::kMagnitude;
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
-      rank[e] = WeightKeys::rank(x[e], row_norm[e / V], col_norm[e / V][e % V]);
-      worst = rank[e] > worst ? rank[e] : worst;
+      key[e] = key_of(x[e], row_norm[e / V], col_norm[e / V][e % V]);
+      least = key[e] < least ? key[e] : least;
     }
-    if (worst < RankTraits<Key>::kDoubtful) return;
+    if (!doubtful(least)) return;
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
-      const bool doubt = underflows(rank[e], x[e], row_norm[e / V], col_norm[e / V][e % V]);
+      const bool doubt = underflows(key[e], x[e], row_norm[e / V], col_norm[e / V][e % V]);
       if (doubt && ((live >> e) & 1)) *underflow = true;
     }
   }
 
   // Each vector's first coordinates by division, then steps.
-  __device__ void rank_steps(const Tile& tile,
-                             const T (&x)[kPerThread],
-                             uint32_t live,
-                             Rank (&rank)[kPerThread],
-                             bool* underflow) const {
+  __device__ void key_steps(const Tile& tile,
+                            const T (&x)[kPerThread],
+                            uint32_t live,
+                            Key (&key)[kPerThread],
+                            bool* underflow) const {
     LAP_UNROLL
     for (int v = 0; v < kPerThread / V; ++v) {
       Coordinates at(layout, tile.begin + offset_of<T>(v * V));
       LAP_UNROLL
       for (int j = 0; j < V; ++j) {
         const int e = v * V + j;
-        rank[e] = 0;
+        key[e] = 0;
         if ((live >> e) & 1) {
           const Float row_norm = row[at.row];
           const Float col_norm = col[at.channel()];
-          rank[e] = WeightKeys::rank(x[e], row_norm, col_norm);
-          if (underflows(rank[e], x[e], row_norm, col_norm)) *underflow = true;
+          key[e] = key_of(x[e], row_norm, col_norm);
+          if (underflows(key[e], x[e], row_norm, col_norm)) *underflow = true;
         }
         at.step();
       }
@@ -196,26 +202,26 @@ __device__ uint32_t bad_set(const Tile& tile) {
   return bad;
 }
 
-// rank[j] of the thread's elements, kWorst for those that do not exist or are not eligible.
-// Returns the set of bad values among all that exist.
+// key[j] of x, the thread's elements of a tile, of which `present` exist; kNever for those that do
+// not exist or are not eligible. Returns the set of bad values among all that exist.
 template <typename T, typename Keys>
-__device__ uint32_t load_ranks(const Keys& keys,
-                               const Tile& tile,
-                               typename Keys::Rank (&rank)[kPerThread],
-                               bool* underflow) {
-  T x[kPerThread];
-  uint32_t live =
-      load_values<Keys::kVectors>(static_cast<const T*>(tile.data) + tile.begin, tile.reach, x);
+__device__ uint32_t keys_of(const Keys& keys,
+                            const Tile& tile,
+                            const T (&x)[kPerThread],
+                            uint32_t present,
+                            typename Keys::Key (&key)[kPerThread],
+                            bool* underflow) {
+  uint32_t live = present;
   if (tile.eligible != nullptr) {
     live &= load_bytes<Keys::kVectors, T>(tile.eligible + tile.begin, tile.reach);
   }
   const auto trapped = trapped_of(x);
-  keys.rank_tile(tile, x, live, rank, underflow);
+  keys.key_tile(tile, x, live, key, underflow);
   const uint32_t bad = trapped == 0 ? 0 : bad_set<T, Keys>(tile);  // NaN is not zero
   if (live != kAllPresent) {
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
-      if (!((live >> e) & 1)) rank[e] = RankTraits<typename Keys::Key>::kWorst;
+      if (!((live >> e) & 1)) key[e] = KeyTraits<typename Keys::Key>::kNever;
     }
   }
   return bad;

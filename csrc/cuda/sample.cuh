@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SelectArgs args)
     const ListedSource& source = source_at(args.sources, args.count, position);
     const int64_t index = position - source.first;
     const bool live = source.eligible == nullptr || source.eligible[index] != 0;
-    const Rank rank =
-        live ? keys.rank_at(index, static_cast<const T*>(source.data)[index]) : kWorst;
+    const T* values = static_cast<const T*>(source.data);
+    const Rank rank = live ? rank_of(keys.key_at(index, values[index])) : kWorst;
     sample[i] = rank;
     atomicAdd(local.counts + (rank >> kTop), 1u);
   }

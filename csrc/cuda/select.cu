@@ -129,7 +129,9 @@ cudaError_t launch_prepare(
     if (i == count) break;
     const Source& s = sources[i];
     const bool aligned = aligned_for_vectors(s.data, item_size(dtype), s.eligible, s.mask);
-    batch.sources[batch.count++] = {s, first, args->tiles, 0, 0, aligned};
+    const ListedSource listed = {s, first, args->tiles, 0, 0, aligned};
+    if (i == 0) args->sole = listed;
+    batch.sources[batch.count++] = listed;
     first += s.size;
     args->tiles += ceil_div(s.size, kTile);
   }

@@ -70,6 +70,7 @@ enum class Plan {
 struct SelectArgs {
   State* state;
   ListedSource* sources;  // [count]
+  ListedSource sole;      // sources[0], where it is the only one
   int count;
   int64_t tiles;  // of all
   Norms norms;    // weights only, as the next two

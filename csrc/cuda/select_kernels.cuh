@@ -20,13 +20,19 @@ struct Everything {
   template <typename VisitTile>
   __device__ void for_each_tile(const Prefix<Rank>& prefix, const VisitTile& visit_tile) const {
     bool underflows = false;
-    TileFinder tiles(args.sources, args.count);
+    TileFinder tiles(args.sources, args.count, args.sole);
     for (int64_t number = blockIdx.x; number < args.tiles; number += gridDim.x) {
       const Tile tile = tiles.find<T>(number);
       const uint64_t first = static_cast<uint64_t>(tile.position);
       if (!prefix.may_lie_in(first, first + kTile - 1)) continue;
+      T x[kPerThread];
+      typename Keys::Key key[kPerThread];
       Rank rank[kPerThread];
-      load_ranks<T>(keys, tile, rank, &underflows);
+      const T* values = static_cast<const T*>(tile.data) + tile.begin;
+      const uint32_t present = load_values<kVectors>(values, tile.reach, x);
+      keys_of<T>(keys, tile, x, present, key, &underflows);
+      LAP_UNROLL
+      for (int e = 0; e < kPerThread; ++e) rank[e] = rank_of(key[e]);
       visit_tile(tile, rank);
     }
     if (underflows) *underflow = 1;

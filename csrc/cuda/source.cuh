@@ -54,24 +54,31 @@ __device__ inline const ListedSource& source_at(const ListedSource* sources,
 // at the last one's, which most often is it.
 class TileFinder {
  public:
-  __device__ TileFinder(const ListedSource* sources, int count)
-      : sources_(sources), count_(count), at_(0) {
+  // sole: sources[0], where it is the only one, in the kernel's parameters: it takes no loads
+  __device__ TileFinder(const ListedSource* sources, int count, const ListedSource& sole)
+      : sources_(sources), count_(count), sole_(sole), at_(0) {
     if (count > 1) {
       at_ = last_starting(count, blockIdx.x, [&](int i) { return sources[i].first_tile; });
     }
   }
   template <typename T>
   __device__ Tile find(int64_t number) {
+    if (count_ == 1) return tile_of<T>(sole_, number);
     while (at_ + 1 < count_ && sources_[at_ + 1].first_tile <= number) ++at_;
-    const ListedSource& source = sources_[at_];
+    return tile_of<T>(sources_[at_], number);
+  }
+
+ private:
+  template <typename T>
+  __device__ Tile tile_of(const ListedSource& source, int64_t number) const {
     const int64_t begin = (number - source.first_tile) * kTile;
     const Reach reach = reach_of<T>(begin, source.size, source.aligned != 0);
     return {source.data, source.eligible, source.mask, at_, begin, source.first + begin, reach};
   }
 
- private:
   const ListedSource* sources_;
   int count_;
+  const ListedSource& sole_;
   int at_;
 };
 

@@ -67,6 +67,28 @@ __device__ inline uint4 load_once(const void* from) {
 #endif
 }
 
+// Copies 16 bytes to shared memory while the thread goes on; commit_async ends a group of copies,
+// and wait_async<n> waits until all but the last n groups are there.
+__device__ inline void copy_async(void* shared, const void* from) {
+#if defined(LAP_EMULATED)
+  memcpy(shared, from, 16);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+__device__ inline void commit_async() {
+#if !defined(LAP_EMULATED)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int n>
+__device__ inline void wait_async() {
+#if !defined(LAP_EMULATED)
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
 // How much of a tile exists, and whether all of it may be moved in vectors.
 struct Reach {
   uint32_t count;  // elements, at most kTile
