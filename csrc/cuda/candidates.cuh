@@ -64,7 +64,7 @@ struct Candidates {
 // Candidates that a warp collects in shared memory before it writes them together: one global
 // atomic for some hundred of them, neighbors in memory, and no warp waits for another. Their order
 // does not matter (radix.cuh).
-#if defined(LAP_EMULATED)
+#if defined(LAP_SMALL)
 constexpr int kListed = 48;
 #else
 constexpr int kListed = 128;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What every kernel shares: block sizes, launching, exact division, reductions of a block.
-// Under LAP_EMULATED the same sources compile with g++ and run on emulated threads (tests/cpp).
+// Under LAP_EMULATED the same sources compile with g++ and run on emulated threads (tests/cpp),
+// with small sizes (LAP_SMALL) unless LAP_REAL_SIZES is defined.
 #pragma once
 
 #include "../math/half.h"
@@ -9,6 +10,9 @@
 #include "launch.h"
 
 #if defined(LAP_EMULATED)
+#if !defined(LAP_REAL_SIZES)
+#define LAP_SMALL
+#endif
 #define LAP_UNROLL
 #define LAP_SHARED(type, name) LAP_EMULATED_SHARED(type, name)
 #else
@@ -22,7 +26,7 @@ namespace lap::cuda {
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
-#if defined(LAP_EMULATED)  // small, so that small tests cross every boundary
+#if defined(LAP_SMALL)  // so that small tests cross every boundary
 constexpr int kThreads = 64;
 constexpr int kLoneThreads = 128;
 #else

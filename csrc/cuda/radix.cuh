@@ -22,7 +22,7 @@
 
 namespace lap::cuda {
 
-#if defined(LAP_EMULATED)
+#if defined(LAP_SMALL)
 constexpr int kRadixBits = 8;
 #else
 constexpr int kRadixBits = 11;  // 3 readings for 32-bit keys; 8 KB of counters a block

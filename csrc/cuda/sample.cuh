@@ -7,7 +7,7 @@
 
 namespace lap::cuda {
 
-#if defined(LAP_EMULATED)
+#if defined(LAP_SMALL)
 constexpr int kSampleThreads = 128;
 #else
 constexpr int kSampleThreads = 512;

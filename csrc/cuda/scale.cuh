@@ -26,7 +26,7 @@ struct ScaledNorms {
 
 constexpr int64_t kMostAlong = 1 << 16;  // entries that are repeated; windows of 1 need none
 // Blocks that scale one layer's norms together, each a share of them.
-#if defined(LAP_EMULATED)
+#if defined(LAP_SMALL)
 constexpr int64_t kNormsPerBlock = 24;
 #else
 constexpr int64_t kNormsPerBlock = 1024;

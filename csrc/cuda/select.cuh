@@ -26,7 +26,7 @@
 
 namespace lap::cuda {
 
-#if defined(LAP_EMULATED)
+#if defined(LAP_SMALL)
 constexpr int64_t kLeastCapacity = 512;
 constexpr int kLeastSampleBits = 7;
 constexpr int kMostSampleBits = 9;

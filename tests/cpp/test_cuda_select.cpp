@@ -227,6 +227,11 @@ TEST_CASE("double scores beyond double's range are reported, and only those") {
       DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -900, 0), cases::spread(100, 2, -900, 0)};
   Tensor w(DType::f64, values);
   CHECK(run_mask(far, w, 2000).state.status.out_of_range == 1);
+  for (const int64_t keep : {int64_t{0}, far.size(), far.size() + 1}) {  // nothing is ranked
+    const Result result = run_mask(far, w, keep);
+    CHECK(result.state.status.out_of_range == 0);
+    CHECK(result.mask == Bytes(far.size(), keep != 0));
+  }
   CHECK(run_mask(far, w, 2000).mask.size() == 4000);
   const Layer near = {
       DType::f64, 40, 100, 1, 1, cases::spread(40, 1, -300, 0), cases::spread(100, 2, -300, 0)};

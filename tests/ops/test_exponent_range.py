@@ -154,6 +154,23 @@ def test_float64_is_exact_or_an_error(device: str) -> None:
 
 
 @each_dtype
+def test_no_error_where_nothing_is_ranked(dtype: torch.dtype, device: str) -> None:
+    """Keeping nothing, or all that may be kept, needs no score, however far the norms are apart."""
+    w = torch.randn(20, 30, dtype=torch.float64).to(dtype).to(device)
+    ins = torch.full((30,), 1e-300, dtype=torch.float64, device=device)
+    ins[0] = 1e300
+    outs = ins[:20].clone()
+    eligible = torch.rand(20, 30, device=device) < 0.5
+    count = int(eligible.sum())
+    assert not lap_ext.mask_from_factors(w, ins, outs, keep=0).any()
+    for keep in (600, 601):
+        assert lap_ext.mask_from_factors(w, ins, outs, keep=keep).all()
+    for keep in (count, count + 1, 600):
+        got = lap_ext.mask_from_factors(w, ins, outs, keep=keep, mask=eligible)
+        assert torch.equal(got, eligible)
+
+
+@each_dtype
 @pytest.mark.parametrize("spread", [210, 300, 500, 900, 1020])
 def test_exact_or_an_error(spread: int, dtype: torch.dtype, device: str) -> None:
     """Norms over all of float64's range: never a mask that an underflow has decided."""
