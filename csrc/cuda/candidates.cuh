@@ -61,6 +61,25 @@ struct Candidates {
   }
 };
 
+// A few candidates, for one block: the bound is among them.
+template <typename Rank>
+struct Few {
+  const Rank* ranks;
+  const int64_t* positions;
+  int count;
+
+  template <typename Visit>
+  __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      visit(ranks[i], static_cast<uint64_t>(positions[i]));
+    }
+  }
+  template <typename Visit>
+  __device__ void for_each_rank(const Prefix<Rank>& prefix, const Visit& visit) const {
+    for_each(prefix, visit);
+  }
+};
+
 // Candidates that a warp collects in shared memory before it writes them together: one global
 // atomic for some hundred of them, neighbors in memory, and no warp waits for another. Their order
 // does not matter (radix.cuh).

@@ -121,6 +121,18 @@ __device__ inline void grid_sync() {
 #endif
 }
 
+// True in all threads of the block that is the last to call this; it sees what the others have
+// written. *arrived is 0 at first.
+__device__ inline bool last_block(uint32_t* arrived) {
+  LAP_SHARED(bool, last);
+  __threadfence();  // what this thread has written is seen before the block arrives
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
 // Calls run(T{}) with the element type of dtype.
 template <typename Run>
 cudaError_t with_type(DType dtype, const Run& run) {

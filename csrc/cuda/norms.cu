@@ -46,17 +46,19 @@ __device__ double add_square(double sum, T x, double scale) {
   return sum + product(value, value);
 }
 
-// The squares of x[0], x[stride], ... (`count` of them), added in order; kInFlight loads at a time.
+// The squares of x[0], x[stride], ... (`count` of them), added in order; some loads at a time, as
+// many bytes of each type.
 template <bool kScaled, typename T>
 __device__ double sum_squares(const T* x, int64_t stride, int count, double scale) {
+  constexpr int kBatch = sizeof(T) == 2 ? 2 * kInFlight : kInFlight;
   double sum = 0;
   int i = 0;
-  for (; i + kInFlight <= count; i += kInFlight) {
-    T values[kInFlight];
+  for (; i + kBatch <= count; i += kBatch) {
+    T values[kBatch];
     LAP_UNROLL
-    for (int b = 0; b < kInFlight; ++b) values[b] = x[(i + b) * stride];
+    for (int b = 0; b < kBatch; ++b) values[b] = x[(i + b) * stride];
     LAP_UNROLL
-    for (int b = 0; b < kInFlight; ++b) sum = add_square<kScaled>(sum, values[b], scale);
+    for (int b = 0; b < kBatch; ++b) sum = add_square<kScaled>(sum, values[b], scale);
   }
   for (; i < count; ++i) sum = add_square<kScaled>(sum, x[i * stride], scale);
   return sum;

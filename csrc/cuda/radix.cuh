@@ -160,10 +160,36 @@ __device__ Bin find_bin(Count keep, const CountOf& count) {
   return bins[0];
 }
 
+// Step 1 above: the digits of the elements that match the prefix, counted in shared memory.
+template <typename Elements, typename Rank>
+__device__ void count_digits(const Elements& elements,
+                             const Prefix<Rank>& prefix,
+                             const Digit& digit,
+                             LocalHistogram* local) {
+  __syncthreads();  // the last digit's readers are done
+  for (int b = threadIdx.x; b < kBins; b += blockDim.x) local->counts[b] = 0;
+  __syncthreads();
+  DigitCounter counter(local);
+  if (digit.of_rank) {
+    elements.for_each_rank(prefix, [&](Rank rank, uint64_t) {
+      if (prefix.matches(rank)) counter.add(digit.of(rank, 0));
+    });
+  } else {
+    elements.for_each(prefix, [&](Rank rank, uint64_t position) {
+      if (prefix.matches(rank, position)) counter.add(digit.of(rank, position));
+    });
+  }
+  counter.flush();
+  __syncthreads();
+}
+
 template <typename Rank>
 struct Selected {
   Bound<Rank> bound;
-  bool ranked;  // false: nothing or everything is kept, whatever the order
+  bool ranked;          // false: nothing or everything is kept, whatever the order
+  bool pending;         // the bound lies among few elements, those that match the prefix:
+  Prefix<Rank> prefix;  //
+  Count keep;           // so many of them come before it
 };
 
 struct Request {
@@ -186,82 +212,19 @@ __device__ Prefix<Rank> common_prefix(Rank first, Rank last, int* bits) {
   return prefix;
 }
 
-// All threads of all blocks call select() alike. Elements: for_each(prefix, visit) calls
-// visit(rank, position) for this thread's share of the elements that may match the prefix; none
-// has rank kWorst. for_each_rank(prefix, visit) does the same where positions do not matter, and
-// gives any.
-template <typename Key>
-class GridSelector {
+// Steps 1 to 3 above: Tally::count gives the bin of a digit in which the keep-th of the elements
+// that match the prefix lies. This one is of all blocks of a grid together; all threads call it
+// alike.
+class GridTally {
  public:
-  using Rank = typename RankTraits<Key>::Rank;
-
   // turn: how many digits this grid has counted so far
-  __device__ GridSelector(Histograms* histograms, LocalHistogram* local, int* turn)
+  __device__ GridTally(Histograms* histograms, LocalHistogram* local, int* turn)
       : histograms_(histograms), local_(local), turn_(*turn) {}
 
-  // prefix: that of all elements; bits: how many it leaves
-  template <typename Elements>
-  __device__ Selected<Rank> select(const Elements& elements,
-                                   const Request& request,
-                                   Prefix<Rank> prefix = {},
-                                   int bits = KeyTraits<Key>::kBits) {
-    constexpr Rank kWorst = RankTraits<Key>::kWorst;
-    if (request.keep == 0) return {{0, 0}, false};
-    Count keep = request.keep;
-    for (int shift = bits; shift > 0;) {
-      const int width = shift < kRadixBits ? shift : kRadixBits;
-      const bool start = shift == bits;
-      shift -= width;
-      const Bin bin = count(elements, prefix, {shift, width, true}, keep);
-      if (start && !request.exact && keep >= bin.total) return {{kWorst, 0}, false};
-      keep -= bin.before;
-      prefix.extend(bin.digit, shift);
-      const Rank last = prefix.rank | prefix.rank_rest;
-      // A bound looser than the last kept rank must not look doubtful where that rank is not.
-      const bool clear = shift == 0 || last < RankTraits<Key>::kDoubtful;
-      if (!request.exact && keep == bin.inside && clear) {
-        return {{last == kWorst ? last - 1 : last, ~uint64_t{0}}, true};
-      }
-    }
-    if (request.exact) return {{prefix.rank, ~uint64_t{0}}, true};
-    return {{prefix.rank, last_position(elements, prefix, keep, request.position_bits) + 1}, true};
-  }
-
- private:
-  // Position of the keep-th of the elements that match the prefix.
-  template <typename Elements>
-  __device__ uint64_t
-  last_position(const Elements& elements, Prefix<Rank> prefix, Count keep, int position_bits) {
-    for (int shift = position_bits; shift > 0;) {
-      const int width = shift < kRadixBits ? shift : kRadixBits;
-      shift -= width;
-      const Bin bin = count(elements, prefix, {shift, width, false}, keep);
-      keep -= bin.before;
-      prefix.position |= static_cast<uint64_t>(bin.digit) << shift;
-      prefix.position_rest = (uint64_t{1} << shift) - 1;
-      if (keep == bin.inside) break;
-    }
-    return position_bits == 0 ? 0 : prefix.position | prefix.position_rest;
-  }
-
-  // Steps 1 to 3 above.
-  template <typename Elements>
+  template <typename Elements, typename Rank>
   __device__ Bin
-  count(const Elements& elements, const Prefix<Rank>& prefix, Digit digit, Count keep) {
-    for (int b = threadIdx.x; b < kBins; b += blockDim.x) local_->counts[b] = 0;
-    __syncthreads();
-    DigitCounter counter(local_);
-    if (digit.of_rank) {
-      elements.for_each_rank(prefix, [&](Rank rank, uint64_t) {
-        if (prefix.matches(rank)) counter.add(digit.of(rank, 0));
-      });
-    } else {
-      elements.for_each(prefix, [&](Rank rank, uint64_t position) {
-        if (prefix.matches(rank, position)) counter.add(digit.of(rank, position));
-      });
-    }
-    counter.flush();
-    __syncthreads();
+  count(const Elements& elements, const Prefix<Rank>& prefix, const Digit& digit, Count keep) {
+    count_digits(elements, prefix, digit, local_);
     Count* filled = histograms_->counts[turn_ % kTurns];
     Count* next = histograms_->counts[(turn_ + 1) % kTurns];
     for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
@@ -273,9 +236,93 @@ class GridSelector {
     return find_bin<kThreads>(keep, [&](int b) { return filled[b]; });
   }
 
+ private:
   Histograms* histograms_;
   LocalHistogram* local_;
   int& turn_;
+};
+
+// The same of one block alone.
+class BlockTally {
+ public:
+  __device__ explicit BlockTally(LocalHistogram* local) : local_(local) {}
+
+  template <typename Elements, typename Rank>
+  __device__ Bin
+  count(const Elements& elements, const Prefix<Rank>& prefix, const Digit& digit, Count keep) {
+    count_digits(elements, prefix, digit, local_);
+    return find_bin<kThreads>(keep, [&](int b) { return Count{local_->counts[b]}; });
+  }
+
+ private:
+  LocalHistogram* local_;
+};
+
+// Elements: for_each(prefix, visit) calls visit(rank, position) for this thread's share of the
+// elements that may match the prefix; none has rank kWorst. for_each_rank(prefix, visit) does the
+// same where positions do not matter, and gives any.
+template <typename Key, typename Tally>
+class Selector {
+ public:
+  using Rank = typename RankTraits<Key>::Rank;
+
+  __device__ explicit Selector(const Tally& tally) : tally_(tally) {}
+
+  // prefix: that of all elements; bits: how many it leaves. `few` elements or less may be left
+  // pending, if their ranks are below `limit`.
+  template <typename Elements>
+  __device__ Selected<Rank> select(const Elements& elements,
+                                   const Request& request,
+                                   Prefix<Rank> prefix = {},
+                                   int bits = KeyTraits<Key>::kBits,
+                                   Count few = 0,
+                                   Rank limit = 0) {
+    constexpr Rank kWorst = RankTraits<Key>::kWorst;
+    if (request.keep == 0) return kept({0, 0}, false);
+    Count keep = request.keep;
+    for (int shift = bits; shift > 0;) {
+      const int width = shift < kRadixBits ? shift : kRadixBits;
+      const bool start = shift == bits;
+      shift -= width;
+      const Bin bin = tally_.count(elements, prefix, {shift, width, true}, keep);
+      if (start && !request.exact && keep >= bin.total) return kept({kWorst, 0}, false);
+      keep -= bin.before;
+      prefix.extend(bin.digit, shift);
+      const Rank last = prefix.rank | prefix.rank_rest;
+      // A bound looser than the last kept rank must not look doubtful where that rank is not.
+      const bool clear = shift == 0 || last < RankTraits<Key>::kDoubtful;
+      if (!request.exact && keep == bin.inside && clear) {
+        return kept({last == kWorst ? last - 1 : last, ~uint64_t{0}}, true);
+      }
+      if (bin.inside <= few && last < limit) return {{}, true, true, prefix, keep};
+    }
+    if (request.exact) return kept({prefix.rank, ~uint64_t{0}}, true);
+    const uint64_t last = last_position(elements, prefix, keep, request.position_bits);
+    return kept({prefix.rank, last + 1}, true);
+  }
+
+ private:
+  __device__ static Selected<Rank> kept(const Bound<Rank>& bound, bool ranked) {
+    return {bound, ranked, false, {}, 0};
+  }
+
+  // Position of the keep-th of the elements that match the prefix.
+  template <typename Elements>
+  __device__ uint64_t
+  last_position(const Elements& elements, Prefix<Rank> prefix, Count keep, int position_bits) {
+    for (int shift = position_bits; shift > 0;) {
+      const int width = shift < kRadixBits ? shift : kRadixBits;
+      shift -= width;
+      const Bin bin = tally_.count(elements, prefix, {shift, width, false}, keep);
+      keep -= bin.before;
+      prefix.position |= static_cast<uint64_t>(bin.digit) << shift;
+      prefix.position_rest = (uint64_t{1} << shift) - 1;
+      if (keep == bin.inside) break;
+    }
+    return position_bits == 0 ? 0 : prefix.position | prefix.position_rest;
+  }
+
+  Tally tally_;
 };
 
 }  // namespace lap::cuda

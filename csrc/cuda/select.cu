@@ -32,11 +32,11 @@ struct PrepareArgs {
 __global__ void __launch_bounds__(kLoneThreads, 1) prepare_kernel(PrepareArgs given) {
   const SelectArgs& args = given.select;
   State& state = *args.state;
-  uint32_t* words = reinterpret_cast<uint32_t*>(args.state);
-  constexpr int kWords = static_cast<int>(sizeof(State) / sizeof(uint32_t));
+  uint4* words = reinterpret_cast<uint4*>(args.state);
+  constexpr int kWords = static_cast<int>(sizeof(State) / sizeof(uint4));
   const int stride = static_cast<int>(gridDim.x * blockDim.x);
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < kWords; i += stride) {
-    words[i] = 0;
+    words[i] = uint4{0, 0, 0, 0};
   }
   const bool first = blockIdx.x == 0;
   if (first) describe(args.sources, given.batch);
@@ -85,6 +85,8 @@ size_t carve(void* workspace,
   args->sample = carver.take<char>(rank_size << plan.sample_bits);
   args->ranks = carver.take<char>(rank_size * plan.capacity);
   args->positions = carver.take<int64_t>(plan.capacity);
+  args->few_ranks = carver.take<char>(rank_size * kFew);
+  args->few_positions = carver.take<int64_t>(kFew);
   return carver.used();
 }
 

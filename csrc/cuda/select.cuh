@@ -9,8 +9,9 @@
 //                      -> mask 0; the few inside are guessed by its middle, and appended to a
 //                      buffer as (rank, position)
 //   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, by the digits
-//                      that the interval leaves open, and the bytes guessed wrong (some 12 % of
-//                      theirs: each moves a sector of 32 bytes). If the sample misled or
+//                      that the interval leaves open, until it lies among few, which the last block
+//                      ranks alone; and the bytes guessed wrong (some 12 % of the buffered ones':
+//                      each moves a sector of 32 bytes). If the sample misled or
 //                      the buffer overflowed: the bound among all elements, and all masks again. If
 //                      underflow could have decided: the same with WIDE ranks (math/score.h).
 //
@@ -31,16 +32,18 @@ constexpr int64_t kLeastCapacity = 512;
 constexpr int kLeastSampleBits = 7;
 constexpr int kMostSampleBits = 9;
 constexpr int64_t kCapacityShare = 3;
+constexpr int64_t kFew = 40;
 #else
 constexpr int64_t kLeastCapacity = 1 << 16;  // candidates
 constexpr int kLeastSampleBits = 12;
 constexpr int kMostSampleBits = 16;
 constexpr int64_t kCapacityShare = 64;  // of n / 64 candidates: 3/16 byte per element
+constexpr int64_t kFew = 4096;          // elements that one block ranks alone
 #endif
 constexpr double kDeviations = 3.5;    // misleads once in 2000 times, holds 1.4 % of n at most
 constexpr int kSourcesPerLaunch = 32;  // 72 bytes each, of the 4 KB that parameters may have
 
-struct State {
+struct alignas(16) State {
   Status status;
   Scale scale;
   uint64_t first;   // the interval of ranks
@@ -50,6 +53,8 @@ struct State {
   Count candidates;  // elements in it
   uint32_t underflow;
   uint32_t wide_underflow;
+  uint32_t arrived;  // blocks of finish_kernel that have sorted out the few
+  uint32_t few;      // how many those are
   Histograms histograms;
 };
 
@@ -81,11 +86,13 @@ struct SelectArgs {
   Plan plan;
   int sample_bits;
   SamplePositions sampled;
-  int64_t first_sampled;  // places in the sample, best first, that set the interval;
-  int64_t last_sampled;   // below 0 and from 2^sample_bits on: open on that side
-  void* sample;           // [2^sample_bits] ranks
-  void* ranks;            // [capacity] candidates
-  int64_t* positions;     // [capacity]
+  int64_t first_sampled;   // places in the sample, best first, that set the interval;
+  int64_t last_sampled;    // below 0 and from 2^sample_bits on: open on that side
+  void* sample;            // [2^sample_bits] ranks
+  void* ranks;             // [capacity] candidates
+  int64_t* positions;      // [capacity]
+  void* few_ranks;         // [kFew]
+  int64_t* few_positions;  // [kFew]
   int64_t capacity;
   Count keep;
   int position_bits;

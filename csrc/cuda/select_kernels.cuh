@@ -67,18 +67,35 @@ __device__ void write_masks(const Elements& everything, const Bound<Rank>& bound
   });
 }
 
-// Mask bytes of the candidates that scan_kernel has guessed wrong.
+// Writes the mask byte of a candidate if scan_kernel has guessed it wrong.
 template <typename Rank>
-__device__ void mark(const SelectArgs& args,
-                     const Candidates<Rank>& candidates,
-                     const Bound<Rank>& bound) {
-  const Rank middle = static_cast<Rank>(args.state->middle);
+__device__ void mark(const SelectArgs& args, Rank rank, uint64_t position, bool kept) {
+  if (kept == (rank < static_cast<Rank>(args.state->middle))) return;
+  const int64_t at = static_cast<int64_t>(position);
+  const ListedSource& source = source_at(args.sources, args.count, at);
+  if (source.mask != nullptr) source.mask[at - source.first] = kept ? 1 : 0;
+}
+
+template <typename Rank, typename Elements>
+__device__ void mark_all(const SelectArgs& args,
+                         const Elements& candidates,
+                         const Bound<Rank>& bound) {
   candidates.for_each(Prefix<Rank>{}, [&](Rank rank, uint64_t position) {
-    const bool kept = bound.keeps(rank, position);
-    if (kept == (rank < middle)) return;
-    const int64_t at = static_cast<int64_t>(position);
-    const ListedSource& source = source_at(args.sources, args.count, at);
-    if (source.mask != nullptr) source.mask[at - source.first] = kept ? 1 : 0;
+    mark(args, rank, position, bound.keeps(rank, position));
+  });
+}
+
+// Marks the candidates whose ranks are decided and puts the others, those that match the prefix, on
+// the list of few.
+template <typename Rank>
+__device__ void sort_out(const SelectArgs& args,
+                         const Candidates<Rank>& candidates,
+                         const Prefix<Rank>& prefix) {
+  candidates.for_each(prefix, [&](Rank rank, uint64_t position) {
+    if (!prefix.matches(rank)) return mark(args, rank, position, rank < prefix.rank);
+    const uint32_t to = atomicAdd(&args.state->few, 1u);
+    static_cast<Rank*>(args.few_ranks)[to] = rank;
+    args.few_positions[to] = static_cast<int64_t>(position);
   });
 }
 
@@ -101,49 +118,93 @@ __device__ bool sampled_well(const SelectArgs& args) {
   return open || args.keep < state.above + state.candidates;
 }
 
+// By one thread.
 template <typename Key>
 __device__ void write_value(const SelectArgs& args, typename RankTraits<Key>::Rank rank) {
   using Float = typename KeyTraits<Key>::Float;
-  if (args.value == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
-  const Key key = static_cast<Key>(rank) ^ KeyTraits<Key>::kMagnitude;
-  *static_cast<Float*>(args.value) = bit_cast<Float>(flip_negative(key));
+  if (args.value == nullptr) return;
+  *static_cast<Float*>(args.value) = bit_cast<Float>(flip_negative(key_of_rank<Key>(rank)));
 }
 
-// The narrow half of step 4; false: wide ranks must decide (nothing final is written then).
-template <typename T, typename Keys, bool kHasWide>
-__device__ bool finish(const SelectArgs& args,
-                       const Request& request,
-                       LocalHistogram* local,
-                       int* turn) {
+// Notes scores that leave double's range although they are ranked (float has wide ranks for them),
+// and writes the value that kth_largest wants. By one thread.
+template <typename Keys>
+__device__ void conclude(const SelectArgs& args,
+                         const Selected<typename Keys::Rank>& selected,
+                         bool doubt) {
+  using Float = typename KeyTraits<typename Keys::Key>::Float;
+  const bool lost =
+      Keys::kWeights && selected.ranked && !args.state->scale.template normal<Float>();
+  if (doubt || lost) args.state->status.out_of_range = 1;
+  write_value<typename Keys::Key>(args, selected.bound.rank);
+}
+
+// The narrow half of step 4 where the interval holds the bound: among the candidates. False: wide
+// ranks must decide (nothing final is written then).
+template <typename Keys, bool kHasWide>
+__device__ bool finish_candidates(const SelectArgs& args,
+                                  const Request& request,
+                                  LocalHistogram* local,
+                                  int* turn) {
   using Key = typename Keys::Key;
   using Rank = typename Keys::Rank;
-  using Float = typename KeyTraits<Key>::Float;
   State& state = *args.state;
-  GridSelector<Key> selector(&state.histograms, local, turn);
-  const Keys keys(args.scaled, args.layout);
-  const Everything<T, Keys> everything = {args, keys, &state.underflow};
-  const bool well = sampled_well<Rank>(args);
-  const int64_t in_buffer = static_cast<int64_t>(
+  const int64_t count = static_cast<int64_t>(
       state.candidates < static_cast<Count>(args.capacity) ? state.candidates : args.capacity);
-  const Candidates<Rank> candidates = {static_cast<const Rank*>(args.ranks), args.positions,
-                                       in_buffer};
+  const Candidates<Rank> candidates = {static_cast<const Rank*>(args.ranks), args.positions, count};
   Request among = request;
-  if (well) among.keep = request.keep - state.above;
+  among.keep -= state.above;
   int bits = 0;
   const Prefix<Rank> shared =
       common_prefix(static_cast<Rank>(state.first), static_cast<Rank>(state.last), &bits);
-  const Selected<Rank> selected = well ? selector.select(candidates, among, shared, bits)
-                                       : selector.select(everything, request);
+  // What underflow may have decided is not left to the last block: the others would have gone.
+  const bool doubts = Keys::kWeights && state.underflow != 0;
+  const Rank limit = doubts ? RankTraits<Key>::kDoubtful - 1 : RankTraits<Key>::kWorst;
+  Selected<Rank> selected = {{}, true, true, shared, among.keep};
+  if (count > kFew || among.keep == 0 || (shared.rank | shared.rank_rest) > limit) {
+    Selector<Key, GridTally> together(GridTally(&state.histograms, local, turn));
+    selected = together.select(candidates, among, shared, bits, kFew, limit);
+  }
+  const bool doubt =
+      !selected.pending && Keys::kWeights && doubtful<Key>(selected, state.underflow);
+  if (doubt && kHasWide) return false;
+  bool concludes = blockIdx.x == 0;
+  if (selected.pending) {
+    sort_out(args, candidates, selected.prefix);
+    if (!last_block(&state.arrived)) return true;
+    concludes = true;
+    const Few<Rank> few = {static_cast<const Rank*>(args.few_ranks), args.few_positions,
+                           static_cast<int>(state.few)};
+    const Prefix<Rank> prefix = selected.prefix;
+    int left = 0;
+    while (left < KeyTraits<Key>::kBits && (prefix.rank_rest >> left) != 0) ++left;
+    among.keep = selected.keep;
+    Selector<Key, BlockTally> alone{BlockTally(local)};
+    selected = alone.select(few, among, prefix, left);
+    mark_all(args, few, selected.bound);
+  } else {
+    mark_all(args, candidates, selected.bound);
+  }
+  if (concludes && threadIdx.x == 0) conclude<Keys>(args, selected, doubt);
+  return true;
+}
+
+// ... and where it does not: among all elements.
+template <typename T, typename Keys, bool kHasWide>
+__device__ bool finish_all(const SelectArgs& args,
+                           const Request& request,
+                           LocalHistogram* local,
+                           int* turn) {
+  using Key = typename Keys::Key;
+  State& state = *args.state;
+  const Keys keys(args.scaled, args.layout);
+  const Everything<T, Keys> everything = {args, keys, &state.underflow};
+  Selector<Key, GridTally> together(GridTally(&state.histograms, local, turn));
+  const auto selected = together.select(everything, request);
   const bool doubt = Keys::kWeights && doubtful<Key>(selected, state.underflow);
   if (doubt && kHasWide) return false;
-  const bool lost = Keys::kWeights && selected.ranked && !state.scale.template normal<Float>();
-  if ((doubt || lost) && blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
-  write_value<Key>(args, selected.bound.rank);
-  if (well) {
-    mark(args, candidates, selected.bound);
-  } else {
-    write_masks<T>(everything, selected.bound);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) conclude<Keys>(args, selected, doubt);
+  write_masks<T>(everything, selected.bound);
   return true;
 }
 
@@ -154,13 +215,12 @@ __device__ void finish_wide(const SelectArgs& args,
                             int* turn) {
   using Keys = WeightKeys<T, int64_t, false>;
   State& state = *args.state;
-  GridSelector<int64_t> selector(&state.histograms, local, turn);
   const Keys keys(args.scaled, args.layout);
   const Everything<T, Keys> everything = {args, keys, &state.wide_underflow};
-  const auto selected = selector.select(everything, request);
-  const bool lost = selected.ranked && !state.scale.normal<double>();
+  Selector<int64_t, GridTally> together(GridTally(&state.histograms, local, turn));
+  const auto selected = together.select(everything, request);
   const bool doubt = doubtful<int64_t>(selected, state.wide_underflow);
-  if ((lost || doubt) && blockIdx.x == 0 && threadIdx.x == 0) state.status.out_of_range = 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) conclude<Keys>(args, selected, doubt);
   write_masks<T>(everything, selected.bound);
 }
 
@@ -181,7 +241,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kResident)
   const Request request = {args.keep, args.position_bits, args.value != nullptr};
   bool done = false;
   if (!kHasWide || state.scale.normal<float>()) {
-    done = finish<T, Keys, kHasWide>(args, request, &local, &turn);
+    done = sampled_well<typename Keys::Rank>(args)
+               ? finish_candidates<Keys, kHasWide>(args, request, &local, &turn)
+               : finish_all<T, Keys, kHasWide>(args, request, &local, &turn);
   }
   if constexpr (kHasWide) {
     if (!done) finish_wide<T>(args, request, &local, &turn);

@@ -22,11 +22,15 @@ __device__ bool may_write(const Status* status) {
                                status->norm_inverted[0] == 0 && status->norm_inverted[1] == 0);
 }
 
-// Contiguous w. Thread: kPerThread elements of a tile; bytes per element: 1 read, sizeof(T) written
-// for a dropped one. w is not read. Elements are independent: deterministic.
+// Contiguous w. Thread: kPerThread elements of a tile, in vectors of 16 bytes: one that is dropped
+// whole is written, one that is dropped in part is read and written whole (elements of their own
+// would be as many writes), one that is kept is left alone. Bytes per element: 1 read; up to
+// 2 sizeof(T), least where whole sectors go. Elements are independent: deterministic.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident) zero_kernel(ZeroArgs args) {
   constexpr int V = kVector<T>;
+  constexpr int kVectors = kPerThread / V;
+  constexpr uint32_t kAll = (1u << V) - 1;
   if (!may_write(args.status)) return;
   T* w = static_cast<T*>(args.w);
   const int64_t tiles = ceil_div(args.size, kTile);
@@ -34,19 +38,33 @@ __global__ void __launch_bounds__(kThreads, kResident) zero_kernel(ZeroArgs args
     const int64_t begin = tile * kTile;
     const Reach reach = reach_of<T>(begin, args.size, args.aligned);
     const uint32_t kept = load_bytes<false, T>(args.mask + begin, reach);
-    LAP_UNROLL
-    for (int v = 0; v < kPerThread / V; ++v) {
-      const uint32_t offset = offset_of<T>(v * V);
-      T* first = w + begin + offset;
-      const uint32_t bits = (kept >> (v * V)) & ((1u << V) - 1);
-      if (reach.vectors && bits == 0) {
-        if (offset < reach.count) *reinterpret_cast<uint4*>(first) = uint4{0, 0, 0, 0};
-        continue;
+    if (!reach.vectors) {
+      LAP_UNROLL
+      for (int e = 0; e < kPerThread; ++e) {
+        const uint32_t offset = offset_of<T>(e);
+        if (!((kept >> e) & 1) && offset < reach.count) w[begin + offset] = T{};
       }
+      continue;
+    }
+    uint4 words[kVectors];
+    LAP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t offset = offset_of<T>(v * V);
+      const uint32_t bits = (kept >> (v * V)) & kAll;
+      const bool in_part = bits != 0 && bits != kAll && offset < reach.count;
+      words[v] = in_part ? load_once(w + begin + offset) : uint4{0, 0, 0, 0};
+    }
+    LAP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t offset = offset_of<T>(v * V);
+      const uint32_t bits = (kept >> (v * V)) & kAll;
+      if (bits == kAll || offset >= reach.count) continue;
+      Pack<T> pack = bit_cast<Pack<T>>(words[v]);
       LAP_UNROLL
       for (int j = 0; j < V; ++j) {
-        if (!((bits >> j) & 1) && offset + j < reach.count) first[j] = T{};
+        if (!((bits >> j) & 1)) pack.values[j] = T{};
       }
+      *reinterpret_cast<uint4*>(w + begin + offset) = bit_cast<uint4>(pack);
     }
   }
 }
