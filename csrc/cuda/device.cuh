@@ -14,11 +14,13 @@
 #define LAP_SMALL
 #endif
 #define LAP_UNROLL
+#define LAP_NO_UNROLL
 #define LAP_SHARED(type, name) LAP_EMULATED_SHARED(type, name)
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #define LAP_UNROLL _Pragma("unroll")
+#define LAP_NO_UNROLL _Pragma("unroll 1")
 #define LAP_SHARED(type, name) __shared__ type name
 #endif
 

@@ -45,17 +45,22 @@ struct ScoreKeys {
   using Rank = typename RankTraits<Key>::Rank;
   static constexpr bool kWeights = false;
   static constexpr bool kVectors = false;
-  static constexpr int kResident = sizeof(T) == 8 ? 1 : 3;  // scan_kernel's blocks
+  static constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // scan_kernel's blocks
 
   __device__ ScoreKeys(const ScaledNorms&, const LayoutDividers&) {}
 
   __device__ Key key_at(int64_t, T x) const { return ordered_key(widen(x)); }
-  __device__ void key_tile(
-      const Tile&, const T (&x)[kPerThread], uint32_t, Key (&key)[kPerThread], bool*) const {
+  __device__ void key_tile(const Tile&,
+                           const T (&x)[kPerThread],
+                           uint32_t,
+                           uint32_t,
+                           Key (&key)[kPerThread],
+                           bool*) const {
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) key[e] = ordered_key(widen(x[e]));
   }
   __device__ static bool bad(T x) { return widen(x) != widen(x); }
+  static constexpr Key kLeastBad = KeyTraits<Key>::kMagnitude;  // NaN's key
 };
 
 // The keys of weights by their scores: in the weights' own precision (Key = int32, or int64 for
@@ -68,7 +73,7 @@ struct WeightKeys {
   using Float = typename KeyTraits<Key>::Float;
   static constexpr bool kWeights = true;
   static constexpr bool kVectors = kRows;
-  static constexpr int kResident = sizeof(T) == 8 ? 1 : 3;  // scan_kernel's blocks
+  static constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // scan_kernel's blocks
   static constexpr bool kWide = sizeof(Float) == 8 && sizeof(T) < 8;
 
   __device__ WeightKeys(const ScaledNorms& norms, const LayoutDividers& dividers)
@@ -96,20 +101,23 @@ struct WeightKeys {
     return key_of(x, row[at.row], col[at.channel()]);
   }
 
-  // Keys of x, the thread's elements of a tile; what does not live may get any. *underflow is set
-  // when nonzero factors of a live one gave a product that left the normal range.
+  // Keys of x, the thread's elements of a tile; those that are not present may get any. *underflow is
+  // set when nonzero factors of a live one gave a product that left the normal range.
   __device__ void key_tile(const Tile& tile,
                            const T (&x)[kPerThread],
+                           uint32_t present,
                            uint32_t live,
                            Key (&key)[kPerThread],
                            bool* underflow) const {
     if constexpr (kRows) {
       key_rows(tile, x, live, key, underflow);
     } else {
-      key_steps(tile, x, live, key, underflow);
+      key_steps(tile, x, present, live, key, underflow);
     }
   }
   __device__ static bool bad(T x) { return !is_finite(widen(x)); }
+  // A bad weight times any two norms that are finite: infinity, or NaN where one is zero.
+  static constexpr Key kLeastBad = KeyTraits<Key>::kInfinity;
 
  private:
   static constexpr int V = kVector<T>;
@@ -145,16 +153,32 @@ struct WeightKeys {
       least = key[e] < least ? key[e] : least;
     }
     if (!doubtful(least)) return;
+    bool other = false;  // than the key of a weight that is zero
     LAP_UNROLL
+    for (int e = 0; e < kPerThread; ++e) other = other || (doubtful(key[e]) && widen(x[e]) != 0);
+    if (other && any_underflow(tile, live)) *underflow = true;
+  }
+
+  // Reads the tile again: rare, and neither norms nor x need stay in registers for it.
+  __device__ bool any_underflow(const Tile& tile, uint32_t live) const {
+    const T* values = static_cast<const T*>(tile.data) + tile.begin;
+    LAP_NO_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
-      const bool doubt = underflows(key[e], x[e], row_norm[e / V], col_norm[e / V][e % V]);
-      if (doubt && ((live >> e) & 1)) *underflow = true;
+      if (!((live >> e) & 1)) continue;
+      const uint32_t offset = offset_of<T>(e);
+      const Coordinates at(layout, tile.begin + offset);
+      const Float row_norm = row[at.row];
+      const Float col_norm = col[at.channel()];
+      const T x = values[offset];
+      if (underflows(key_of(x, row_norm, col_norm), x, row_norm, col_norm)) return true;
     }
+    return false;
   }
 
   // Each vector's first coordinates by division, then steps.
   __device__ void key_steps(const Tile& tile,
                             const T (&x)[kPerThread],
+                            uint32_t present,
                             uint32_t live,
                             Key (&key)[kPerThread],
                             bool* underflow) const {
@@ -165,11 +189,12 @@ struct WeightKeys {
       for (int j = 0; j < V; ++j) {
         const int e = v * V + j;
         key[e] = 0;
-        if ((live >> e) & 1) {
+        if ((present >> e) & 1) {
           const Float row_norm = row[at.row];
           const Float col_norm = col[at.channel()];
           key[e] = key_of(x[e], row_norm, col_norm);
-          if (underflows(key[e], x[e], row_norm, col_norm)) *underflow = true;
+          const bool doubt = underflows(key[e], x[e], row_norm, col_norm);
+          if (doubt && ((live >> e) & 1)) *underflow = true;
         }
         at.step();
       }
@@ -182,23 +207,16 @@ struct WeightKeys {
   const LayoutDividers& layout;
 };
 
-// Zero if all values are finite (scores: also if not, unless one is NaN).
-template <typename T>
-__device__ auto trapped_of(const T (&x)[kPerThread]) {
-  decltype(widen(T{})) trapped = 0;
-  LAP_UNROLL
-  for (int e = 0; e < kPerThread; ++e) trapped = trap(widen(x[e]), trapped);
-  return trapped;
-}
-
-// Bit j: bad(x[j]). Reads the tile again: rare, and x need not stay in registers for it.
+// Bit j: element j of the thread's is bad. Reads the tile again: rare.
 template <typename T, typename Keys>
 __device__ uint32_t bad_set(const Tile& tile) {
-  T x[kPerThread];
-  load_values<Keys::kVectors>(static_cast<const T*>(tile.data) + tile.begin, tile.reach, x);
+  const T* values = static_cast<const T*>(tile.data) + tile.begin;
   uint32_t bad = 0;
-  LAP_UNROLL
-  for (int e = 0; e < kPerThread; ++e) bad |= static_cast<uint32_t>(Keys::bad(x[e])) << e;
+  LAP_NO_UNROLL
+  for (int e = 0; e < kPerThread; ++e) {
+    const uint32_t offset = offset_of<T>(e);
+    if (offset < tile.reach.count && Keys::bad(values[offset])) bad |= 1u << e;
+  }
   return bad;
 }
 
@@ -215,9 +233,11 @@ __device__ uint32_t keys_of(const Keys& keys,
   if (tile.eligible != nullptr) {
     live &= load_bytes<Keys::kVectors, T>(tile.eligible + tile.begin, tile.reach);
   }
-  const auto trapped = trapped_of(x);
-  keys.key_tile(tile, x, live, key, underflow);
-  const uint32_t bad = trapped == 0 ? 0 : bad_set<T, Keys>(tile);  // NaN is not zero
+  keys.key_tile(tile, x, present, live, key, underflow);
+  typename Keys::Key most = 0;
+  LAP_UNROLL
+  for (int e = 0; e < kPerThread; ++e) most = key[e] > most ? key[e] : most;
+  const uint32_t bad = most < Keys::kLeastBad ? 0 : bad_set<T, Keys>(tile);
   if (live != kAllPresent) {
     LAP_UNROLL
     for (int e = 0; e < kPerThread; ++e) {
