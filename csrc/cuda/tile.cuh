@@ -270,6 +270,7 @@ __device__ void store_bytes(uint8_t* tile, const Reach& reach, const ByteSet& se
 struct LayoutDividers {
   Divider row_size;
   NarrowDivider narrow_row;  // if row_size allows it, which `straight` says
+  bool small = false;        // indices of elements are below 2^31
   Divider window;
   Divider group_rows;
   int64_t cols = 1;
@@ -284,6 +285,7 @@ struct LayoutDividers {
         groups(layout.groups) {
     const int64_t size = layout.row_size();
     if (size <= NarrowDivider::kMost) narrow_row = NarrowDivider(size);
+    small = layout.size() < int64_t{1} << 31;
   }
 };
 
@@ -295,11 +297,13 @@ inline bool straight(const Weight& w) {
   return in_vectors && row_size <= NarrowDivider::kMost && w.layout.groups == 1;
 }
 
-// The rows of a tile of a straight weight. One division of 64 bits a tile, one of 32 bits a vector.
+// The rows of a tile of a straight weight. One division a tile, of 32 bits where they suffice, and
+// one of 32 bits a vector.
 class TileRows {
  public:
-  __device__ TileRows(const LayoutDividers& layout, int64_t begin)
-      : size_(layout.narrow_row), row_(layout.row_size.quotient(begin)) {
+  __device__ TileRows(const LayoutDividers& layout, int64_t begin) : size_(layout.narrow_row) {
+    row_ = layout.small ? size_.quotient(static_cast<uint32_t>(begin))
+                        : layout.row_size.quotient(begin);
     rest_ = static_cast<uint32_t>(begin - row_ * static_cast<int64_t>(size_.divisor));
   }
   // The row of the tile's element `offset`, and *in_row: its offset there
