@@ -74,12 +74,28 @@ struct Share {
   }
 };
 
+// One half of a block takes the rows' norms, the other the columns', so that neither waits for the
+// other's memory.
+struct Half {
+  bool cols;
+  int thread;   // of `threads`
+  int threads;  // whole warps
+
+  __device__ Half()
+      : cols(threadIdx.x >= blockDim.x / 2), threads(static_cast<int>(blockDim.x) / 2) {
+    thread = static_cast<int>(threadIdx.x) - (cols ? threads : 0);
+  }
+};
+
 // visit(i, norm[i]) for this thread's part of the share, kInFlight loads at a time.
 template <typename Visit>
-__device__ void block_for_each(const double* norm, const Share& share, const Visit& visit) {
-  const int64_t stride = blockDim.x;
+__device__ void half_for_each(const Half& half,
+                              const double* norm,
+                              const Share& share,
+                              const Visit& visit) {
+  const int64_t stride = half.threads;
   const int64_t end = share.end;
-  int64_t i = share.begin + threadIdx.x;
+  int64_t i = share.begin + half.thread;
   for (; i + (kInFlight - 1) * stride < end; i += kInFlight * stride) {
     double x[kInFlight];
     LAP_UNROLL
@@ -106,82 +122,69 @@ __device__ inline NormRange warp_range(NormRange range) {
   return {__shfl_sync(kAllLanes, range.largest, 0), __shfl_sync(kAllLanes, range.smallest, 0)};
 }
 
-// The range of the share, in every thread of the block.
-__device__ inline NormRange block_range(const double* norm, const Share& share) {
+// The range of the half's share, in every thread of the half.
+__device__ inline NormRange half_range(const Half& half, const double* norm, const Share& share) {
   LAP_SHARED(WarpValues<NormRange>, warps);
   NormRange range = NormRange::none();
-  block_for_each(norm, share, [&](int64_t, double x) { range = with(range, x); });
+  half_for_each(half, norm, share, [&](int64_t, double x) { range = with(range, x); });
   range = warp_range(range);
-  __syncthreads();  // the previous call's readers are done
   if (lane_id() == 0) warps.values[threadIdx.x / kWarp] = range;
   __syncthreads();
-  const bool lives = lane_id() < static_cast<int>(blockDim.x) / kWarp;
-  return warp_range(lives ? warps.values[lane_id()] : NormRange::none());
+  const int count = half.threads / kWarp;
+  const NormRange* first = warps.values + (half.cols ? count : 0);
+  return warp_range(lane_id() < count ? first[lane_id()] : NormRange::none());
 }
 
-// Scales the share and checks it: bad_inverted (null: no check) receives the first index of a norm
-// that is not finite or below zero.
-__device__ inline void block_scale(const double* norm,
-                                   const Share& share,
-                                   int exponent,
-                                   bool rounded,
-                                   double* wide,
-                                   float* narrow,
-                                   Count* bad_inverted) {
-  const ScaleBy scaled(exponent);
-  block_for_each(norm, share, [&](int64_t i, double given) {
+// along[c * window + k] = col[c] for the half's share of col. A thread reads what it has written
+// itself: the order of entries is half_for_each's.
+template <typename Float>
+__device__ void half_repeat(
+    const Half& half, const Float* col, const Share& share, int64_t window, Float* along) {
+  for (int64_t c = share.begin + half.thread; c < share.end; c += half.threads) {
+    const Float norm = col[c];
+    for (int64_t k = 0; k < window; ++k) along[c * window + k] = norm;
+  }
+}
+
+// norm_blocks(out) blocks together write `out`; returns the scale in the first warp of each, for
+// the others nothing. rounded: 24 bits (float scores), else 53. status: null for no check of the
+// norms, else it receives the first index of one that is not finite or below zero; it may be
+// cleared by a block before it calls this. Contains one grid_sync().
+__device__ inline Scale grid_scale_norms(const Norms& norms,
+                                         bool rounded,
+                                         const ScaledNorms& out,
+                                         Status* status) {
+  const Half half;
+  const double* norm = half.cols ? norms.col : norms.row;
+  const Share share(half.cols ? out.channels : out.rows);
+  const NormRange mine = half_range(half, norm, share);
+  if (half.thread == 0) out.ranges[2 * blockIdx.x + (half.cols ? 1 : 0)] = mine;
+  grid_sync();
+  const auto range_of = [&](int side) {
+    const bool lives = lane_id() < static_cast<int>(gridDim.x);
+    return warp_range(lives ? out.ranges[2 * lane_id() + side] : NormRange::none());
+  };
+  const NormRange range = range_of(half.cols ? 1 : 0);
+  const ScaleBy scaled(exponent_of(range));
+  double* wide = half.cols ? out.col : out.row;
+  float* narrow = half.cols ? out.col_narrow : out.row_narrow;
+  Count* bad_inverted = status == nullptr ? nullptr : status->norm_inverted + (half.cols ? 1 : 0);
+  half_for_each(half, norm, share, [&](int64_t i, double given) {
     const double x = scaled(given, rounded);
     wide[i] = x;
     narrow[i] = static_cast<float>(x);
     const bool bad = bit_cast<uint64_t>(given) >= KeyTraits<int64_t>::kInfinity && given != 0;
     if (bad && bad_inverted != nullptr) atomicMax(bad_inverted, ~static_cast<Count>(i));
   });
-}
-
-// along[c * window + k] = col[c] for the block's share of col. A thread reads what it has written
-// itself: the order of entries is block_for_each's.
-template <typename Float>
-__device__ void block_repeat(const Float* col, const Share& share, int64_t window, Float* along) {
-  for (int64_t c = share.begin + threadIdx.x; c < share.end; c += blockDim.x) {
-    const Float norm = col[c];
-    for (int64_t k = 0; k < window; ++k) along[c * window + k] = norm;
-  }
-}
-
-// norm_blocks(out) blocks together write `out`; each returns the scale, the same in every thread.
-// rounded: 24 bits (float scores), else 53. status: null for no check of the norms; it may be
-// cleared by a block before it calls this. Contains one grid_sync().
-__device__ inline Scale grid_scale_norms(const Norms& norms,
-                                         bool rounded,
-                                         const ScaledNorms& out,
-                                         Status* status) {
-  const Share rows(out.rows);
-  const Share cols(out.channels);
-  const NormRange row = block_range(norms.row, rows);
-  const NormRange col = block_range(norms.col, cols);
-  if (threadIdx.x == 0) {
-    out.ranges[2 * blockIdx.x] = row;
-    out.ranges[2 * blockIdx.x + 1] = col;
-  }
-  grid_sync();
-  NormRange range[2];
-  for (int side = 0; side < 2; ++side) {
-    const bool lives = lane_id() < static_cast<int>(gridDim.x);
-    range[side] = warp_range(lives ? out.ranges[2 * lane_id() + side] : NormRange::none());
-  }
-  Count* bad[2] = {};
-  for (int side = 0; side < 2 && status != nullptr; ++side)
-    bad[side] = status->norm_inverted + side;
-  block_scale(norms.row, rows, exponent_of(range[0]), rounded, out.row, out.row_narrow, bad[0]);
-  block_scale(norms.col, cols, exponent_of(range[1]), rounded, out.col, out.col_narrow, bad[1]);
-  if (out.along != nullptr && out.window != 1) {
+  if (half.cols && out.along != nullptr && out.window != 1) {
     if (out.is_double) {
-      block_repeat(out.col, cols, out.window, static_cast<double*>(out.along));
+      half_repeat(half, out.col, share, out.window, static_cast<double*>(out.along));
     } else {
-      block_repeat(out.col_narrow, cols, out.window, static_cast<float*>(out.along));
+      half_repeat(half, out.col_narrow, share, out.window, static_cast<float*>(out.along));
     }
   }
-  return scale_of(range[0], range[1]);
+  if (threadIdx.x >= kWarp) return {0, 1};
+  return scale_of(range, range_of(1));
 }
 
 }  // namespace lap::cuda
