@@ -239,7 +239,7 @@ def hostile(device: Device, dtype: torch.dtype, names: Sequence[str] = tuple(cas
 def equal_data(device: Device) -> str:
     """One value everywhere: every element ties, and the first ones are kept."""
     pair = Pair(device)
-    rows, cols = (2048, 1536) if not device.rehearse else (40, 48)
+    rows, cols = (1024, 768) if not device.rehearse else (40, 48)
     ins, outs = torch.full((cols,), 0.75).double(), torch.full((rows,), 3.0).double()
     for dtype in DTYPES:
         for value in (-0.375, 0.0):
