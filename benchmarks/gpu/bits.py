@@ -72,7 +72,7 @@ class Pair:
         masks, expected = self._called("prune_", [here, *args], [there, *args])
         if masks is not None:
             self._compare("prune_", (w, *args), "", masks[0], expected[0])
-            self._compare("prune_", (w, *args), "'s weights", here, there)
+            self._compare("prune_", (w, *args), "'s weights", here.cpu(), there)
 
     def result(self) -> str:
         """How many were equal; raises if one was not."""
@@ -89,7 +89,7 @@ class Pair:
             (self._device.device.type, "the other side"), sides, strict=True
         ):
             try:
-                found.append(_listed(getattr(side, op)(*args)))
+                found.append([x.cpu() for x in _listed(getattr(side, op)(*args))])
             except (RuntimeError, ValueError, TypeError) as error:
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 self._note(f"{described(op, there)}: {where} raised {text[0]}")
@@ -100,7 +100,7 @@ class Pair:
         self, op: str, args: Sequence[Any], where: str, got: Tensor, expected: Tensor
     ) -> None:
         self.compared += 1
-        found = difference(got.cpu(), expected)
+        found = difference(got, expected)
         if found is not None:
             self._note(f"{described(op, args)}: {op}{where}: {found}")
 
