@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_SOURCES = $(shell find csrc tests/cpp -type f ! -name doctest.h)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml lap_ext/__init__.py
 
-.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu dev check abi format clean
+.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu gpu-prepare dev check abi format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip in one environment; the compilers use MAX_JOBS
 
@@ -33,6 +33,7 @@ help:
 	@echo "make fuzz      fuzz the selection for FUZZ_SECONDS=$(FUZZ_SECONDS)"
 	@echo "make bench     benchmarks: table, JSON and plot"
 	@echo "make gpu       builds, tests and measures the CUDA kernels; without a GPU: reports of ptxas, byte counts"
+	@echo "make gpu-prepare  builds what a machine with a GPU, but without a network, needs (GPU_ARGS=--prebuilt there)"
 	@echo "make dev       everything for development; make check: what CI checks; make format: puts the style right"
 	@echo "make clean     removes .venv, build and the built libraries"
 
@@ -50,6 +51,9 @@ bench: $(STAMPS)/bench
 
 gpu: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-prepare: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.gpu.prepare $(GPU_ARGS)
 
 dev: $(STAMPS)/dev
 

@@ -1,43 +1,72 @@
 # SPDX-License-Identifier: MIT
 """Builds, tests and measures the CUDA kernels, and writes one JSON: python -m benchmarks.gpu.
 
-With a GPU: under eight minutes, each step in a process of its own with a time limit. Without one: the
-reports of ptxas and the byte counts (benchmarks/results/cuda-static.json). See README.md.
+With a GPU: under eight minutes, each step in a process of its own with a time limit; first what tells
+right from wrong, all at the same time, then what is timed, one by one. Without one: the reports of
+ptxas and the byte counts (benchmarks/results/cuda-static.json). See README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import report
+from benchmarks.gpu import counters, prepare, report, sanitize, suite
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.steps import BUDGET_S, NotRunError, Outcome, Save, Step, run_step, saver
+from benchmarks.gpu.steps import (
+    BUDGET_S,
+    NotRunError,
+    Outcome,
+    Save,
+    Step,
+    groups,
+    run_together,
+    saver,
+)
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 STATIC = RESULTS / "cuda-static.json"
 PIECES = machine.ROOT / "build" / "gpu"  # ignored by git
 
-# In the order of their worth: what comes last is cut where the first ones take too long.
+HOSTILE = ("float32", "float64", "float16", "bfloat16")
+# What is timed comes in the order of its worth: the last steps are cut where the first take too long.
 STEPS = (
-    Step("build", 105),
-    Step("loaded", 12),
-    Step("limit", 70),
-    Step("bits", 60),
-    Step("rivals", 60),
-    Step("pytest", 75),
-    Step("sanitizer", 45),
-    Step("huge", 43),
+    Step("build", 100, first=True),
+    Step("driver", 60, first=True, together=True),
+    Step("loaded", 60, first=True, together=True),
+    Step("bits", 120, together=True),
+    *(Step(f"hostile-{dtype}", 120, together=True) for dtype in HOSTILE),
+    Step("pytest", 120, together=True, leaves=suite.LOG),
+    *(Step(f"sanitizer-{tool}", 120, together=True) for tool in sanitize.TOOLS),
+    Step("huge", 120, together=True, share=0.5),
+    Step("limit", 60),
+    Step("kernels", 40),
+    Step("rivals", 50),
+    Step("counters", 40, leaves=counters.LOG),
 )
+
+
+def chosen(only: Sequence[str], prebuilt: bool) -> list[Step]:
+    """The steps of these names; "sanitizer" stands for all that begin so."""
+    return [
+        step
+        for step in STEPS
+        if (step.name in only or step.name.partition("-")[0] in only)
+        and not (prebuilt and step.name == "build")
+    ]
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,7 +77,14 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rehearse", action="store_true", help="small sizes; on a CPU with stand-ins for events"
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("--only", default=",".join(names), help="steps (default: %(default)s)")
+    kinds = list(dict.fromkeys(name.partition("-")[0] for name in names))
+    parser.add_argument("--only", default=",".join(kinds), help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--prebuilt", action="store_true", help="do not build: benchmarks.gpu.prepare has"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, help="seconds for all (default: %(default)g)"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for the JSON (default: benchmarks/results)"
     )
@@ -61,9 +97,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.only = [name.strip() for name in args.only.split(",")]
-    unknown = set(args.only) - set(names)
+    unknown = set(args.only) - {*names, *kinds}
     if unknown:
-        parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+        parser.error(f"--only: expected some of {', '.join(kinds)}, got {', '.join(unknown)}")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
@@ -74,23 +110,19 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def step_function(name: str) -> Callable[[Device, float, Save], None]:
     """The code of a step; imported only then, so that "build" does not load what it replaces."""
-    if name == "build":
-        from benchmarks.gpu.build import run
-    elif name == "loaded":
-        from benchmarks.gpu.build import loaded as run
-    elif name == "limit":
-        from benchmarks.gpu.limit import run
-    elif name == "bits":
-        from benchmarks.gpu.bits import run
-    elif name == "rivals":
-        from benchmarks.gpu.rivals import run
-    elif name == "pytest":
-        from benchmarks.gpu.suite import run
-    elif name == "sanitizer":
-        from benchmarks.gpu.sanitize import run
-    else:
-        from benchmarks.gpu.huge import run
-    return run
+    kind, _, part = name.partition("-")
+    if kind == "hostile":
+        from benchmarks.gpu import bits
+
+        return partial(bits.run_hostile, getattr(torch, part))
+    if kind == "sanitizer":
+        return partial(sanitize.run, part)
+    if kind == "loaded":
+        from benchmarks.gpu import build
+
+        return build.loaded
+    module = {"pytest": "suite"}.get(kind, kind)
+    return importlib.import_module(f"benchmarks.gpu.{module}").run
 
 
 def facts(device: Device, commit: str | None) -> dict[str, Any]:
@@ -129,27 +161,70 @@ def child(args: argparse.Namespace) -> int:
     return 0
 
 
+class Results:
+    """The JSON of a run, written anew whenever something is known; files of steps beside it."""
+
+    def __init__(self, args: argparse.Namespace, device: Device) -> None:
+        self._begin = time.perf_counter()
+        self.content: dict[str, Any] = {
+            "machine": facts(device, args.commit),
+            "rehearsal": args.rehearse,
+            "prepared": prepare.prepared() if args.prebuilt else None,
+            "steps": {},
+        }
+        self._folder = args.out or (PIECES if args.rehearse else RESULTS)
+        self._stem = machine.slug(self.content["machine"])
+        self.path = self._folder / f"{self._stem}-gpu.json"
+        self.outcomes: dict[str, Outcome] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._begin
+
+    def heard(self, name: str, outcome: Outcome) -> None:
+        """Writes what is known of a step by now."""
+        self.outcomes[name] = outcome
+        self.content["steps"][name] = outcome.as_json()
+        self.content["seconds"] = round(self.seconds, 1)
+        report.write(self.path, self.content)
+        leaves = next(step.leaves for step in STEPS if step.name == name)
+        if leaves and (PIECES / leaves).exists():
+            shutil.copyfile(PIECES / leaves, self._folder / f"{self._stem}-{leaves}")
+        if outcome.status != "running":
+            print(report.step_line(name, outcome), flush=True)
+
+
 def steps(args: argparse.Namespace) -> int:
     """All steps; 1 if one failed. A missed target is no failure."""
-    device = Device(torch.device(args.device), args.rehearse)
-    begin = time.perf_counter()
-    content: dict[str, Any] = {"machine": facts(device, args.commit), "rehearsal": args.rehearse}
-    folder = args.out or (PIECES if args.rehearse else RESULTS)
-    path = folder / f"{machine.slug(content['machine'])}-gpu.json"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the results are written, too
+    results = Results(args, Device(torch.device(args.device), args.rehearse))
+    prepared = results.content["prepared"]
+    if prepared and not prepared["current"]:
+        print(f"prepared from other sources: commit {prepared['commit']}", flush=True)
+    try:
+        run_all(args, results)
+    except KeyboardInterrupt:
+        print(f"stopped at {results.seconds:.0f} s; results: {results.path}")
+        return 1
+    print(report.summary(results.content))
+    print(f"{results.seconds:.0f} s; results: {results.path}")
+    return 1 if any(outcome.bad for outcome in results.outcomes.values()) else 0
+
+
+def run_all(args: argparse.Namespace, results: Results) -> None:
+    """The groups of steps, one after the other; none after a first step that failed."""
     arguments = ["--device", args.device, *(["--rehearse"] if args.rehearse else [])]
-    outcomes: dict[str, Outcome] = {}
-    for step in STEPS:
-        if step.name not in args.only:
+    stop = None
+    for group in groups(chosen(args.only, args.prebuilt)):
+        if stop:
+            for step in group:
+                results.heard(step.name, Outcome("not run", 0.0, step.limit_s, stop))
             continue
-        left = BUDGET_S - (time.perf_counter() - begin)
-        outcomes[step.name] = run_step(step, arguments, PIECES, min(step.limit_s, left))
-        content["steps"] = {name: outcome.as_json() for name, outcome in outcomes.items()}
-        content["seconds"] = round(time.perf_counter() - begin, 1)
-        report.write(path, content)
-        print(report.step_line(step.name, outcomes[step.name]), flush=True)
-    print(report.summary(content))
-    print(f"{content['seconds']:.0f} s; results: {path}")
-    return 0 if all(o.status in {"ok", "not run"} for o in outcomes.values()) else 1
+        left = args.budget - results.seconds
+        outcomes = run_together(group, arguments, PIECES, left, results.heard)
+        bad = [step.name for step in group if step.first and outcomes[step.name].bad]
+        stop = f"{' and '.join(bad)} failed" if bad else None
 
 
 def without_gpu(args: argparse.Namespace) -> int:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Step "bits": every operator gives the CPU's bits, twice the same, in graphs and on other streams.
+"""Steps "bits" and "hostile-...": every operator gives the CPU's bits, in graphs and on streams, too.
 
 Data and layouts are those of the tests. The other side is the native CPU library; in a rehearsal,
-where that is what is tested, the pure reference.
+where that is what is tested, the pure reference. A result that differs is described so that it can be
+made again, and the check goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,52 +21,153 @@ from benchmarks import checks
 from benchmarks.gpu.device import Device, Graph
 from benchmarks.gpu.steps import NotRunError, Save, each
 from lap_ext.ops import reference, schema
+from lap_ext.ops.reference.common import score_dtype
 from tests.helpers import layer_cases as cases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+MOST_MISMATCHES = 20  # of a check; it then ends
+SHOWN = 5  # differing values of a mismatch
+
+
 def run(device: Device, limit_s: float, save: Save) -> None:
     """All checks of this step, independent of each other."""
     del limit_s  # the parent keeps it
-    if device.cuda:
-        checks.require(lap_ext.info().cuda_usable, f"CUDA kernels not loaded: {lap_ext.info()}")
+    device.require_kernels()
     each({name: partial(check, device) for name, check in CHECKS.items()}, save)
 
 
+def run_hostile(dtype: torch.dtype, device: Device, limit_s: float, save: Save) -> None:
+    """Hostile data of one dtype: the other side needs a core for a minute."""
+    del limit_s
+    device.require_kernels()
+    each({name: partial(hostile, device, dtype, [name]) for name in cases.HOSTILE}, save)
+
+
+class MismatchError(checks.WrongResultError):
+    """Results that differ between the device and the other side."""
+
+
 class Pair:
-    """One operator on the device and on the other side; compared bit for bit."""
+    """Operators on the device and on the other side; compared bit for bit, to the last one."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._other = REFERENCE if device.rehearse else schema
         self.compared = 0
+        self.mismatches: list[str] = []
 
     def same(self, op: str, *args: Any) -> None:
         """Calls op on both sides with the same arguments (CPU tensors)."""
-        here = getattr(schema, op)(*_moved(list(args), self._device.device))
-        there = getattr(reference if self._device.rehearse else schema, op)(*args)
-        for got, expected in zip(_listed(here), _listed(there), strict=True):
-            equal_bits(got.cpu(), expected, op)
-            self.compared += 1
+        here, there = self._called(op, list(args), list(args))
+        if here is not None:
+            for i, (got, expected) in enumerate(zip(here, there, strict=True)):
+                where = f"[{i}]" if len(there) > 1 else ""
+                self._compare(op, args, where, got, expected)
 
     def prune(self, w: Tensor, *args: Any) -> None:
         """prune_, which also changes w: mask and weights."""
-        here = _like(w, self._device.device)
-        there = _like(w, torch.device("cpu"))
-        got = schema.prune_(here, *_moved(list(args), self._device.device))
-        expected = (reference if self._device.rehearse else schema).prune_(there, *args)
-        equal_bits(got.cpu(), expected, "prune_")
-        equal_bits(here.cpu(), there, "prune_'s weights")
-        self.compared += 2
+        here, there = _like(w, self._device.device), _like(w, torch.device("cpu"))
+        masks, expected = self._called("prune_", [here, *args], [there, *args])
+        if masks is not None:
+            self._compare("prune_", (w, *args), "", masks[0], expected[0])
+            self._compare("prune_", (w, *args), "'s weights", here.cpu(), there)
+
+    def result(self) -> str:
+        """How many were equal; raises if one was not."""
+        if self.mismatches:
+            count = f"{len(self.mismatches)} of {self.compared} results differ:"
+            raise MismatchError("\n".join([count, *self.mismatches]))
+        return f"{self.compared} results"
+
+    def _called(self, op: str, here: list[Any], there: list[Any]) -> tuple[Any, Any]:
+        """Both sides' results; (None, None) if either raised, which is a mismatch."""
+        sides = (schema, _moved(here, self._device.device)), (self._other, there)
+        found: list[list[Tensor]] = []
+        for where, (side, args) in zip(
+            (self._device.device.type, "the other side"), sides, strict=True
+        ):
+            try:
+                found.append([x.cpu() for x in _listed(getattr(side, op)(*args))])
+            except (RuntimeError, ValueError, TypeError) as error:
+                text = str(error).strip().splitlines() or [type(error).__name__]
+                self._note(f"{described(op, there)}: {where} raised {text[0]}")
+                return None, None
+        return found[0], found[1]
+
+    def _compare(
+        self, op: str, args: Sequence[Any], where: str, got: Tensor, expected: Tensor
+    ) -> None:
+        self.compared += 1
+        found = difference(got, expected)
+        if found is not None:
+            self._note(f"{described(op, args)}: {op}{where}: {found}")
+
+    def _note(self, text: str) -> None:
+        self.mismatches.append(text)
+        if len(self.mismatches) == MOST_MISMATCHES:
+            self.result()
+
+
+def described(op: str, args: Sequence[Any]) -> str:
+    """An operator's call: of tensors dtype, shape and strides, and the other arguments by name."""
+    parts = []
+    for argument, value in zip(getattr(schema, op)._schema.arguments, args, strict=True):
+        parts.append(f"{argument.name}={_described(value)}")
+    return f"{op}({', '.join(parts)})"
+
+
+def _described(x: Any) -> str:
+    if isinstance(x, list):
+        more = [f"{len(x) - 4} more"] if len(x) > 4 else []
+        return f"[{', '.join([*map(_described, x[:4]), *more])}]"
+    if isinstance(x, Tensor):
+        dtype = str(x.dtype).removeprefix("torch.")
+        return f"{dtype} {list(x.shape)} strides {list(x.stride())}"
+    return str(x)
+
+
+def difference(got: Tensor, expected: Tensor) -> str | None:
+    """What differs, signs of zeros and NaNs included: flat indices with both values; or None."""
+    if got.dtype != expected.dtype:
+        return f"{got.dtype} for {expected.dtype}"
+    if got.shape != expected.shape:
+        return f"{list(got.shape)} for {list(expected.shape)}"
+    if torch.equal(_bytes(got), _bytes(expected)):
+        return None
+    wrong = (_bytes(got) != _bytes(expected)).view(got.numel(), -1).any(1).nonzero().flatten()
+    ours, theirs = got.flatten(), expected.flatten()
+    first = [f"[{i}] {ours[i].item()!r} for {theirs[i].item()!r}" for i in wrong[:SHOWN].tolist()]
+    return f"{len(wrong)} of {got.numel()} values differ: {', '.join(first)}"
 
 
 def equal_bits(got: Tensor, expected: Tensor, what: str) -> None:
-    """Equal, signs of zeros and NaNs included."""
-    checks.require(got.dtype == expected.dtype, f"{what}: {got.dtype} for {expected.dtype}")
-    checks.require(got.shape == expected.shape, f"{what}: {got.shape} for {expected.shape}")
-    if not torch.equal(_bytes(got), _bytes(expected)):
-        wrong = (got != expected).sum().item()
-        checks.require(False, f"{what}: {wrong} of {got.numel()} values differ from the other side")
+    """Equal, or an error that says where not."""
+    found = difference(got, expected)
+    checks.require(found is None, f"{what}: {found}")
+
+
+def global_mask(
+    w: list[Tensor],
+    row_norm: list[Tensor],
+    col_norm: list[Tensor],
+    groups: list[int],
+    keep: int,
+    masks: list[Tensor],
+    check_finite: bool,
+) -> list[Tensor]:
+    """The definition: topk_mask of all scores; a weight without norms is its own score."""
+    scores = [
+        reference.score(x, cols, rows, count, False, check_finite) if rows.numel() else x
+        for x, rows, cols, count in zip(w, row_norm, col_norm, groups, strict=True)
+    ]
+    return reference.topk_mask(scores, keep, masks, check_finite)
+
+
+REFERENCE = SimpleNamespace(
+    **{name: getattr(reference, name) for name in reference.__all__}, global_mask=global_mask
+)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -105,32 +208,107 @@ def layouts(device: Device) -> str:
                 laid = cases.LAYOUTS[name](w)
                 pair.same("row_energy", laid, True, "w_prev")
                 pair.same("col_energy", laid, shape.groups, True, "w_next")
+                pair.same("energies", laid, shape.groups, True, "w")
                 for scale in (1.0, 1e-25):
                     pair.same("score", laid, ins * scale, outs, *kinds)
                     pair.same("mask", laid, ins * scale, outs * scale, keep, None, *kinds)
                 pair.same("mask", laid, ins, outs, keep, eligible, *kinds)
                 pair.prune(laid, ins, outs, keep, eligible, *kinds)
-    return f"{pair.compared} results"
+    return pair.result()
 
 
-def hostile(device: Device) -> str:
-    """Ties, zeros of both signs, denormals, sorted and periodic data, every dtype."""
+def hostile(device: Device, dtype: torch.dtype, names: Sequence[str] = tuple(cases.HOSTILE)) -> str:
+    """Ties, zeros of both signs, denormals, sorted and periodic data."""
     torch.manual_seed(2)
     pair = Pair(device)
     cols = 1009 if not device.rehearse else 33
     rows = device.sizes.hostile // cols
-    for name in cases.HOSTILE:
-        for dtype in DTYPES:
-            for width in (cols, cols // 8 * 8):  # rows of whole vectors have kernels of their own
-                w = cases.hostile(name, rows * width, dtype).view(rows, width)
-                ins = torch.rand(width, dtype=torch.float64)
-                outs = torch.rand(rows, dtype=torch.float64)
-                pair.same("score", w, ins, outs, 1, False, True)
-                for keep in (w.numel() // 100, w.numel() // 2):
-                    pair.same("mask", w, ins, outs, keep, None, 1, False, True)
-                    pair.same("topk_mask", [w[:5].clone(), w[5:].clone()], keep, [], True)
-                    pair.same("kth_largest", [w[:5].clone(), w[5:].clone()], keep, True)
-    return f"{pair.compared} results"
+    for name in names:
+        for width in (cols, cols // 8 * 8):  # rows of whole vectors have kernels of their own
+            w = cases.hostile(name, rows * width, dtype).view(rows, width)
+            ins = torch.rand(width, dtype=torch.float64)
+            outs = torch.rand(rows, dtype=torch.float64)
+            pair.same("score", w, ins, outs, 1, False, True)
+            for keep in (w.numel() // 100, w.numel() // 2):
+                pair.same("mask", w, ins, outs, keep, None, 1, False, True)
+                pair.same("topk_mask", [w[:5].clone(), w[5:].clone()], keep, [], True)
+                pair.same("kth_largest", [w[:5].clone(), w[5:].clone()], keep, True)
+    return pair.result()
+
+
+def equal_data(device: Device) -> str:
+    """One value everywhere: every element ties, and the first ones are kept."""
+    pair = Pair(device)
+    rows, cols = (1024, 768) if not device.rehearse else (40, 48)
+    ins, outs = torch.full((cols,), 0.75).double(), torch.full((rows,), 3.0).double()
+    for dtype in DTYPES:
+        for value in (-0.375, 0.0):
+            w = torch.full((rows, cols), value, dtype=dtype)
+            for keep in (0, 1, cols + 1, w.numel() // 2, w.numel() - 1, w.numel()):
+                pair.same("mask", w, ins, outs, keep, None, 1, False, True)
+                pair.prune(w, ins, outs, keep, None, 1, False, True)
+                pair.same("topk_mask", [w[:3].clone(), w[3:].clone()], keep, [], True)
+                if keep:
+                    pair.same("kth_largest", [w], keep, True)
+    return pair.result()
+
+
+def far(device: Device) -> str:
+    """Norms whose products leave float64's range: a mask of none or of all needs no products."""
+    torch.manual_seed(5)
+    pair = Pair(device)
+    rows, cols = (300, 256) if not device.rehearse else (30, 24)
+    ins = torch.logspace(-200, 200, cols, dtype=torch.float64)
+    outs = torch.logspace(-200, 200, rows, dtype=torch.float64)
+    for dtype in DTYPES:
+        w = torch.randn(rows, cols).to(dtype)
+        eligible = torch.rand(w.shape) < 0.8
+        for keep in (0, w.numel()):
+            for check_finite in (True, False):
+                kinds = 1, False, check_finite
+                pair.same("mask", w, ins, outs, keep, None, *kinds)
+                pair.prune(w, ins, outs, keep, None, *kinds)
+        for keep in (0, int(eligible.sum())):
+            pair.same("mask", w, ins, outs, keep, eligible, 1, False, True)
+            pair.prune(w, ins, outs, keep, eligible, 1, False, True)
+    return pair.result()
+
+
+def ranked_together(device: Device) -> str:
+    """global_mask: layers of several dtypes, groups and sizes, ready scores among them."""
+    torch.manual_seed(6)
+    pair = Pair(device)
+    scale = 1 if not device.rehearse else 16
+    shapes = (
+        ((96 // scale, 64 // scale), 1),
+        ((512 // scale, 64 // scale, 3, 3), 4),
+        ((1000 // scale, 1023 // scale), 1),
+        ((1, 1), 1),
+    )
+    lists = (
+        (torch.float32, torch.bfloat16, torch.float16, torch.float32),
+        (torch.bfloat16,) * 4,
+        (torch.float64,) * 4,
+    )
+    for dtypes in lists:
+        layers = list(zip(shapes, dtypes, strict=True))
+        w = [torch.randn(shape).to(dtype) for (shape, _), dtype in layers]
+        rows = [torch.rand(shape[0]).double() + 0.5 for shape, _ in shapes]
+        cols = [torch.rand(shape[1] * count).double() + 0.5 for shape, count in shapes]
+        counts = [count for _, count in shapes]
+        masks = [torch.rand(x.shape) < 0.8 for x in w]
+        n = sum(x.numel() for x in w)
+        none = torch.empty(0, dtype=torch.float64)
+        for keep in (0, n // 100, n // 2):
+            pair.same("global_mask", w, rows, cols, counts, keep, [], True)
+            pair.same("global_mask", w, rows, cols, counts, keep, masks, True)
+            ready = [w[0].abs().to(score_dtype(dtypes[0])), *w[1:]]
+            pair.same(
+                *("global_mask", ready, [none, *rows[1:]], [none, *cols[1:]], counts, keep, []),
+                False,
+            )
+        pair.same("global_mask", w, rows, cols, counts, n, [], True)
+    return pair.result()
 
 
 def large(device: Device) -> str:
@@ -158,7 +336,8 @@ def large(device: Device) -> str:
             pair.prune(w, *norms, w.numel() // 10, None, *kinds)
             pair.same("row_energy", w, True, "w_prev")
             pair.same("col_energy", w, groups, True, "w_next")
-    return f"{pair.compared} results"
+            pair.same("energies", w, groups, True, "w")
+    return pair.result()
 
 
 def errors(device: Device) -> None:
@@ -181,6 +360,7 @@ def errors(device: Device) -> None:
         for call in calls:
             texts = [_error(call, x) for x in (w.to(device.device), w)]
             checks.require(texts[0] == texts[1], f"errors differ: {texts}")
+    pair.result()
 
 
 def _error(call: Callable[[Tensor], Any], x: Tensor) -> str:
@@ -265,8 +445,10 @@ CHECKS: dict[str, Callable[[Device], str | None]] = {
     "streams": streams,
     "devices": devices,
     "errors": errors,
+    "far": far,
     "twice": twice,
+    "equal data": equal_data,
+    "ranked together": ranked_together,
     "large": large,
     "layouts": layouts,
-    "hostile": hostile,
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps "build" and "static": the native libraries for one GPU, and what ptxas says of the kernels.
+"""Steps "build" and "loaded": the native libraries for one GPU, and what ptxas says of the kernels.
 
 setup.py builds in place for the GPU's own architecture (a third of the time of all), with ptxas -v in
 the same compilation.
@@ -11,23 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu import floors, ptxas
+from benchmarks.gpu import driver, floors, ptxas
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.ptxas import Kernel
 from benchmarks.gpu.steps import TAIL, NotRunError, Save, run_command
-from benchmarks.machine import ROOT
-
-NATIVE = ROOT / "build"  # setup.py's folders: native-<hash>
-
-
-def architecture(capability: tuple[int, int]) -> str:
-    """CMake's name of an architecture: (9, 0) -> "90-real"."""
-    return f"{capability[0]}{capability[1]}-real"
 
 
 def plan(arch: str) -> tuple[list[str], dict[str, str]]:
@@ -44,8 +33,7 @@ def plan(arch: str) -> tuple[list[str], dict[str, str]]:
 
 def run(device: Device, limit_s: float, save: Save) -> None:
     """Builds; fails on a spill."""
-    capability = torch.cuda.get_device_capability(device.device) if device.cuda else (9, 0)
-    arch = architecture(capability)
+    arch = driver.architecture(device)
     command, env = plan(arch)
     save({"architecture": arch})
     if device.rehearse:
@@ -59,6 +47,7 @@ def run(device: Device, limit_s: float, save: Save) -> None:
         kernels = ptxas.report(root, [arch], os.cpu_count() or 1)
     save({"kernels": table(kernels)})
     require_no_spills(kernels)
+    driver.build(arch)
 
 
 def loaded(device: Device, limit_s: float, save: Save) -> None:
@@ -94,12 +83,6 @@ def table(kernels: Sequence[Kernel]) -> dict[str, dict[str, dict[str, int]]]:
             "blocks": k.resident(),
         }
     return found
-
-
-def core_library() -> Path | None:
-    """The newest liblap_cuda.a that setup.py has built: the kernels without torch."""
-    found = sorted(NATIVE.glob("native-*/liblap_cuda.a"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
 
 
 # --- without a GPU --------------------------------------------------------------------------------

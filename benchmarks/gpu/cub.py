@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import ptxas
-from benchmarks.gpu.build import architecture
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.driver import architecture
 from benchmarks.gpu.steps import TAIL, NotRunError
 from benchmarks.machine import ROOT
 
@@ -28,12 +28,12 @@ def compile_command(nvcc: Path, arch: str, target: Path) -> list[str]:
 
 
 def library(arch: str) -> Path:
-    """Compiles it; not run where there is no toolkit or no cub in it."""
-    root = ptxas.toolkit()
-    if root is None:
-        raise NotRunError("no CUDA toolkit to compile cub_rival.cu with")
+    """What was built before, else compiled now; not run where there is no toolkit for that."""
     target = ROOT / "build" / "gpu" / f"cub-{arch}-{ptxas.digest([SOURCE.read_text()])}.so"
     if not target.exists():
+        root = ptxas.toolkit()
+        if root is None:
+            raise NotRunError(f"no {target.name}, and no CUDA toolkit to compile cub_rival.cu with")
         target.parent.mkdir(parents=True, exist_ok=True)
         command = compile_command(root / "bin" / "nvcc", arch, target)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,8 +48,7 @@ class RadixSort:
     def __init__(self, device: Device) -> None:
         if not device.cuda:
             raise NotRunError("no GPU to sort on")
-        arch = architecture(torch.cuda.get_device_capability(device.device))
-        self._library = ctypes.CDLL(str(library(arch)))
+        self._library = ctypes.CDLL(str(library(architecture(device))))
         self._library.lap_radix_workspace.restype = ctypes.c_int64
         self._library.lap_radix_workspace.argtypes = [ctypes.c_int64]
         self._library.lap_radix_mask.restype = ctypes.c_int

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lap_ext
 from benchmarks.cases import SEED
+from benchmarks.checks import require
 from benchmarks.timing import Call, Timer
 
 _HEAD_START = 20_000_000  # cycles that the GPU sleeps while the host enqueues: about 11 ms
@@ -52,6 +54,8 @@ class Sizes:
     sides: tuple[tuple[int, int], ...]  # of the large weights, [rows, cols]
     tensors: int  # in the list of scores
     per_tensor: int
+    layers: int  # of the model that is ranked as one
+    layer: int  # rows and columns of each
     small: tuple[tuple[int, int], ...]  # [channels, window's side] of the small layers
     rivals: tuple[int, int]
     issue_75599: int
@@ -66,6 +70,8 @@ FULL = Sizes(
     sides=((8192, 12288), (16384, 16384)),  # 100.7 M, 268 M
     tensors=200,
     per_tensor=5_368_709,  # 1.07 G in all
+    layers=24,
+    layer=4096,  # 403 M in all
     small=((64, 3), (128, 3), (256, 3), (512, 3)),
     rivals=(8192, 8192),
     issue_75599=100_000_000,
@@ -79,6 +85,8 @@ SMALL = Sizes(
     sides=((64, 96),),
     tensors=5,
     per_tensor=1003,
+    layers=3,
+    layer=40,
     small=((8, 3),),
     rivals=(64, 64),
     issue_75599=10_000,
@@ -105,6 +113,11 @@ class Device:
     def sizes(self) -> Sizes:
         """Large ones on a GPU."""
         return SMALL if self.rehearse else FULL
+
+    def require_kernels(self) -> None:
+        """Raises on a GPU whose kernels are not loaded: PyTorch's would be measured instead."""
+        info = lap_ext.info()
+        require(not self.cuda or info.cuda_usable, f"CUDA kernels not loaded: {info}")
 
     def timer(self, budget_s: float) -> Timer:
         """CUDA events, or the clock."""

@@ -29,7 +29,7 @@ class Target:
     """One row of the table: what must move, and the multiple of its time that must be reached."""
 
     call: str
-    multiple: float
+    multiple: float | None  # None: no target
 
     def floor_s(self, moved_bytes: int, bytes_per_s: float) -> float:
         """The time in which so many bytes are copied."""
@@ -42,6 +42,7 @@ PRUNE = Target("prune_", 1.4)
 FACTORS = Target("factors", 1.25)
 TOPK = Target("topk_mask", 1.5)
 TARGETS = (SCORE, MASK, PRUNE, FACTORS, TOPK)
+GLOBAL = Target("global_mask", None)  # read w, write the masks
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Verdict:
     seconds: float
     floor_s: float
     times_floor: float
-    wanted: float
-    reached: bool
+    wanted: float | None
+    reached: bool | None
 
 
 def verdict(target: Target, seconds: float, moved_bytes: int, bytes_per_s: float) -> Verdict:
@@ -61,7 +62,9 @@ def verdict(target: Target, seconds: float, moved_bytes: int, bytes_per_s: float
         raise ValueError(f"expected a time and a bandwidth > 0, got {seconds} and {bytes_per_s}.")
     floor = target.floor_s(moved_bytes, bytes_per_s)
     times = seconds / floor
-    return Verdict(seconds, floor, times, target.multiple, times <= target.multiple)
+    wanted = target.multiple
+    reached = None if wanted is None else times <= wanted
+    return Verdict(seconds, floor, times, wanted, reached)
 
 
 def small_verdict(launches: int, seconds: float) -> bool:
@@ -81,6 +84,7 @@ def floor_bytes(call: str, n: int, item: int, neighbors: int = 0) -> int:
         "prune_": n * (2 * item + 1),
         "factors": neighbors * item,
         "topk_mask": n * (item + 1),
+        "global_mask": n * (item + 1),
     }[call]
 
 
@@ -198,7 +202,7 @@ class Prediction:
     moved_bytes: int
     least_multiple: float
     times_floor: float
-    wanted: float
+    wanted: float | None
 
 
 def predict(

@@ -17,6 +17,7 @@ from benchmarks.gpu.steps import Save, each
 def run(device: Device, limit_s: float, save: Save) -> None:
     """One long tensor of scores, then one weight of as many elements."""
     del limit_s  # the parent keeps it
+    device.require_kernels()
     n = device.sizes.huge
     save({"elements": n})
     each({"scores": partial(scores, device, n), "weights": partial(weights, device, n)}, save)

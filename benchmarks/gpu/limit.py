@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Step "limit": the table of floors. B first, then each call's time and its multiple of the floor.
+"""Step "limit": the table of floors, each call's time and its multiple of the floor.
 
-Results are checked before they are timed. check_finite=False is what is judged: it is the kernels and
-nothing else; with the check comes one wait for the device, whose time stands beside.
+A row's floor is the time of a copy that reads and writes as many bytes as the call must, timed the
+same way in the same run. Results are checked before they are timed. check_finite=False is what is
+judged: it is the kernels and nothing else; with the check comes one wait for the device, whose time
+stands beside.
 """
 
 from __future__ import annotations
@@ -22,17 +24,31 @@ from benchmarks.gpu.device import Device, Graph, clones, launches
 from benchmarks.gpu.steps import Save
 from benchmarks.rows import nbytes
 from benchmarks.timing import Stats, Timer
+from lap_ext.ops import schema
 
 BUDGET_S = 0.2
+BESIDE = 5  # repeats of what stands beside
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def copy_bandwidth(device: Device, timer: Timer) -> float:
-    """B: bytes read and written per second by copy_ of a large tensor."""
-    source = torch.ones(device.sizes.copied // 4, device=device.device)
-    target = torch.empty_like(source)
-    stats = timer.alone(partial(target.copy_, source), device.sizes.repeats)
-    return 2 * nbytes(source) / stats.median
+class Copies:
+    """B: bytes per second of copy_, read and written together; by their number, timed once each."""
+
+    def __init__(self, device: Device, timer: Timer) -> None:
+        self._device, self._timer = device, timer
+        self.found: dict[int, float] = {}
+
+    def bytes_per_s(self, moved: int) -> float:
+        """Of a copy that reads half of them and writes half."""
+        if moved not in self.found:
+            source = torch.ones(max(moved // 8, 1), device=self._device.device)
+            target = torch.empty_like(source)
+            repeats = self._device.sizes.repeats
+            stats = self._timer.alone(partial(target.copy_, source), repeats)
+            self.found[moved] = 2 * nbytes(source) / stats.median
+            del source, target
+            self._device.free()
+        return self.found[moved]
 
 
 def row(
@@ -45,30 +61,35 @@ def row(
     """One line of the table."""
     found = asdict(floors.verdict(target, stats.median, moved, bytes_per_s))
     found.update(quartiles=[stats.q1, stats.q3], bytes_per_s=moved / stats.median)
+    found["copy_bytes_per_s"] = bytes_per_s
     return {"call": target.call, **what, "bytes": moved, **found}
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
     """All rows; saved one by one."""
     del limit_s  # the parent keeps it
+    device.require_kernels()
     timer = device.timer(BUDGET_S)
-    bytes_per_s = copy_bandwidth(device, timer)
+    copies = Copies(device, timer)
     table: list[dict[str, Any]] = []
-    save({"copy_bytes_per_s": bytes_per_s})
+    save({"copy_bytes_per_s": copies.bytes_per_s(2 * device.sizes.copied)})
 
     def add(target: floors.Target, what: dict[str, Any], stats: Stats, moved: int) -> None:
-        table.append(row(target, what, stats, moved, bytes_per_s))
+        table.append(row(target, what, stats, moved, copies.bytes_per_s(moved)))
         save({"rows": table})
 
     for shape in device.sizes.sides:
         for dtype in DTYPES:
             _weights(device, timer, shape, dtype, add)
             device.free()
-    for dtype in DTYPES:
-        _list(device, timer, dtype, add)
-        device.free()
-    small = [_small(device, *layer) for layer in device.sizes.small]
-    save({"small": small})
+    small: list[dict[str, Any]] = []
+    for layer in device.sizes.small:
+        small.append(_small(device, *layer))
+        save({"small": small})
+    for several in (_list, _model):
+        for dtype in DTYPES:
+            several(device, timer, dtype, add)
+            device.free()
 
 
 Add = Callable[[floors.Target, dict[str, Any], Stats, int], None]
@@ -93,7 +114,7 @@ def _weights(
         checks.is_top([mask()], [scores], keep)
         here = {**what, "sparsity": sparsity}
         stats = timer.alone(partial(mask, check_finite=False), repeats)
-        here["checked_s"] = timer.alone(mask, repeats).median
+        here["checked_s"] = timer.alone(mask, min(BESIDE, repeats)).median
         add(floors.MASK, here, stats, floors.floor_bytes("mask", n, item))
     del scores
     device.free()
@@ -134,6 +155,27 @@ def _list(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
     }
     moved = floors.floor_bytes("topk_mask", n, scores[0].element_size())
     add(floors.TOPK, what, timer.alone(call, device.sizes.repeats), moved)
+
+
+def _model(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
+    """global_mask of a model's layers, as lap_ext.prune calls it (it checks)."""
+    count, side = device.sizes.layers, device.sizes.layer
+    w = [device.normal((side, side), t, dtype) for t in range(count)]
+    rows, cols = ([device.uniform(side, s + t) for t in range(count)] for s in (100, 200))
+    n = sum(x.numel() for x in w)
+    keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
+    ranked = partial(schema.call, "prune", schema.global_mask, w, rows, cols, [1] * count, keep, [])
+    kept = sum(int(mask.count_nonzero()) for mask in ranked(True))
+    checks.require(kept == keep, f"expected {keep} kept, got {kept}")
+    what: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [count, side, side],
+        "sparsity": cases.DEFAULT_SPARSITY,
+        "checked_s": timer.alone(partial(ranked, True), min(BESIDE, device.sizes.repeats)).median,
+    }
+    stats = timer.alone(partial(ranked, False), device.sizes.repeats)
+    moved = floors.floor_bytes("global_mask", n, w[0].element_size())
+    add(floors.GLOBAL, what, stats, moved)
 
 
 def _small(device: Device, channels: int, side: int) -> dict[str, Any]:

@@ -10,6 +10,14 @@ from typing import Any
 from benchmarks.gpu.steps import Outcome
 from benchmarks.report import replace, verdict, write_json
 
+SPAN = "span"  # of the kernels of a call, from the first one's begin to the last one's end
+COUNTED = {
+    "us": "us",
+    "dram_percent": "% of DRAM's throughput",
+    "sm_percent": "% of the processors'",
+    "occupancy_percent": "% occupancy",
+}
+
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """All results so far, written beside and renamed."""
@@ -43,22 +51,30 @@ def step_line(name: str, outcome: Outcome) -> str:
 
 
 def summary(content: dict[str, Any]) -> str:
-    """The tables of "limit" and "rivals", short enough for the end of a log."""
+    """The tables of all steps, short enough for the end of a log."""
     steps = content.get("steps", {})
-    lines = _limit(steps.get("limit", {}).get("findings", {}), content.get("rehearsal", False))
-    lines += _rivals(steps.get("rivals", {}).get("findings", {}))
+    found = {name: step.get("findings", {}) for name, step in steps.items()}
+    lines = [f"failed: {name}" for name in found.get("pytest", {}).get("failed", [])]
+    lines += _limit(found.get("limit", {}), content.get("rehearsal", False))
+    lines += _kernels(found.get("kernels", {}))
+    lines += _rivals(found.get("rivals", {}))
+    lines += _counters(found.get("counters", {}))
     return "\n".join(lines)
 
 
 def _limit(found: dict[str, Any], rehearsal: bool) -> list[str]:
     if "copy_bytes_per_s" not in found:
         return []
-    lines = [f"B = {found['copy_bytes_per_s'] / 1e12:.3f} TB/s (copy, read + written)"]
+    rate = found["copy_bytes_per_s"] / 1e12
+    lines = [f"large copies: {rate:.3f} TB/s (read + written); rows are judged by their own size's"]
     judged = []
     for row in found.get("rows", []):
         sparsity = f", {row['sparsity']} removed" if "sparsity" in row else ""
         what = f"{row['call']} {row['dtype']} {'x'.join(map(str, row['shape']))}{sparsity}"
         time = f"{1e3 * row['seconds']:.3f} ms, {row['times_floor']:.2f}x the floor"
+        if row["wanted"] is None:
+            lines.append(f"no target: {what}: {time}")
+            continue
         word = "rehearsed" if rehearsal else verdict(row["reached"])
         lines.append(f"{word}: {what}: {time}, wanted <= {row['wanted']}x")
         judged.append(row["reached"])
@@ -73,6 +89,23 @@ def _limit(found: dict[str, Any], rehearsal: bool) -> list[str]:
         judged.append(row["reached"])
     if not rehearsal:
         lines.append(f"targets reached: {sum(judged)} of {len(judged)}")
+    return lines
+
+
+def _kernels(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for call, table in found.get("calls", {}).items():
+        parts = [f"{name} {us:g}" for name, (_, us, _) in table.items() if name != SPAN]
+        whole = table.get(SPAN, [0, 0.0, 0.0])[1]
+        lines.append(f"us of {call}: {whole:g} in all: {', '.join(parts)}")
+    return lines
+
+
+def _counters(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in found.get("kernels", []):
+        numbers = [f"{row[key]:g} {unit}" for key, unit in COUNTED.items() if key in row]
+        lines.append(f"counted: {row['kernel']}: {', '.join(numbers)}; {row['stall']}")
     return lines
 
 

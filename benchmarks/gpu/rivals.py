@@ -29,6 +29,7 @@ SLOW_PAIRS = 3
 def run(device: Device, limit_s: float, save: Save) -> None:
     """Each contest is independent of the others."""
     del limit_s  # the parent keeps it
+    device.require_kernels()
     rows: list[dict[str, Any]] = []
     found = partial(_add, rows, save)
     timer = device.timer(BUDGET_S)
