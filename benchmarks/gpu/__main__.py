@@ -47,15 +47,15 @@ STEPS = (
     Step("build", 100, first=True),
     Step("driver", 60, first=True, together=True),
     Step("loaded", 60, first=True, together=True),
-    Step("bits", 120, together=True),
-    *(Step(f"hostile-{dtype}", 120, together=True) for dtype in HOSTILE),
-    Step("pytest", 120, together=True, leaves=suite.LOG),
-    *(Step(f"sanitizer-{tool}", 120, together=True) for tool in sanitize.TOOLS),
-    Step("huge", 120, together=True, share=0.5),
+    Step("bits", 80, together=True),
+    *(Step(f"hostile-{dtype}", 80, together=True) for dtype in HOSTILE),
+    Step("pytest", 80, together=True, leaves=suite.LOG),
+    *(Step(f"sanitizer-{tool}", 80, together=True) for tool in sanitize.TOOLS),
+    Step("huge", 80, together=True, share=0.5),
     Step("limit", 60),
-    Step("kernels", 40),
+    Step("kernels", 30),
     Step("rivals", 50),
-    Step("counters", 40, leaves=counters.LOG),
+    Step("counters", 35, leaves=counters.LOG),
 )
 
 
