@@ -29,8 +29,8 @@ def run(bench: Bench) -> None:
 def mask(weights: Weights, keep: int) -> Tensor:
     """lap_ext.mask with the kernels that serve where no native library is."""
     w_prev, w, w_next = weights
-    in_norm = reference.row_energy(w_prev, True, "w_prev").sqrt()
-    out_norm = reference.col_energy(w_next, 1, True, "w_next").sqrt()
+    in_norm = reference.norm([reference.row_energy(w_prev, True, "w_prev")])
+    out_norm = reference.norm([reference.col_energy(w_next, 1, True, "w_next")])
     return reference.mask(w, in_norm, out_norm, keep, None, 1, False, True)
 
 

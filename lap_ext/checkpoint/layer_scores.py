@@ -22,7 +22,7 @@ from lap_ext.checkpoint.files import FUNCTION, wrong
 from lap_ext.criteria import Criterion, Random
 from lap_ext.criteria.context import Network
 from lap_ext.ops import check, from_norms
-from lap_ext.ops.reference.common import outer, rounded, score_dtype
+from lap_ext.ops.reference.common import exact_sqrt, outer, rounded, score_dtype
 from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part
@@ -139,7 +139,7 @@ class LayerScores:
                 scores = self._block(weight, first, part, rows, cols, x)
                 _block_of(total, first, part, x).add_(scores.double().square_())
         kind = score_dtype(weight.dtype)
-        return total.sqrt_().to(kind)
+        return exact_sqrt(total, out=total).to(kind)
 
     def at(self, weight: Tensor, position: Tensor) -> Tensor:
         """About the scores of single weights at flat positions, float64."""
@@ -165,7 +165,7 @@ class LayerScores:
                 height = part.block[0] // part.groups
                 found = found * cols[row // max(height, 1) * part.block[1] + col]
             total[used] += found.square()
-        return total.sqrt()
+        return exact_sqrt(total, out=total)
 
     def _block(
         self,

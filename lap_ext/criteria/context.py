@@ -20,6 +20,7 @@ from torch import Tensor
 from lap_ext.ops import schema
 from lap_ext.ops.layer import factors
 from lap_ext.ops.neighbors import Neighbor
+from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology import Layer, Topology, edges
 from lap_ext.topology.propagate import Sweeps
 from lap_ext.topology.roles import Role
@@ -147,7 +148,8 @@ class Network:
         factor = self.norm_scale(role) if self.bn == "fold" else None
         active = self.activity[place]
         if active is not None:
-            factor = active.sqrt() if factor is None else factor * active.sqrt()
+            root = exact_sqrt(active)
+            factor = root if factor is None else factor * root
         return factor
 
     def _along(self, chain: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
@@ -173,7 +175,7 @@ class Network:
                     assert given is not None
                     scale = 1.0 if edge.scale is None else edge.scale.square()
                     energy.index_add_(0, edge.here, given[side][edge.there] * scale)
-                norms.append(energy.sqrt() if met else torch.ones_like(energy))
+                norms.append(exact_sqrt(energy) if met else torch.ones_like(energy))
             result.append((norms[0], norms[1]))
         return result
 
@@ -205,7 +207,7 @@ class Network:
         layer = self.topology.layers[given]
         role = layer.roles[0]
         block, active = role.part.of(self._left(layer)), self.activity[self._first_role(given)]
-        block = block if active is None else _weighted(block, active.sqrt(), role)
+        block = block if active is None else _weighted(block, exact_sqrt(active), role)
         return Neighbor(block, role.part.groups, role.part.transposed)
 
 

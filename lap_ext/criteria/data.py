@@ -27,6 +27,7 @@ from lap_ext.criteria.statistics.activations import active_fractions, mean_squar
 from lap_ext.criteria.statistics.curvature import CURVATURES, hessian_diagonals
 from lap_ext.criteria.statistics.gradients import Loss, weight_gradients
 from lap_ext.ops import check
+from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 
@@ -75,7 +76,7 @@ class Wanda(Criterion):
         """Measures the inputs."""
         names = {"function": network.function, "criterion": self.name}
         squares = mean_squares(network.topology, data, **names)
-        return Measured(network, of_roles=[x.sqrt() for x in squares])
+        return Measured(network, of_roles=[exact_sqrt(x) for x in squares])
 
     def factors(self, network: Network, role: Role) -> Factors:
         """(root mean square of the inputs, ones)."""
@@ -103,7 +104,7 @@ class LookaheadAct(Criterion):
         """(in_norm, out_norm * sqrt(p)), the norms those of the neighbors' active units."""
         into, out = network.factors(role)
         active = network.activity[network.topology.roles.index(role)]
-        return into, out if active is None else out * active.sqrt()
+        return into, out if active is None else out * exact_sqrt(active)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class OBD(Criterion):
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
         """The weight times sqrt(h / 2)."""
-        return network.weight(layer) * (_measured(network).of_layers[layer.name] / 2).sqrt()
+        return network.weight(layer) * exact_sqrt(_measured(network).of_layers[layer.name] / 2)
 
     def _diagonals(self, network: Network, data: Any) -> dict[str, Tensor]:
         names = {"function": network.function, "criterion": self.name}
@@ -182,7 +183,7 @@ class OBDLookahead(OBD):
         """Measures h, and puts sqrt(h) |w| in place of every weight."""
         layers = network.topology.layers
         found = self._diagonals(network, data)
-        weights = {name: layers[name].weight.detach() * h.sqrt() for name, h in found.items()}
+        weights = {name: layers[name].weight.detach() * exact_sqrt(h) for name, h in found.items()}
         return Measured(network, weights=weights)
 
     def weight(self, network: Network, layer: Layer) -> Tensor:

@@ -266,7 +266,8 @@ def bn_scale(module: torch.nn.Module) -> Tensor:
         raise ValueError(
             "bn_scale: expected an initialized batch norm, got a lazy one. Run the model once."
         )
-    deviation = (variance.detach().to(torch.float64) + module.eps).sqrt()
+    variance = variance.detach().to(torch.float64) + module.eps
+    deviation = schema.norm([variance])  # its root, which no compiler takes otherwise
     if gamma is None:
         return 1.0 / deviation
     return gamma.detach().to(torch.float64) / deviation

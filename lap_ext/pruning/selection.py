@@ -26,7 +26,7 @@ from torch import Tensor
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
-from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.common import exact_sqrt, score_dtype
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
 
@@ -58,7 +58,7 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
     for role in roles:
         scores = _role_scores(network, criterion, role, weight)
         role.part.of(total).add_(scores.double().square_())
-    return total.sqrt_().to(score_dtype(weight.dtype))
+    return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology.channels import Arcs, Space, Trail
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
@@ -180,7 +181,7 @@ def _distinct(
         return here, there, scale
     squares = torch.ones(here.shape).double() if scale is None else scale.square()
     total = torch.zeros(keys.shape, dtype=torch.float64).index_add_(0, place, squares)
-    return keys // base, keys % base, total.sqrt()
+    return keys // base, keys % base, exact_sqrt(total)
 
 
 def _read(graph: Graph, place: int, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
@@ -268,4 +269,4 @@ def _kind(space: Space) -> str:
 
 def _edge(name: str, kind: str, walk: _Walk, there: Tensor) -> Edge:
     plain = bool((walk.factor == 1).all())
-    return Edge(name, kind, walk.here, there, None if plain else walk.factor.sqrt(), walk.via)
+    return Edge(name, kind, walk.here, there, None if plain else exact_sqrt(walk.factor), walk.via)

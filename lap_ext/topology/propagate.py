@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 
@@ -114,5 +115,5 @@ class Sweeps:
             into[~fed] = 1.0  # by a constant
             own = slice(role.out.first, role.out.first + role.out.size)
             out = reading[own] if bool(read[own].any()) else torch.ones_like(reading[own])
-            result.append((into.sqrt(), out.sqrt()))
+            result.append((exact_sqrt(into), exact_sqrt(out)))
         return result

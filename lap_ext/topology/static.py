@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext.ops.reference.common import exact_sqrt
+
 
 @dataclass(frozen=True, eq=False)
 class Static:
@@ -77,7 +79,7 @@ class Scale:
         if self.kind == "batch_norm":
             gamma, variance = found
             assert variance is not None
-            deviation = (variance + self.eps).sqrt()
+            deviation = exact_sqrt(variance + self.eps)
             return 1.0 / deviation if gamma is None else gamma / deviation
         (factor,) = found
         assert factor is not None

@@ -4,7 +4,7 @@
 exact rank    score s = round(|w| * c), c = round(round(in) * round(out)), with 24 bits (53 for
               float64) and an unbounded exponent, as (mantissa, exponent); sort by (s desc, index).
 float score   the same |w| * c, rounded once to a float with its bounded exponent.
-energies      plain Python loops in the documented order of summation.
+energies      plain Python loops in the documented order of summation; root: Python's, of each.
 operators     the three layers as one dense matrix product; zero weight(s); Frobenius norm of the
               change. A convolution is unrolled by applying it to the unit vectors.
 """
@@ -138,7 +138,13 @@ def keep_count(sparsity: float, n: int) -> int:
     return math.floor((1 - Fraction(sparsity)) * n + Fraction(1, 2))
 
 
-# ---- energies, bit for bit -------------------------------------------------------------------
+# ---- energies and roots, bit for bit ---------------------------------------------------------
+def root(x: Tensor) -> Tensor:
+    """IEEE 754's square root of every entry (torch's on a CPU may be one ulp off)."""
+    entries = [math.sqrt(e) if e >= 0 else math.nan for e in x.flatten().tolist()]
+    return torch.tensor(entries, dtype=x.dtype).view(x.shape)
+
+
 def row_energy(weight: Tensor) -> Tensor:
     """Squared norms of the rows of [R, *rest]: segments of 1024, 32 lanes, a tree, in order."""
     energies = []

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import skip_init
 
-from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.common import exact_sqrt, score_dtype
 from lap_ext.topology import Topology
 from lap_ext.topology.call import Call, bind, mapped, module_path
 from lap_ext.topology.export import first_names, named_tensors, placeholders
@@ -168,7 +168,7 @@ def _batch_norm(call: Call) -> nn.Module:
     if call["running_var"] is None or call["training"]:
         raise _NotInChain("a batch norm without running statistics")
     mean, variance = _floats(call["running_mean"]), _floats(call["running_var"])
-    scale, shift = (variance + call["eps"]).rsqrt(), torch.zeros_like(mean)
+    scale, shift = 1.0 / exact_sqrt(variance + call["eps"]), torch.zeros_like(mean)
     scale = scale if call["weight"] is None else scale * _floats(call["weight"])
     shift = (shift if call["bias"] is None else _floats(call["bias"])) - mean * scale
     n, channels = len(call.shape) - 2, mean.numel()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the reference's operators share: shapes of factors, rounding, and what they refuse."""
+"""What the reference's operators share: shapes of factors, rounding, roots, what they refuse."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+try:
+    import numpy as np
+except ImportError:  # torch does not need it
+    np = None  # type: ignore[assignment]
 
 
 def score_dtype(weight: torch.dtype) -> torch.dtype:
@@ -46,6 +51,27 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     bits = x.view(torch.int64)
     rounded = (bits + 0x0FFFFFFF + ((bits >> 29) & 1)) & ~0x1FFFFFFF
     return rounded.view(torch.float64)
+
+
+def exact_sqrt(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The correctly rounded square root of float64 or float32 x, detached; out may be x itself.
+
+    On a CPU torch.sqrt goes through a vector math library whose last bit depends on the machine and
+    differs from CUDA's root. The roots of NumPy, of Python and of torch on CUDA are IEEE 754's.
+    """
+    x = x.detach()
+    out = torch.empty_like(x) if out is None else out
+    if x.device.type != "cpu":
+        return torch.sqrt(x, out=out)
+    if np is None:
+        return out.copy_(x).apply_(_root)  # type: ignore[unreachable]
+    with np.errstate(invalid="ignore"):  # of a negative number: NaN, without a word
+        np.sqrt(x.numpy(), out=out.numpy())
+    return out
+
+
+def _root(x: float) -> float:
+    return math.sqrt(x) if x >= 0 else math.nan
 
 
 def require_valid(w: Tensor, in_norm: Tensor, out_norm: Tensor, op: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lap_ext.ops.reference.common import require_finite
+from lap_ext.ops.reference.common import exact_sqrt, require_finite
 
 SEGMENT, LANES, SEGMENT_ROWS = 1024, 32, 64  # csrc/math/sums.h
 _CHUNK = 1 << 17  # elements widened to float64 at a time: 1 MiB
@@ -128,7 +128,7 @@ def norm(energies: list[Tensor]) -> Tensor:
     total = energies[0]
     for energy in energies[1:]:
         total = total + energy
-    return total.sqrt()
+    return exact_sqrt(total)
 
 
 def _require_range(energy: Tensor, enlarged: Callable[[], Tensor], name: str) -> None:
