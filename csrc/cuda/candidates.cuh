@@ -48,7 +48,15 @@ struct Candidates {
       Rank rank[kBatch][V] = {};
       LAP_UNROLL
       for (int b = 0; b < kBatch; ++b) {
-        if (first + b * stride < count) load_vector(ranks + first + b * stride, rank[b]);
+        const int64_t begin = first + b * stride;
+        if (begin + V <= count) {
+          load_vector(ranks + begin, rank[b]);
+        } else {  // what lies beyond was never written
+          LAP_UNROLL
+          for (int j = 0; j < V; ++j) {
+            if (begin + j < count) rank[b][j] = ranks[begin + j];
+          }
+        }
       }
       LAP_UNROLL
       for (int b = 0; b < kBatch; ++b) {
@@ -70,8 +78,21 @@ struct Few {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      visit(ranks[i], static_cast<uint64_t>(positions[i]));
+    constexpr int kBatch = 4;
+    const int stride = static_cast<int>(blockDim.x);
+    for (int first = threadIdx.x; first < count; first += kBatch * stride) {
+      Rank rank[kBatch];
+      int64_t position[kBatch];
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * stride;
+        rank[b] = i < count ? ranks[i] : Rank{0};
+        position[b] = i < count ? positions[i] : 0;
+      }
+      LAP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
+      }
     }
   }
   template <typename Visit>
