@@ -22,7 +22,7 @@ constexpr int kSampleThreads = 512;
 //   again
 //                          for finish_kernel
 template <typename T, typename Keys>
-__global__ void __launch_bounds__(kSampleThreads) sample_kernel(SelectArgs args) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample_kernel(SelectArgs args) {
   using Rank = typename Keys::Rank;
   constexpr Rank kWorst = RankTraits<typename Keys::Key>::kWorst;
   constexpr int kTop = static_cast<int>(sizeof(Rank)) * 8 - kRadixBits;
