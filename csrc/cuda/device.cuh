@@ -30,14 +30,14 @@ constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 #if defined(LAP_SMALL)  // so that small tests cross every boundary
 constexpr int kThreads = 64;
-constexpr int kLoneThreads = 128;
+constexpr int kNormThreads = 128;
 #else
 constexpr int kThreads = 256;
-constexpr int kLoneThreads = 512;  // of a block that works alone; 1024 would spill registers
+constexpr int kNormThreads = 512;  // of the kernels that scale norms
 #endif
 constexpr int kResident = 2;  // blocks of a processor: 128 registers a thread, so nothing spills
-// Loads that a thread has under way before it uses the first: where one block works alone, time is
-// the number of rounds of these.
+// Loads that a thread has under way before it uses the first: where few blocks work, time is the
+// number of rounds of these.
 constexpr int kInFlight = 8;
 
 using Count = unsigned long long;  // what 64-bit atomics take

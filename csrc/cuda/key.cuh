@@ -101,8 +101,8 @@ struct WeightKeys {
     return key_of(x, row[at.row], col[at.channel()]);
   }
 
-  // Keys of x, the thread's elements of a tile; those that are not present may get any. *underflow is
-  // set when nonzero factors of a live one gave a product that left the normal range.
+  // Keys of x, the thread's elements of a tile; those that are not present may get any. *underflow
+  // is set when nonzero factors of a live one gave a product that left the normal range.
   __device__ void key_tile(const Tile& tile,
                            const T (&x)[kPerThread],
                            uint32_t present,

@@ -34,7 +34,7 @@ struct ScaleArgs {
 
 // Step 1, by all blocks together; the first one clears the status. Reads 8 bytes per row and
 // column, twice.
-__global__ void __launch_bounds__(kLoneThreads, 1) scale_kernel(ScaleArgs args) {
+__global__ void __launch_bounds__(kNormThreads, 1) scale_kernel(ScaleArgs args) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.status = Status{};
   Status* status = args.check ? args.status : nullptr;
   const Scale scale = grid_scale_norms(args.norms, args.rounded, args.scaled, status);
@@ -225,7 +225,7 @@ cudaError_t launch_score(const Weight& w,
   if (size == 0) return cudaMemsetAsync(status, 0, sizeof(Status), stream);
   const ScaleArgs scale_args = {norms, scaled, w.dtype != DType::f64, scale, status, check_finite};
   const cudaError_t error =
-      launch_together(scale_kernel, norm_blocks(scaled), stream, scale_args, kLoneThreads);
+      launch_together(scale_kernel, norm_blocks(scaled), stream, scale_args, kNormThreads);
   if (error != cudaSuccess) return error;
   const bool aligned = aligned_for_vectors(w.data, item_size(w.dtype), nullptr, nullptr) &&
                        reinterpret_cast<uintptr_t>(out) % 16 == 0;

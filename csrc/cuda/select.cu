@@ -29,7 +29,7 @@ struct PrepareArgs {
 
 // Step 1, by all blocks together: clears the state, scales the norms (scale.cuh). The first block
 // describes the first sources and sets the interval where no sample is taken.
-__global__ void __launch_bounds__(kLoneThreads, 1) prepare_kernel(PrepareArgs given) {
+__global__ void __launch_bounds__(kNormThreads, 1) prepare_kernel(PrepareArgs given) {
   const SelectArgs& args = given.select;
   State& state = *args.state;
   uint4* words = reinterpret_cast<uint4*>(args.state);
@@ -122,7 +122,7 @@ cudaError_t launch_prepare(
       const cudaError_t error =
           prepared ? launch(describe_kernel, 1, kSourcesPerLaunch, stream, args->sources, batch)
                    : launch_together(prepare_kernel, norm_blocks(args->scaled), stream,
-                                     PrepareArgs{*args, batch}, kLoneThreads);
+                                     PrepareArgs{*args, batch}, kNormThreads);
       if (error != cudaSuccess) return error;
       prepared = true;
       batch.begin = i;

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: MIT
 // Exact selection of the best `keep` of all elements of one or several tensors; no score is stored.
 //
-//   1. prepare_kernel  one block: describes the tensors in the workspace, scales the norms
-//   2. sample_kernel   ranks at hashed positions; the last block to finish sets an interval
-//                      [first, last] of ranks that should hold the bound, 3.5 standard deviations
-//                      wide on each side
+//   1. prepare_kernel  describes the tensors in the workspace, scales the norms
+//   2. sample_kernel   ranks at hashed positions set an interval [first, last] of ranks that should
+//                      hold the bound, 3.5 standard deviations wide on each side
 //   3. scan_kernel     the one reading of all elements: better than the interval -> mask 1, worse
 //                      -> mask 0; the few inside are guessed by its middle, and appended to a
 //                      buffer as (rank, position)
 //   4. finish_kernel   all blocks together (radix.cuh): the bound among the buffered, by the digits
 //                      that the interval leaves open, until it lies among few, which the last block
 //                      ranks alone; and the bytes guessed wrong (some 12 % of the buffered ones':
-//                      each moves a sector of 32 bytes). If the sample misled or
-//                      the buffer overflowed: the bound among all elements, and all masks again. If
-//                      underflow could have decided: the same with WIDE ranks (math/score.h).
+//                      each moves a sector of 32 bytes). If the sample misled or the buffer
+//                      overflowed: the bound among all elements, and all masks again. If underflow
+//                      could have decided: the same with WIDE ranks (math/score.h).
 //
 // Which branch is taken is read from the State on the device. The buffer's order depends on timing;
 // nothing else does, and digits are counted without regard to order: the result is deterministic.
