@@ -107,7 +107,7 @@ struct Few {
 #if defined(LAP_SMALL)
 constexpr int kListed = 48;
 #else
-constexpr int kListed = 128;
+constexpr int kListed = 120;  // so that four blocks' shared memory fits every processor of sm_80
 #endif
 
 template <typename Rank>

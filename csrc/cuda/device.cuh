@@ -36,8 +36,7 @@ constexpr int kThreads = 256;
 constexpr int kNormThreads = 512;  // of the kernels that scale norms
 #endif
 constexpr int kResident = 2;  // blocks of a processor: 128 registers a thread, so nothing spills
-// Loads that a thread has under way before it uses the first: where few blocks work, time is the
-// number of rounds of these.
+// Loads that a thread has under way before it uses the first.
 constexpr int kInFlight = 8;
 
 using Count = unsigned long long;  // what 64-bit atomics take
@@ -71,7 +70,8 @@ cudaError_t grid_for(void (*kernel)(Params...),
   int per_processor = 1;
 #else
   int per_processor = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
+  error = cudaGetLastError();  // and clears it
   if (error != cudaSuccess) return error;
 #endif
   const int64_t most = int64_t{count} * per_processor;
@@ -108,8 +108,9 @@ cudaError_t launch_together(
   return cudaGetLastError();
 #else
   void* params[] = {&param};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                     dim3(threads), params, 0, stream);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), params, 0, stream);
+  return cudaGetLastError();  // and clears it, so that no later launch reports it
 #endif
 }
 

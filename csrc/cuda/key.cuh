@@ -152,20 +152,23 @@ struct WeightKeys {
       key[e] = key_of(x[e], row_norm[e / V], col_norm[e / V][e % V]);
       least = key[e] < least ? key[e] : least;
     }
-    if (!doubtful(least)) return;
-    bool other = false;  // than the key of a weight that is zero
+    if (!doubtful(least) || *underflow) return;
+    uint32_t doubts = 0;  // a weight or a row's norm that is zero is none
     LAP_UNROLL
-    for (int e = 0; e < kPerThread; ++e) other = other || (doubtful(key[e]) && widen(x[e]) != 0);
-    if (other && any_underflow(tile, live)) *underflow = true;
+    for (int e = 0; e < kPerThread; ++e) {
+      const bool doubt = doubtful(key[e]) && widen(x[e]) != 0 && row_norm[e / V] != 0;
+      doubts |= static_cast<uint32_t>(doubt) << e;
+    }
+    if ((doubts & live) != 0) *underflow = any_underflow(tile, doubts & live);
   }
 
-  // Reads the tile again: rare, and neither norms nor x need stay in registers for it.
-  __device__ bool any_underflow(const Tile& tile, uint32_t live) const {
+  // Does one of the set underflow? Reads them and their norms again: the columns' norms need not
+  // stay in registers for it.
+  __device__ bool any_underflow(const Tile& tile, uint32_t set) const {
     const T* values = static_cast<const T*>(tile.data) + tile.begin;
     LAP_NO_UNROLL
-    for (int e = 0; e < kPerThread; ++e) {
-      if (!((live >> e) & 1)) continue;
-      const uint32_t offset = offset_of<T>(e);
+    for (; set != 0; set &= set - 1) {
+      const uint32_t offset = offset_of<T>(__ffs(static_cast<int>(set)) - 1);
       const Coordinates at(layout, tile.begin + offset);
       const Float row_norm = row[at.row];
       const Float col_norm = col[at.channel()];

@@ -46,8 +46,8 @@ __device__ double add_square(double sum, T x, double scale) {
   return sum + product(value, value);
 }
 
-// The squares of x[0], x[stride], ... (`count` of them), added in order; some loads at a time, as
-// many bytes of each type.
+// The squares of x[0], x[stride], ... (`count` of them), added in order; 32 bytes of loads at a
+// time at the least.
 template <bool kScaled, typename T>
 __device__ double sum_squares(const T* x, int64_t stride, int count, double scale) {
   constexpr int kBatch = sizeof(T) == 2 ? 2 * kInFlight : kInFlight;

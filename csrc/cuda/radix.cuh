@@ -9,7 +9,8 @@
 //   2. grid_sync()
 //   3. every block scans the histogram: the digit in which the keep-th element lies joins the
 //      prefix, and keep drops by the number of elements with lower digits
-//   4. if all elements with this prefix are wanted, the bound is known; else back to 1
+//   4. if all elements with this prefix are wanted, the bound is known; else back to 1, or, where
+//      few are left, the rest by one block alone (BlockTally)
 //
 // The digits of the position come after those of the rank: this decides ties, lowest index first,
 // and needs one reading of the tiles (later digits touch only the tiles the prefix leaves).

@@ -17,10 +17,8 @@ constexpr int kSampleThreads = 512;
 // the leading 2 * kRadixBits bits, the rest is rounded outwards. Thread: one sampled element, or
 // more where the device is small. Reads 2^sample_bits sectors of 32 bytes.
 //
-//   histograms.counts[2]   the first digit of all ranks
-//   counts[0], counts[1]   the second digit of those that share the first with an end; cleared
-//   again
-//                          for finish_kernel
+// histograms.counts[2] gets the first digit of all ranks; counts[0] and counts[1] the second one of
+// those that share the first with an end, and are cleared again for finish_kernel.
 template <typename T, typename Keys>
 __global__ void __launch_bounds__(kSampleThreads, 1) sample_kernel(SelectArgs args) {
   using Rank = typename Keys::Rank;
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_kernel(SelectArgs ar
   }
   if (threadIdx.x != 0) return;
   const Rank edge = prefix[1].rank | prefix[1].rank_rest;
-  const bool open[2] = {args.first_sampled<0, args.last_sampled> most || edge == kWorst};
+  const bool open[2] = {(args.first_sampled < 0), (args.last_sampled > most) || edge == kWorst};
   const Rank first = open[0] ? Rank{0} : prefix[0].rank;
   const Rank last = open[1] ? static_cast<Rank>(kWorst - 1) : edge;
   args.state->first = first;

@@ -76,12 +76,12 @@ struct Share {
 
 // One half of a block takes the rows' norms, the other the columns', so that neither waits for the
 // other's memory.
-struct Half {
+struct BlockHalf {
   bool cols;
   int thread;   // of `threads`
   int threads;  // whole warps
 
-  __device__ Half()
+  __device__ BlockHalf()
       : cols(threadIdx.x >= blockDim.x / 2), threads(static_cast<int>(blockDim.x) / 2) {
     thread = static_cast<int>(threadIdx.x) - (cols ? threads : 0);
   }
@@ -89,7 +89,7 @@ struct Half {
 
 // visit(i, norm[i]) for this thread's part of the share, kInFlight loads at a time.
 template <typename Visit>
-__device__ void half_for_each(const Half& half,
+__device__ void half_for_each(const BlockHalf& half,
                               const double* norm,
                               const Share& share,
                               const Visit& visit) {
@@ -122,8 +122,10 @@ __device__ inline NormRange warp_range(NormRange range) {
   return {__shfl_sync(kAllLanes, range.largest, 0), __shfl_sync(kAllLanes, range.smallest, 0)};
 }
 
-// The range of the half's share, in every thread of the half.
-__device__ inline NormRange half_range(const Half& half, const double* norm, const Share& share) {
+// The range of the half's share, in every thread of the half. Once in a kernel.
+__device__ inline NormRange half_range(const BlockHalf& half,
+                                       const double* norm,
+                                       const Share& share) {
   LAP_SHARED(WarpValues<NormRange>, warps);
   NormRange range = NormRange::none();
   half_for_each(half, norm, share, [&](int64_t, double x) { range = with(range, x); });
@@ -139,22 +141,22 @@ __device__ inline NormRange half_range(const Half& half, const double* norm, con
 // itself: the order of entries is half_for_each's.
 template <typename Float>
 __device__ void half_repeat(
-    const Half& half, const Float* col, const Share& share, int64_t window, Float* along) {
+    const BlockHalf& half, const Float* col, const Share& share, int64_t window, Float* along) {
   for (int64_t c = share.begin + half.thread; c < share.end; c += half.threads) {
     const Float norm = col[c];
     for (int64_t k = 0; k < window; ++k) along[c * window + k] = norm;
   }
 }
 
-// norm_blocks(out) blocks together write `out`; returns the scale in the first warp of each, for
-// the others nothing. rounded: 24 bits (float scores), else 53. status: null for no check of the
-// norms, else it receives the first index of one that is not finite or below zero; it may be
+// At most norm_blocks(out) blocks together write `out`; returns the scale in the first warp of
+// each, for the others nothing. rounded: 24 bits (float scores), else 53. status: null for no check
+// of the norms, else it receives the first index of one that is not finite or below zero; it may be
 // cleared by a block before it calls this. Contains one grid_sync().
 __device__ inline Scale grid_scale_norms(const Norms& norms,
                                          bool rounded,
                                          const ScaledNorms& out,
                                          Status* status) {
-  const Half half;
+  const BlockHalf half;
   const double* norm = half.cols ? norms.col : norms.row;
   const Share share(half.cols ? out.channels : out.rows);
   const NormRange mine = half_range(half, norm, share);

@@ -15,8 +15,8 @@ __device__ void note_bad_in(const SelectArgs& args, const Tile& tile, uint32_t b
 }
 
 // Tiles on their way to shared memory while the one before is worked on. Each thread copies what it
-// will itself read, so there is no barrier. Tiles that are not whole are read when it is their
-// turn.
+// will itself read, so there is no barrier; it asks for a stage again only after it has used what
+// it read there. Tiles that are not whole are read when it is their turn.
 template <typename T>
 struct TileBuffers {
   static constexpr bool kUsed = sizeof(T) < 8;  // double's would be larger than static memory

@@ -181,6 +181,8 @@ __device__ bool finish_candidates(const SelectArgs& args,
     among.keep = selected.keep;
     Selector<Key, BlockTally> alone{BlockTally(local)};
     selected = alone.select(few, among, prefix, left);
+    // if there are others than the few, those were ranked
+    selected.ranked = selected.ranked || count > static_cast<int64_t>(state.few);
     mark_all(args, few, selected.bound);
   } else {
     mark_all(args, candidates, selected.bound);
