@@ -27,7 +27,7 @@ def compile_command(nvcc: Path, arch: str, target: Path) -> list[str]:
     return [str(nvcc), *flags, "-o", str(target), str(SOURCE)]
 
 
-def library(arch: str) -> Path:
+def compiled(arch: str) -> Path:
     """What was built before, else compiled now; not run where there is no toolkit for that."""
     target = ROOT / "build" / "gpu" / f"cub-{arch}-{ptxas.digest([SOURCE.read_text()])}.so"
     if not target.exists():
@@ -48,7 +48,7 @@ class RadixSort:
     def __init__(self, device: Device) -> None:
         if not device.cuda:
             raise NotRunError("no GPU to sort on")
-        self._library = ctypes.CDLL(str(library(architecture(device))))
+        self._library = ctypes.CDLL(str(compiled(architecture(device))))
         self._library.lap_radix_workspace.restype = ctypes.c_int64
         self._library.lap_radix_workspace.argtypes = [ctypes.c_int64]
         self._library.lap_radix_mask.restype = ctypes.c_int

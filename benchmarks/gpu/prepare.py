@@ -35,7 +35,7 @@ def prepare(arch: str) -> list[Path]:
     """All pieces; the rival is left out where the toolkit has no cub."""
     found = [*libraries(arch), driver.build(arch)]
     try:
-        found.append(cub.library(arch))
+        found.append(cub.compiled(arch))
     except NotRunError as error:
         print(f"without cub's rival: {error}", file=sys.stderr)
     write_json(NOTE, note(arch))

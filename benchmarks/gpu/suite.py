@@ -18,7 +18,7 @@ from benchmarks.machine import ROOT, cores
 
 LOG = "pytest.log"
 FOLDER = ROOT / "build" / "gpu"
-# What has tests with the fixture `device`, files or folders; tests/benchmarks/test_gpu.py holds this.
+# What has tests with the fixture `device`, files or folders; tests/benchmarks/test_gpu_tools.py holds this.
 FILES = (
     "tests/ops",
     "tests/masks/test_wrappers.py",

@@ -6,6 +6,32 @@
 
 namespace lap::cuda {
 
+// visit(rank, position) of the elements first, first + stride, ... below count, some loads at a
+// time.
+template <typename Rank, typename Visit>
+__device__ void for_each_from(const Rank* ranks,
+                              const int64_t* positions,
+                              int64_t count,
+                              int64_t first,
+                              int64_t stride,
+                              const Visit& visit) {
+  constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
+  for (; first < count; first += kBatch * stride) {
+    Rank rank[kBatch];
+    int64_t position[kBatch];
+    LAP_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const int64_t i = first + b * stride;
+      rank[b] = i < count ? ranks[i] : Rank{0};
+      position[b] = i < count ? positions[i] : 0;
+    }
+    LAP_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
+    }
+  }
+}
+
 template <typename Rank>
 struct Candidates {
   const Rank* ranks;
@@ -14,23 +40,8 @@ struct Candidates {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
-    constexpr int kBatch = sizeof(Rank) == 8 ? 2 : 4;  // what the registers hold
-    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
     const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    for (int64_t first = start; first < count; first += kBatch * stride) {
-      Rank rank[kBatch];
-      int64_t position[kBatch];
-      LAP_UNROLL
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t i = first + b * stride;
-        rank[b] = i < count ? ranks[i] : Rank{0};
-        position[b] = i < count ? positions[i] : 0;
-      }
-      LAP_UNROLL
-      for (int b = 0; b < kBatch; ++b) {
-        if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
-      }
-    }
+    for_each_from(ranks, positions, count, start, int64_t{gridDim.x} * blockDim.x, visit);
   }
 
   // In vectors, by no more blocks than have two batches to do: each adds a histogram of its own.
@@ -78,22 +89,7 @@ struct Few {
 
   template <typename Visit>
   __device__ void for_each(const Prefix<Rank>&, const Visit& visit) const {
-    constexpr int kBatch = 4;
-    const int stride = static_cast<int>(blockDim.x);
-    for (int first = threadIdx.x; first < count; first += kBatch * stride) {
-      Rank rank[kBatch];
-      int64_t position[kBatch];
-      LAP_UNROLL
-      for (int b = 0; b < kBatch; ++b) {
-        const int i = first + b * stride;
-        rank[b] = i < count ? ranks[i] : Rank{0};
-        position[b] = i < count ? positions[i] : 0;
-      }
-      LAP_UNROLL
-      for (int b = 0; b < kBatch; ++b) {
-        if (first + b * stride < count) visit(rank[b], static_cast<uint64_t>(position[b]));
-      }
-    }
+    for_each_from(ranks, positions, count, threadIdx.x, blockDim.x, visit);
   }
   template <typename Visit>
   __device__ void for_each_rank(const Prefix<Rank>& prefix, const Visit& visit) const {

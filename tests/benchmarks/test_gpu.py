@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu without a GPU: its arithmetic, its time limits, and a rehearsal.
+"""python -m benchmarks.gpu without a GPU: its arithmetic, and a rehearsal.
 
 The rehearsal runs the code of every step on small CPU tensors, so that the first run on a GPU does not
 fail for a typing error.
@@ -7,12 +7,8 @@ fail for a typing error.
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import json
 import re
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,35 +20,21 @@ from benchmarks import checks
 from benchmarks.gpu import (
     __main__,
     bits,
-    build,
     counters,
-    cub,
     device,
-    driver,
     floors,
     huge,
     kernels,
     limit,
     one_call,
-    prepare,
     ptxas,
     report,
     rivals,
-    sanitize,
     steps,
-    suite,
 )
+from tests.helpers.gpu_runs import CPU, GPU, Saved
 
-CPU = device.Device(torch.device("cpu"), rehearse=True)
-GPU = device.Device(torch.device("cuda"), rehearse=False)
 SELECT = Path(__file__).parents[2] / "csrc" / "cuda" / "select.cuh"
-
-
-class Saved(dict[str, Any]):
-    """What a step has saved, as steps.saver would write it."""
-
-    def __call__(self, more: dict[str, Any]) -> None:
-        self.update(json.loads(json.dumps(more)))  # it must be JSON
 
 
 # ---- floors -----------------------------------------------------------------------------------
@@ -112,304 +94,6 @@ def test_bytes_that_move_are_at_least_the_floor() -> None:
     # every weight dropped: written whole, read never; every weight kept: nothing but the mask is read
     assert floors.zeroing(1000, 4, 0.0) == floors.Phase("zero", 1000, 4000)
     assert floors.zeroing(1000, 4, 1.0) == floors.Phase("zero", 1000, 0)
-
-
-# ---- limits -----------------------------------------------------------------------------------
-def test_all_steps_fit_eight_minutes() -> None:
-    assert steps.limits(__main__.STEPS) <= steps.BUDGET_S < 480
-    with pytest.raises(ValueError, match="at most 10 s, got 12"):
-        steps.limits([steps.Step("a", 5), steps.Step("b", 7)], 10)
-    for step in __main__.STEPS:
-        assert callable(__main__.step_function(step.name))
-
-
-def test_which_steps_run_at_the_same_time() -> None:
-    prebuilt = __main__.chosen([step.name for step in __main__.STEPS], prebuilt=True)
-    first, together, *timed = [[step.name for step in g] for g in steps.groups(prebuilt)]
-    assert first == ["driver", "loaded"]
-    assert together[0] == "bits" and together[-1] == "huge" and len(together) == 11
-    assert timed == [["limit"], ["kernels"], ["rivals"], ["counters"]]
-    assert __main__.chosen(["build"], prebuilt=True) == []
-    names = [step.name for step in __main__.chosen(["sanitizer", "hostile-float16"], True)]
-    assert names == ["hostile-float16", *(f"sanitizer-{tool}" for tool in sanitize.TOOLS)]
-
-
-def arguments(tmp_path: Path, *more: str) -> argparse.Namespace:
-    return __main__.parsed(["--device", "cpu", "--rehearse", "--out", str(tmp_path), *more])
-
-
-def test_nothing_runs_after_a_first_step_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(group: list[steps.Step], _: Any, __: Any, left_s: float, heard: Any) -> Any:
-        assert left_s <= 400
-        for step in group:
-            status = "failed" if step.name == "driver" else "ok"
-            heard(step.name, steps.Outcome(status, 1.0, 5.0, "a wrong count"))
-        return results.outcomes
-
-    monkeypatch.setattr(__main__, "run_together", fails)
-    args = arguments(tmp_path, "--prebuilt", "--budget", "400")
-    results = __main__.Results(args, CPU)
-    __main__.run_all(args, results)
-    found = json.loads(results.path.read_text())["steps"]
-    assert found["loaded"]["status"] == "ok" and found["driver"]["reason"] == "a wrong count"
-    assert found["bits"]["status"] == found["counters"]["status"] == "not run"
-    assert found["limit"]["reason"] == "driver failed"
-
-
-def test_a_run_that_is_stopped_writes_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stopped(*args: Any) -> None:
-        args[-1]("loaded", steps.Outcome("stopped", 1.0, 5.0, None, {"native": True}))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(__main__, "run_together", stopped)
-    monkeypatch.setattr(__main__.signal, "signal", lambda *_: None)
-    assert __main__.steps(arguments(tmp_path, "--only", "loaded")) == 1
-    (path,) = tmp_path.glob("*-gpu.json")
-    assert json.loads(path.read_text())["steps"]["loaded"]["findings"] == {"native": True}
-    assert "stopped at" in capsys.readouterr().out
-
-
-def test_steps_that_run_together_are_ended_together(tmp_path: Path) -> None:
-    """The second one is still running when the first has ended and we are stopped."""
-    heard: dict[str, str] = {}
-    on_cpu = ["--device", "cpu", "--rehearse"]
-    pair = [steps.Step("loaded", 60, together=True), steps.Step("pytest", 60, together=True)]
-
-    def changed(name: str, outcome: steps.Outcome) -> None:
-        heard[name] = outcome.status
-        if outcome.status == "ok":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        steps.run_together(pair, on_cpu, tmp_path, 60, changed)
-    assert heard == {"loaded": "ok", "pytest": "stopped"}
-
-
-def test_what_no_longer_fits_the_budget(tmp_path: Path) -> None:
-    found = steps.run_together(
-        [steps.Step("limit", 60)], [], tmp_path, 19, lambda name, outcome: None
-    )
-    assert found["limit"].status == "not run" and found["limit"].reason == "no time left"
-    assert not found["limit"].bad and steps.Outcome("timed out", 1, 1).bad
-
-
-def test_threads_of_steps_that_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "cores", lambda: 16)
-    assert steps.threads(0.125) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-    assert steps.threads(0.01)["OMP_NUM_THREADS"] == "1"
-
-
-def test_a_command_ends_at_its_limit_with_its_children(tmp_path: Path) -> None:
-    """The child has a lock for as long as it lives."""
-    with (tmp_path / "lock").open("w") as lock:
-        child = (
-            f"import fcntl, time; file = open({lock.name!r}); fcntl.flock(file, fcntl.LOCK_EX); "
-            "print('locked', flush=True); time.sleep(60)"
-        )
-        code = (
-            "import subprocess, sys, time\n"
-            f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-            "time.sleep(60)\n"
-        )
-        begin = time.perf_counter()
-        status, output = steps.run_command([sys.executable, "-c", code], 3)
-        assert status is None and "locked" in output
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert time.perf_counter() - begin < 30
-
-
-def test_a_command_that_ends_by_itself() -> None:
-    code = "import os, sys; print(os.environ['LAP_X']); sys.exit(3)"
-    assert steps.run_command([sys.executable, "-c", code], 60, {"LAP_X": "7"}) == (3, "7\n")
-
-
-def test_outcomes(tmp_path: Path) -> None:
-    step = steps.Step("huge", 60)
-    on_cpu = ["--device", "cpu", "--rehearse"]
-    assert steps.run_step(step, on_cpu, tmp_path, 1.0).status == "not run"
-    failed = steps.run_step(step, ["--nonsense"], tmp_path, 60)
-    assert failed.status == "failed" and "--nonsense" in str(failed.reason)
-    done = steps.run_step(step, on_cpu, tmp_path, 60)
-    assert done.status == "ok" and done.findings["elements"] == CPU.sizes.huge
-    assert done.as_json()["status"] == "ok"
-
-
-def test_what_a_stopped_step_has_found_is_kept(tmp_path: Path) -> None:
-    save = steps.saver(tmp_path / "limit.json")
-    save({"copy_bytes_per_s": 1.0})
-    save({"rows": [1]})
-    assert steps.read(tmp_path / "limit.json") == {"copy_bytes_per_s": 1.0, "rows": [1]}
-    assert steps.read(tmp_path / "none.json") == {}
-
-
-def test_checks_do_not_stop_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails() -> None:
-        raise RuntimeError("seven is not eight")
-
-    def cannot() -> None:
-        raise steps.NotRunError("one device only")
-
-    saved = Saved()
-    with pytest.raises(AssertionError, match="1 of 3 checks failed: first"):
-        steps.each({"first": fails, "second": cannot, "third": lambda: "12 results"}, saved)
-    assert "seven is not eight" in saved["checks"].pop("first")
-    assert saved["checks"] == {"second": "not run: one device only", "third": "12 results"}
-    assert "seven is not eight" in capsys.readouterr().err
-
-
-def test_mismatches_of_a_check_are_kept_whole() -> None:
-    def check() -> str:
-        raise bits.MismatchError("\n".join(["20 of 20 results differ:", *["x" * 400] * 20]))
-
-    saved = Saved()
-    with pytest.raises(AssertionError):
-        steps.each({"large": check}, saved)
-    assert "20 of 20 results differ" in saved["checks"]["large"]
-
-
-# ---- build, pytest, sanitizer: commands and what their output says ------------------------------
-def test_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CMAKE_ARGS", "-DX=1")
-    command, env = build.plan(driver.architecture(CPU))
-    assert command[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
-    flags = "-DX=1 -DCMAKE_CUDA_ARCHITECTURES=90-real -DCMAKE_CUDA_FLAGS=-Xptxas=-v"
-    assert env == {"LAP_EXT_BUILD": "require", "LAP_EXT_CUDA": "1", "CMAKE_ARGS": flags}
-    with pytest.raises(steps.NotRunError, match="does not build"):
-        build.run(CPU, 60, Saved())
-
-
-def test_pytest_s_closing_line() -> None:
-    text = (
-        "....\n= 3 failed, 120 passed, 1 skipped, 1700 deselected, 2 errors in 12.3s (0:00:12) =\n"
-    )
-    assert suite.counts(text)["failed"] == 3
-    assert suite.counts(text)["passed"] == 120
-    assert suite.counts(text)["error"] == 2
-    assert suite.counts("120 passed, 2 warnings in 3s")["passed"] == 120
-    assert suite.counts("no tests ran") == {}
-    command = suite.command(GPU)
-    assert command[-2:] == ["-k", "cuda"] and "addopts=" in command
-    text = """FAILED tests/ops/test_mask.py::test_x[cuda-a b] - assert False
-ERROR tests/masks/test_file.py - ImportError
-FAILED tests/ops/test_mask.py::test_y[cuda]
-"""
-    assert suite.failed(text) == [
-        "tests/ops/test_mask.py::test_x[cuda-a b]",
-        "tests/masks/test_file.py",
-        "tests/ops/test_mask.py::test_y[cuda]",
-    ]
-
-
-def test_pytest_s_files_are_all_that_have_tests_on_a_device() -> None:
-    root = Path(__file__).parents[2]
-    asking = [p for p in (root / "tests").rglob("test_*.py") if "device: str" in p.read_text()]
-    named = [root / name for name in suite.FILES]
-    assert all(path.exists() for path in named)
-    me = Path(__file__)
-    left_out = [p for p in asking if p != me and not any(n in {p, *p.parents} for n in named)]
-    assert len(asking) > 10 and left_out == []
-
-
-def test_pytest_that_is_ended_sums_up(tmp_path: Path) -> None:
-    case = "import time\ndef test_a(): assert False\ndef test_b(): time.sleep(60)\n"
-    (tmp_path / "test_slow.py").write_text(case)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path / "test_slow.py")]
-    log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = steps.start(command, output, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
-        while "F" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        steps.end([process], 30)
-    assert suite.counts(log.read_text())["failed"] == 1
-    (name,) = suite.failed(log.read_text())
-    assert name.endswith("test_slow.py::test_a")
-
-
-def test_the_log_of_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "print('all of it')"]
-    code, output = steps.run_command(command, 60, log=tmp_path / "log")
-    assert code == 0 and output == "all of it\n" == (tmp_path / "log").read_text()
-
-
-def test_the_sanitizer_s_summary() -> None:
-    assert sanitize.findings("========= ERROR SUMMARY: 0 errors\n") == 0
-    assert sanitize.findings("========= ERROR SUMMARY: 1 error\n") == 1
-    text = "========= RACECHECK SUMMARY: 12 hazards displayed (12 errors, 0 warnings)\n"
-    assert sanitize.findings(text) == 12
-    assert sanitize.findings("Device not supported") is None
-    with pytest.raises(steps.NotRunError, match="no GPU"):
-        sanitize.run("memcheck", CPU, 60, Saved())
-
-
-def test_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = driver.compile_command(Path("nvcc"), "90-real", Path("lap.a"), Path("driver"))
-    assert "--generate-code=arch=compute_90,code=sm_90" in command and command[-1] == "lap.a"
-    command = cub.compile_command(Path("nvcc"), "90-real", Path("cub.so"))
-    assert command[-1].endswith("cub_rival.cu") and Path(command[-1]).exists()
-    assert driver.SOURCE.exists()
-    with pytest.raises(steps.NotRunError, match="no GPU"):
-        driver.run(CPU, 60, Saved())
-    for name, archs in (("native-a", "80-real;90-real"), ("native-b", "100-real")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "liblap_cuda.a").touch()
-        (folder / "CMakeCache.txt").write_text(f"X:BOOL=ON\nCMAKE_CUDA_ARCHITECTURES:Y={archs}\n")
-    monkeypatch.setattr(driver, "NATIVE", tmp_path)
-    assert driver.core_library("90-real") == tmp_path / "native-a" / "liblap_cuda.a"
-    assert driver.core_library("120-real") is None
-
-
-def test_what_was_built_before_needs_no_toolkit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ptxas, "toolkit", lambda: None)
-    target = tmp_path / "driver"
-    with pytest.raises(steps.NotRunError, match="a CUDA toolkit was not found"):
-        driver.built("90-real", target)
-    target.write_text("")
-    target.chmod(0o644)  # as a copy may be
-    assert driver.built("90-real", target) == target and target.stat().st_mode & 0o100
-    monkeypatch.setattr(cub, "ROOT", tmp_path)
-    with pytest.raises(steps.NotRunError, match="no CUDA toolkit"):
-        cub.library("90-real")
-    built = tmp_path / "build" / "gpu" / f"cub-90-real-{ptxas.digest([cub.SOURCE.read_text()])}.so"
-    built.parent.mkdir(parents=True)
-    built.touch()
-    assert cub.library("90-real") == built
-
-
-def test_what_to_take_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prepare.machine, "ROOT", tmp_path)
-    monkeypatch.setattr(prepare.machine, "commit", lambda: "abc")
-    monkeypatch.setattr(prepare, "NOTE", tmp_path / "prepared.json")
-    assert prepare.prepared() is None
-    library, target = tmp_path / "_C.abi3.so", tmp_path / "driver"
-    for path in (library, target):
-        path.write_bytes(b"x" * 2_000_000)
-
-    def no_cub(arch: str) -> Path:
-        raise steps.NotRunError("no cub")
-
-    monkeypatch.setattr(prepare, "libraries", lambda arch: [library])
-    monkeypatch.setattr(driver, "build", lambda arch: target)
-    monkeypatch.setattr(cub, "library", no_cub)
-    assert prepare.main(["--arch", "100-real"]) == 0
-    told = capsys.readouterr()
-    assert "2.00 MB  _C.abi3.so" in told.out and "4.00 MB  in all\ncommit abc" in told.out
-    assert "without cub's rival: no cub" in told.err
-    found = prepare.prepared()
-    assert found is not None and found["architecture"] == "100-real" and found["current"]
-    monkeypatch.setattr(ptxas, "sources_digest", lambda: "other")
-    again = prepare.prepared()
-    assert again is not None and not again["current"]
 
 
 # ---- the rehearsal ----------------------------------------------------------------------------
