@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builds lap_ext's native libraries: runs CMake, which holds the only list of sources and flags.
 
-LAP_EXT_BUILD  auto (default): native; pure PyTorch, with a message, where cmake or a C++ compiler is
-               missing or the machine is not x86-64 Linux. require: then an error. pure: never native.
+LAP_EXT_BUILD  auto (default): native; pure PyTorch, with a message, where cmake or a C++ compiler
+               is missing or the machine is not x86-64 Linux. require: then an error. pure: never
+               native.
                A tool that is there and fails is always an error.
 LAP_EXT_CUDA   auto (default): CUDA kernels if a CUDA toolkit is found. 0: never. 1: must be found.
 CUDA_HOME, CXX, CMAKE_ARGS, MAX_JOBS are honored.
@@ -48,7 +49,7 @@ def missing_tool() -> str | None:
 
 
 def cuda_root() -> Path | None:
-    """The CUDA toolkit: a folder with bin/nvcc and the headers (an nvcc on PATH may be a wrapper)."""
+    """Finds the CUDA toolkit, with bin/nvcc and headers (an nvcc on PATH may be a wrapper)."""
     nvcc = shutil.which("nvcc")
     places = [Path(nvcc).resolve().parents[1]] if nvcc else []
     places += [Path("/usr/local/cuda")]

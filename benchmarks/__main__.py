@@ -47,10 +47,10 @@ SCRATCH = machine.ROOT / "build" / "benchmarks"  # ignored by git
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times lap_ext against its rivals, results checked first.",
+        description="Times lap_ext against its baselines, results checked first.",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda[:index]")
     parser.add_argument(
@@ -61,7 +61,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for JSON and plot (default: benchmarks/results; for a quick or partial run "
+        help="directory for JSON and plot (default: benchmarks/results; for a quick or partial run "
         "build/benchmarks)",
     )
     args = parser.parse_args(argv)

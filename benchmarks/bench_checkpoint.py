@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A checkpoint larger than its budget: pruning it beside copying it (python -m benchmarks.bench_checkpoint).
+"""A checkpoint larger than its budget: pruning it, beside copying it.
+
+    python -m benchmarks.bench_checkpoint
 
 A random bfloat16 checkpoint in the shapes of Llama with 7 billion parameters is made under build/,
-which git ignores, and removed at the end: it needs two and a half times its 13.5 GB of disk. Then in turns:
+which git ignores, and removed at the end: it needs two and a half times its 13.5 GB of disk. Then
+in turns:
 
-    cp      cp -r of the folder, then sync -f: until the copy is on the disk
+    cp      cp -r of the directory, then sync -f: until the copy is on the disk
     prune   lap_ext.checkpoint.prune in a process of its own, which ends with everything on the disk
 
 peak is the kernel's own count of the resident set of the whole process (interpreter, libraries and
@@ -22,7 +25,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from lap_ext import checkpoint
+from lap_ext.options import Scope
 
 LLAMA_7B = {
     "vocab_size": 32000,
@@ -41,41 +45,41 @@ LLAMA_7B = {
 SHARD = 5 * 10**9  # bytes of a file, as transformers saves it
 SPARSITY = 0.5
 RESULTS = machine.ROOT / "benchmarks" / "results" / "checkpoint-7b.json"
-PLACE = machine.ROOT / "build" / "checkpoint"
-_BLOCK = 1 << 24  # random numbers at a time
+SCRATCH = machine.ROOT / "build" / "checkpoint"
+_CHUNK = 1 << 24  # random numbers at a time
 _LOOK_S = 0.02
 
 
-def make(folder: Path, config: dict[str, int]) -> dict[str, Any]:
-    """A folder of random weights in so many shapes, written shard by shard."""
+def make(directory: Path, config: dict[str, int]) -> dict[str, Any]:
+    """Writes a checkpoint directory of random weights in these shapes, shard by shard."""
     import transformers
 
     kinds: Any = transformers
-    found = kinds.LlamaConfig(**config, dtype="bfloat16")
-    found.architectures = ["LlamaForCausalLM"]
+    made = kinds.LlamaConfig(**config, dtype="bfloat16")
+    made.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
-        model = kinds.LlamaForCausalLM._from_config(found)
-    folder.mkdir(parents=True)
-    found.save_pretrained(folder)
+        model = kinds.LlamaForCausalLM._from_config(made)
+    directory.mkdir(parents=True)
+    made.save_pretrained(directory)
     shards: list[dict[str, Tensor]] = [{}]
     for name, x in model.state_dict().items():
         if sum(y.nbytes for y in shards[-1].values()) + x.nbytes > SHARD:
             shards.append({})
         shards[-1][name] = x
     table: dict[str, str] = {}
-    for place, shard in enumerate(shards):
-        file = f"model-{place + 1:05}-of-{len(shards):05}.safetensors"
-        write(folder / file, shard)
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write(directory / file, shard)
         table |= dict.fromkeys(shard, file)
     size = sum(x.nbytes for x in model.state_dict().values())
     index = {"metadata": {"total_size": size}, "weight_map": table}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     parameters = sum(x.numel() for x in model.parameters())
     return {"parameters": parameters, "bytes": size, "tensors": len(table), "shards": len(shards)}
 
 
 def write(path: Path, shard: dict[str, Tensor]) -> None:
-    """A file with random normal bfloat16 numbers in these shapes; norms near 1."""
+    """Writes a file with random normal bfloat16 numbers in these shapes; norms near 1."""
     header, begin = {}, 0
     for name, x in shard.items():
         offsets = [begin, begin + x.nbytes]
@@ -83,19 +87,19 @@ def write(path: Path, shard: dict[str, Tensor]) -> None:
         begin = offsets[1]
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    data = bytearray(2 * _BLOCK)
-    block = torch.frombuffer(data, dtype=torch.bfloat16)
+    data = bytearray(2 * _CHUNK)
+    chunk = torch.frombuffer(data, dtype=torch.bfloat16)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in shard.values():
-            for first in range(0, x.numel(), _BLOCK):
-                count = min(_BLOCK, x.numel() - first)
-                block[:count].normal_(0.0 if x.dim() > 1 else 1.0, 0.02)
+            for first in range(0, x.numel(), _CHUNK):
+                count = min(_CHUNK, x.numel() - first)
+                chunk[:count].normal_(0.0 if x.dim() > 1 else 1.0, 0.02)
                 file.write(memoryview(data)[: 2 * count])
 
 
 def copied(source: Path, out: Path) -> dict[str, float]:
-    """Seconds of cp -r, and of it with the copy on the disk."""
+    """Times cp -r, and cp -r with the copy on the disk."""
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     middle = time.perf_counter()
@@ -106,7 +110,7 @@ def copied(source: Path, out: Path) -> dict[str, float]:
 
 
 def pruned(source: Path, out: Path, memory: str, scope: str, threads: int) -> dict[str, Any]:
-    """Seconds and memory of a process that prunes."""
+    """Measures seconds and memory of a process that prunes."""
     args = ["--child", str(source), str(out), memory, scope, str(threads)]
     begin = time.perf_counter()
     done = subprocess.run(
@@ -117,10 +121,10 @@ def pruned(source: Path, out: Path, memory: str, scope: str, threads: int) -> di
         text=True,
     )
     process = time.perf_counter() - begin
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    check(source, out, found.pop("rows"))
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    check(source, out, told.pop("rows"))
     shutil.rmtree(out)
-    return {"scope": scope, "process_s": process, **found}
+    return {"scope": scope, "process_s": process, **told}
 
 
 def child(source: str, out: str, memory: str, scope: str, threads: str) -> None:
@@ -134,11 +138,15 @@ def child(source: str, out: str, memory: str, scope: str, threads: str) -> None:
         ends.setdefault("check and trace", time.perf_counter() - begin)
         ends[progress.step] = time.perf_counter() - begin
 
-    result = checkpoint.prune(source, out, SPARSITY, memory=memory, scope=scope, on_progress=report)
+    result = checkpoint.prune(
+        source, out, SPARSITY, memory=memory, scope=cast(Scope, scope), on_progress=report
+    )
     seconds = time.perf_counter() - begin
     ends["finish"] = seconds
-    steps = dict(zip(ends, [b - a for a, b in zip([0.0, *ends.values()], ends.values(), strict=False)],
-                     strict=True))  # fmt: skip
+    steps = {}
+    last = 0.0
+    for step, end in ends.items():
+        steps[step], last = end - last, end
     rows = {row.name: row.kept for row in result.layers}
     facts = {"seconds": seconds, "steps": steps, "sparsity": result.sparsity, "rows": rows}
     print(json.dumps({**facts, **peak.stop()}))
@@ -158,14 +166,14 @@ class Peak:
             self._anonymous = max(self._anonymous, status("RssAnon"))
 
     def stop(self) -> dict[str, int]:
-        """Bytes."""
+        """Stops looking; returns bytes."""
         self._stop.set()
         self._thread.join()
         return {"peak_bytes": status("VmHWM"), "peak_anonymous_bytes": self._anonymous}
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -173,7 +181,7 @@ def status(name: str) -> int:
 
 
 def check(source: Path, out: Path, kept: dict[str, int]) -> None:
-    """Same files and headers; in the first and last layers as many weights as the table says."""
+    """Compares files and headers, and the counts of weights in the first and last layers."""
     from safetensors import safe_open
 
     for shard in sorted(source.glob("*.safetensors")):
@@ -194,7 +202,7 @@ def check(source: Path, out: Path, kept: dict[str, int]) -> None:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_checkpoint")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--memory", default="4GB", help="the budget (default: %(default)s)")
@@ -214,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     console = Console(width=120)
     config = LLAMA_7B | {"num_hidden_layers": args.layers}
-    shutil.rmtree(PLACE, ignore_errors=True)
-    source, out = PLACE / "dense", PLACE / "out"
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    source, out = SCRATCH / "dense", SCRATCH / "out"
     try:
         facts = make(source, config)
         console.print(facts)
@@ -227,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pair["load"] = machine.load()
             runs.append(pair)
             console.print(pair)
-        found = {
+        results = {
             "machine": machine.describe(torch.device("cpu")) | {"threads": args.threads},
             "checkpoint": facts | {"config": config, "dtype": "bfloat16"},
             "memory": args.memory,
@@ -235,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "runs": runs,
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
     finally:
-        shutil.rmtree(PLACE, ignore_errors=True)
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 if __name__ == "__main__":

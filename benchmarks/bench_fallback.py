@@ -11,14 +11,14 @@ from functools import partial
 from torch import Tensor
 
 import lap_ext
-from benchmarks import cases, checks, rivals
+from benchmarks import baselines, cases, checks
 from benchmarks.cases import Layer, Weights
 from benchmarks.rows import Bench, Contest, Target, nbytes
 from lap_ext.ops import reference
 
 
 def run(bench: Bench) -> None:
-    """All layers at all sparsities, and the list of scores at one."""
+    """Measures all layers at all sparsities, and the list of scores at one."""
     for layer in cases.layers(bench.quick):
         weights = layer.make(bench.device)
         for sparsity in cases.SPARSITIES:
@@ -27,10 +27,10 @@ def run(bench: Bench) -> None:
 
 
 def mask(weights: Weights, keep: int) -> Tensor:
-    """lap_ext.mask with the kernels that serve where no native library is."""
+    """Runs lap_ext.mask with the kernels that serve where no native library is."""
     w_prev, w, w_next = weights
-    in_norm = reference.norm([reference.row_energy(w_prev, True, "w_prev")])
-    out_norm = reference.norm([reference.col_energy(w_next, 1, True, "w_next")])
+    in_norm = reference.norm([reference.row_squared_norms(w_prev, True, "w_prev")])
+    out_norm = reference.norm([reference.col_squared_norms(w_next, 1, True, "w_next")])
     return reference.mask(w, in_norm, out_norm, keep, None, 1, False, True)
 
 
@@ -40,7 +40,7 @@ def _layer(bench: Bench, layer: Layer, weights: Weights, sparsity: float) -> Non
     checks.equal(mask(weights, keep), native)
 
     def eager() -> Tensor:
-        return rivals.topk(rivals.eager_score(*weights), keep)
+        return baselines.topk(baselines.eager_score(*weights), keep)
 
     bench.measure(
         "fallback",
@@ -66,7 +66,7 @@ def _list(bench: Bench) -> None:
         f"{len(scores)} tensors, {n / 1e6:.0f} M",
         "topk_mask, pure PyTorch",
         ours,
-        [Contest("cat + topk", partial(rivals.cat_topk, scores, keep))],
+        [Contest("cat + topk", partial(baselines.cat_topk, scores, keep))],
         n=n,
         moved=(nbytes(*scores), n),
         sparsity=cases.DEFAULT_SPARSITY,

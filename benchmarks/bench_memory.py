@@ -10,7 +10,7 @@ OURS = ("mask", "topk_mask")
 
 
 def run(bench: Bench) -> None:
-    """Ours at every sparsity, rivals at one."""
+    """Measures ours at every sparsity, baselines at one."""
     layer = cases.layers(bench.quick)[-1].name
     scores = "list of 12 tensors"
     for calls, case in ((memory.LAYER_CALLS, layer), (memory.LIST_CALLS, scores)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""score (norms of the neighbors included) and score_from_factors (norms given).
+"""score (norms of the neighbors included) and score_from_norms (norms given).
 
-score_from_factors moves what w.clone() moves; score also reads both neighbors.
+score_from_norms moves what w.clone() moves; score also reads both neighbors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 import lap_ext
-from benchmarks import cases, checks, rivals
+from benchmarks import baselines, cases, checks
 from benchmarks.cases import Weights
 from benchmarks.rows import Bench, Contest, Target, nbytes
 
@@ -19,19 +19,21 @@ AT_MOST = 1.2  # times w.clone()
 
 
 def run(bench: Bench) -> None:
-    """All layers; sparsity does not matter here."""
+    """Measures all layers; sparsity does not matter here."""
     layers = cases.layers(bench.quick)
     for layer in layers:
         weights = layer.make(bench.device)
         w = weights[1]
-        norms = lap_ext.factors(*weights)
-        from_factors = partial(lap_ext.score_from_factors, w, *norms)
-        checks.equal(lap_ext.score(*weights), from_factors())
+        norms = lap_ext.neighbor_norms(*weights)
+        from_norms = partial(lap_ext.score_from_norms, w, *norms)
+        checks.equal(lap_ext.score(*weights), from_norms())
         clone = Contest("w.clone()", w.clone)
         contests = [
             clone,
-            Contest("eager formula", partial(rivals.eager_score, *weights), checks.close),
-            Contest("eager in place", partial(rivals.eager_score_in_place, *weights), checks.close),
+            Contest("eager formula", partial(baselines.eager_score, *weights), checks.close),
+            Contest(
+                "eager in place", partial(baselines.eager_score_in_place, *weights), checks.close
+            ),
         ]
         if layer is layers[-1] and not bench.quick:  # it compiles for half a minute
             contests += _compiled(bench, weights)
@@ -49,8 +51,8 @@ def run(bench: Bench) -> None:
         bench.measure(
             "score",
             layer.name,
-            "score_from_factors",
-            from_factors,
+            "score_from_norms",
+            from_norms,
             [clone],
             n=w.numel(),
             moved=(nbytes(w), nbytes(w)),
@@ -59,8 +61,8 @@ def run(bench: Bench) -> None:
 
 
 def _compiled(bench: Bench, weights: Weights) -> list[Contest]:
-    """The compiled formula, if there is a compiler."""
-    call = partial(rivals.compiled_score(), *weights)
+    """Compiles the formula, if there is a compiler."""
+    call = partial(baselines.compiled_score(), *weights)
     try:
         with torch.no_grad():  # as the timer: another grad mode would compile it anew
             call()

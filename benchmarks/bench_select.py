@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from benchmarks import cases, checks, rivals
+from benchmarks import baselines, cases, checks
 from benchmarks.cases import Hard
 from benchmarks.rows import Bench, Contest, Target, nbytes
 
 
 def run(bench: Bench) -> None:
-    """The list, the single value, the hard data."""
+    """Measures the list, the single value, the hard data."""
     scores = cases.score_list(bench.quick, bench.device)
     for sparsity in cases.SPARSITIES:
         _list(bench, scores, sparsity)
@@ -42,11 +42,11 @@ def _list(bench: Bench, scores: list[Tensor], sparsity: float) -> None:
     # half a minute a call: little is left to chance in it
     pairs = None if bench.quick else 2 if sparsity == cases.DEFAULT_SPARSITY else 1
     contests = [
-        Contest("cat + kthvalue", partial(rivals.cat_kthvalue, scores, keep), about),
-        Contest("cat + topk", partial(rivals.cat_topk, scores, keep), exact),
+        Contest("cat + kthvalue", partial(baselines.cat_kthvalue, scores, keep), about),
+        Contest("cat + topk", partial(baselines.cat_topk, scores, keep), exact),
         Contest(
             "prune.global_unstructured",
-            partial(rivals.global_unstructured, scores, keep),
+            partial(baselines.global_unstructured, scores, keep),
             exact,
             pairs,
         ),
@@ -84,25 +84,25 @@ def _kth(bench: Bench, flat: Tensor, sparsity: float) -> None:
 
 
 def _hard(bench: Bench, hard: Hard, side: int) -> None:
-    """mask_from_factors with norms of ones: the scores are |w|."""
+    """Measures mask_from_norms with norms of ones: the scores are |w|."""
     w = hard.change(cases.normal((side, side), cases.SEED, bench.device)).contiguous()
     scores = w.abs()
     keep = cases.keep_of(hard.sparsity, w.numel())
     eligible = w != 0 if hard.half_eligible else None
-    ours = partial(lap_ext.mask_from_factors, w, None, None, keep=keep, mask=eligible)
+    ours = partial(lap_ext.mask_from_norms, w, None, None, keep=keep, mask=eligible)
     threshold = checks.is_top([ours()], [scores], keep, eligible)
     ready = torch.empty(w.shape, dtype=torch.bool, device=w.device)
 
     def eager_topk() -> Tensor:
-        return rivals.topk(w.abs(), keep)
+        return baselines.topk(w.abs(), keep)
 
     def eager_kthvalue() -> Tensor:
-        return rivals.kthvalue(w.abs(), keep)
+        return baselines.kthvalue(w.abs(), keep)
 
     bench.measure(
         "select",
         f"{side}x{side}, {hard.name}",
-        "mask_from_factors",
+        "mask_from_norms",
         ours,
         [
             Contest("torch.gt", partial(torch.gt, w, threshold, out=ready)),

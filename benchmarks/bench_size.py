@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Time against size, for the plot: mask_from_factors of square layers, float32, one sparsity."""
+"""Time against size, for the plot: mask_from_norms of square layers, float32, one sparsity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from benchmarks import cases, checks, rivals
+from benchmarks import baselines, cases, checks
 from benchmarks.rows import Bench, Contest, nbytes
 
 SIDES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -17,7 +17,7 @@ QUICK_SIDES = SIDES[:6]
 
 
 def run(bench: Bench) -> None:
-    """One row a size."""
+    """Measures one row a size."""
     for side in QUICK_SIDES if bench.quick else SIDES:
         w = cases.normal((side, side), cases.SEED, bench.device)
         in_norm, out_norm = (
@@ -28,14 +28,14 @@ def run(bench: Bench) -> None:
 
 def _size(bench: Bench, w: Tensor, in_norm: Tensor, out_norm: Tensor) -> None:
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
-    ours = partial(lap_ext.mask_from_factors, w, in_norm, out_norm, keep=keep)
-    scores = lap_ext.score_from_factors(w, in_norm, out_norm)
+    ours = partial(lap_ext.mask_from_norms, w, in_norm, out_norm, keep=keep)
+    scores = lap_ext.score_from_norms(w, in_norm, out_norm)
     threshold = checks.is_top([ours()], [scores], keep)
     ready = torch.empty(w.shape, dtype=torch.bool, device=w.device)
 
     def path(name: str) -> Tensor:
-        score = rivals.eager_score_from_norms(w, in_norm, out_norm)
-        return rivals.SELECTIONS[name](score, keep)
+        score = baselines.eager_score_from_norms(w, in_norm, out_norm)
+        return baselines.SELECTIONS[name](score, keep)
 
     names = ["topk", "kthvalue"] + (["numpy.partition"] if w.device.type == "cpu" else [])
     contests = [
@@ -50,7 +50,7 @@ def _size(bench: Bench, w: Tensor, in_norm: Tensor, out_norm: Tensor) -> None:
     bench.measure(
         "size",
         f"{w.shape[0]}x{w.shape[1]}",
-        "mask_from_factors",
+        "mask_from_norms",
         ours,
         contests,
         n=w.numel(),

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lap_ext
-from benchmarks import cases, rivals
+from benchmarks import baselines, cases
 from benchmarks.paper import nets
 from lap_ext.criteria.context import Network
+from lap_ext.options import Scope
 
 SPARSITY = 0.9
 
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         self.k, self.v = (nn.Linear(width, groups * self.size, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Causal attention over [batch, tokens, width]."""
+        """Applies causal attention over [batch, tokens, width]."""
         q, k, v = (
             f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
@@ -50,7 +51,7 @@ class Decoder(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, tokens, width]."""
+        """Applies the block to [batch, tokens, width]."""
         x = x + self.attention(self.norm(x))
         y = self.norm_mlp(x)
         return x + self.down(functional.silu(self.gate(y)) * self.up(y))
@@ -74,14 +75,14 @@ class Transformer(nn.Module):
 
 
 def resnet50(quick: bool) -> tuple[nn.Module, Tensor]:
-    """The ResNet-50 for ImageNet but for its stem's window; quick: ResNet-18's widths in it."""
+    """Makes the ResNet-50 for ImageNet but for its stem's window; quick: ResNet-18's widths."""
     blocks = (1, 1, 1, 1) if quick else (3, 4, 6, 3)
     net = nets.resnet(blocks, bottleneck=True, classes=1000, stride=2)
     return net.eval(), torch.randn(1, 3, 64, 64)
 
 
 def transformer_1b(quick: bool) -> tuple[nn.Module, Tensor]:
-    """1.1 G weights in bfloat16; quick: 4 M."""
+    """Makes a decoder of 1.1 G weights in bfloat16; quick: 4 M."""
     sizes = (1000, 256, 512, 2) if quick else (32000, 2048, 8192, 16)
     with torch.device("meta"):
         net = Transformer(*sizes)
@@ -103,37 +104,43 @@ MODELS: dict[str, Callable[[bool], tuple[nn.Module, Tensor]]] = {
 
 
 def keeps(topology: lap_ext.Topology) -> dict[str, int]:
-    """What each layer keeps."""
+    """Counts what each layer keeps."""
     return {
         name: cases.keep_of(SPARSITY, layer.weight.numel())
         for name, layer in topology.layers.items()
     }
 
 
-def ours(topology: lap_ext.Topology, scope: str = "layer", criterion: str = "lookahead") -> Any:
-    """The masks of all layers."""
+def ours(topology: lap_ext.Topology, scope: Scope = "layer", criterion: str = "lookahead") -> Any:
+    """Makes the masks of all layers by lap_ext.prune."""
     result = lap_ext.prune(
-        topology.model, topology, SPARSITY, scope=scope, criterion=criterion, apply=False
+        topology.model,
+        None,
+        SPARSITY,
+        topology=topology,
+        scope=scope,
+        criterion=criterion,
+        apply=False,
     )
     return list(result.masks.values())
 
 
 def eager(topology: lap_ext.Topology, network: Network) -> list[Tensor]:
-    """Norms, scores and topk in PyTorch; how channels meet is taken from the trace, free of cost."""
+    """Computes norms, scores and topk in PyTorch; the trace tells for free how channels meet."""
     kept, masks = keeps(topology), []
     for layer in topology.layers.values():
         weight, role = layer.weight.detach(), layer.roles[0]
         torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())))
         torch.linalg.vector_norm(weight, dim=(0, *range(2, weight.dim())))
-        factors = [x.float() for x in network.factors(role)]
-        into, out = factors[::-1] if role.part.transposed else factors
-        score = rivals.eager_score_from_norms(weight.float(), into, out)
-        masks.append(rivals.topk(score, kept[layer.name]))
+        norms = [x.float() for x in network.norms(role)]
+        into, out = norms[::-1] if role.part.transposed else norms
+        score = baselines.eager_score_from_norms(weight.float(), into, out)
+        masks.append(baselines.topk(score, kept[layer.name]))
     return masks
 
 
 def public_code(topology: lap_ext.Topology, _: Network) -> list[Tensor]:
-    """The public code's procedure with one producer and one consumer a layer; skips are ignored."""
+    """Runs the public code's procedure: one producer and one consumer a layer, no skips."""
     kept, masks = keeps(topology), []
     for layer in topology.layers.values():
         weight = layer.weight.detach()
@@ -144,5 +151,5 @@ def public_code(topology: lap_ext.Topology, _: Network) -> list[Tensor]:
         )
         w_prev = next((w for w in before if w.shape[0] == weight.shape[1]), ones[0])
         w_next = next((w for w in after if w.shape[1] == weight.shape[0]), ones[1])
-        masks.append(rivals.public_code(w_prev, weight, w_next, kept[layer.name]))
+        masks.append(baselines.public_code(w_prev, weight, w_next, kept[layer.name]))
     return masks

@@ -41,7 +41,7 @@ class Layer:
         return prod(self.prev) + prod(self.next)
 
     def make(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Weights:
-        """(w_prev, w, w_next)."""
+        """Draws (w_prev, w, w_next)."""
         shapes = (self.prev, self.shape, self.next)
         drawn = [normal(shape, SEED + i, device).to(dtype) for i, shape in enumerate(shapes)]
         return drawn[0], drawn[1], drawn[2]
@@ -70,12 +70,12 @@ QUICK_LAYERS = (
 
 
 def layers(quick: bool) -> tuple[Layer, ...]:
-    """The layers of a run, from small to large."""
+    """Returns the layers of a run, from small to large."""
     return QUICK_LAYERS if quick else LAYERS
 
 
 def score_list(quick: bool, device: torch.device) -> list[Tensor]:
-    """Scores of a model: 12 tensors of unequal sizes, 64 M elements in all (quick: 2 M)."""
+    """Makes the scores of a model: 12 tensors, 64 M elements in all (quick: 2 M)."""
     total = 2_000_000 if quick else 64_000_000
     parts = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
     rows = [total * part // sum(parts) // 1000 for part in parts]
@@ -84,7 +84,7 @@ def score_list(quick: bool, device: torch.device) -> list[Tensor]:
 
 
 def normal(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Normal weights with the deviation of a trained layer, about."""
+    """Draws normal weights with about the deviation of a trained layer."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).mul_(0.02).to(device)
 
@@ -115,6 +115,6 @@ HARD = (
 
 
 def keep_of(sparsity: float, n: int) -> int:
-    """The number kept: floor((1 - sparsity) * n + 1/2), exact for the sparsities used here."""
+    """Counts the weights kept: floor((1 - sparsity) * n + 1/2), exact for these sparsities."""
     permille = round(sparsity * 1000)
     return (2 * (1000 - permille) * n + 1000) // 2000

@@ -2,8 +2,8 @@
 """Equality of results, checked before anything is timed. A wrong result ends the run.
 
 Our mask must be the definition's, to the bit: exactly keep, the largest scores, of equal ones the
-lower index. A rival computes its norms in float32 and breaks ties as it likes: it may differ from
-ours only at scores within TOLERANCE of the threshold.
+lower index. A baseline computes its norms in float32 and breaks ties as it likes: it may differ
+from ours only at scores within TOLERANCE of the threshold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import rivals
+from benchmarks import baselines
 
 TOLERANCE = 1e-5  # relative; float32 norms of some million squares
 
@@ -50,30 +50,30 @@ def is_top(
 def same_choice(
     scores: Sequence[Tensor], threshold: float, extra: int | None
 ) -> Callable[[Any, Any], None]:
-    """A check that a rival keeps what we keep, but for scores at the threshold.
+    """Makes a check that a baseline keeps what we keep, but for scores at the threshold.
 
     extra: how many more or fewer it may keep; None: as many as tie.
     """
 
     def check(ours: Any, theirs: Any) -> None:
         difference = 0
-        for mine, rival, score in zip(
-            rivals.as_masks(ours), rivals.as_masks(theirs), scores, strict=True
+        for mine, baseline, score in zip(
+            baselines.as_masks(ours), baselines.as_masks(theirs), scores, strict=True
         ):
-            difference += int(rival.count_nonzero()) - int(mine.count_nonzero())
-            off = (score[mine ^ rival] - threshold).abs()
+            difference += int(baseline.count_nonzero()) - int(mine.count_nonzero())
+            off = (score[mine ^ baseline] - threshold).abs()
             far = float(off.max()) if off.numel() else 0.0
             require(far <= TOLERANCE * threshold, f"kept scores differ by {far:g} at {threshold:g}")
         require(
             extra is None or abs(difference) <= extra,
-            f"the rival keeps {difference:+d}, expected at most {extra} more or fewer",
+            f"the baseline keeps {difference:+d}, expected at most {extra} more or fewer",
         )
 
     return check
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    """Scores agree with a rival's float32 formula."""
+    """Checks that scores agree with a baseline's float32 formula."""
     require(
         torch.allclose(ours, theirs, rtol=TOLERANCE, atol=0.0),
         "scores differ from the eager formula",
@@ -81,7 +81,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def equal(ours: Any, theirs: Any) -> None:
-    """The same bits: two masks, two lists of masks, or two values."""
+    """Checks for the same bits: two masks, two lists of masks, or two values."""
     pairs = zip(_tensors(ours), _tensors(theirs), strict=True)
     require(all(torch.equal(a, b) for a, b in pairs), "results differ")
 

@@ -35,11 +35,11 @@ class Bandwidth:
         self._write: dict[int, float] = {}
 
     def limit_s(self, read_bytes: int, write_bytes: int) -> float:
-        """The least seconds in which so many bytes can be read and so many written."""
+        """Computes the least seconds in which so many bytes can be read and so many written."""
         return read_bytes / self.read(read_bytes) + write_bytes / self.write(write_bytes)
 
     def read(self, size: int) -> float:
-        """Bytes per second: the best of sum, amax and dot (two tensors of half the size)."""
+        """Measures bytes per second: the best of sum, amax and dot (two tensors of half of it)."""
         size = _round(size)
         if size not in self._read:
             x = torch.ones(size // 4, device=self._timer.device)
@@ -49,7 +49,7 @@ class Bandwidth:
         return self._read[size]
 
     def write(self, size: int) -> float:
-        """Bytes per second: fill_ of memory that is there."""
+        """Measures bytes per second: fill_ of allocated memory."""
         size = _round(size)
         if size not in self._write:
             x = torch.ones(size // 4, device=self._timer.device)
@@ -57,7 +57,7 @@ class Bandwidth:
         return self._write[size]
 
     def measured(self) -> dict[str, dict[str, float]]:
-        """All that was measured, size in bytes -> bytes per second."""
+        """Returns all that was measured, size in bytes -> bytes per second."""
         return {
             "read": {str(size): rate for size, rate in sorted(self._read.items())},
             "write": {str(size): rate for size, rate in sorted(self._write.items())},
@@ -65,12 +65,12 @@ class Bandwidth:
 
 
 def _round(size: int) -> int:
-    """The next power of two, within the sizes that are measured."""
+    """Rounds up to a power of two, within the sizes that are measured."""
     return min(max(1 << (max(size, 1) - 1).bit_length(), _LEAST), _MOST)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and date, for the results."""
+    """Describes machine, versions, commit and date, for the results."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -89,7 +89,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """Name of the results' files: processor, cores, threads if not all."""
+    """Names the results' files: processor, cores, threads if not all."""
     name = f"{facts['cpu']} {facts['cores']} cores"
     if facts["gpu"]:
         name = facts["gpu"]
@@ -99,19 +99,19 @@ def slug(facts: dict[str, Any]) -> str:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Counts the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def load() -> float | None:
-    """Programs that wanted a core in the last minute, this one not counted at its start."""
+    """Reads the load average of the last minute; at the start this program is not in it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:
-    """The processor's name for itself."""
+    """Reads the processor's name."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE)
@@ -121,7 +121,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" where files differ from it; "unknown" without git."""
+    """Returns the checkout's commit, "+" where files differ from it; "unknown" without git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

@@ -25,22 +25,22 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from benchmarks import cases, rivals
+from benchmarks import baselines, cases
 from benchmarks.machine import ROOT
 from benchmarks.rows import nbytes
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_LAYER_RIVALS = {
-    "topk": rivals.topk,
-    "kthvalue": rivals.kthvalue,
-    "sort": rivals.sort,
+_LAYER_BASELINES = {
+    "topk": baselines.topk,
+    "kthvalue": baselines.kthvalue,
+    "sort": baselines.sort,
 }
-LAYER_CALLS = ("mask", *_LAYER_RIVALS, "public code")
+LAYER_CALLS = ("mask", *_LAYER_BASELINES, "public code")
 LIST_CALLS = ("topk_mask", "cat + kthvalue", "prune.global_unstructured")
 
 
 def measure(call: str, case: str, sparsity: float, quick: bool, device: str) -> dict[str, int]:
-    """{"w", "masks", "extra"} in bytes, from a fresh process."""
+    """Measures {"w", "masks", "extra"} in bytes, in a new process."""
     args = ["--call", call, "--case", case, "--sparsity", str(sparsity), "--device", device]
     args += ["--threads", str(torch.get_num_threads())] + (["--quick"] if quick else [])
     done = subprocess.run(
@@ -61,22 +61,22 @@ def _layer_call(
     if call == "mask":
         return partial(lap_ext.mask, *weights, keep=keep)
     if call == "public code":
-        return partial(rivals.public_code, *weights, keep)
-    select = _LAYER_RIVALS[call]
-    return lambda: select(rivals.eager_score(*weights), keep)
+        return partial(baselines.public_code, *weights, keep)
+    select = _LAYER_BASELINES[call]
+    return lambda: select(baselines.eager_score(*weights), keep)
 
 
 def _list_call(call: str, scores: list[Tensor], keep: int) -> Callable[[], object]:
     functions: dict[str, Callable[[list[Tensor], int], object]] = {
         "topk_mask": lap_ext.topk_mask,
-        "cat + kthvalue": rivals.cat_kthvalue,
-        "prune.global_unstructured": rivals.global_unstructured,
+        "cat + kthvalue": baselines.cat_kthvalue,
+        "prune.global_unstructured": baselines.global_unstructured,
     }
     return partial(functions[call], scores, keep)
 
 
 def _prepared(args: argparse.Namespace) -> tuple[list[Tensor], Callable[[], object]]:
-    """(the tensors to prune, the call), after a warm-up of the same call on small tensors."""
+    """Prepares (the tensors to prune, the call), after a warm-up on small tensors."""
     device = torch.device(args.device)
     if args.call in LIST_CALLS:
         tiny = [torch.rand(300, 300, device=device) for _ in range(2)]
@@ -93,7 +93,7 @@ def _prepared(args: argparse.Namespace) -> tuple[list[Tensor], Callable[[], obje
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Reads a field of /proc/self/status, in bytes."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

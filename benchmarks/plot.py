@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The plot of time against size: the rows of bench_size.py, ours and the rivals, log-log."""
+"""The plot of time against size: the rows of bench_size.py, ours and the baselines, log-log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.report import replace
 from benchmarks.rows import Row
 
-OURS = "lap_ext.mask_from_factors"
+OURS = "lap_ext.mask_from_norms"
 FLOOR = "torch.gt, threshold known"
 STYLE: dict[str, dict[str, Any]] = {
     OURS: {"color": "tab:red", "marker": "o", "linewidth": 2.5, "zorder": 3},
@@ -27,9 +27,9 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     lines: dict[str, list[tuple[int, float, float, float]]] = {OURS: []}
     for row in rows:
         lines[OURS].append((row.n, row.time.median, row.time.q1, row.time.q3))
-        for rival in row.rivals:
-            name = FLOOR if rival.name == "torch.gt" else f"eager score + {rival.name}"
-            time = rival.time
+        for baseline in row.baselines:
+            name = FLOOR if baseline.name == "torch.gt" else f"eager score + {baseline.name}"
+            time = baseline.time
             lines.setdefault(name, []).append((row.n, time.median, time.q1, time.q3))
     figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
     for name, points in lines.items():

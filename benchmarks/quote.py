@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Quotes results in README.md, between its markers: python -m benchmarks.quote results/<machine>.json.
+"""Quotes results in README.md, between its markers.
+
+    python -m benchmarks.quote benchmarks/results/<machine>.json
 
 The tables are those of the JSON file, made with the functions of report.py: nothing is typed.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.rows import MemoryRow, Rival, Row, Target
+from benchmarks.rows import Baseline, MemoryRow, Row, Target
 from benchmarks.timing import Stats
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -24,14 +26,14 @@ README = Path(__file__).parent / "README.md"
 
 def _rows(results: dict[str, Any]) -> list[Row]:
     rows = []
-    for found in results["rows"]:
-        rivals = [
-            Rival(x["name"], Stats(**x["time"]), Stats(**x["ratio"])) for x in found["rivals"]
+    for stored in results["rows"]:
+        baselines = [
+            Baseline(x["name"], Stats(**x["time"]), Stats(**x["ratio"])) for x in stored["rivals"]
         ]
-        targets = [Target(x["ratio"], tuple(x["against"])) for x in found["targets"]]
-        kept = {key: found[key] for key in Row.__dataclass_fields__ if key in found}
-        kept.update(time=Stats(**found["time"]), rivals=rivals, targets=targets)
-        rows.append(Row(**kept))
+        targets = [Target(x["ratio"], tuple(x["against"])) for x in stored["targets"]]
+        fields = {key: stored[key] for key in Row.__dataclass_fields__ if key in stored}
+        fields.update(time=Stats(**stored["time"]), baselines=baselines, targets=targets)
+        rows.append(Row(**fields))
     return rows
 
 
@@ -47,7 +49,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(results: dict[str, Any], plot: str) -> str:
-    """All tables, headed by the machine."""
+    """Makes all tables, headed by the machine."""
     machine = results["machine"]
     isa = machine["lap_ext"]["isa"] or "no native library"
     lines = [

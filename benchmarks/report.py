@@ -15,47 +15,47 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import Bench, MemoryRow, Rival, Row
+from benchmarks.rows import Baseline, Bench, MemoryRow, Row
 from benchmarks.timing import Stats
 from lap_ext._files import replacing
 
-HEAD = ("case", "call", "removed", "ms [quartiles]", "GB/s", "of limit", "rivals", "target")
+HEAD = ("case", "call", "removed", "ms [quartiles]", "GB/s", "of limit", "baselines", "target")
 MEMORY_HEAD = ("case", "call", "removed", "w, MB", "extra, MB", "beside masks", "target")
 FLOORS = {"torch.gt", "w.clone()", "float32"}  # what ours is measured in units of
 
 
 def milliseconds(time: Stats) -> str:
-    """Median and quartiles in ms, three digits."""
+    """Writes median and quartiles in ms, three digits."""
     middle, low, high = (f"{1e3 * x:.3g}" for x in (time.median, time.q1, time.q3))
     return f"{middle} [{low}, {high}]"
 
 
-def versus(rival: Rival, floor: bool = False) -> str:
-    """How ours compares: times faster than a rival, or times the time of a floor."""
-    ratio = rival.ratio.median
-    if rival.name in FLOORS or floor:
-        return f"{1 / ratio:.2f}x the time of {rival.name}"
-    return f"{rival.name} {ratio:.3g}x"
+def versus(baseline: Baseline, floor: bool = False) -> str:
+    """Writes how ours compares: times faster than a baseline, or times the time of a floor."""
+    ratio = baseline.ratio.median
+    if baseline.name in FLOORS or floor:
+        return f"{1 / ratio:.2f}x the time of {baseline.name}"
+    return f"{baseline.name} {ratio:.3g}x"
 
 
 def verdict(reached: bool | None) -> str:
-    """In a word."""
+    """Writes in a word whether a target is reached."""
     return "-" if reached is None else "reached" if reached else "MISSED"
 
 
 def targets(row: Row) -> str:
-    """Each target with its measured ratio."""
+    """Writes each target with its measured ratio."""
     lines = []
     for target in row.targets:
-        rival = target.decided_by(row.rivals)
-        if rival is not None:
-            word = verdict(rival.ratio.median >= target.least)
-            lines.append(f"{word}: {versus(rival, target.ratio <= 1)}, wanted {target}")
+        baseline = target.decided_by(row.baselines)
+        if baseline is not None:
+            word = verdict(baseline.ratio.median >= target.least)
+            lines.append(f"{word}: {versus(baseline, target.ratio <= 1)}, wanted {target}")
     return "\n".join(lines) or "-"
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row of HEAD."""
+    """Makes a row of HEAD."""
     return (
         row.case,
         row.call,
@@ -63,13 +63,13 @@ def cells(row: Row) -> tuple[str, ...]:
         milliseconds(row.time),
         f"{row.bytes_per_s / 1e9:.3g}",
         f"{row.of_limit:.0%}",
-        "\n".join(versus(rival) for rival in row.rivals),
+        "\n".join(versus(baseline) for baseline in row.baselines),
         targets(row),
     )
 
 
 def memory_cells(row: MemoryRow) -> tuple[str, ...]:
-    """A row of MEMORY_HEAD."""
+    """Makes a row of MEMORY_HEAD."""
     return (
         row.case,
         row.call,
@@ -82,21 +82,21 @@ def memory_cells(row: MemoryRow) -> tuple[str, ...]:
 
 
 def line(row: Row | MemoryRow) -> str:
-    """One line, printed as soon as the row is there."""
+    """Makes one line, printed as soon as the row is there."""
     if isinstance(row, MemoryRow):
         case, call, sparsity, _, extra, beside, target = memory_cells(row)
         return f"memory: {case} · {call} · {sparsity} · {extra} MB · {beside} · {target}"
-    case, call, sparsity, time, rate, limit, rivals, _ = cells(row)
-    rivals = " · ".join(rivals.splitlines())
+    case, call, sparsity, time, rate, limit, baselines, _ = cells(row)
+    baselines = " · ".join(baselines.splitlines())
     word = verdict(row.reached)
     return (
         f"{row.group}: {case} · {call} · {sparsity} · {time} ms · {rate} GB/s · "
-        f"{limit} of limit · {rivals} · {word}"
+        f"{limit} of limit · {baselines} · {word}"
     )
 
 
 def print_tables(bench: Bench, console: Console) -> None:
-    """All rows, a table a group."""
+    """Prints all rows, a table a group."""
     for group in dict.fromkeys(row.group for row in bench.rows):
         rows = [cells(row) for row in bench.rows if row.group == group]
         console.print(_table(group, HEAD, rows))
@@ -118,7 +118,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
 
 
 def as_json(bench: Bench, facts: dict[str, Any]) -> dict[str, Any]:
-    """All that was measured; times in seconds, memory in bytes."""
+    """Returns all that was measured; times in seconds, memory in bytes."""
     return {
         "machine": facts,
         "quick": bench.quick,
@@ -133,22 +133,23 @@ def as_json(bench: Bench, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    found = asdict(row)
-    found["targets"] = [
-        {**asdict(target), "text": str(target), "measured": target.measured(row.rivals)}
+    stored = asdict(row)
+    stored["rivals"] = stored.pop("baselines")  # the key of the files that there are
+    stored["targets"] = [
+        {**asdict(target), "text": str(target), "measured": target.measured(row.baselines)}
         for target in row.targets
     ]
-    found.update(bytes_per_s=row.bytes_per_s, of_limit=row.of_limit, reached=row.reached)
-    return found
+    stored.update(bytes_per_s=row.bytes_per_s, of_limit=row.of_limit, reached=row.reached)
+    return stored
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented, for diffs."""
+    """Writes JSON indented, for diffs."""
     replace(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Lets write fill a file that takes the place of path, in a folder that is made if need be."""
+    """Lets write fill a file that replaces path, in a directory that is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         write(file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run collects: rows of times against rivals, rows of memory, and the targets they have.
+"""What a run collects: rows of times against baselines, rows of memory, and the targets they have.
 
     fraction of the memory limit = limit_s / time,
     limit_s = bytes to read / read bandwidth + bytes to write / write bandwidth
@@ -23,7 +23,7 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class Contest:
-    """A rival's call, the check of its result against ours, and its number of pairs at most."""
+    """A baseline's call, the check of its result against ours, and its number of pairs at most."""
 
     name: str
     call: Call
@@ -33,7 +33,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Target:
-    """The least rival / ours, against the fastest of the named rivals."""
+    """The least baseline / ours, against the fastest of the named baselines."""
 
     ratio: float
     against: tuple[str, ...]
@@ -46,20 +46,20 @@ class Target:
         """The ratio from which on it is reached: "no slower" allows for the noise of the timing."""
         return self.ratio - (NOISE if self.ratio == 1 else 0)
 
-    def decided_by(self, rivals: Sequence[Rival]) -> Rival | None:
-        """The rival whose ratio counts; None where none of those was run."""
-        found = [rival for rival in rivals if rival.name in self.against]
-        return min(found, key=lambda rival: rival.ratio.median, default=None)
+    def decided_by(self, baselines: Sequence[Baseline]) -> Baseline | None:
+        """Returns the baseline whose ratio counts; None where none of those was run."""
+        found = [baseline for baseline in baselines if baseline.name in self.against]
+        return min(found, key=lambda baseline: baseline.ratio.median, default=None)
 
-    def measured(self, rivals: Sequence[Rival]) -> float | None:
-        """The ratio that counts."""
-        rival = self.decided_by(rivals)
-        return rival.ratio.median if rival else None
+    def measured(self, baselines: Sequence[Baseline]) -> float | None:
+        """Returns the ratio that counts."""
+        baseline = self.decided_by(baselines)
+        return baseline.ratio.median if baseline else None
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A rival's time, and how many times longer than ours that is, pair by pair."""
+class Baseline:
+    """A baseline's time, and how many times longer than ours that is, pair by pair."""
 
     name: str
     time: Stats
@@ -79,7 +79,7 @@ class Row:
     read_bytes: int
     write_bytes: int
     limit_s: float
-    rivals: list[Rival]
+    baselines: list[Baseline]
     targets: list[Target]
 
     @property
@@ -95,7 +95,7 @@ class Row:
     @property
     def reached(self) -> bool | None:
         """Whether every target is; None without one."""
-        ratios = [(target.measured(self.rivals), target.least) for target in self.targets]
+        ratios = [(target.measured(self.baselines), target.least) for target in self.targets]
         judged = [measured >= least for measured, least in ratios if measured is not None]
         return all(judged) if judged else None
 
@@ -122,7 +122,7 @@ class MemoryRow:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is; rivals and small tensors have none."""
+        """Whether the target is; baselines and small tensors have none."""
         judged = self.ours and self.w_bytes >= self.JUDGED_FROM
         return self.beside_masks <= self.LEAVE if judged else None
 
@@ -154,11 +154,11 @@ class Bench:
         sparsity: float | None = None,
         targets: Sequence[Target] = (),
     ) -> None:
-        """Compares ours with every rival; moved: bytes (read, written) at the least."""
-        rivals, all_ours = [], []
+        """Compares ours with every baseline; moved: bytes (read, written) at the least."""
+        baselines, all_ours = [], []
         for contest in contests:
             pairs = self.timer.compare(ours, contest.call, contest.check, contest.pairs)
-            rivals.append(Rival(contest.name, Stats.of(pairs.rival), pairs.ratio))
+            baselines.append(Baseline(contest.name, Stats.of(pairs.baseline), pairs.ratio))
             all_ours += pairs.ours
         limit = self.bandwidth.limit_s(*moved)
         row = Row(
@@ -170,7 +170,7 @@ class Bench:
             Stats.of(all_ours),
             *moved,
             limit,
-            rivals,
+            baselines,
             list(targets),
         )
         self.rows.append(row)
@@ -182,11 +182,11 @@ class Bench:
         self.on_row(row)
 
     def note(self, text: str) -> None:
-        """Something the reader of the results must know."""
+        """Notes what the reader of the results must know."""
         self.notes.append(text)
         self.on_note(text)
 
 
 def nbytes(*tensors: Any) -> int:
-    """Bytes of all elements."""
+    """Counts the bytes of all elements."""
     return sum(x.numel() * x.element_size() for x in tensors)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The only timer of the benchmarks.
 
-Two calls are compared in pairs: ours, the rival, ours, the rival, ... in one loop, the order within
-a pair alternating. A machine that becomes slower (a neighbor, heat) then slows both, and
+Two calls are compared in pairs: ours, the baseline, ours, the baseline, ... in one loop, the order
+within a pair alternating. A machine that becomes slower (a neighbor, heat) then slows both, and
 
-    ratio = median over pairs of (rival's seconds / our seconds)
+    ratio = median over pairs of (baseline's seconds / our seconds)
 
 stays what it is. The first calls of both are for the check of their results and for warming up;
-only a rival slower than SLOW_S keeps its first call as a sample. A call too short for the clock is
-repeated within a sample. On CUDA: events, with the L2 cache overwritten before each call.
+only a baseline slower than SLOW_S keeps its first call as a sample. A call too short for the clock
+is repeated within a sample. On CUDA: events, with the L2 cache overwritten before each call.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stats:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Stats:
-        """The statistics of at least one sample."""
+        """Computes the statistics of at least one sample."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], 1)
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -56,12 +56,12 @@ class Pairs:
     """What a comparison has measured, sample by sample."""
 
     ours: list[float]  # seconds
-    rival: list[float]  # seconds
+    baseline: list[float]  # seconds
 
     @property
     def ratio(self) -> Stats:
-        """The rival's time / ours, pair by pair."""
-        return Stats.of([r / o for o, r in zip(self.ours, self.rival, strict=True)])
+        """The baseline's time / ours, pair by pair."""
+        return Stats.of([r / o for o, r in zip(self.ours, self.baseline, strict=True)])
 
 
 class Timer:
@@ -76,32 +76,32 @@ class Timer:
             self._flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
 
     def compare(
-        self, ours: Call, rival: Call, check: Check | None = None, pairs: int | None = None
+        self, ours: Call, baseline: Call, check: Check | None = None, pairs: int | None = None
     ) -> Pairs:
         """Checks the results of both (check raises), then times them; pairs: how many at most."""
         with _quiet():
             ours_s, mine = self._sample(ours, 1)
-            rival_s, theirs = self._sample(rival, 1)
+            baseline_s, theirs = self._sample(baseline, 1)
             if check is not None:
                 check(mine, theirs)
             del mine, theirs
             found = Pairs([], [])
-            if rival_s >= SLOW_S:
+            if baseline_s >= SLOW_S:
                 found.ours.append(self._sample(ours, 1)[0])
-                found.rival.append(rival_s)
+                found.baseline.append(baseline_s)
             else:
-                rival_s = self._sample(rival, 1)[0]
+                baseline_s = self._sample(baseline, 1)[0]
             ours_s = min(ours_s, self._sample(ours, 1)[0])
-            calls = self._calls(ours_s), self._calls(rival_s)
-            round_s = ours_s * calls[0] + rival_s * calls[1]
+            calls = self._calls(ours_s), self._calls(baseline_s)
+            round_s = ours_s * calls[0] + baseline_s * calls[1]
             wanted = min(max(MIN_PAIRS, round(self.budget_s / round_s)), MAX_PAIRS, pairs or 1000)
             while len(found.ours) < wanted:
                 if len(found.ours) % 2:
-                    found.rival.append(self._sample(rival, calls[1])[0])
+                    found.baseline.append(self._sample(baseline, calls[1])[0])
                     found.ours.append(self._sample(ours, calls[0])[0])
                 else:
                     found.ours.append(self._sample(ours, calls[0])[0])
-                    found.rival.append(self._sample(rival, calls[1])[0])
+                    found.baseline.append(self._sample(baseline, calls[1])[0])
         return found
 
     def alone(self, call: Call, repeats: int = 9) -> Stats:
@@ -112,13 +112,13 @@ class Timer:
             return Stats.of([self._sample(call, calls)[0] for _ in range(repeats)])
 
     def _calls(self, seconds: float) -> int:
-        """Calls in one sample. On CUDA one: the next would find its data in the cache."""
+        """Counts the calls in one sample. On CUDA one: the next would read from the cache."""
         if self._flush is not None:
             return 1
         return min(max(1, round(SAMPLE_S / max(seconds, 1e-7))), MAX_CALLS)
 
     def _sample(self, call: Call, calls: int) -> tuple[float, Any]:
-        """(seconds per call, result of the last); results are freed outside of the last call."""
+        """Measures (seconds per call, result of the last); results are freed outside of it."""
         if self._flush is not None:
             return self._sample_cuda(call)
         result = None
@@ -140,7 +140,7 @@ class Timer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No garbage collection and no autograd in a measurement."""
+    """Prevents garbage collection and autograd in a measurement."""
     gc.collect()
     gc.disable()
     try:

@@ -2,9 +2,9 @@
 """Whole models: time and peak memory of pruning them (python -m benchmarks.whole).
 
 Each call runs in a process of its own, where the model is made, traced and touched before; ours and
-the rivals in turns. Seconds are those of the call alone, extra memory is its peak beyond the model
-(memory.py). Results are checked in a process of their own first: the same scores are kept as by the
-eager formula and topk, but for those at the threshold.
+the baselines in turns. Seconds are those of the call alone, extra memory is its peak beyond the
+model (memory.py). Results are checked in a process of their own first: the same scores are kept as
+by the eager formula and topk, but for those at the threshold.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lap_ext
-from benchmarks import big_models, checks, machine, memory, report, rivals
+from benchmarks import baselines, big_models, checks, machine, memory, report
 from lap_ext.criteria.context import Network
 from lap_ext.pruning.selection import layer_scores
 
 OURS = ("lap_ext.prune", "lap_ext.prune global")
-RIVALS = ("eager + topk", "public code", "prune.global_unstructured")
+BASELINES = ("eager + topk", "public code", "prune.global_unstructured")
 RESULTS = machine.ROOT / "benchmarks" / "results"
 
 
 def call_of(name: str, model: nn.Module, example: Tensor) -> Callable[[], Any]:
-    """The call, everything it may know before prepared."""
+    """Prepares the call, with everything that it may know before."""
     topology = lap_ext.trace(model, example)
     if name == "trace":
         return lambda: lap_ext.trace(model, example)
@@ -46,18 +46,18 @@ def call_of(name: str, model: nn.Module, example: Tensor) -> Callable[[], Any]:
     if name == "prune.global_unstructured":
         weights = [layer.weight.detach() for layer in topology.layers.values()]
         keep = sum(big_models.keeps(topology).values())
-        return lambda: rivals.global_unstructured(weights, keep)
+        return lambda: baselines.global_unstructured(weights, keep)
     network = Network(topology)
-    network.factors(topology.roles[0])
+    network.norms(topology.roles[0])
     procedure = {"eager + topk": big_models.eager, "public code": big_models.public_code}[name]
     return lambda: procedure(topology, network)
 
 
 def check(model: nn.Module, example: Tensor) -> None:
-    """Our masks keep what the eager formula and topk keep, but for scores at the threshold."""
+    """Checks our masks against the eager formula and topk, but for scores at the threshold."""
     topology = lap_ext.trace(model, example)
     network = Network(topology)
-    criterion = lap_ext.criteria.of("lookahead", "check")
+    criterion = lap_ext.criteria.of("lookahead")
     kept = big_models.ours(topology)
     for layer, mask, other in zip(
         topology.layers.values(), kept, big_models.eager(topology, network), strict=True
@@ -68,7 +68,7 @@ def check(model: nn.Module, example: Tensor) -> None:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One call in this process: {"seconds", "extra", "weights"} as JSON."""
+    """Measures one call in this process: {"seconds", "extra", "weights"} as JSON."""
     torch.set_num_threads(args.threads)
     model, example = big_models.MODELS[args.model](args.quick)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
@@ -93,7 +93,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def run(call: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One call in a fresh process."""
+    """Runs one call in a new process."""
     options = ["--child", "--call", call, "--only", model, "--threads", str(args.threads)]
     options += ["--quick"] if args.quick else []
     done = subprocess.run([sys.executable, "-m", "benchmarks.whole", *options], cwd=machine.ROOT,
@@ -103,21 +103,21 @@ def run(call: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def calls_of(model: str) -> list[str]:
-    """What is run on a model; global_unstructured needs 13 times the weights' memory."""
+    """Lists what is run on a model; global_unstructured needs 13 times the weights' memory."""
     skipped = {"prune.global_unstructured"} if model == "transformer_1b" else set()
-    return ["trace", *OURS, *(name for name in RIVALS if name not in skipped)]
+    return ["trace", *OURS, *(name for name in BASELINES if name not in skipped)]
 
 
 def measured(
     model: str, args: argparse.Namespace, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row for every call, medians over the rounds."""
+    """Makes a row for every call, medians over the rounds."""
     weights = run("check", model, args)["weights"]
     say(f"{model}: {weights / 1e6:.1f} M weights, results checked")
     samples: dict[str, list[dict[str, Any]]] = {}
     for number in range(args.rounds):
         for call in calls_of(model):
-            if number and call in RIVALS and samples[call][0]["seconds"] > args.slow:
+            if number and call in BASELINES and samples[call][0]["seconds"] > args.slow:
                 continue  # once is enough for what takes minutes
             samples.setdefault(call, []).append(run(call, model, args))
             found = samples[call][-1]
@@ -137,7 +137,7 @@ def measured(
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table("model", "call", "seconds", "times ours", "extra, MB", "of the weights' bytes")
     for row in rows:
         ours = next(r for r in rows if (r["model"], r["call"]) == (row["model"], OURS[0]))
@@ -155,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(big_models.MODELS), help="models")
     parser.add_argument("--quick", action="store_true", help="small models, a minute")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--slow", type=float, default=20.0, help="rivals this slow run once")
+    parser.add_argument("--slow", type=float, default=20.0, help="baselines this slow run once")
     parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--out", type=Path, help="directory for the JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -172,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in args.only.split(","):
         rows += measured(model, args, lambda text: console.print(text, highlight=False))
     show(rows, console)
-    folder = args.out or (machine.ROOT / "build" / "benchmarks" if args.quick else RESULTS)
-    path = folder / f"whole-{machine.slug(facts)}.json"
+    directory = args.out or (machine.ROOT / "build" / "benchmarks" if args.quick else RESULTS)
+    path = directory / f"whole-{machine.slug(facts)}.json"
     report.write_json(path, {"machine": facts, "rows": rows})
     console.print(f"results: {path}")
     return 0

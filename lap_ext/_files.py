@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that are complete or not there, the header of a safetensors file, and sizes such as "4GB"."""
+"""Atomic writes of files and directories, headers of safetensors files, sizes such as "4GB"."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
+from lap_ext.errors import LapImportError, LapValueError
+
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a new file that takes the place of path once it is complete and on the disk.
+    """Opens a new file that is renamed to path once it is complete and on the disk.
 
     An old file stays until then, and for good if anything fails. A link stays a link.
 
@@ -33,62 +35,60 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         b'done'
     """
     path = Path(path).resolve()
-    with _beside(path) as part:
-        with part.open("xb") as file:
+    with _beside(path) as temporary:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary.replace(path)
 
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a directory beside path that takes its name once its files are on the disk.
+    """Makes a temporary directory that is renamed to path once its files are on the disk.
 
-    It goes away if anything fails.
+    It is removed if anything fails.
     """
     path = Path(path).resolve()
-    with _beside(path) as part:
-        part.mkdir(parents=True)
-        yield part
-        for file in part.iterdir():
+    with _beside(path) as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        part.rename(path)
+        temporary.rename(path)
 
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """Names something beside path; it is removed if it is still there after an error."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    """Gives a temporary name beside path; what has it is removed after an error."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        yield part
+        yield temporary
     except BaseException:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def safetensors_header(
-    function: str,
     tensors: Iterable[tuple[str, str, Sequence[int], int]],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """Makes what a safetensors file begins with: the length of its JSON table, and the table.
+    """Makes the header of a safetensors file: the length of its JSON table, and the table.
 
     Args:
-        function: whom errors name.
         tensors: (name, dtype as the format spells it, shape, bytes), in the order of the file.
-        metadata: texts about the whole file.
+        metadata: texts about the file.
 
     Raises:
         ValueError: a name that the table cannot hold.
 
     Example:
-        >>> header = safetensors_header("save", [("a", "U8", [3], 3)], {})
+        >>> header = safetensors_header([("a", "U8", [3], 3)], {})
         >>> int.from_bytes(header[:8], "little"), header[8:]
         (72, b'{"__metadata__":{},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}} ')
     """
@@ -96,9 +96,10 @@ def safetensors_header(
     begin = 0
     for name, dtype, shape, size in tensors:
         if name in table:
-            raise ValueError(
-                f"{function}: expected layer names that a safetensors file can hold, got {name!r}. "
-                "Rename that parameter."
+            raise LapValueError(
+                "layer names that a safetensors file can hold",
+                repr(name),
+                "Rename that parameter.",
             )
         offsets = [begin, begin + size]
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
@@ -108,23 +109,24 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def safetensors_package(function: str, why: str) -> Any:
-    """Imports the safetensors package, or says in the name of function why it is needed."""
+def safetensors_package(why: str) -> Any:
+    """Imports the safetensors package; without it, the error says why it is needed."""
     try:
         import safetensors
     except ModuleNotFoundError as error:
         if error.name != "safetensors":
             raise
-        raise ModuleNotFoundError(
-            f"{function}: expected the safetensors package ({why}), got none. "
-            "Run: pip install safetensors",
+        raise LapImportError(
+            f"the safetensors package ({why})",
+            "none",
+            "Run: pip install safetensors.",
             name="safetensors",
         ) from None
     return safetensors
 
 
 def parsed_size(text: str) -> int | None:
-    """Reads a number of bytes such as "4GB" (10^9 each) or "512MiB" (2^20 each).
+    """Reads a number of bytes such as "4GB" (units of 10^9) or "512MiB" (units of 2^20).
 
     Returns:
         The bytes, rounded down; None if the text is no such number.
@@ -133,8 +135,8 @@ def parsed_size(text: str) -> int | None:
         >>> parsed_size("4GB"), parsed_size("1.5 MiB"), parsed_size("1000"), parsed_size("4 apples")
         (4000000000, 1572864, 1000, None)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
-    if found is None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    if match is None:
         return None
-    base = 1024 if found[3] else 1000
-    return int(Fraction(found[1]) * base ** _POWERS[found[2] or ""])
+    base = 1024 if match[3] else 1000
+    return int(Fraction(match[1]) * base ** _POWERS[match[2] or ""])

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import difflib
+import html
 from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Aligns rows in columns; the first row is the head. right: places of columns of numbers.
+    """Aligns rows in columns.
+
+    Args:
+        rows: of cells; the first row is the head.
+        right: indices of the columns that are aligned to the right, as numbers are.
 
     Example:
         >>> print(columns([("layer", "kept"), ("fc", "8"), ("head", "16")], right=[1]))
@@ -21,13 +26,48 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def html_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    r"""Writes rows as an HTML table, for notebooks.
+
+    Args:
+        rows: as in `columns`.
+        right: as in `columns`.
+
+    Example:
+        >>> table = html_table([("layer", "kept"), ("a<b", "8")], right=[1])
+        >>> print(table.replace("<t", "\n<t"))
+        <BLANKLINE>
+        <table>
+        <thead>
+        <tr>
+        <th style="text-align:left">layer</th>
+        <th style="text-align:right">kept</th></tr></thead>
+        <tbody>
+        <tr>
+        <td style="text-align:left">a&lt;b</td>
+        <td style="text-align:right">8</td></tr></tbody></table>
+    """
+
+    def line(row: Sequence[str], tag: str) -> str:
+        sides = ["right" if column in right else "left" for column in range(len(row))]
+        cells = [
+            f'<{tag} style="text-align:{side}">{html.escape(cell)}</{tag}>'
+            for side, cell in zip(sides, row, strict=True)
+        ]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head, *body = rows
+    lines = "".join(line(row, "td") for row in body)
+    return f"<table><thead>{line(head, 'th')}</thead><tbody>{lines}</tbody></table>"
 
 
 def some(items: Iterable[str], most: int) -> str:
@@ -71,7 +111,7 @@ def did_you_mean(given: str, known: Iterable[str], most: int = 1, cutoff: float 
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a layer's name is the pattern, or fits it as file names do (*, ?, [abc])."""
+    """Tells whether a layer's name is the pattern, or matches it as file names do (*, ?, [abc])."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
@@ -86,7 +126,7 @@ def layer_name(parameter: str) -> str:
 
 
 def parameter_in(layer: str, known: Container[str]) -> str | None:
-    """Finds the parameter that a layer's name stands for; None where none of them is known.
+    """Finds the parameter that a layer's name stands for; None if none of them is known.
 
     Example:
         >>> parameter_in("conv1", {"conv1.weight"}), parameter_in("conv1", {"conv2.weight"})
@@ -96,7 +136,7 @@ def parameter_in(layer: str, known: Container[str]) -> str | None:
 
 
 def parameter_names(layer: str) -> tuple[str, str]:
-    """Lists the parameters that a layer's name may stand for, the likelier one first.
+    """Lists the parameters that a layer's name may stand for, the most likely one first.
 
     Example:
         >>> parameter_names("conv1")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The demo: lookahead against magnitude pruning on handwritten digits (python -m lap_ext.demo).
+"""Compares lookahead with magnitude pruning on handwritten digits (python -m lap_ext.demo).
 
 Trains the fully connected net of the lookahead paper (Park et al., ICLR 2020) on scikit-learn's
-bundled 8x8 digits, prunes it to several sparsities from the same dense weights by both methods,
-fine-tunes with the masks kept, and prints and draws the test accuracy over several seeds.
+bundled 8x8 digits, prunes the same dense weights to several sparsities by both methods, fine-tunes
+with the masks kept, and prints and plots the test accuracy over several seeds.
 
     layer l after t rounds of the paper's ratios q = (.5, .5, .5, .5, .25):
-        sparsity = 1 - (1 - q[l])^t,   the same for both methods; only the choice of weights differs
+        sparsity = 1 - (1 - q[l])^t,   the same for both methods; only the selected weights differ
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Level:
 
 @dataclass
 class Results:
-    """All that was measured."""
+    """All measurements."""
 
     levels: list[Level]
     dense: list[float] = field(default_factory=list)  # one accuracy a seed
@@ -69,19 +69,19 @@ class Results:
 
 
 def load_digits() -> Digits:
-    """A fixed, stratified split into 3/4 for training and 1/4 for the test."""
+    """Loads the digits, with a fixed, stratified split: 3/4 for training, 1/4 for the test."""
     from sklearn import datasets, model_selection
 
     x, y = datasets.load_digits(return_X_y=True)
-    parts = model_selection.train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
-    x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
-    y_train, y_test = (torch.tensor(part) for part in parts[2:])
+    split = model_selection.train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    x_train, x_test = (torch.tensor(x, dtype=torch.float32) for x in split[:2])
+    y_train, y_test = (torch.tensor(y) for y in split[2:])
     mean, deviation = x_train.mean(0), x_train.std(0).clamp_min(1e-3)  # some pixels are always 0
     return Digits((x_train - mean) / deviation, y_train, (x_test - mean) / deviation, y_test)
 
 
 def new_net(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Makes linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
@@ -90,7 +90,7 @@ def new_net(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
-    """Per cent of the test digits that are recognized."""
+    """Computes the percentage of the test digits that are recognized."""
     return 100 * (net(digits.x_test).argmax(1) == digits.y_test).double().mean().item()
 
 
@@ -102,9 +102,9 @@ def train(
     masks: lap_ext.Masks | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> None:
-    """Trains for some steps with a fresh Adam; pruned weights (mask False) stay zero."""
+    """Trains for some steps with a new Adam; pruned weights (mask False) stay zero."""
     batches = torch.Generator().manual_seed(seed)
-    # fused: one pass over the parameters a step, about half the time of the default on a CPU
+    # fused: one pass over the parameters in each step, about half the time of the default on a CPU
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=True)
     with masks.keep(net, optimizer) if masks else nullcontext():
         for _ in range(steps):
@@ -117,23 +117,23 @@ def train(
 
 
 def sparsities(rounds: int) -> dict[str, float]:
-    """The fraction that each layer loses after some rounds of the paper's ratios, by its name."""
+    """Computes the sparsity of each layer after some rounds of the paper's ratios, by its name."""
     return {f"{2 * i}": 1 - (1 - ratio) ** rounds for i, ratio in enumerate(RATIOS)}
 
 
 def total_steps(seeds: int, steps: int) -> int:
-    """Training steps of the whole experiment."""
+    """Counts the training steps of the experiment."""
     return seeds * (TRAIN_STEPS + steps * len(ROUNDS) * len(METHODS))
 
 
 def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]) -> Results:
-    """The experiment.
+    """Runs the experiment.
 
     Args:
         digits: the data.
         seeds: dense nets to train; each is pruned at every level by every method.
         steps: fine-tuning steps after pruning.
-        on_step: is called at every training step with what is being done.
+        on_step: called at every training step with a description of the work.
 
     Returns:
         The accuracies.
@@ -155,7 +155,9 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
             for method in METHODS:
                 net.load_state_dict(dense)
                 start = time.perf_counter()
-                pruned = lap_ext.prune(net, topology, sparsities(rounds), criterion=method)
+                pruned = lap_ext.prune(
+                    net, None, sparsities(rounds), topology=topology, criterion=method
+                )
                 results.prune_seconds += time.perf_counter() - start
                 results.pruned_weights += pruned.total
                 level.pruned[method].append(accuracy(net, digits))
@@ -166,23 +168,23 @@ def run(digits: Digits, seeds: int, steps: int, on_step: Callable[[str], object]
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation over seeds, 0 for a single one."""
+    """Computes the standard deviation over seeds, 0 for a single one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def show(values: Sequence[float]) -> str:
-    """The mean, with the deviation where there are several seeds."""
+    """Writes the mean, with the standard deviation where there are several seeds."""
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {spread(values):.1f}" if len(values) > 1 else mean
 
 
 def measured(seeds: int) -> str:
-    """What the numbers are."""
-    return f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    """Describes the numbers: over how many seeds they are."""
+    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
 
 
 def print_table(results: Results) -> None:
-    """Prints all accuracies, and in one sentence what came out."""
+    """Prints all accuracies, and the result in one sentence."""
     from rich.console import Console
     from rich.table import Table
 
@@ -210,7 +212,7 @@ def print_table(results: Results) -> None:
     console.print(table)
     console.print(
         f"After fine-tuning, lookahead minus magnitude: {min(gains):+.1f} to {max(gains):+.1f} "
-        f"points; lookahead is ahead at {sum(g > 0 for g in gains)} of {len(gains)} sparsities."
+        f"points; lookahead is better at {sum(g > 0 for g in gains)} of {len(gains)} sparsities."
     )
     console.print(
         f"lap_ext.prune scored, selected and zeroed {results.pruned_weights:,} weights in "
@@ -219,7 +221,7 @@ def print_table(results: Results) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draws accuracy against kept weights, before and after fine-tuning."""
+    """Plots accuracy against kept weights, before and after fine-tuning."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -253,16 +255,16 @@ def draw(results: Results, path: Path) -> None:
     panels[0].legend(frameon=False, loc="center right")
     net = "-".join(map(str, WIDTHS))
     figure.suptitle(f"Digits, fully connected {net}, {measured(len(results.dense))}")
-    with replacing(path) as file:  # a reader never sees half a picture
+    with replacing(path) as file:  # the file is never incomplete
         figure.savefig(file, format="png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parses the options."""
 
     def count(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
         return int(text)
 
     parser = argparse.ArgumentParser(
@@ -272,7 +274,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=count, default=3, help="dense nets to train and prune")
     parser.add_argument("--steps", type=count, default=200, help="fine-tuning steps after pruning")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for the plot")
     return parser.parse_args(argv)
 
 

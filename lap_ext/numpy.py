@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The functions of lap_ext for NumPy arrays: same names, meaning and bits, without torch.
+"""The functions of lap_ext for NumPy arrays: the same names, meaning and bits, without torch.
 
     import lap_ext.numpy as lap
     kept = lap.mask(w_prev, w, w_next, sparsity=0.9)
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeAlias, overload
 
+from lap_ext.errors import calling
 from lap_ext.ops import check, numpy_args
 from lap_ext.ops.neighbors import IDENTITY, Neighbor
 from lap_ext.ops.numpy_args import Array, Mask
@@ -20,20 +21,21 @@ from lap_ext.ops.numpy_args import Array, Mask
 __all__ = [
     "IDENTITY",
     "Neighbor",
-    "factors",
     "kth_largest",
     "mask",
-    "mask_from_factors",
+    "mask_from_norms",
+    "neighbor_norms",
     "prune_",
-    "prune_from_factors_",
+    "prune_from_norms_",
     "score",
-    "score_from_factors",
+    "score_from_norms",
     "topk_mask",
 ]
 
 Neighbors: TypeAlias = Array | Neighbor | Sequence[Array | Neighbor | None] | None
 
 
+@calling("score")
 def score(
     w_prev: Neighbors,
     w: Array,
@@ -43,7 +45,7 @@ def score(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Array:
-    """Lookahead score of every weight of one layer; see `lap_ext.score`.
+    """Scores every weight of one layer by lookahead; see `lap_ext.score`.
 
         score[o, i, ...] = |w[o, i, ...]| * ||w_prev[i]||_F * ||w_next[:, o]||_F
 
@@ -52,13 +54,12 @@ def score(
         >>> lap.score(np.array([[3., 4.]]), np.array([[-2.]]), np.array([[1.]]))  # |-2| * 5 * 1
         array([[10.]])
     """
-    numpy_args.weight("score", w, groups, transposed)
-    norms = numpy_args.norms("score", w_prev, w, w_next, groups, transposed, check_finite)
-    return numpy_args.call(
-        "score", numpy_args.kernels.score, w, *norms, groups, transposed, check_finite
-    )
+    numpy_args.weight(w, groups, transposed)
+    norms = numpy_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
+    return numpy_args.kernels.score(w, *norms, groups, transposed, check_finite)
 
 
+@calling("mask")
 def mask(
     w_prev: Neighbors,
     w: Array,
@@ -71,7 +72,7 @@ def mask(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """Mask of exactly `keep` weights with the largest lookahead scores; see `lap_ext.mask`.
+    """Selects exactly `keep` weights, those with the largest scores; see `lap_ext.mask`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
@@ -79,14 +80,15 @@ def mask(
         array([[False,  True,  True],
                [ True, False, False]])
     """
-    numpy_args.weight("mask", w, groups, transposed)
-    count = check.keep_count("mask", sparsity, keep, w.size)
-    eligible = numpy_args.eligible("mask", "mask", mask, "w", w)
-    norms = numpy_args.norms("mask", w_prev, w, w_next, groups, transposed, check_finite)
+    numpy_args.weight(w, groups, transposed)
+    count = check.keep_count(sparsity, keep, w.size)
+    eligible = numpy_args.eligible("mask", mask, "w", w)
+    norms = numpy_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    return numpy_args.call("mask", numpy_args.kernels.mask, w, *norms, *options)
+    return numpy_args.kernels.mask(w, *norms, *options)
 
 
+@calling("prune_")
 def prune_(
     w_prev: Neighbors,
     w: Array,
@@ -99,7 +101,7 @@ def prune_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """As `mask`, and sets the weights that are not kept to +0.0 in place; see `lap_ext.prune_`.
+    """Does what `mask` does, and zeroes the other weights in place; see `lap_ext.prune_`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
@@ -107,16 +109,17 @@ def prune_(
         >>> lap.prune_(None, w, None, keep=1), w
         (array([[False, False,  True]]), array([[0., 0., 3.]]))
     """
-    numpy_args.weight("prune_", w, groups, transposed)
-    numpy_args.writable("prune_", w)
-    count = check.keep_count("prune_", sparsity, keep, w.size)
-    eligible = numpy_args.eligible("prune_", "mask", mask, "w", w)
-    norms = numpy_args.norms("prune_", w_prev, w, w_next, groups, transposed, check_finite)
+    numpy_args.weight(w, groups, transposed)
+    numpy_args.writable(w)
+    count = check.keep_count(sparsity, keep, w.size)
+    eligible = numpy_args.eligible("mask", mask, "w", w)
+    norms = numpy_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    return numpy_args.call("prune_", numpy_args.kernels.prune_, w, *norms, *options)
+    return numpy_args.kernels.prune_(w, *norms, *options)
 
 
-def factors(
+@calling("neighbor_norms")
+def neighbor_norms(
     w_prev: Neighbors,
     w: Array,
     w_next: Neighbors,
@@ -125,18 +128,19 @@ def factors(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> tuple[Array, Array]:
-    """Float64 (in_norm [I], out_norm [O]), the factors of the scores of w; see `lap_ext.factors`.
+    """Computes float64 (in_norm [I], out_norm [O]) of w; see `lap_ext.neighbor_norms`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
-        >>> lap.factors(np.array([[3., 4.]]), np.ones((2, 1)), None)
+        >>> lap.neighbor_norms(np.array([[3., 4.]]), np.ones((2, 1)), None)
         (array([5.]), array([1., 1.]))
     """
-    numpy_args.weight("factors", w, groups, transposed)
-    return numpy_args.norms("factors", w_prev, w, w_next, groups, transposed, check_finite)
+    numpy_args.weight(w, groups, transposed)
+    return numpy_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
 
 
-def score_from_factors(
+@calling("score_from_norms")
+def score_from_norms(
     w: Array,
     in_norm: Array | None,
     out_norm: Array | None,
@@ -145,15 +149,13 @@ def score_from_factors(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Array:
-    """Score of every weight from factors [I] and [O]; see `lap_ext.score_from_factors`."""
-    name = "score_from_factors"
-    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
-    return numpy_args.call(
-        name, numpy_args.kernels.score, w, *norms, groups, transposed, check_finite
-    )
+    """Scores every weight from norms [I] and [O]; see `lap_ext.score_from_norms`."""
+    norms = numpy_args.given_norms(w, in_norm, out_norm, groups, transposed)
+    return numpy_args.kernels.score(w, *norms, groups, transposed, check_finite)
 
 
-def mask_from_factors(
+@calling("mask_from_norms")
+def mask_from_norms(
     w: Array,
     in_norm: Array | None,
     out_norm: Array | None,
@@ -165,17 +167,15 @@ def mask_from_factors(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """Mask of the keep largest scores, from factors; see `lap_ext.mask_from_factors`."""
-    name = "mask_from_factors"
-    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
-    count = check.keep_count(name, sparsity, keep, w.size)
-    eligible = numpy_args.eligible(name, "mask", mask, "w", w)
-    return numpy_args.call(
-        name, numpy_args.kernels.mask, w, *norms, count, eligible, groups, transposed, check_finite
-    )
+    """Selects the keep largest scores, from norms; see `lap_ext.mask_from_norms`."""
+    norms = numpy_args.given_norms(w, in_norm, out_norm, groups, transposed)
+    count = check.keep_count(sparsity, keep, w.size)
+    eligible = numpy_args.eligible("mask", mask, "w", w)
+    return numpy_args.kernels.mask(w, *norms, count, eligible, groups, transposed, check_finite)
 
 
-def prune_from_factors_(
+@calling("prune_from_norms_")
+def prune_from_norms_(
     w: Array,
     in_norm: Array | None,
     out_norm: Array | None,
@@ -187,15 +187,12 @@ def prune_from_factors_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """As `mask_from_factors`, and prunes w in place; see `lap_ext.prune_from_factors_`."""
-    name = "prune_from_factors_"
-    norms = numpy_args.given_norms(name, w, in_norm, out_norm, groups, transposed)
-    numpy_args.writable(name, w)
-    count = check.keep_count(name, sparsity, keep, w.size)
-    eligible = numpy_args.eligible(name, "mask", mask, "w", w)
-    return numpy_args.call(
-        name,
-        numpy_args.kernels.prune_,
+    """Selects as `mask_from_norms`, and prunes w in place; see `lap_ext.prune_from_norms_`."""
+    norms = numpy_args.given_norms(w, in_norm, out_norm, groups, transposed)
+    numpy_args.writable(w)
+    count = check.keep_count(sparsity, keep, w.size)
+    eligible = numpy_args.eligible("mask", mask, "w", w)
+    return numpy_args.kernels.prune_(
         w,
         *norms,
         count,
@@ -224,6 +221,7 @@ def topk_mask(
     mask: Sequence[Mask] | None = None,
     check_finite: bool = True,
 ) -> list[Mask]: ...
+@calling("topk_mask")
 def topk_mask(
     scores: Array | Sequence[Array],
     keep: SupportsIndex | None = None,
@@ -232,37 +230,34 @@ def topk_mask(
     mask: Mask | Sequence[Mask] | None = None,
     check_finite: bool = True,
 ) -> Mask | list[Mask]:
-    """Mask of exactly `keep` of the largest scores; see `lap_ext.topk_mask`.
+    """Selects exactly `keep` scores, the largest; see `lap_ext.topk_mask`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
         >>> lap.topk_mask(np.array([3., 1., 3., 2.]), 2)
         array([ True, False,  True, False])
     """
-    single, checked = numpy_args.score_list("topk_mask", scores)
-    count = check.keep_count("topk_mask", sparsity, keep, sum(x.size for x in checked))
+    single, checked = numpy_args.score_list(scores)
+    count = check.keep_count(sparsity, keep, sum(x.size for x in checked))
     masks = numpy_args.mask_list(mask, single, checked)
     if not checked:
         return []
-    kept: list[Mask] = numpy_args.call(
-        "topk_mask", numpy_args.kernels.topk_mask, checked, count, masks, check_finite
-    )
+    kept: list[Mask] = numpy_args.kernels.topk_mask(checked, count, masks, check_finite)
     return kept[0] if single else kept
 
 
+@calling("kth_largest")
 def kth_largest(
     scores: Array | Sequence[Array], k: SupportsIndex, *, check_finite: bool = True
 ) -> Any:
-    """The k-th largest of all scores, a NumPy scalar of their dtype; see `lap_ext.kth_largest`.
+    """Finds the k-th largest of all scores, a scalar of their dtype; see `lap_ext.kth_largest`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
         >>> float(lap.kth_largest(np.array([3., 1., 3., 2.]), 3))
         2.0
     """
-    _, checked = numpy_args.score_list("kth_largest", scores)
-    count = check.rank("kth_largest", k, sum(x.size for x in checked))
-    value = numpy_args.call(
-        "kth_largest", numpy_args.kernels.kth_largest, checked, count, check_finite
-    )
+    _, checked = numpy_args.score_list(scores)
+    count = check.rank(k, sum(x.size for x in checked))
+    value = numpy_args.kernels.kth_largest(checked, count, check_finite)
     return checked[0].dtype.type(value)

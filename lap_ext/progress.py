@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tells a listener, on_progress, how far a step of the work is."""
+"""Progress events, counted in bytes of weights read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one step of a pruning or scoring is.
+    """The progress of one step of a pruning or scoring.
 
     Attributes:
-        step: "measure" (norms of neighbors), "score" (scores that are stored), "rank" (which weights
-            are kept), "write" (a checkpoint's files), "verify", "count zeros" (of layers that are
-            inspected), or "data" (criteria that look at data, which has no known length). A step
-            comes once in each round or pass; norms that are taken again within a round
-            (sequential orders) are not told.
+        step: "measure" (neighbor norms), "score" (scores that are stored), "rank" (selects the
+            weights to keep), "write" (the files of a checkpoint), "verify", "count zeros" (of
+            inspected layers), or "data" (criteria that use data, whose length is not known). Each
+            round or pass reports a step once; norms that are measured again within a round
+            (sequential orders) are not reported.
         name: the layer or tensor; "" for all of them.
         done: bytes of weights that the step has read, or written, so far.
         total: all bytes that it will read or write; 0: not known.
@@ -30,7 +30,7 @@ class Progress:
 
 
 class Step:
-    """Counts the bytes of one step of the work and tells the listener.
+    """Counts the bytes of one step of the work and reports them to the listener.
 
     Args:
         on_progress: the listener, or None.
@@ -38,7 +38,7 @@ class Step:
         total: bytes of weights that it will read or write.
 
     Example:
-        >>> step = Step(lambda progress: print(progress.name, progress.done, progress.total), "rank", 8)
+        >>> step = Step(lambda event: print(event.name, event.done, event.total), "rank", 8)
         >>> step.read("fc", 4)
         fc 4 8
     """
@@ -51,7 +51,7 @@ class Step:
         self.done, self.total = 0, total
 
     def read(self, name: str, size: int) -> None:
-        """Counts size bytes more, of a layer or tensor, and tells the listener."""
+        """Counts size more bytes, of a layer or tensor, and reports them to the listener."""
         self.done += size
         if self._on_progress is not None:
             self._on_progress(Progress(self.name, name, self.done, self.total))

@@ -5,17 +5,18 @@
     linear        s0 + (s - s0) * u             the same number of weights each time
     cubic         s + (s0 - s) * (1 - u)^3      many at first, few at the end
     exponential   1 - (1 - s0) * ((1 - s) / (1 - s0))^u     the same fraction of the rest each time
-    iterative     1 - (1 - ratio)^k             the same, told by the fraction: the k-th of rounds
+    iterative     1 - (1 - ratio)^k             the same, given that fraction: the k-th of rounds
 
 u goes from 0 at step start to 1 at step end. Linear, cubic and exponential prune at start,
 start + every, start + 2 * every, ... and at end, where the sparsity is exactly s.
 
-A schedule is a pure function of the step: it remembers nothing, so a resumed run goes on as if it
-had never stopped. A sparsity counts from all weights; with masks that carry over, as in the paper's
-iterative pruning, each step removes the difference.
+A schedule is a pure function of the step: it stores nothing, so a resumed run continues as if it
+had never stopped. A sparsity is a fraction of all weights; with masks that carry over, as in the
+paper's iterative pruning, each step removes the difference.
 
 Sources: cubic in Zhu and Gupta, "To prune, or not to prune", 2017; iterative in Park et al., ICLR
-2020, whose one-shot variant prunes the dense net to 1 - (1 - ratio)^k at once: see allocation.paper.
+2020, whose one-shot variant prunes the dense net to 1 - (1 - ratio)^k at once: see
+allocation.compounded.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
 
 
 class Schedule(Protocol):
-    """Anything that is called with a training step; your own function will do.
+    """Decides by the training step; your own function will do.
 
     Example:
         >>> def every_thousand(step: int) -> float | None:
@@ -40,7 +42,7 @@ class Schedule(Protocol):
     """
 
     def __call__(self, step: int, /) -> float | None:
-        """The sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step; None: do not prune."""
         ...
 
 
@@ -61,18 +63,19 @@ class one_shot:  # noqa: N801 (reads as the function that it is used as)
     sparsity: Number
     at: int = 0
 
+    @calling("one_shot")
     def __post_init__(self) -> None:
-        check.keep_count("one_shot", self.sparsity, None, 0)
-        _steps("one_shot", at=self.at)
+        check.keep_count(self.sparsity, None, 0)
+        _steps(at=self.at)
 
     def __call__(self, step: int, /) -> float | None:
-        """The sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step; None: do not prune."""
         return float(self.sparsity) if step == self.at else None
 
 
 @dataclass(frozen=True)
 class _Ramp:
-    """From initial to sparsity between start and end.
+    """Grows from initial to sparsity between start and end.
 
     Args:
         sparsity: the fraction removed at the end.
@@ -89,24 +92,30 @@ class _Ramp:
     initial: Number = 0.0
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        for sparsity in (self.sparsity, self.initial):
-            check.keep_count(name, sparsity, None, 0)
-        _steps(name, start=self.start, end=self.end)
-        _steps(name, least=1, every=self.every)
+        with calling(type(self).__name__):
+            self._check()
+
+    def _check(self) -> None:
+        check.keep_count(self.sparsity, None, 0)
+        check.keep_count(self.initial, None, 0, argument="initial")
+        _steps(start=self.start, end=self.end)
+        _steps(least=1, every=self.every)
         if self.end <= self.start:
-            raise ValueError(
-                f"{name}: expected start < end, got {self.start} and {self.end}. "
-                "Use one_shot to prune at one step."
+            raise LapValueError(
+                "{argument} < end",
+                f"{self.start} and {self.end}",
+                "Use one_shot to prune at one step.",
+                argument="start",
             )
         if self.initial > self.sparsity:
-            raise ValueError(
-                f"{name}: expected initial <= sparsity (pruned weights do not return), got "
-                f"{self.initial} and {self.sparsity}."
+            raise LapValueError(
+                "{argument} <= sparsity (pruned weights do not return)",
+                f"{self.initial} and {self.sparsity}",
+                argument="initial",
             )
 
     def __call__(self, step: int, /) -> float | None:
-        """The sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step; None: do not prune."""
         if not self.start <= step <= self.end:
             return None
         if step == self.end:
@@ -118,6 +127,7 @@ class _Ramp:
         return min(max(value, first), last)  # rounding must not leave the range
 
     def _between(self, first: float, last: float, u: float) -> float:
+        """Returns the sparsity at u in (0, 1), between first and last."""
         raise NotImplementedError
 
 
@@ -127,8 +137,10 @@ class linear(_Ramp):  # noqa: N801
 
     Example:
         >>> schedule = linear(0.5, start=0, end=100, every=50)
-        >>> schedule, [schedule(step) for step in (0, 49, 50, 100, 101)]
-        (linear(sparsity=0.5, start=0, end=100, every=50, initial=0.0), [0.0, None, 0.25, 0.5, None])
+        >>> schedule
+        linear(sparsity=0.5, start=0, end=100, every=50, initial=0.0)
+        >>> [schedule(step) for step in (0, 49, 50, 100, 101)]
+        [0.0, None, 0.25, 0.5, None]
     """
 
     def _between(self, first: float, last: float, u: float) -> float:
@@ -159,12 +171,14 @@ class exponential(_Ramp):  # noqa: N801
         0.5
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         if self.sparsity == 1:
-            raise ValueError(
-                "exponential: expected sparsity < 1 (no number of equal fractions removes all), "
-                f"got {self.sparsity}. Use linear or cubic."
+            raise LapValueError(
+                "{argument} < 1 (no number of equal fractions removes all)",
+                self.sparsity,
+                "Use linear or cubic.",
+                argument="sparsity",
             )
 
     def _between(self, first: float, last: float, u: float) -> float:
@@ -173,11 +187,11 @@ class exponential(_Ramp):  # noqa: N801
 
 @dataclass(frozen=True)
 class iterative:  # noqa: N801
-    """The paper's iterative pruning: the same fraction of what is left, so many times.
+    """Removes the same fraction of what is left, several times: the paper's iterative pruning.
 
     Args:
         ratio: the fraction of the remaining weights that each pruning removes.
-        rounds: how often.
+        rounds: the number of prunings.
         every: steps from one pruning to the next, the training between them.
         start: step of the first one.
 
@@ -192,13 +206,14 @@ class iterative:  # noqa: N801
     every: int = 1
     start: int = 0
 
+    @calling("iterative")
     def __post_init__(self) -> None:
-        check.keep_count("iterative", self.ratio, None, 0)
-        _steps("iterative", start=self.start)
-        _steps("iterative", least=1, rounds=self.rounds, every=self.every)
+        check.keep_count(self.ratio, None, 0, argument="ratio")
+        _steps(start=self.start)
+        _steps(least=1, rounds=self.rounds, every=self.every)
 
     def __call__(self, step: int, /) -> float | None:
-        """The sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step; None: do not prune."""
         done, off = divmod(step - self.start, self.every)
         if off or not 0 <= done < self.rounds:
             return None
@@ -206,13 +221,12 @@ class iterative:  # noqa: N801
         return -math.expm1((done + 1) * math.log1p(-float(self.ratio))) if self.ratio < 1 else 1.0
 
 
-def _steps(function: str, least: int = 0, **named: int) -> None:
-    """Counts of steps are whole numbers."""
+def _steps(least: int = 0, **named: int) -> None:
+    """Checks that numbers of steps are integers from least on."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"{function}: expected {name} to be an int (training steps), "
-                f"got {type(value).__name__}."
+            raise LapTypeError(
+                "{argument} to be an int (training steps)", type(value).__name__, argument=name
             )
         if value < least:
-            raise ValueError(f"{function}: expected {name} >= {least}, got {value}.")
+            raise LapValueError(f"{{argument}} >= {least}", value, argument=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What holds for every test: the random state, the threads, the devices, the examples of hypothesis."""
+"""What holds for every test: the random state, threads, devices, the examples of hypothesis."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builds, tests and measures the CUDA kernels, and writes one JSON: python -m benchmarks.gpu.
 
-With a GPU: under eight minutes, each step in a process of its own with a time limit; first what tells
-right from wrong, all at the same time, then what is timed, one by one. Without one: the reports of
-ptxas and the byte counts (benchmarks/results/cuda-static.json). See README.md.
+With a GPU: under eight minutes, each step in a process of its own with a time limit; first what
+tells right from wrong, all at the same time, then what is timed, one by one. Without one: the
+reports of ptxas and the byte counts (benchmarks/results/cuda-static.json). See README.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ STATIC = RESULTS / "cuda-static.json"
 PIECES = machine.ROOT / "build" / "gpu"  # ignored by git
 
 HOSTILE = ("float32", "float64", "float16", "bfloat16")
-# What is timed comes in the order of its worth: the last steps are cut where the first take too long.
+# What is timed comes in the order of its worth: the last steps are cut where the first take too
+# long.
 STEPS = (
     Step("build", 100, first=True),
     Step("driver", 60, first=True, together=True),
@@ -54,13 +55,13 @@ STEPS = (
     Step("huge", 80, together=True, share=0.5),
     Step("limit", 60),
     Step("kernels", 30),
-    Step("rivals", 50),
+    Step("baselines", 50),
     Step("counters", 35, leaves=counters.LOG),
 )
 
 
 def chosen(only: Sequence[str], prebuilt: bool) -> list[Step]:
-    """The steps of these names; "sanitizer" stands for all that begin so."""
+    """Returns the steps of these names; "sanitizer" stands for all that begin so."""
     return [
         step
         for step in STEPS
@@ -70,7 +71,7 @@ def chosen(only: Sequence[str], prebuilt: bool) -> list[Step]:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", help="cuda[:index] (default, if there is one) or cpu")
     parser.add_argument(
@@ -86,7 +87,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=BUDGET_S, help="seconds for all (default: %(default)g)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the JSON (default: benchmarks/results)"
+        "--out", type=Path, help="directory for the JSON (default: benchmarks/results)"
     )
     parser.add_argument("--commit", help="what is measured, where there is no git")
     parser.add_argument(
@@ -109,7 +110,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def step_function(name: str) -> Callable[[Device, float, Save], None]:
-    """The code of a step; imported only then, so that "build" does not load what it replaces."""
+    """Imports a step's code only when it runs: "build" must not load what it replaces."""
     kind, _, part = name.partition("-")
     if kind == "hostile":
         from benchmarks.gpu import bits
@@ -126,7 +127,7 @@ def step_function(name: str) -> Callable[[Device, float, Save], None]:
 
 
 def facts(device: Device, commit: str | None) -> dict[str, Any]:
-    """The machine, with the GPU's driver and CUDA; what lap_ext has loaded is a step's to tell."""
+    """Describes the machine, with the GPU's driver and CUDA; a step tells what lap_ext loads."""
     found = machine.describe(device.device)
     del found["lap_ext"]  # this process may have loaded what the build then replaces
     found["commit"] = commit or found["commit"]
@@ -151,7 +152,7 @@ def driver_version() -> str | None:
 
 
 def child(args: argparse.Namespace) -> int:
-    """One step, in its own process."""
+    """Runs one step, in its own process."""
     save = saver(args.piece)
     device = Device(torch.device(args.device), args.rehearse)
     try:
@@ -172,14 +173,14 @@ class Results:
             "prepared": prepare.prepared() if args.prebuilt else None,
             "steps": {},
         }
-        self._folder = args.out or (PIECES if args.rehearse else RESULTS)
+        self._directory = args.out or (PIECES if args.rehearse else RESULTS)
         self._stem = machine.slug(self.content["machine"])
-        self.path = self._folder / f"{self._stem}-gpu.json"
+        self.path = self._directory / f"{self._stem}-gpu.json"
         self.outcomes: dict[str, Outcome] = {}
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Returns the seconds since the start."""
         return time.perf_counter() - self._begin
 
     def heard(self, name: str, outcome: Outcome) -> None:
@@ -190,13 +191,13 @@ class Results:
         report.write(self.path, self.content)
         leaves = next(step.leaves for step in STEPS if step.name == name)
         if leaves and (PIECES / leaves).exists():
-            shutil.copyfile(PIECES / leaves, self._folder / f"{self._stem}-{leaves}")
+            shutil.copyfile(PIECES / leaves, self._directory / f"{self._stem}-{leaves}")
         if outcome.status != "running":
             print(report.step_line(name, outcome), flush=True)
 
 
 def steps(args: argparse.Namespace) -> int:
-    """All steps; 1 if one failed. A missed target is no failure."""
+    """Runs all steps; 1 if one failed. A missed target is no failure."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the results are written, too
     results = Results(args, Device(torch.device(args.device), args.rehearse))
     prepared = results.content["prepared"]
@@ -213,7 +214,7 @@ def steps(args: argparse.Namespace) -> int:
 
 
 def run_all(args: argparse.Namespace, results: Results) -> None:
-    """The groups of steps, one after the other; none after a first step that failed."""
+    """Runs the groups of steps, one after the other; none after a first step that failed."""
     arguments = ["--device", args.device, *(["--rehearse"] if args.rehearse else [])]
     stop = None
     for group in groups(chosen(args.only, args.prebuilt)):
@@ -228,7 +229,7 @@ def run_all(args: argparse.Namespace, results: Results) -> None:
 
 
 def without_gpu(args: argparse.Namespace) -> int:
-    """What needs none: the reports of ptxas, the byte counts, the prediction."""
+    """Does what needs no GPU: the reports of ptxas, the byte counts, the prediction."""
     from benchmarks.gpu import build
 
     print(
@@ -245,7 +246,7 @@ def without_gpu(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Chooses."""
+    """Chooses what to run, by the arguments and the device."""
     args = parsed(argv)
     if args.step:
         return child(args)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Steps "bits" and "hostile-...": every operator gives the CPU's bits, in graphs and on streams, too.
+"""Steps "bits" and "hostile-...": every operator gives the CPU's bits, also in graphs, on streams.
 
 Data and layouts are those of the tests. The other side is the native CPU library; in a rehearsal,
-where that is what is tested, the pure reference. A result that differs is described so that it can be
-made again, and the check goes on.
+where that is what is tested, the pure reference. A result that differs is described so that it can
+be made again, and the check goes on.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SHOWN = 5  # differing values of a mismatch
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """All checks of this step, independent of each other."""
+    """Runs all checks of this step, independent of each other."""
     del limit_s  # the parent keeps it
     device.require_kernels()
     each({name: partial(check, device) for name, check in CHECKS.items()}, save)
 
 
 def run_hostile(dtype: torch.dtype, device: Device, limit_s: float, save: Save) -> None:
-    """Hostile data of one dtype: the other side needs a core for a minute."""
+    """Checks hostile data of one dtype: the other side needs a core for a minute."""
     del limit_s
     device.require_kernels()
     each({name: partial(hostile, device, dtype, [name]) for name in cases.HOSTILE}, save)
@@ -67,7 +67,7 @@ class Pair:
                 self._compare(op, args, where, got, expected)
 
     def prune(self, w: Tensor, *args: Any) -> None:
-        """prune_, which also changes w: mask and weights."""
+        """Compares prune_, which also changes w: mask and weights."""
         here, there = _like(w, self._device.device), _like(w, torch.device("cpu"))
         masks, expected = self._called("prune_", [here, *args], [there, *args])
         if masks is not None:
@@ -75,14 +75,14 @@ class Pair:
             self._compare("prune_", (w, *args), "'s weights", here.cpu(), there)
 
     def result(self) -> str:
-        """How many were equal; raises if one was not."""
+        """Tells how many were equal; raises if one was not."""
         if self.mismatches:
             count = f"{len(self.mismatches)} of {self.compared} results differ:"
             raise MismatchError("\n".join([count, *self.mismatches]))
         return f"{self.compared} results"
 
     def _called(self, op: str, here: list[Any], there: list[Any]) -> tuple[Any, Any]:
-        """Both sides' results; (None, None) if either raised, which is a mismatch."""
+        """Returns both sides' results; (None, None) if either raised, which is a mismatch."""
         sides = (schema, _moved(here, self._device.device)), (self._other, there)
         found: list[list[Tensor]] = []
         for where, (side, args) in zip(
@@ -111,7 +111,7 @@ class Pair:
 
 
 def described(op: str, args: Sequence[Any]) -> str:
-    """An operator's call: of tensors dtype, shape and strides, and the other arguments by name."""
+    """Describes an operator's call: tensors by dtype, shape and strides, the rest by value."""
     parts = []
     for argument, value in zip(getattr(schema, op)._schema.arguments, args, strict=True):
         parts.append(f"{argument.name}={_described(value)}")
@@ -129,7 +129,7 @@ def _described(x: Any) -> str:
 
 
 def difference(got: Tensor, expected: Tensor) -> str | None:
-    """What differs, signs of zeros and NaNs included: flat indices with both values; or None."""
+    """Describes what differs, signs of zeros and NaNs included, by flat indices; or None."""
     if got.dtype != expected.dtype:
         return f"{got.dtype} for {expected.dtype}"
     if got.shape != expected.shape:
@@ -143,7 +143,7 @@ def difference(got: Tensor, expected: Tensor) -> str | None:
 
 
 def equal_bits(got: Tensor, expected: Tensor, what: str) -> None:
-    """Equal, or an error that says where not."""
+    """Raises, and says where, unless both are equal."""
     found = difference(got, expected)
     checks.require(found is None, f"{what}: {found}")
 
@@ -157,7 +157,7 @@ def global_mask(
     masks: list[Tensor],
     check_finite: bool,
 ) -> list[Tensor]:
-    """The definition: topk_mask of all scores; a weight without norms is its own score."""
+    """Defines global_mask: topk_mask of all scores; a weight without norms is its own score."""
     scores = [
         reference.score(x, cols, rows, count, False, check_finite) if rows.numel() else x
         for x, rows, cols, count in zip(w, row_norm, col_norm, groups, strict=True)
@@ -186,7 +186,7 @@ def _listed(x: Any) -> list[Tensor]:
 
 
 def _like(w: Tensor, device: torch.device) -> Tensor:
-    """The same values and strides on a device, in memory of its own."""
+    """Copies values and strides to a device, into memory of its own."""
     span = 1 + sum((n - 1) * s for n, s in zip(w.shape, w.stride(), strict=True) if n > 0)
     memory = torch.empty(max(span, 1), dtype=w.dtype, device=device)
     return memory.as_strided(w.shape, w.stride()).copy_(w)
@@ -196,7 +196,7 @@ def _like(w: Tensor, device: torch.device) -> Tensor:
 
 
 def layouts(device: Device) -> str:
-    """Every shape, dtype and memory layout, ordinary data."""
+    """Checks every shape, dtype and memory layout, ordinary data."""
     torch.manual_seed(1)
     pair = Pair(device)
     for shape in cases.SHAPES:
@@ -206,9 +206,9 @@ def layouts(device: Device) -> str:
             keep, eligible = w.numel() // 3, torch.rand(w.shape) < 0.8
             for name in cases.layouts_of(w.dim()):
                 laid = cases.LAYOUTS[name](w)
-                pair.same("row_energy", laid, True, "w_prev")
-                pair.same("col_energy", laid, shape.groups, True, "w_next")
-                pair.same("energies", laid, shape.groups, True, "w")
+                pair.same("row_squared_norms", laid, True, "w_prev")
+                pair.same("col_squared_norms", laid, shape.groups, True, "w_next")
+                pair.same("squared_norms", laid, shape.groups, True, "w")
                 for scale in (1.0, 1e-25):
                     pair.same("score", laid, ins * scale, outs, *kinds)
                     pair.same("mask", laid, ins * scale, outs * scale, keep, None, *kinds)
@@ -218,7 +218,7 @@ def layouts(device: Device) -> str:
 
 
 def hostile(device: Device, dtype: torch.dtype, names: Sequence[str] = tuple(cases.HOSTILE)) -> str:
-    """Ties, zeros of both signs, denormals, sorted and periodic data."""
+    """Checks ties, zeros of both signs, denormals, sorted and periodic data."""
     torch.manual_seed(2)
     pair = Pair(device)
     cols = 1009 if not device.rehearse else 33
@@ -237,7 +237,7 @@ def hostile(device: Device, dtype: torch.dtype, names: Sequence[str] = tuple(cas
 
 
 def equal_data(device: Device) -> str:
-    """One value everywhere: every element ties, and the first ones are kept."""
+    """Checks one value everywhere: every element ties, and the first ones are kept."""
     pair = Pair(device)
     rows, cols = (1024, 768) if not device.rehearse else (40, 48)
     ins, outs = torch.full((cols,), 0.75).double(), torch.full((rows,), 3.0).double()
@@ -254,7 +254,7 @@ def equal_data(device: Device) -> str:
 
 
 def far(device: Device) -> str:
-    """Norms whose products leave float64's range: a mask of none or of all needs no products."""
+    """Checks norms far apart: a mask of none or of all needs no products of them."""
     torch.manual_seed(5)
     pair = Pair(device)
     rows, cols = (300, 256) if not device.rehearse else (30, 24)
@@ -275,7 +275,7 @@ def far(device: Device) -> str:
 
 
 def ranked_together(device: Device) -> str:
-    """global_mask: layers of several dtypes, groups and sizes, ready scores among them."""
+    """Checks global_mask: layers of several dtypes, groups and sizes, and given scores."""
     torch.manual_seed(6)
     pair = Pair(device)
     scale = 1 if not device.rehearse else 16
@@ -312,7 +312,7 @@ def ranked_together(device: Device) -> str:
 
 
 def large(device: Device) -> str:
-    """Shapes of real layers: linear, convolution, grouped, transposed."""
+    """Checks shapes of real layers: linear, convolution, grouped, transposed."""
     torch.manual_seed(3)
     pair = Pair(device)
     scale = 1 if not device.rehearse else 32
@@ -334,14 +334,14 @@ def large(device: Device) -> str:
             for part in (2, 10, 100):
                 pair.same("mask", w, *norms, w.numel() // part, None, *kinds)
             pair.prune(w, *norms, w.numel() // 10, None, *kinds)
-            pair.same("row_energy", w, True, "w_prev")
-            pair.same("col_energy", w, groups, True, "w_next")
-            pair.same("energies", w, groups, True, "w")
+            pair.same("row_squared_norms", w, True, "w_prev")
+            pair.same("col_squared_norms", w, groups, True, "w_next")
+            pair.same("squared_norms", w, groups, True, "w")
     return pair.result()
 
 
 def errors(device: Device) -> None:
-    """What is not finite: the same error on both sides, and the same bits without the check."""
+    """Checks inf and NaN: the same error on both sides, the same bits without the check."""
     torch.manual_seed(4)
     pair = Pair(device)
     for dtype in DTYPES:
@@ -354,7 +354,7 @@ def errors(device: Device) -> None:
             lambda x: lap_ext.score(None, x, None),
             lambda x: lap_ext.mask(None, x, None, 0.5),
             lambda x: lap_ext.prune_(None, x, None, 0.5),
-            lambda x: lap_ext.factors(x, torch.ones(2, 100).to(x), None),
+            lambda x: lap_ext.neighbor_norms(x, torch.ones(2, 100).to(x), None),
             lambda x: lap_ext.kth_largest(x, 5),
         ]
         for call in calls:
@@ -375,7 +375,7 @@ def _error(call: Callable[[Tensor], Any], x: Tensor) -> str:
 
 
 def twice(device: Device) -> None:
-    """The same call again and again gives the same bits, ties or not."""
+    """Checks that a repeated call gives the same bits, ties or not."""
     n = device.sizes.hostile * (20 if device.cuda else 1) // 64 * 64
     for name in ("random", "three_values", "zeros_60"):
         w = cases.hostile(name, n, torch.float32).view(-1, 64).to(device.device)
@@ -385,20 +385,20 @@ def twice(device: Device) -> None:
 
 
 def graphs(device: Device) -> None:
-    """Captured once, replayed on other data: what an ordinary call gives."""
+    """Checks that a captured graph, replayed on other data, gives what an ordinary call gives."""
     side = 1024 if device.cuda else 32
     w, scores = (device.normal((side, side), i, torch.float32) for i in (1, 2))
     norms = device.uniform(side, 3), device.uniform(side, 4)
     keep = side * side // 5
     calls: dict[str, Callable[[], Any]] = {
         "mask": partial(lap_ext.mask, w, w, w, keep=keep, check_finite=False),
-        "mask_from_factors": partial(
-            lap_ext.mask_from_factors, w, *norms, keep=keep, check_finite=False
+        "mask_from_norms": partial(
+            lap_ext.mask_from_norms, w, *norms, keep=keep, check_finite=False
         ),
         "score": partial(lap_ext.score, w, w, w, check_finite=False),
         "topk_mask": partial(lap_ext.topk_mask, [w, scores], keep, check_finite=False),
         "kth_largest": partial(lap_ext.kth_largest, scores, keep, check_finite=False),
-        "factors": partial(lap_ext.factors, w, w, w, check_finite=False),
+        "neighbor_norms": partial(lap_ext.neighbor_norms, w, w, w, check_finite=False),
     }
     captured = {name: Graph(device, call) for name, call in calls.items()}
     for seed in (5, 6):
@@ -412,7 +412,7 @@ def graphs(device: Device) -> None:
 
 
 def streams(device: Device) -> None:
-    """Work enqueued on a stream of the caller's: data made there is what is read."""
+    """Checks work enqueued on the caller's stream: it reads data made there."""
     side = 2048 if device.cuda else 32
     source = device.normal((side, side), 1, torch.float32)
     expected = lap_ext.mask(None, source.neg().mul(3), None, 0.9)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Steps "build" and "loaded": the native libraries for one GPU, and what ptxas says of the kernels.
 
-setup.py builds in place for the GPU's own architecture (a third of the time of all), with ptxas -v in
-the same compilation.
+setup.py builds in place for the GPU's own architecture (a third of the time of all), with ptxas -v
+in the same compilation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.gpu.steps import TAIL, NotRunError, Save, run_command
 
 
 def plan(arch: str) -> tuple[list[str], dict[str, str]]:
-    """The build's command and environment."""
+    """Returns the build's command and environment."""
     flags = [f"-DCMAKE_CUDA_ARCHITECTURES={arch}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v"]
     given = [os.environ["CMAKE_ARGS"]] if os.environ.get("CMAKE_ARGS") else []
     env = {
@@ -32,7 +32,7 @@ def plan(arch: str) -> tuple[list[str], dict[str, str]]:
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """Builds; fails on a spill."""
+    """Builds the libraries; fails on a spill."""
     arch = driver.architecture(device)
     command, env = plan(arch)
     save({"architecture": arch})
@@ -51,7 +51,7 @@ def run(device: Device, limit_s: float, save: Save) -> None:
 
 
 def loaded(device: Device, limit_s: float, save: Save) -> None:
-    """What a new process loads: the CUDA kernels, on a GPU."""
+    """Reports what a new process loads: the CUDA kernels, on a GPU."""
     del limit_s  # the parent keeps it
     import lap_ext
 
@@ -62,7 +62,7 @@ def loaded(device: Device, limit_s: float, save: Save) -> None:
 
 
 def require_no_spills(kernels: Sequence[Kernel]) -> None:
-    """A kernel that spills is a failure, and so is a report without kernels."""
+    """Fails on a kernel that spills, and on a report without kernels."""
     if not kernels:
         raise RuntimeError("expected a report of ptxas -v, got none.")
     bad = ptxas.spilling(kernels)
@@ -72,7 +72,7 @@ def require_no_spills(kernels: Sequence[Kernel]) -> None:
 
 
 def table(kernels: Sequence[Kernel]) -> dict[str, dict[str, dict[str, int]]]:
-    """Of each kernel and architecture: registers, bytes, and the blocks that a processor holds."""
+    """Lists of each kernel and architecture registers, bytes, and blocks that a processor holds."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for k in kernels:
         found.setdefault(k.name, {})[k.arch] = {
@@ -89,7 +89,7 @@ def table(kernels: Sequence[Kernel]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def static(jobs: int) -> dict[str, Any]:
-    """All that can be known without a GPU; the same on every run of the same sources and toolkit."""
+    """Collects what is known without a GPU; the same for the same sources and toolkit."""
     content: dict[str, Any] = {
         "sources": ptxas.sources_digest(),
         "bytes": byte_counts(),
@@ -105,15 +105,15 @@ def static(jobs: int) -> dict[str, Any]:
 
 
 N = 1 << 28  # weights of the byte counts: 16384 x 16384
-KEPT = {"score": 1.0, "factors": 1.0}  # the others: a tenth
+KEPT = {"score": 1.0, "neighbor_norms": 1.0}  # the others: a tenth
 
 
 def byte_counts() -> dict[str, dict[str, Any]]:
-    """Bytes per element of each call's kernels, and of the floor."""
+    """Counts bytes per element of each call's kernels, and of the floor."""
     found: dict[str, dict[str, Any]] = {}
     for target in floors.TARGETS:
         for dtype, item in (("float32", 4), ("bfloat16", 2)):
-            neighbors = 2 * N if target is floors.FACTORS else 0
+            neighbors = 2 * N if target is floors.NORMS else 0
             per = neighbors or N
             parts = floors.phases(
                 target.call, N, item, KEPT.get(target.call, 0.1), 2 * 16384, neighbors
@@ -132,7 +132,7 @@ BANDWIDTHS = {"3.0 TB/s": 3.0e12, "4.3 TB/s": 4.3e12}  # of copies on an H100 SX
 
 
 def predicted() -> list[dict[str, Any]]:
-    """The prediction: multiples of the floor that the kernels should take, before any measurement."""
+    """Predicts, before any measurement, the multiples of the floor that the kernels take."""
     rows = []
     for n in (100_000_000, N):
         for name, bytes_per_s in BANDWIDTHS.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Step "counters": what bounds each kernel, by the GPU's counters, where ncu is installed.
 
-Clocks are left as they are, so that durations are those of the other steps. The table of ncu is kept
-in a file beside the results.
+Clocks are left as they are, so that durations are those of the other steps. The table of ncu is
+kept in a file beside the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.gpu.steps import TAIL, NotRunError, Save, run_command
 from benchmarks.machine import ROOT
 
 LOG = "ncu.csv"
-FOLDER = ROOT / "build" / "gpu"
+DIRECTORY = ROOT / "build" / "gpu"
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "Occupancy")
 # Metrics are told by a part of their name in lower case: versions of ncu word them differently.
 WANTED = {
@@ -36,13 +36,13 @@ _STALLED = re.compile(
 
 
 def program() -> str | None:
-    """ncu: on the path, or in the toolkit."""
+    """Finds ncu on the path, or in the toolkit."""
     root = ptxas.toolkit()
     return shutil.which("ncu") or (shutil.which("ncu", path=root / "bin") if root else None)
 
 
 def command(ncu: str, log: Path) -> list[str]:
-    """All kernels of one_call, with the sections that say what bounds them."""
+    """Returns the command for all kernels of one_call, with the sections about their limits."""
     options = ["--clock-control", "none", "--profile-from-start", "off"]
     for section in SECTIONS:
         options += ["--section", section]
@@ -50,7 +50,7 @@ def command(ncu: str, log: Path) -> list[str]:
     return [ncu, *options, sys.executable, "-m", "benchmarks.gpu.one_call"]
 
 
-def run(device: Device, limit_s: float, save: Save, folder: Path = FOLDER) -> None:
+def run(device: Device, limit_s: float, save: Save, directory: Path = DIRECTORY) -> None:
     """Runs it; what it has written is kept even if it does not come to its end."""
     if not device.cuda:
         one_call.run(device)
@@ -59,8 +59,8 @@ def run(device: Device, limit_s: float, save: Save, folder: Path = FOLDER) -> No
     ncu = program()
     if ncu is None:
         raise NotRunError("ncu was not found")
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / LOG
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / LOG
     code, output = run_command(command(ncu, log), limit_s - 5)
     text = log.read_text(errors="replace") if log.exists() else ""
     found = kernels(text.splitlines())
@@ -70,7 +70,7 @@ def run(device: Device, limit_s: float, save: Save, folder: Path = FOLDER) -> No
 
 
 def kernels(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Of each kernel in ncu's table: throughputs, duration, occupancy, what its warps wait for."""
+    """Reads ncu's table: throughputs, duration, occupancy, what warps wait for, of each kernel."""
     found: dict[str, dict[str, Any]] = {}
     for row in _rows(lines):
         name = ptxas.short(row.get("kernel name", "?"))
@@ -82,7 +82,7 @@ def kernels(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows by their columns' names in lower case; what stands before the head is passed over."""
+    """Reads rows by their columns' names in lower case; skips what comes before the head."""
     head: list[str] = []
     for row in csv.reader(line for line in lines if line.startswith('"')):
         names = [name.strip().lower() for name in row]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""cub's radix sort as a rival: cub_rival.cu, compiled when it is first needed, called by ctypes."""
+"""The radix sort of cub as a baseline: cub_baseline.cu, compiled on first use, called by ctypes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.gpu.driver import architecture
 from benchmarks.gpu.steps import TAIL, NotRunError
 from benchmarks.machine import ROOT
 
-SOURCE = Path(__file__).with_name("cub_rival.cu")
+SOURCE = Path(__file__).with_name("cub_baseline.cu")
 
 
 def compile_command(nvcc: Path, arch: str, target: Path) -> list[str]:
-    """A shared library of its own; cudart is linked statically, as in ours."""
+    """Returns the command for a shared library of its own, with cudart linked statically."""
     number = arch.removesuffix("-real")
     code = f"--generate-code=arch=compute_{number},code=sm_{number}"
     flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static", code]
@@ -28,17 +28,19 @@ def compile_command(nvcc: Path, arch: str, target: Path) -> list[str]:
 
 
 def compiled(arch: str) -> Path:
-    """What was built before, else compiled now; not run where there is no toolkit for that."""
+    """Returns the built library, or compiles it; not run where there is no toolkit for that."""
     target = ROOT / "build" / "gpu" / f"cub-{arch}-{ptxas.digest([SOURCE.read_text()])}.so"
     if not target.exists():
         root = ptxas.toolkit()
         if root is None:
-            raise NotRunError(f"no {target.name}, and no CUDA toolkit to compile cub_rival.cu with")
+            raise NotRunError(
+                f"no {target.name}, and no CUDA toolkit to compile cub_baseline.cu with"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         command = compile_command(root / "bin" / "nvcc", arch, target)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise NotRunError(f"cub_rival.cu does not compile: {done.stderr[-TAIL:]}")
+            raise NotRunError(f"cub_baseline.cu does not compile: {done.stderr[-TAIL:]}")
     return target
 
 
@@ -59,7 +61,7 @@ class RadixSort:
         ]
 
     def mask(self, scores: Tensor, keep: int) -> Tensor:
-        """The mask of the keep largest of contiguous float32 scores, fewer than 2^31."""
+        """Selects the keep largest of contiguous float32 scores, fewer than 2^31."""
         n = scores.numel()
         size = int(self._library.lap_radix_workspace(n))
         workspace = torch.empty(size, dtype=torch.uint8, device=scores.device)
@@ -69,5 +71,5 @@ class RadixSort:
             scores.data_ptr(), n, keep, mask.data_ptr(), workspace.data_ptr(), size, stream
         )
         if code != 0:
-            raise RuntimeError(f"cub_rival.cu: CUDA error {code}")
+            raise RuntimeError(f"cub_baseline.cu: CUDA error {code}")
         return mask

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The device under test: sizes, timing, graphs, streams, launches; with stand-ins on the CPU.
 
-A rehearsal (--device cpu --rehearse) runs the same lines on small tensors, so that the first hour on a
-GPU does not go to typing errors. Its stand-ins: the clock for events, calling again for replaying a
-graph, nothing for a stream, operators for launches. Its numbers mean nothing and are not judged.
+A rehearsal (--device cpu --rehearse) runs the same lines on small tensors, so that the first hour
+on a GPU does not go to typing errors. Its stand-ins: the clock for events, calling again for
+replaying a graph, nothing for a stream, operators for launches. Its numbers mean nothing and are
+not judged.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Sizes:
     layers: int  # of the model that is ranked as one
     layer: int  # rows and columns of each
     small: tuple[tuple[int, int], ...]  # [channels, window's side] of the small layers
-    rivals: tuple[int, int]
+    baselines: tuple[int, int]
     issue_75599: int
     issue_77049: int
     huge: int  # more than 2^31
@@ -73,7 +74,7 @@ FULL = Sizes(
     layers=24,
     layer=4096,  # 403 M in all
     small=((64, 3), (128, 3), (256, 3), (512, 3)),
-    rivals=(8192, 8192),
+    baselines=(8192, 8192),
     issue_75599=100_000_000,
     issue_77049=402_653_184,  # 1.5 GiB of float32
     huge=(1 << 31) + (1 << 20) + 3,
@@ -88,7 +89,7 @@ SMALL = Sizes(
     layers=3,
     layer=40,
     small=((8, 3),),
-    rivals=(64, 64),
+    baselines=(64, 64),
     issue_75599=10_000,
     issue_77049=10_000,
     huge=4099,
@@ -120,23 +121,23 @@ class Device:
         require(not self.cuda or info.cuda_usable, f"CUDA kernels not loaded: {info}")
 
     def timer(self, budget_s: float) -> Timer:
-        """CUDA events, or the clock."""
+        """Makes a timer by CUDA events, or by the clock."""
         return GpuTimer(self.device, budget_s) if self.cuda else Timer(self.device, budget_s)
 
     def normal(self, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
-        """Weights drawn on the device: a billion of them take too long on the host."""
+        """Draws weights on the device: a billion of them take too long on the CPU."""
         generator = torch.Generator(self.device).manual_seed(SEED + seed)
         drawn = torch.empty(shape, dtype=torch.float32, device=self.device)
         return drawn.normal_(0.0, 0.02, generator=generator).to(dtype)
 
     def uniform(self, n: int, seed: int) -> Tensor:
-        """Norms: float64 in [0.5, 1.5)."""
+        """Draws norms: float64 in [0.5, 1.5)."""
         generator = torch.Generator(self.device).manual_seed(SEED + seed)
         drawn = torch.empty(n, dtype=torch.float64, device=self.device)
         return drawn.uniform_(0.5, 1.5, generator=generator)
 
     def wait(self) -> None:
-        """Until all enqueued work is done."""
+        """Waits until all enqueued work is done."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -146,7 +147,7 @@ class Device:
             torch.cuda.empty_cache()
 
     def other_stream(self) -> AbstractContextManager[Any]:
-        """A stream that is not the default one."""
+        """Makes a stream that is not the default one."""
         if not self.cuda:
             return nullcontext()
         stream = torch.cuda.Stream(self.device)
@@ -154,7 +155,7 @@ class Device:
         return torch.cuda.stream(stream)
 
     def peak(self, call: Callable[[], object]) -> int | None:
-        """Bytes that a call holds at most, beyond what was held before; None on the CPU."""
+        """Measures the bytes that a call holds at most, beyond what was held; None on the CPU."""
         if not self.cuda:
             call()
             return None
@@ -197,7 +198,7 @@ class Graph:
             old.copy_(new)
 
     def seconds(self) -> float:
-        """Of one replay, among many in a row."""
+        """Measures the seconds of one replay, among many in a row."""
         if self._graph is None:
             return self._device.timer(0.0).alone(self._call, 1).median
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -217,7 +218,7 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def launches(device: Device, call: Call) -> list[str]:
-    """Names of what a call runs on the device: kernels, memory sets and copies (CPU: operators)."""
+    """Names what a call runs on the device: kernels, memory sets and copies (CPU: operators)."""
     call()
     device.wait()
     activity = torch.profiler.ProfilerActivity
@@ -232,7 +233,7 @@ def launches(device: Device, call: Call) -> list[str]:
 
 
 def once(calls: Sequence[Call], again: bool) -> Call:
-    """A call that runs the next of `calls` each time, for what changes its tensors.
+    """Makes a call that runs the next of `calls` each time, for what changes its tensors.
 
     again: from the start once all have run, as a clock needs it that repeats short calls.
     """
@@ -245,5 +246,5 @@ def once(calls: Sequence[Call], again: bool) -> Call:
 
 
 def clones(x: Tensor, count: int, call: Callable[[Tensor], Any]) -> Call:
-    """`call` on a fresh copy of x each time; on a GPU count times at most."""
+    """Makes a call on a fresh copy of x each time; on a GPU count times at most."""
     return once([partial(call, x.clone()) for _ in range(count)], not x.is_cuda)

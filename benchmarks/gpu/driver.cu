@@ -151,10 +151,10 @@ void run_weights(const Case& c, DType dtype) {
   expect(status.bad_count == 0 && !status.bad_norm(0) && !status.bad_norm(1), "status");
   Buffer scores(n * (dtype == DType::f64 ? 8 : 4)), score_space(score_workspace(weight));
   require(launch_score(weight, given, true, scores.as(), score_space.as(), nullptr), "score");
-  Buffer row_energy(8 * c.rows), row_space(row_energy_workspace(weight));
-  require(launch_row_energy(weight, 1, true, row_energy.as<double>(), row_space.as(), nullptr), "row");
-  Buffer col_energy(8 * c.cols * c.groups), col_space(col_energy_workspace(weight));
-  require(launch_col_energy(weight, 1, true, col_energy.as<double>(), col_space.as(), nullptr), "col");
+  Buffer row_squared_norms(8 * c.rows), row_space(row_squared_norm_workspace(weight));
+  require(launch_row_squared_norms(weight, 1, true, row_squared_norms.as<double>(), row_space.as(), nullptr), "row");
+  Buffer col_squared_norms(8 * c.cols * c.groups), col_space(col_squared_norm_workspace(weight));
+  require(launch_col_squared_norms(weight, 1, true, col_squared_norms.as<double>(), col_space.as(), nullptr), "col");
   const int64_t shape[3] = {c.rows, c.cols, c.window};
   const int64_t straight[3] = {c.cols * c.window, c.window, 1};
   const int64_t turned[3] = {1, c.rows, c.rows * c.cols};

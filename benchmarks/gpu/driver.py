@@ -21,7 +21,7 @@ from benchmarks.machine import ROOT
 
 SOURCE = Path(__file__).with_name("driver.cu")
 TARGET = ROOT / "build" / "gpu" / "driver"
-NATIVE = ROOT / "build"  # setup.py's folders: native-<hash>
+NATIVE = ROOT / "build"  # setup.py's directories: native-<hash>
 ALONE_S = 25.0  # of the limit; the rest is memcheck's, where it is needed
 
 
@@ -32,16 +32,16 @@ def architecture(device: Device) -> str:
 
 
 def core_library(arch: str) -> Path | None:
-    """The newest liblap_cuda.a that setup.py has built for it: the kernels without torch."""
-    folders = [path.parent for path in NATIVE.glob("native-*/liblap_cuda.a")]
-    found = [path for path in folders if arch in _architectures(path)]
+    """Finds the newest liblap_cuda.a that setup.py has built for it: the kernels without torch."""
+    directories = [path.parent for path in NATIVE.glob("native-*/liblap_cuda.a")]
+    found = [path for path in directories if arch in _architectures(path)]
     found.sort(key=lambda path: (path / "liblap_cuda.a").stat().st_mtime)
     return found[-1] / "liblap_cuda.a" if found else None
 
 
-def _architectures(folder: Path) -> list[str]:
-    """What a build folder builds for."""
-    for line in (folder / "CMakeCache.txt").read_text().splitlines():
+def _architectures(directory: Path) -> list[str]:
+    """Reads what a build directory builds for."""
+    for line in (directory / "CMakeCache.txt").read_text().splitlines():
         if line.startswith("CMAKE_CUDA_ARCHITECTURES:"):
             return line.partition("=")[2].split(";")
     return []
@@ -71,7 +71,7 @@ def build(arch: str, target: Path = TARGET) -> Path:
 
 
 def built(arch: str, target: Path = TARGET) -> Path:
-    """What was built before, else built now."""
+    """Returns the built driver, or builds it."""
     if not target.exists():
         return build(arch, target)
     if not os.access(target, os.X_OK):  # copied by something that forgets this

@@ -4,9 +4,9 @@
     floor = bytes that must move / B          B: copy bandwidth, bytes read and written per second
     reached: time <= multiple * floor
 
-Moved counts the bytes of the kernels as they are, phase by phase (csrc/cuda/select.cuh). Its ratio to
-the floor's bytes is the least multiple that these kernels can reach; what a launch, a search by one
-block or a grid's barriers take comes on top and matters on small tensors.
+Moved counts the bytes of the kernels as they are, phase by phase (csrc/cuda/select.cuh). Its ratio
+to the floor's bytes is the least multiple that these kernels can reach; what a launch, a search by
+one block or a grid's barriers take comes on top and matters on small tensors.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Target:
     multiple: float | None  # None: no target
 
     def floor_s(self, moved_bytes: int, bytes_per_s: float) -> float:
-        """The time in which so many bytes are copied."""
+        """Computes the time in which so many bytes are copied."""
         return moved_bytes / bytes_per_s
 
 
 SCORE = Target("score", 1.15)
 MASK = Target("mask", 1.4)
 PRUNE = Target("prune_", 1.4)
-FACTORS = Target("factors", 1.25)
+NORMS = Target("neighbor_norms", 1.25)
 TOPK = Target("topk_mask", 1.5)
-TARGETS = (SCORE, MASK, PRUNE, FACTORS, TOPK)
+TARGETS = (SCORE, MASK, PRUNE, NORMS, TOPK)
 GLOBAL = Target("global_mask", None)  # read w, write the masks
 
 
@@ -69,7 +69,7 @@ def verdict(target: Target, seconds: float, moved_bytes: int, bytes_per_s: float
 
 
 def small_verdict(launches: int, seconds: float) -> bool:
-    """Whether a small mask is one: at most five launches and 30 us in a graph."""
+    """Tells whether a small mask reaches its target: five launches and 30 us in a graph."""
     return launches <= SMALL_LAUNCHES and seconds <= SMALL_SECONDS
 
 
@@ -77,13 +77,13 @@ def small_verdict(launches: int, seconds: float) -> bool:
 
 
 def floor_bytes(call: str, n: int, item: int, neighbors: int = 0) -> int:
-    """Bytes that a call on n weights of `item` bytes must move; neighbors: their weights."""
+    """Counts the bytes that a call on n weights of `item` bytes must move; neighbors: theirs."""
     score_item = max(item, 4)
     return {
         "score": n * (item + score_item),
         "mask": n * (item + 1),
         "prune_": n * (2 * item + 1),
-        "factors": neighbors * item,
+        "neighbor_norms": neighbors * item,
         "topk_mask": n * (item + 1),
         "global_mask": n * (item + 1),
     }[call]
@@ -93,7 +93,7 @@ def floor_bytes(call: str, n: int, item: int, neighbors: int = 0) -> int:
 
 
 def sample_bits(n: int) -> int:
-    """log2 of the sample's size (plan_buffers)."""
+    """Computes log2 of the sample's size (plan_buffers)."""
     bits = LEAST_SAMPLE_BITS
     while bits < MOST_SAMPLE_BITS and (32 << bits) <= n:
         bits += 1
@@ -101,12 +101,12 @@ def sample_bits(n: int) -> int:
 
 
 def capacity(n: int) -> int:
-    """Candidates there is memory for."""
+    """Counts the candidates that there is memory for."""
     return max(LEAST_CAPACITY, n // CAPACITY_SHARE)
 
 
 def candidate_share(n: int, kept: float) -> float:
-    """The part of the elements that the interval holds on ordinary data (plan_interval)."""
+    """Computes the fraction of elements in the interval on ordinary data (plan_interval)."""
     if n <= capacity(n):
         return 1.0
     size = 1 << sample_bits(n)
@@ -131,7 +131,7 @@ class Phase:
 
 
 def selection(n: int, item: int, kept: float, channels: int, tensors: int = 1) -> list[Phase]:
-    """The kernels of mask (channels: rows + columns) and topk_mask (channels 0), ordinary data."""
+    """Lists the kernels of mask (channels: rows + columns) and topk_mask (channels 0)."""
     rank = 8 if item == 8 else 4
     candidates = n * candidate_share(n, kept)
     phases = [Phase("prepare", 16.0 * channels + 72 * tensors, 12.0 * channels + 49152)]
@@ -147,7 +147,7 @@ def selection(n: int, item: int, kept: float, channels: int, tensors: int = 1) -
 
 
 def zeroing(n: int, item: int, kept: float) -> Phase:
-    """The second half of prune_: sectors that are not zeroed whole are read to be written."""
+    """Counts the second half of prune_: sectors zeroed in part are read to be written."""
     per_sector = SECTOR // item
     some = 1 - kept**per_sector  # sectors with something to zero
     whole = (1 - kept) ** per_sector
@@ -155,11 +155,11 @@ def zeroing(n: int, item: int, kept: float) -> Phase:
 
 
 def phases(call: str, n: int, item: int, kept: float, channels: int, neighbors: int) -> list[Phase]:
-    """The kernels of a call and their bytes."""
+    """Lists the kernels of a call and their bytes."""
     if call == "score":
         norms = Phase("scale", 16.0 * channels, 12.0 * channels)
         return [norms, Phase("score", n * item, n * max(item, 4))]
-    if call == "factors":
+    if call == "neighbor_norms":
         partial = neighbors / 2 * (8 / 1024 + 8 / 64)  # of the rows' side and of the columns'
         segments = Phase("row and column segments", neighbors * item, partial)
         return [segments, Phase("totals", partial, 8.0 * channels)]
@@ -172,7 +172,7 @@ def phases(call: str, n: int, item: int, kept: float, channels: int, neighbors: 
 def least_multiple(
     call: str, n: int, item: int, kept: float, channels: int, neighbors: int
 ) -> float:
-    """Bytes that move over bytes that must."""
+    """Divides the bytes that move by the bytes that must."""
     moved = sum(phase.moved for phase in phases(call, n, item, kept, channels, neighbors))
     return moved / floor_bytes(call, n, item, neighbors)
 
@@ -184,7 +184,7 @@ FIXED_S = {
     "score": 8e-6,  # scale 6, launches 2
     "mask": 55e-6,  # prepare 6, sample 12, finish 33, launches 4
     "prune_": 57e-6,
-    "factors": 12e-6,  # partial sums added in order, two roots
+    "neighbor_norms": 12e-6,  # partial sums added in order, two roots
     "topk_mask": 50e-6,
 }
 EFFICIENCY = 0.93  # of the copy's bandwidth, for kernels that do more than copy
@@ -214,7 +214,7 @@ def predict(
     channels: int,
     neighbors: int = 0,
 ) -> Prediction:
-    """Bytes over (EFFICIENCY * B), and the fixed part."""
+    """Predicts bytes over (EFFICIENCY * B), and the fixed part."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[dtype]
     call = target.call
     floor = floor_bytes(call, n, item, neighbors)
@@ -234,7 +234,7 @@ def predict(
 
 
 def predictions(bytes_per_s: float, n: int) -> list[Prediction]:
-    """Every row of the table at one bandwidth and size, square weights."""
+    """Predicts every row of the table at one bandwidth and size, square weights."""
     side = math.isqrt(n)
     square, channels = side * side, 2 * side
     rows = []
@@ -244,6 +244,6 @@ def predictions(bytes_per_s: float, n: int) -> list[Prediction]:
             rows.append(predict(MASK, square, dtype, kept, bytes_per_s, channels))
         for kept in (0.5, 0.1, 0.01):
             rows.append(predict(PRUNE, square, dtype, kept, bytes_per_s, channels))
-        rows.append(predict(FACTORS, square, dtype, 1.0, bytes_per_s, channels, 2 * square))
+        rows.append(predict(NORMS, square, dtype, 1.0, bytes_per_s, channels, 2 * square))
         rows.append(predict(TOPK, square, dtype, 0.1, bytes_per_s, 0))
     return rows

@@ -15,7 +15,7 @@ from benchmarks.gpu.steps import Save, each
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """One long tensor of scores, then one weight of as many elements."""
+    """Checks one long tensor of scores, then one weight of as many elements."""
     del limit_s  # the parent keeps it
     device.require_kernels()
     n = device.sizes.huge
@@ -24,7 +24,7 @@ def run(device: Device, limit_s: float, save: Save) -> None:
 
 
 def scores(device: Device, n: int) -> str:
-    """topk_mask and kth_largest; the threshold's ties lie on both sides of element 2^31."""
+    """Checks topk_mask and kth_largest; the threshold's ties lie on both sides of element 2^31."""
     x = device.normal((n,), 1, torch.bfloat16)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
     mask, value = lap_ext.topk_mask(x, keep), lap_ext.kth_largest(x, keep)
@@ -36,21 +36,21 @@ def scores(device: Device, n: int) -> str:
 
 
 def weights(device: Device, n: int) -> str:
-    """score, mask and prune_ of rows that are no whole number of vectors."""
+    """Checks score, mask and prune_ of rows that are not a multiple of vectors."""
     rows = 3
     shape = (rows, n // rows)
     w = device.normal(shape, 2, torch.bfloat16)
     norms = None, device.uniform(rows, 3)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
-    mask = lap_ext.mask_from_factors(w, *norms, keep=keep)
+    mask = lap_ext.mask_from_norms(w, *norms, keep=keep)
     there, theirs = w.cpu(), (None, norms[1].cpu())
-    equal_bits(mask.cpu(), lap_ext.mask_from_factors(there, *theirs, keep=keep), "mask")
-    kept = lap_ext.prune_from_factors_(w, *norms, keep=keep)
+    equal_bits(mask.cpu(), lap_ext.mask_from_norms(there, *theirs, keep=keep), "mask")
+    kept = lap_ext.prune_from_norms_(w, *norms, keep=keep)
     checks.equal(kept, mask)
     checks.require(int(w.count_nonzero()) <= keep, "prune_ left weights that the mask drops")
     device.free()
     last = slice(shape[1] - 1000, None)
-    got = lap_ext.score_from_factors(w[:, last], None, norms[1])
-    expected = lap_ext.score_from_factors(w[:, last].cpu(), None, theirs[1])
+    got = lap_ext.score_from_norms(w[:, last], None, norms[1])
+    expected = lap_ext.score_from_norms(w[:, last].cpu(), None, theirs[1])
     equal_bits(got.cpu(), expected, "score")
     return f"{list(shape)}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Step "kernels": microseconds of every kernel of each call, as torch's profiler sees them.
 
-    {call: {kernel: [launches of a call, median us, largest us], "span": [1, median us, largest us]}}
+    {call: {kernel: [launches of a call, median us, largest us],
+            "span": [1, median us, largest us]}}
 
 The span is from the first kernel's begin to the last one's end, the gaps between them included. The
 L2 cache is overwritten before each call. Norms are given; check_finite=False.
@@ -36,7 +37,7 @@ Table = dict[str, list[float]]
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """Every call; saved one by one."""
+    """Profiles every call; saves one by one."""
     del limit_s  # the parent keeps it
     device.require_kernels()
     flush = torch.empty(FLUSHED if device.cuda else 1024, dtype=torch.uint8, device=device.device)
@@ -48,7 +49,7 @@ def run(device: Device, limit_s: float, save: Save) -> None:
 
 
 def calls(device: Device) -> Iterator[tuple[str, Call]]:
-    """Names and calls; the tensors of one are freed before the next."""
+    """Yields names and calls; the tensors of one are freed before the next."""
     for dtype in DTYPES:
         yield from _large(device, device.sizes.sides[0], dtype)
         device.free()
@@ -57,7 +58,7 @@ def calls(device: Device) -> Iterator[tuple[str, Call]]:
         w = device.normal(shape, 0, torch.float32)
         norms = device.uniform(channels, 1), device.uniform(channels, 2)
         keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
-        mask = partial(lap_ext.mask_from_factors, w, *norms, keep=keep, check_finite=False)
+        mask = partial(lap_ext.mask_from_norms, w, *norms, keep=keep, check_finite=False)
         yield f"mask {cases.DEFAULT_SPARSITY} {'x'.join(map(str, shape))}", mask
 
 
@@ -67,18 +68,21 @@ def _large(
     w = device.normal(shape, 0, dtype)
     norms = device.uniform(shape[1], 1), device.uniform(shape[0], 2)
     what = f"{str(dtype).removeprefix('torch.')} {shape[0]}x{shape[1]}"
-    yield f"score {what}", partial(lap_ext.score_from_factors, w, *norms, check_finite=False)
+    yield f"score {what}", partial(lap_ext.score_from_norms, w, *norms, check_finite=False)
     for sparsity in cases.SPARSITIES:
         keep = cases.keep_of(sparsity, w.numel())
-        mask = partial(lap_ext.mask_from_factors, w, *norms, keep=keep, check_finite=False)
+        mask = partial(lap_ext.mask_from_norms, w, *norms, keep=keep, check_finite=False)
         yield f"mask {sparsity} {what}", mask
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
-    prune = partial(lap_ext.prune_from_factors_, keep=keep, check_finite=False)
+    prune = partial(lap_ext.prune_from_norms_, keep=keep, check_finite=False)
     fresh = clones(w, REPEATS + WARM_UP, lambda x: prune(x, *norms))
     yield f"prune_ {cases.DEFAULT_SPARSITY} {what}", fresh
     del fresh
     across = w.T.contiguous()
-    yield f"factors {what}", partial(lap_ext.factors, across, w, across, check_finite=False)
+    yield (
+        f"neighbor_norms {what}",
+        partial(lap_ext.neighbor_norms, across, w, across, check_finite=False),
+    )
     del across
     scores = w.abs()
     topk = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
@@ -86,7 +90,7 @@ def _large(
 
 
 def kernels(device: Device, call: Call, flush: torch.Tensor) -> Table:
-    """One call's kernels (of a rehearsal: its operators)."""
+    """Lists one call's kernels (of a rehearsal: its operators)."""
     for _ in range(WARM_UP):
         call()
     activity = [ProfilerActivity.CUDA] if device.cuda else []

@@ -39,7 +39,7 @@ class Copies:
         self.found: dict[int, float] = {}
 
     def bytes_per_s(self, moved: int) -> float:
-        """Of a copy that reads half of them and writes half."""
+        """Measures a copy that reads half of them and writes half."""
         if moved not in self.found:
             source = torch.ones(max(moved // 8, 1), device=self._device.device)
             target = torch.empty_like(source)
@@ -58,7 +58,7 @@ def row(
     moved: int,
     bytes_per_s: float,
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """Makes one line of the table."""
     found = asdict(floors.verdict(target, stats.median, moved, bytes_per_s))
     found.update(quartiles=[stats.q1, stats.q3], bytes_per_s=moved / stats.median)
     found["copy_bytes_per_s"] = bytes_per_s
@@ -66,7 +66,7 @@ def row(
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """All rows; saved one by one."""
+    """Measures all rows; saves one by one."""
     del limit_s  # the parent keeps it
     device.require_kernels()
     timer = device.timer(BUDGET_S)
@@ -98,19 +98,19 @@ Add = Callable[[floors.Target, dict[str, Any], Stats, int], None]
 def _weights(
     device: Device, timer: Timer, shape: tuple[int, int], dtype: torch.dtype, add: Add
 ) -> None:
-    """score, mask, prune_ and factors of one large weight."""
+    """Times score, mask, prune_ and neighbor_norms of one large weight."""
     repeats = device.sizes.repeats
     w = device.normal(shape, 0, dtype)
     n, item = w.numel(), w.element_size()
     norms = device.uniform(shape[1], 1), device.uniform(shape[0], 2)
     what: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
-    score = partial(lap_ext.score_from_factors, w, *norms, check_finite=False)
+    score = partial(lap_ext.score_from_norms, w, *norms, check_finite=False)
     scores = score()
     moved = floors.floor_bytes("score", n, item)
     add(floors.SCORE, what, timer.alone(score, repeats), moved)
     for sparsity in cases.SPARSITIES:
         keep = cases.keep_of(sparsity, n)
-        mask = partial(lap_ext.mask_from_factors, w, *norms, keep=keep)
+        mask = partial(lap_ext.mask_from_norms, w, *norms, keep=keep)
         checks.is_top([mask()], [scores], keep)
         here = {**what, "sparsity": sparsity}
         stats = timer.alone(partial(mask, check_finite=False), repeats)
@@ -122,9 +122,9 @@ def _weights(
         keep = cases.keep_of(sparsity, n)
 
         def prune(x: Tensor, keep: int = keep) -> Tensor:
-            return lap_ext.prune_from_factors_(x, *norms, keep=keep, check_finite=False)
+            return lap_ext.prune_from_norms_(x, *norms, keep=keep, check_finite=False)
 
-        expected = lap_ext.mask_from_factors(w, *norms, keep=keep)
+        expected = lap_ext.mask_from_norms(w, *norms, keep=keep)
         pruned = w.clone()
         checks.equal(prune(pruned), expected)
         checks.equal(pruned, w.masked_fill(~expected, 0.0))
@@ -135,12 +135,12 @@ def _weights(
         device.free()
     w_prev = device.normal((shape[1], shape[0]), 3, dtype)
     w_next = device.normal((shape[1], shape[0]), 4, dtype)
-    factors = partial(lap_ext.factors, w_prev, w, w_next, check_finite=False)
-    add(floors.FACTORS, what, timer.alone(factors, repeats), nbytes(w_prev, w_next))
+    norms_of = partial(lap_ext.neighbor_norms, w_prev, w, w_next, check_finite=False)
+    add(floors.NORMS, what, timer.alone(norms_of, repeats), nbytes(w_prev, w_next))
 
 
 def _list(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
-    """topk_mask over the scores of a model."""
+    """Times topk_mask over the scores of a model."""
     count, each = device.sizes.tensors, device.sizes.per_tensor
     scores = [device.normal((each + t,), t, dtype).abs_() for t in range(count)]
     n = sum(x.numel() for x in scores)
@@ -158,13 +158,13 @@ def _list(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
 
 
 def _model(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
-    """global_mask of a model's layers, as lap_ext.prune calls it (it checks)."""
+    """Times global_mask of a model's layers, as lap_ext.prune calls it (it checks)."""
     count, side = device.sizes.layers, device.sizes.layer
     w = [device.normal((side, side), t, dtype) for t in range(count)]
     rows, cols = ([device.uniform(side, s + t) for t in range(count)] for s in (100, 200))
     n = sum(x.numel() for x in w)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
-    ranked = partial(schema.call, "prune", schema.global_mask, w, rows, cols, [1] * count, keep, [])
+    ranked = partial(schema.call, schema.global_mask, w, rows, cols, [1] * count, keep, [])
     kept = sum(int(mask.count_nonzero()) for mask in ranked(True))
     checks.require(kept == keep, f"expected {keep} kept, got {kept}")
     what: dict[str, Any] = {
@@ -179,12 +179,12 @@ def _model(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
 
 
 def _small(device: Device, channels: int, side: int) -> dict[str, Any]:
-    """Launches of a small mask and its time in a graph, norms given; with neighbors beside."""
+    """Counts launches of a small mask, and times it in a graph: norms given, and neighbors."""
     shape = (channels, channels, side, side)
     w_prev, w, w_next = (device.normal(shape, i, torch.float32) for i in range(3))
     norms = device.uniform(channels, 1), device.uniform(channels, 2)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
-    given = partial(lap_ext.mask_from_factors, w, *norms, keep=keep, check_finite=False)
+    given = partial(lap_ext.mask_from_norms, w, *norms, keep=keep, check_finite=False)
     whole = partial(lap_ext.mask, w_prev, w, w_next, keep=keep, check_finite=False)
     found: dict[str, Any] = {"shape": list(shape)}
     for name, call in (("given_norms", given), ("with_neighbors", whole)):

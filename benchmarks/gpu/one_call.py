@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Each call once, for a profiler of counters: ncu --profile-from-start off python -m benchmarks.gpu.one_call.
+"""Each call once, for a profiler of counters.
+
+    ncu --profile-from-start off python -m benchmarks.gpu.one_call
 
 The calls have run before: what is counted has its kernels loaded and its memory at hand.
 """
@@ -22,10 +24,10 @@ def run(device: Device) -> None:
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, w.numel())
 
     def calls() -> None:
-        lap_ext.mask_from_factors(w, *norms, keep=keep, check_finite=False)
-        lap_ext.mask_from_factors(half, *norms, keep=keep, check_finite=False)
-        lap_ext.score_from_factors(w, *norms, check_finite=False)
-        lap_ext.factors(across, w, across, check_finite=False)
+        lap_ext.mask_from_norms(w, *norms, keep=keep, check_finite=False)
+        lap_ext.mask_from_norms(half, *norms, keep=keep, check_finite=False)
+        lap_ext.score_from_norms(w, *norms, check_finite=False)
+        lap_ext.neighbor_norms(across, w, across, check_finite=False)
 
     calls()
     device.wait()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds what a machine with a GPU needs, on one without: python -m benchmarks.gpu.prepare.
 
-The libraries in place, the driver and cub's rival, for one architecture. There, without a network or
-a compiler: python -m benchmarks.gpu --prebuilt. Prints what to take along.
+The libraries in place, the driver and cub's baseline, for one architecture. There, without a
+network or a compiler: python -m benchmarks.gpu --prebuilt. Prints what to take along.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def libraries(arch: str) -> list[Path]:
 
 
 def prepare(arch: str) -> list[Path]:
-    """All pieces; the rival is left out where the toolkit has no cub."""
+    """Builds everything; the baseline is left out where the toolkit has no cub."""
     found = [*libraries(arch), driver.build(arch)]
     try:
         found.append(cub.compiled(arch))
     except NotRunError as error:
-        print(f"without cub's rival: {error}", file=sys.stderr)
+        print(f"without cub's baseline: {error}", file=sys.stderr)
     write_json(NOTE, note(arch))
     return [*found, NOTE]
 
 
 def note(arch: str) -> dict[str, Any]:
-    """What the pieces belong to."""
+    """Says what the built files belong to."""
     return {
         "architecture": arch,
         "commit": machine.commit(),
@@ -52,7 +52,7 @@ def note(arch: str) -> dict[str, Any]:
 
 
 def prepared() -> dict[str, Any] | None:
-    """The note beside the pieces, and whether the sources are still those; None without a note."""
+    """Reads the note beside the built files, and whether sources changed; None without one."""
     found = read(NOTE)
     if not found:
         return None
@@ -60,7 +60,7 @@ def prepared() -> dict[str, Any] | None:
 
 
 def listed(paths: Sequence[Path]) -> str:
-    """What to take along, with sizes, and the commit."""
+    """Lists what to take along, with sizes, and the commit."""
     rows = [
         f"{path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(machine.ROOT)}" for path in paths
     ]

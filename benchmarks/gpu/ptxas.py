@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 
-FOLDER = ROOT / "build" / "ptxas"  # ignored by git
+DIRECTORY = ROOT / "build" / "ptxas"  # ignored by git
 ALL = (
     "80-real",
     "90-real",
@@ -51,16 +51,16 @@ class Kernel:
     spill_bytes: int  # stores and loads, those of the functions it calls included
 
     def resident(self, threads: int = 256) -> int:
-        """Blocks of so many threads that a processor holds by registers (allocated by eights)."""
+        """Counts the blocks that a processor holds by registers (allocated by eights)."""
         taken = -(-self.registers // 8) * 8 * threads
         return min(_REGISTERS_OF_A_PROCESSOR // taken, _THREADS_OF_A_PROCESSOR // threads)
 
 
 def parse(text: str) -> list[Kernel]:
-    """The kernels of a report of ptxas -v; what is no line of it is passed over.
+    """Reads the kernels of a report of ptxas -v; skips other lines.
 
-    ptxas lists a kernel's own properties first, then its registers, then the properties of functions
-    that it calls.
+    ptxas lists a kernel's own properties first, then its registers, then the properties of
+    functions that it calls.
     """
     found: list[Kernel] = []
     entry, arch, function = "", "", ""
@@ -93,12 +93,12 @@ def _with_callee(kernel: Kernel, stack: int, spill: int) -> Kernel:
 
 
 def spilling(kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Those that move registers to memory, or keep an array there."""
+    """Selects those that move registers to memory, or keep an array there."""
     return [kernel for kernel in kernels if kernel.spill_bytes or kernel.stack_bytes]
 
 
 def named(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The same with readable names, sorted; unchanged names where there is no c++filt."""
+    """Makes names readable and sorts; names stay where there is no c++filt."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     names = [kernel.name for kernel in kernels]
     if tool and names:
@@ -114,7 +114,7 @@ def named(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def short(name: str) -> str:
-    """A demangled kernel without namespaces, return type and parameters."""
+    """Shortens a demangled kernel: no namespaces, return type and parameters."""
     name = name.replace("(anonymous namespace)::", "").replace("lap::cuda::", "")
     name = name.replace("lap::", "").removeprefix("void ")
     name = name.partition("(")[0].replace("> >", ">>")
@@ -125,7 +125,7 @@ def short(name: str) -> str:
 
 
 def toolkit() -> Path | None:
-    """The CUDA toolkit's folder (an nvcc on the path may be a wrapper without headers)."""
+    """Finds the CUDA toolkit's directory (an nvcc on the path may be a wrapper without headers)."""
     nvcc = shutil.which("nvcc")
     places = [Path(nvcc).resolve().parents[1]] if nvcc else []
     places.append(Path("/usr/local/cuda"))
@@ -138,7 +138,7 @@ def toolkit() -> Path | None:
 
 
 def version(root: Path) -> str:
-    """The toolkit's version, as nvcc tells it: "13.0.88"."""
+    """Reads the toolkit's version from nvcc: "13.0.88"."""
     done = subprocess.run(
         [str(root / "bin/nvcc"), "--version"], check=True, capture_output=True, text=True
     )
@@ -147,20 +147,20 @@ def version(root: Path) -> str:
 
 
 def architectures(toolkit_version: str) -> tuple[str, ...]:
-    """Those of a build for all: sm_100 is known from CUDA 12.8 on."""
+    """Returns those of a build for all: sm_100 is known from CUDA 12.8 on."""
     major, minor = (int(part) for part in toolkit_version.split(".")[:2])
     return ALL if (major, minor) >= (12, 8) else ALL[:2]
 
 
 def tool(name: str) -> str:
-    """A program beside this Python (pip's cmake and ninja), else on the path."""
+    """Finds a program beside this Python (pip's cmake and ninja), else on the path."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 
 
 def commands(root: Path, archs: Sequence[str]) -> dict[str, list[str]]:
     """CMake's compile command of every .cu file, by its stem; configures in build/ptxas."""
-    folder = FOLDER / "-".join(archs)
+    directory = DIRECTORY / "-".join(archs)
     ninja = shutil.which(tool("ninja"))
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     options = [
@@ -170,12 +170,12 @@ def commands(root: Path, archs: Sequence[str]) -> dict[str, list[str]]:
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}",
     ]
     subprocess.run(
-        [tool("cmake"), "-S", str(ROOT), "-B", str(folder), *generator, *options],
+        [tool("cmake"), "-S", str(ROOT), "-B", str(directory), *generator, *options],
         check=True,
         stdout=subprocess.DEVNULL,
     )
     found = {}
-    for entry in json.loads((folder / "compile_commands.json").read_text()):
+    for entry in json.loads((directory / "compile_commands.json").read_text()):
         source = Path(entry["file"])
         if source.suffix == ".cu":
             found[source.stem] = shlex.split(entry["command"])
@@ -183,7 +183,7 @@ def commands(root: Path, archs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def reporting(command: Sequence[str], log: Path) -> list[str]:
-    """The compile command that reports instead of building: one thread, so that no lines mix."""
+    """Changes a compile command to report instead of building, in one thread: no lines mix."""
     changed = ["--threads=1" if part.startswith("--threads") else part for part in command]
     at = changed.index("-o")
     changed[at + 1] = str(log.with_suffix(".o"))
@@ -191,13 +191,15 @@ def reporting(command: Sequence[str], log: Path) -> list[str]:
 
 
 def sources() -> list[Path]:
-    """All that a kernel's machine code depends on."""
-    folders = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "math")
-    return sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    """Lists the files that a kernel's machine code depends on."""
+    directories = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "math")
+    return sorted(
+        path for directory in directories for path in directory.iterdir() if path.is_file()
+    )
 
 
 def digest(parts: Iterable[str]) -> str:
-    """A hash of texts, twelve characters."""
+    """Hashes texts, twelve characters."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.encode())
@@ -206,17 +208,17 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def sources_digest() -> str:
-    """What the report belongs to."""
+    """Hashes what the report belongs to."""
     return digest(f"{path.name}\n{path.read_text()}" for path in sources())
 
 
 def report(root: Path, archs: Sequence[str], jobs: int) -> list[Kernel]:
     """Compiles what has changed and parses all reports."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
     state = sources_digest() + version(root)
 
     def one(stem: str, command: Sequence[str]) -> list[Kernel]:
-        log = FOLDER / f"{stem}.{digest([state, *command])}.log"
+        log = DIRECTORY / f"{stem}.{digest([state, *command])}.log"
         if not log.exists():
             done = subprocess.run(
                 reporting(command, log), cwd=ROOT, capture_output=True, text=True, check=False

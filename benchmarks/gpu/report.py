@@ -20,12 +20,12 @@ COUNTED = {
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """All results so far, written beside and renamed."""
+    """Writes all results so far, beside the file, and renames it."""
     write_json(path, content)
 
 
 def write_lines(path: Path, content: dict[str, Any]) -> None:
-    """The same for long tables: one line an entry of a table, so that a difference reads well."""
+    """Writes long tables: one line an entry, so that a difference reads well."""
     parts = []
     for key, value in content.items():
         parts.append(f"{json.dumps(key)}: {_table(value)}")
@@ -43,7 +43,7 @@ def _table(value: Any) -> str:
 
 
 def step_line(name: str, outcome: Outcome) -> str:
-    """One line a step; of a failure the last line of its output, too."""
+    """Makes one line of a step; of a failure with the last line of its output."""
     text = f"{name}: {outcome.status} in {outcome.seconds:.1f} s"
     if outcome.reason:
         text += f" ({outcome.reason.strip().splitlines()[-1]})"
@@ -51,13 +51,13 @@ def step_line(name: str, outcome: Outcome) -> str:
 
 
 def summary(content: dict[str, Any]) -> str:
-    """The tables of all steps, short enough for the end of a log."""
+    """Makes the tables of all steps, short enough for the end of a log."""
     steps = content.get("steps", {})
     found = {name: step.get("findings", {}) for name, step in steps.items()}
     lines = [f"failed: {name}" for name in found.get("pytest", {}).get("failed", [])]
     lines += _limit(found.get("limit", {}), content.get("rehearsal", False))
     lines += _kernels(found.get("kernels", {}))
-    lines += _rivals(found.get("rivals", {}))
+    lines += _baselines(found.get("baselines", {}))
     lines += _counters(found.get("counters", {}))
     return "\n".join(lines)
 
@@ -109,14 +109,14 @@ def _counters(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rivals(found: dict[str, Any]) -> list[str]:
+def _baselines(found: dict[str, Any]) -> list[str]:
     lines = []
     for row in found.get("rows", []):
         if "times_faster" in row:
-            times = f"{1e3 * row['ours_s']:.3f} ms against {1e3 * row['rival_s']:.3f} ms"
+            times = f"{1e3 * row['ours_s']:.3f} ms against {1e3 * row['baseline_s']:.3f} ms"
             lines.append(
                 f"{row['case']}: {row['ours']} {row['times_faster']:.3g}x faster than "
-                f"{row['rival']} ({times})"
+                f"{row['baseline']} ({times})"
             )
         else:
             peak = row["peak_bytes"]

@@ -16,22 +16,22 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haza
 
 
 def program() -> str | None:
-    """The sanitizer: on the path, or in the toolkit."""
+    """Finds the sanitizer on the path, or in the toolkit."""
     root = ptxas.toolkit()
-    folder = root / "bin" if root else None
+    directory = root / "bin" if root else None
     return shutil.which("compute-sanitizer") or (
-        shutil.which("compute-sanitizer", path=folder) if folder else None
+        shutil.which("compute-sanitizer", path=directory) if directory else None
     )
 
 
 def findings(output: str) -> int | None:
-    """Errors or hazards that a tool's summary counts; None without a summary."""
+    """Reads how many errors or hazards a tool's summary counts; None without a summary."""
     match = _SUMMARY.search(output)
     return int(match[1] or match[2]) if match else None
 
 
 def run(tool: str, device: Device, limit_s: float, save: Save) -> None:
-    """The driver under one tool. Stopped at its limit without a finding, it is not run."""
+    """Runs the driver under one tool. Stopped at its limit without a finding, it is not run."""
     if not device.cuda:
         raise NotRunError("no GPU to run the driver on")
     target = driver.built(driver.architecture(device))

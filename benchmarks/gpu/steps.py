@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Steps with time limits, each in a process of its own; the results of all in one JSON.
 
-A step writes what it has found so far; the parent merges it every few seconds and at the step's end,
-whether it ended well, failed, or was stopped at its limit with all its children. Output goes to
-files, never through pipes: a child that is left over keeps nobody waiting.
+A step writes what it has found so far; the parent merges it every few seconds and at the step's
+end, whether it ended well, failed, or was stopped at its limit with all its children. Output goes
+to files, never through pipes: a child that is left over keeps nobody waiting.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Outcome:
         return self.status not in {"ok", "not run", "running"}
 
     def as_json(self) -> dict[str, Any]:
-        """For the results."""
+        """Returns it for the results."""
         return {
             "status": self.status,
             "seconds": round(self.seconds, 1),
@@ -98,7 +98,7 @@ def groups(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def limits(steps: Sequence[Step], budget_s: float = BUDGET_S) -> float:
-    """The seconds that all take if each reaches its limit; they must fit the budget."""
+    """Adds up the seconds of all limits; they must fit the budget."""
     total = sum(max(step.limit_s for step in group) for group in groups(steps))
     if total > budget_s:
         raise ValueError(f"expected limits that sum to at most {budget_s:g} s, got {total:g}.")
@@ -111,7 +111,7 @@ def limits(steps: Sequence[Step], budget_s: float = BUDGET_S) -> float:
 def start(
     command: Sequence[str], output: IO[bytes], env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """A command in a group of its own, which can be ended with all its children."""
+    """Starts a command in a group of its own, which can be ended with all its children."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -151,7 +151,7 @@ def run_command(
     log: Path | None = None,
     grace_s: float = _KILLED_AFTER_S,
 ) -> tuple[int | None, str]:
-    """(exit code, None at the limit; its output, which `log` keeps). Ends the command's group."""
+    """Runs a command; returns (exit code, None at the limit; output). Ends the command's group."""
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
         process = start(command, output, env or {})
         try:
@@ -179,7 +179,7 @@ def saver(path: Path) -> Save:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A step's findings; nothing if it wrote none."""
+    """Reads a step's findings; nothing if it wrote none."""
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text())
@@ -193,14 +193,14 @@ class Running:
         self,
         step: Step,
         arguments: Sequence[str],
-        folder: Path,
+        directory: Path,
         limit_s: float,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         self.step, self.limit_s = step, limit_s
-        self._piece, self._log = folder / f"{step.name}.json", folder / f"{step.name}.txt"
-        for old in (self._piece, folder / (step.leaves or self._piece.name)):
+        self._piece, self._log = directory / f"{step.name}.json", directory / f"{step.name}.txt"
+        for old in (self._piece, directory / (step.leaves or self._piece.name)):
             old.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu", "--step", step.name]
         command += ["--piece", str(self._piece), "--limit", f"{limit_s:.1f}", *arguments]
@@ -216,11 +216,11 @@ class Running:
         return Outcome(status, time.perf_counter() - self._begin, self.limit_s, reason, findings)
 
     def so_far(self, status: str = "running") -> Outcome:
-        """What it has found until now."""
+        """Returns what it has found until now."""
         return self._outcome(status, None)
 
     def look(self) -> Outcome | None:
-        """Its outcome once it has ended, or is ended because its time is up."""
+        """Returns its outcome once it has ended; ends it when its time is up."""
         code = self.process.poll()
         if code is None:
             if time.perf_counter() - self._begin < self.limit_s:
@@ -240,7 +240,7 @@ Changed = Callable[[str, Outcome], None]
 def run_together(
     steps: Sequence[Step],
     arguments: Sequence[str],
-    folder: Path,
+    directory: Path,
     left_s: float,
     changed: Changed,
 ) -> dict[str, Outcome]:
@@ -263,7 +263,7 @@ def run_together(
                 done(step.name, Outcome("not run", 0.0, step.limit_s, "no time left"))
                 continue
             env = threads(step.share) if len(steps) > 1 else {}
-            running.append(Running(step, arguments, folder, limit_s, env))
+            running.append(Running(step, arguments, directory, limit_s, env))
         merged = time.perf_counter()
         while running:
             time.sleep(_LOOKS_S)
@@ -285,16 +285,16 @@ def run_together(
 
 
 def threads(share: float) -> dict[str, str]:
-    """A share of the cores for a process's threads, which wait without spinning."""
+    """Gives a share of the cores to a process's threads, which wait without spinning."""
     return {
         "OMP_NUM_THREADS": str(max(1, round(cores() * share))),
         "OMP_WAIT_POLICY": "passive",
     }
 
 
-def run_step(step: Step, arguments: Sequence[str], folder: Path, limit_s: float) -> Outcome:
+def run_step(step: Step, arguments: Sequence[str], directory: Path, limit_s: float) -> Outcome:
     """Runs one step by itself and judges how it ended."""
-    return run_together([step], arguments, folder, limit_s, lambda *_: None)[step.name]
+    return run_together([step], arguments, directory, limit_s, lambda *_: None)[step.name]
 
 
 def each(checks: Mapping[str, Callable[[], str | None]], save: Save) -> None:

@@ -17,8 +17,9 @@ from benchmarks.gpu.steps import TAIL, Save, run_command
 from benchmarks.machine import ROOT, cores
 
 LOG = "pytest.log"
-FOLDER = ROOT / "build" / "gpu"
-# What has tests with the fixture `device`, files or folders; tests/benchmarks/test_gpu_tools.py holds this.
+DIRECTORY = ROOT / "build" / "gpu"
+# What has tests with the fixture `device`, files or directories; tests/benchmarks/test_gpu_tools.py
+# holds this.
 FILES = (
     "tests/ops",
     "tests/masks/test_wrappers.py",
@@ -34,7 +35,7 @@ _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+(?: \S+\])?)", re.MULTILINE)
 
 
 def command(device: Device) -> list[str]:
-    """The device fixture puts the device's name into a test's; a rehearsal takes one file.
+    """Returns the command: tests with the device's name in theirs; a rehearsal takes one file.
 
     The settings of pyproject.toml do not hold here: they collect doctests and turn warnings, which
     another version of torch may have, into errors.
@@ -50,7 +51,7 @@ def command(device: Device) -> list[str]:
 
 
 def counts(output: str) -> dict[str, int]:
-    """The closing line of pytest: {"passed": 12, "failed": 1}."""
+    """Reads the closing line of pytest: {"passed": 12, "failed": 1}."""
     for line in reversed(output.splitlines()):
         found = _COUNT.findall(line)
         if found and " in " in line:
@@ -59,16 +60,16 @@ def counts(output: str) -> dict[str, int]:
 
 
 def failed(output: str) -> list[str]:
-    """Names of the tests that failed, from the summary at the end."""
+    """Reads the names of the tests that failed, from the summary at the end."""
     return list(dict.fromkeys(_FAILED.findall(output)))
 
 
-def run(device: Device, limit_s: float, save: Save, folder: Path = FOLDER) -> None:
+def run(device: Device, limit_s: float, save: Save, directory: Path = DIRECTORY) -> None:
     """Fails if a test does, or if none ran."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     env = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     limit_s -= SUMS_UP_S + 4
-    code, output = run_command(command(device), limit_s, env, folder / LOG, SUMS_UP_S)
+    code, output = run_command(command(device), limit_s, env, directory / LOG, SUMS_UP_S)
     found = counts(output)
     save({"counts": found, "failed": failed(output), "whole": code is not None, "log": LOG})
     if found.get("failed") or found.get("error") or (code is not None and code != 0):

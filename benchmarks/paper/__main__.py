@@ -5,7 +5,7 @@ On scikit-learn's digits by default; the paper's own networks and data where you
 
     python -m benchmarks.paper
     python -m benchmarks.paper --methods mp,lap --levels 6,7 --seeds 2
-    python -m benchmarks.paper --nets mlp --data FOLDER --dataset fashion-mnist --device cuda
+    python -m benchmarks.paper --nets mlp --data DIRECTORY --dataset fashion-mnist --device cuda
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Makes the parser."""
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description="Prunes trained nets by many methods, fine-tunes and compares them. A run that "
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=_count, help="fine-tuning steps (default: those of the net)")
     add("--train-steps", type=_count, help="steps of the dense net (default: those of the net)")
     add("--schedule", choices=(ONE_SHOT, ITERATIVE), default=ONE_SHOT)
-    add("--data", type=Path, metavar="DIR", help="folder with the files of the paper's data")
+    add("--data", type=Path, metavar="DIR", help="directory with the files of the paper's data")
     add("--dataset", choices=data.NAMES, help="other data than the net's own")
     add("--batches", type=_count, default=100, help="of 60 images, for methods that look at data")
     add("--device", default="cpu")
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What the options ask for."""
+    """Makes the plan that the options describe."""
     return Plan(
         options.nets,
         tuple(range(options.seeds)),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The data: scikit-learn's digits, or the paper's sets through torchvision from files you have.
 
-Nothing is downloaded. --data names the folder that torchvision's classes read:
+Nothing is downloaded. --data names the directory that torchvision's classes read:
 
     mnist, fashion-mnist   DIR/MNIST/raw/*-ubyte, DIR/FashionMNIST/raw/*-ubyte
     cifar10                DIR/cifar-10-batches-py/
-    tiny-imagenet          DIR/tiny-imagenet-200/{train,val}/<class>/*.JPEG (val sorted into classes)
+    tiny-imagenet          DIR/tiny-imagenet-200/{train,val}/<class>/*.JPEG (val by class, too)
 
 Images are kept as bytes; a batch is augmented and normalized when it is drawn, as in the paper's
 code. All random numbers come from torch's global state, so that a seed gives the same batches.
@@ -58,13 +58,13 @@ class Data:
     device: torch.device
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Different images drawn at random, augmented, and their labels."""
+        """Draws different images at random, augmented, and their labels."""
         index = torch.randperm(len(self.x_train))[:size]
         x = self.prepare(self.augment(self.x_train[index].to(self.device)))
         return x, self.y_train[index].to(self.device)
 
     def calibration(self, count: int, size: int) -> list[tuple[Tensor, Tensor]]:
-        """At most so many batches of training images, not augmented, none twice."""
+        """Returns at most so many batches of training images, not augmented, none twice."""
         order = torch.randperm(len(self.x_train))[: count * size]
         return [
             (self.prepare(self.x_train[index].to(self.device)), self.y_train[index].to(self.device))
@@ -72,18 +72,18 @@ class Data:
         ]
 
     def example(self) -> Tensor:
-        """Two images as a net takes them."""
+        """Returns two images as a net takes them."""
         return self.prepare(self.x_train[:2].to(self.device))
 
     def tests(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images."""
+        """Yields all test images."""
         parts = (self.x_test.split(TEST_BATCH), self.y_test.split(TEST_BATCH))
         for x, y in zip(*parts, strict=True):
             yield self.prepare(x.to(self.device)), y.to(self.device)
 
 
-def load(name: str, folder: Path | None, device: torch.device) -> Data:
-    """The data of this name.
+def load(name: str, directory: Path | None, device: torch.device) -> Data:
+    """Loads the data of this name.
 
     Raises:
         MissingDataError: torchvision or the files are not there; the message names the cure.
@@ -94,9 +94,9 @@ def load(name: str, folder: Path | None, device: torch.device) -> Data:
         return Data(
             name, x_train, digits.y_train, x_test, digits.y_test, _as_it_is, _as_it_is, device
         )
-    if folder is None:
+    if directory is None:
         raise MissingDataError(
-            f"{name} needs --data, the folder with its files (nothing is loaded)"
+            f"{name} needs --data, the directory with its files (nothing is loaded)"
         )
     try:
         vision = importlib.import_module("torchvision")
@@ -105,37 +105,37 @@ def load(name: str, folder: Path | None, device: torch.device) -> Data:
             f"{name} needs a torchvision that fits torch {torch.__version__} (pip install "
             f"torchvision): {error}"
         ) from error
-    parts = _images(name, folder, vision)
+    parts = _images(name, directory, vision)
     prepare = partial(normalized, *MOMENTS[name])
     augments: dict[str, Transform] = {"cifar10": shifted, "tiny-imagenet": partial(resized, vision)}
     augment = augments.get(name, _as_it_is)
     return Data(name, *parts[0], *parts[1], prepare, augment, device)
 
 
-def _images(name: str, folder: Path, vision: Any) -> list[tuple[Tensor, Tensor]]:
-    """(images, labels) for training and for the test."""
+def _images(name: str, directory: Path, vision: Any) -> list[tuple[Tensor, Tensor]]:
+    """Reads (images, labels) for training and for the test."""
     try:
         if name == "tiny-imagenet":
-            root = folder / "tiny-imagenet-200"
+            root = directory / "tiny-imagenet-200"
             sets = [vision.datasets.ImageFolder(root / part) for part in ("train", "val")]
             return [_decoded(found) for found in sets]
         kind = getattr(vision.datasets, CLASSES[name])
-        sets = [kind(str(folder), train=train, download=False) for train in (True, False)]
+        sets = [kind(str(directory), train=train, download=False) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise MissingDataError(f"{name} was not found in {folder}: {error}") from error
+        raise MissingDataError(f"{name} was not found in {directory}: {error}") from error
     return [(_channels_first(torch.as_tensor(s.data)), torch.as_tensor(s.targets)) for s in sets]
 
 
-def _decoded(folder: Any) -> tuple[Tensor, Tensor]:
-    """All images of an ImageFolder, as bytes: 1.2 GB for the training set of Tiny-ImageNet."""
+def _decoded(directory: Any) -> tuple[Tensor, Tensor]:
+    """Decodes all images of an ImageFolder: 1.2 GB for the training set of Tiny-ImageNet."""
     import numpy as np
 
-    images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in folder])
-    return _channels_first(images), torch.tensor(folder.targets)
+    images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in directory])
+    return _channels_first(images), torch.tensor(directory.targets)
 
 
 def _channels_first(images: Tensor) -> Tensor:
-    """[n, H, W] or [n, H, W, C] -> [n, C, H, W]."""
+    """Moves channels: [n, H, W] or [n, H, W, C] -> [n, C, H, W]."""
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
@@ -144,14 +144,14 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 def normalized(mean: tuple[float, ...], deviation: tuple[float, ...], x: Tensor) -> Tensor:
-    """Bytes to floats with the data set's mean and deviation taken out."""
+    """Turns bytes into floats without the data set's mean and deviation."""
     shape = (1, -1, 1, 1)
     middle, scale = (torch.tensor(m, device=x.device).view(shape) for m in (mean, deviation))
     return (x.float() / 255 - middle) / scale
 
 
 def shifted(x: Tensor) -> Tensor:
-    """A random crop after padding with 4 black pixels, mirrored half of the time: one each."""
+    """Crops each image at random after padding with 4 black pixels, mirrored half of the time."""
     n, _, height, width = x.shape
     padded = F.pad(x, (CIFAR_PADDING,) * 4)
     down, right = torch.randint(2 * CIFAR_PADDING + 1, (2, n, 1))
@@ -164,7 +164,7 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def resized(vision: Any, x: Tensor) -> Tensor:
-    """Random parts of the images, brought back to their size, mirrored half of the time."""
+    """Resizes random crops of the images to their size, mirrored half of the time."""
     transforms = vision.transforms
     change = transforms.Compose(
         [transforms.RandomResizedCrop(tuple(x.shape[-2:])), transforms.RandomHorizontalFlip()]

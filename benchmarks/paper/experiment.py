@@ -5,7 +5,7 @@
     iterative   every step prunes the net of the step before by its ratios, masks carried over, and
                 fine-tunes it; the levels are steps of one chain, which is repeated as a whole
 
-The dense net of a seed is trained once and kept in a folder; a later run loads it from there.
+The dense net of a seed is trained once and kept in a directory; a later run loads it from there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Plan:
     device: str = "cpu"
 
     def dense(self, net: str, seed: int) -> Key:
-        """The cell of the dense net."""
+        """Returns the cell of the dense net."""
         setting = SETTINGS[net]
         return Key(
             net,
@@ -68,20 +68,20 @@ class Plan:
         )
 
     def checkpoint(self, dense: Key) -> Path:
-        """The file that keeps the dense weights."""
+        """Returns the file that keeps the dense weights."""
         name = f"{dense.net}-{dense.dataset}-seed{dense.seed}-{dense.train_steps}.pt"
         return self.checkpoints / name
 
     def levels_of(self, net: str) -> tuple[int, ...]:
-        """The levels of a net."""
+        """Returns the levels of a net."""
         return self.levels or SETTINGS[net].levels
 
     def methods_of(self, net: str) -> list[str]:
-        """The methods that suit a net."""
+        """Returns the methods that suit a net."""
         return [name for name in self.methods if METHODS[name].suits(SETTINGS[net])]
 
     def cells(self, net: str, seed: int) -> list[Key]:
-        """All cells of one dense net."""
+        """Returns all cells of one dense net."""
         dense = self.dense(net, seed)
         steps = SETTINGS[net].tune_steps if self.tune_steps is None else self.tune_steps
         pruned = partial(replace, dense, schedule=self.schedule, tune_steps=steps)
@@ -92,18 +92,18 @@ class Plan:
         ]
 
     def groups(self) -> Iterator[list[Key]]:
-        """The cells, in the order of the run, a dense net after the other."""
+        """Yields the cells in the order of the run, one dense net after the other."""
         for seed in self.seeds:
             for net in self.nets:
                 yield self.cells(net, seed)
 
     def keys(self) -> list[Key]:
-        """All cells."""
+        """Returns all cells."""
         return [key for group in self.groups() for key in group]
 
 
 def steps_left(plan: Plan, store: Store) -> int:
-    """Training steps that are still to be done."""
+    """Counts the training steps that are still to be done."""
     total = 0
     for group in plan.groups():
         missing = store.missing(group)
@@ -141,7 +141,7 @@ def run(
 
 
 def _work(plan: Plan, dense: Key, missing: list[Key]) -> Iterator[tuple[str, int]]:
-    """(what, training steps) of the missing cells of one dense net."""
+    """Yields (what, training steps) of the missing cells of one dense net."""
     if not plan.checkpoint(dense).exists():
         yield DENSE, dense.train_steps
     levels: dict[str, list[Key]] = {}
@@ -167,7 +167,7 @@ class _Trial:
         self.weights = self._trained()
 
     def run(self, missing: list[Key]) -> None:
-        """The missing cells of this net."""
+        """Runs the missing cells of this net."""
         if self.key in missing:
             self.net.load_state_dict(self.weights)
             found = accuracy(self.net, self.data)
@@ -182,7 +182,7 @@ class _Trial:
             self._chain([key for key in pruned if key.method == method])
 
     def _chain(self, keys: list[Key]) -> None:
-        """One method step by step up to the highest level."""
+        """Runs one method step by step up to the highest level."""
         wanted = {key.level: key for key in keys}
         self.net.load_state_dict(self.weights)
         masks: Masks | None = None
@@ -216,7 +216,7 @@ class _Trial:
         return cell, found
 
     def _kept(self, key: Key, masks: Masks) -> float:
-        """Per cent of the weights; an error unless it is what every other method keeps."""
+        """Returns the per cent kept; raises unless every other method keeps as many."""
         count = sum(int(mask.sum()) for mask in masks.values())
         planned, _ = self.setting.kept(self.net, key.level)
         if count != planned:
@@ -228,7 +228,7 @@ class _Trial:
         train(self.net, self.data, steps, self.setting.rate, BATCH, seed, masks, step)
 
     def _trained(self) -> dict[str, Tensor]:
-        """The weights of the dense net, from its file if there is one."""
+        """Returns the weights of the dense net, from its file if there is one."""
         path = self.plan.checkpoint(self.key)
         if path.exists():
             return dict(torch.load(path, map_location=self.plan.device, weights_only=True))

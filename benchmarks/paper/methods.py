@@ -34,7 +34,7 @@ class Method:
     only_chains: bool = False  # second derivatives, by BackPACK, which knows chains of layers
 
     def suits(self, setting: Setting) -> bool:
-        """Whether it can be told from the others on this net, and computed."""
+        """Tells whether it differs from the others on this net, and can be computed."""
         norms = setting.has_norms or not self.only_with_norms
         return norms and (setting.is_chain or not self.only_chains)
 
@@ -66,7 +66,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def available() -> tuple[str, ...]:
-    """The methods whose packages are installed."""
+    """Returns the methods whose packages are installed."""
     chains = importlib.util.find_spec("backpack") is not None
     return tuple(name for name, method in METHODS.items() if chains or not method.only_chains)
 
@@ -102,7 +102,8 @@ def masks_of(
     random = method.criterion == "random"
     result = lap_ext.prune(
         net,
-        topology,
+        None,
+        topology=topology,
         sparsity=setting.allocation(net, level),  # in one ranking over all layers: their sum
         criterion=criteria.Random(seed) if random else method.criterion,
         exclude=setting.spared(net),

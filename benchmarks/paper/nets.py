@@ -23,7 +23,7 @@ DROPOUT = 0.3  # of the wide ResNet
 
 
 def initialized(net: nn.Module) -> nn.Module:
-    """The net with the paper's initial weights."""
+    """Gives the net the paper's initial weights."""
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_normal_(module.weight)
@@ -33,7 +33,7 @@ def initialized(net: nn.Module) -> nn.Module:
 
 
 def mlp(widths: Sequence[int]) -> nn.Module:
-    """Linear layers with ReLU between them."""
+    """Makes linear layers with ReLU between them."""
     layers: list[nn.Module] = [nn.Flatten()]
     for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
@@ -41,7 +41,7 @@ def mlp(widths: Sequence[int]) -> nn.Module:
 
 
 def lenet() -> nn.Module:
-    """LeNet-5 for 3x32x32 images."""
+    """Makes LeNet-5 for 3x32x32 images."""
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -51,7 +51,7 @@ def lenet() -> nn.Module:
 
 
 def conv6() -> nn.Module:
-    """Six convolutions and three linear layers for 3x32x32 images."""
+    """Makes six convolutions and three linear layers for 3x32x32 images."""
     layers: list[nn.Module] = []
     for n_in, n_out in ((3, 64), (64, 128), (128, 256)):
         layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
@@ -61,7 +61,7 @@ def conv6() -> nn.Module:
 
 
 def vgg(depth: int, *, classes: int = 10, stride: int = 1) -> nn.Module:
-    """VGG with batch norms and one linear layer; the first convolution has this stride."""
+    """Makes VGG with batch norms and one linear layer; the first convolution has this stride."""
     layers: list[nn.Module] = []
     n_in = 3
     for n_out in VGG[depth]:
@@ -98,7 +98,7 @@ class Block(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """ReLU of the sum of both paths."""
+        """Returns ReLU of the sum of both paths."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
@@ -111,7 +111,7 @@ def resnet(
     classes: int = 10,
     stride: int = 1,
 ) -> nn.Module:
-    """A ResNet for small images: a 3x3 stem with this stride, then stages of so many blocks."""
+    """Makes a ResNet for small images: a 3x3 stem with this stride, then stages of blocks."""
     n = widths[0]
     stem = nn.Conv2d(channels, n, 3, stride, 1, bias=False)
     stages: list[nn.Module] = []
@@ -141,13 +141,13 @@ class WideBlock(nn.Module):
             self.shortcut.append(nn.Conv2d(n_in, width, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of both paths, before any activation."""
+        """Returns the sum of both paths, before any activation."""
         y = self.dropout(self.conv1(F.relu(self.bn1(x))))
         return self.conv2(F.relu(self.bn2(y))) + self.shortcut(x)
 
 
 def wide_resnet(depth: int, factor: int, classes: int) -> nn.Module:
-    """WRN-depth-factor for 3x64x64 images."""
+    """Makes WRN-depth-factor for 3x64x64 images."""
     n, stages = 16, list[nn.Module]()
     for stage, width in enumerate((16 * factor, 32 * factor, 64 * factor)):
         for number in range((depth - 4) // 6):

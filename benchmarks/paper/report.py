@@ -72,7 +72,7 @@ class Part:
     pruned: dict[str, dict[int, Values]]  # and right after pruning
 
     def gain(self, method: str, level: int, tuned: bool = True) -> Gain | None:
-        """Over the baseline, on the seeds that both have."""
+        """Returns the gain over the baseline, on the seeds that both have."""
         found = self.tuned if tuned else self.pruned
         ours = found.get(method, {}).get(level, {})
         theirs = found.get(BASELINE, {}).get(level, {})
@@ -81,7 +81,7 @@ class Part:
 
 
 def parts(store: Store, keys: Iterable[Key]) -> list[Part]:
-    """What is finished of these cells, a part for each net."""
+    """Collects what is finished of these cells, a part for each net."""
     nets: dict[str, list[Cell]] = {}
     for key in keys:
         if key in store:
@@ -103,19 +103,19 @@ def _part(net: str, cells: Sequence[Cell]) -> Part:
 
 
 def show(values: Mapping[int, float]) -> str:
-    """The mean, with the deviation where there are several seeds."""
+    """Writes the mean, with the deviation where there are several seeds."""
     found = list(values.values())
     mean = f"{statistics.mean(found):.1f}"
     return f"{mean} ± {statistics.stdev(found):.1f}" if len(found) > 1 else mean
 
 
 def per_cent(kept: float) -> str:
-    """Two decimals, for less than 0.1 % two digits."""
+    """Writes two decimals, for less than 0.1 % two digits."""
     return f"{kept:.2f}" if kept >= 0.1 else f"{kept:.2g}"
 
 
 def accuracies(part: Part, tuned: bool = True) -> tuple[list[str], list[list[str]]]:
-    """(head, rows): methods down, levels across; ** marks the best mean of a level."""
+    """Makes (head, rows): methods down, levels across; ** marks the best mean of a level."""
     found = part.tuned if tuned else part.pruned
     head = ["kept %", *map(per_cent, part.kept.values())]
     best = {
@@ -134,7 +134,7 @@ def accuracies(part: Part, tuned: bool = True) -> tuple[list[str], list[list[str
 
 
 def against(part: Part, method: str) -> tuple[list[str], list[list[str]]]:
-    """(head, rows): a method and the baseline, level by level."""
+    """Makes (head, rows): a method and the baseline, level by level."""
     names = [METHODS[name].name for name in (BASELINE, method)]
     head = ["kept %", *names, "gain", "seeds ahead", "verdict"]
     rows = []
@@ -149,14 +149,14 @@ def against(part: Part, method: str) -> tuple[list[str], list[list[str]]]:
 
 
 def title(part: Part) -> str:
-    """What the numbers are."""
+    """Says what the numbers are."""
     seeds = len(part.dense)
     what = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
     return f"{part.net}: test accuracy in %, {what}, dense {show(part.dense)}"
 
 
 def print_tables(found: Sequence[Part], console: Any) -> None:
-    """All accuracies after fine-tuning, and lookahead against the baseline."""
+    """Prints all accuracies after fine-tuning, and lookahead against the baseline."""
     from rich.table import Table
 
     for part in found:
@@ -178,7 +178,7 @@ def _bold(cell: str) -> str:
 
 
 def markdown(found: Sequence[Part]) -> str:
-    """The same tables for a README, and the accuracies before fine-tuning."""
+    """Makes the same tables for a README, and the accuracies before fine-tuning."""
     lines: list[str] = []
     for part in found:
         tables = [("", accuracies(part)), (" (right after pruning)", accuracies(part, tuned=False))]
@@ -192,7 +192,7 @@ def markdown(found: Sequence[Part]) -> str:
 
 
 def draw(found: Sequence[Part], path: Path) -> None:
-    """Accuracy against kept weights, and below each method's gain over the baseline."""
+    """Draws accuracy against kept weights, and below each method's gain over the baseline."""
     from matplotlib.figure import Figure
 
     tall = max(len(part.tuned) for part in found)

@@ -47,46 +47,46 @@ class Setting:
         return not any(isinstance(m, nets.RESIDUAL) for m in _meta(self).modules())
 
     def net(self) -> nn.Module:
-        """A new one, its weights drawn from torch's random state."""
+        """Makes a new net, its weights drawn from torch's random state."""
         return nets.initialized(self.build())
 
     def ratio_of(self, net: nn.Module) -> dict[str, float]:
-        """Layer name -> ratio."""
+        """Maps layer name to ratio."""
         names = weights_of(net)
         if len(names) != len(self.ratios):
             raise ValueError(f"expected {len(self.ratios)} layers, got {', '.join(names)}")
         return dict(zip(names, self.ratios, strict=True))
 
     def pruned(self, net: nn.Module) -> list[str]:
-        """The layers that are pruned at all."""
+        """Lists the layers that are pruned at all."""
         return [name for name, ratio in self.ratio_of(net).items() if ratio]
 
     def spared(self, net: nn.Module) -> list[str]:
-        """The layers that stay dense: what prune's exclude takes."""
+        """Lists the layers that stay dense: what prune's exclude takes."""
         pruned = set(self.pruned(net))
         return [name for name in weights_of(net, projections=True) if name not in pruned]
 
-    def allocation(self, net: nn.Module, level: int) -> allocation.paper:
-        """How much each layer gives at a level."""
+    def allocation(self, net: nn.Module, level: int) -> allocation.compounded:
+        """Returns how much each layer loses at a level."""
         ratios = self.ratio_of(net)
-        return allocation.paper({name: ratios[name] for name in self.pruned(net)}, level)
+        return allocation.compounded({name: ratios[name] for name in self.pruned(net)}, level)
 
     def kept(self, net: nn.Module, level: int) -> tuple[int, int]:
-        """(kept, all) weights of the layers that are pruned."""
+        """Counts (kept, all) weights of the layers that are pruned."""
         pruned = set(self.pruned(net))
         shapes = {name: weight.shape for name, weight in weights_of(net).items() if name in pruned}
         keeps = self.allocation(net, level).keeps(shapes)
         return sum(keeps.values()), sum(map(math.prod, shapes.values()))
 
     def kept_per_cent(self, net: nn.Module, level: int) -> float:
-        """Of all weights but the projections'."""
+        """Returns the per cent kept of all weights but the projections'."""
         kept, n = self.kept(net, level)
         everything = sum(weight.numel() for weight in weights_of(net).values())
         return 100 * (kept + everything - n) / everything
 
 
 def weights_of(net: nn.Module, *, projections: bool = False) -> dict[str, torch.Tensor]:
-    """Layer name -> weight of the linear and convolutional layers, in the paper's order."""
+    """Maps layer name to weight of the linear and convolutional layers, in the paper's order."""
     return {
         name: module.weight
         for name, module in net.named_modules()
@@ -100,7 +100,7 @@ def _meta(setting: Setting) -> nn.Module:
 
 
 def _convs(count: int, *, stem: bool = False) -> tuple[float, ...]:
-    """The ratios of so many convolutions and a linear layer, with a dense stem before them."""
+    """Returns the ratios of convolutions and a linear layer, with a dense stem before them."""
     return (*((0.0,) if stem else ()), *(0.15,) * count, 0.10)
 
 

@@ -74,7 +74,7 @@ class Store:
         return key in self.cells
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
-        """Those that are not finished."""
+        """Returns those that are not finished."""
         return [key for key in keys if key not in self.cells]
 
     def add(self, *cells: Cell) -> None:
@@ -83,7 +83,7 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        """All of it; the order does not depend on the order of the runs."""
+        """Writes everything; the order does not depend on the order of the runs."""
         rows = []
         for key in sorted(self.cells, key=lambda key: tuple(asdict(key).values())):
             row = asdict(self.cells[key])

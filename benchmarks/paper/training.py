@@ -58,7 +58,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(net: nn.Module, data: Data) -> float:
-    """Per cent of the test images that are recognized."""
+    """Returns the per cent of test images that are classified correctly."""
     net.eval()
     right = sum(int((net(x).argmax(1) == y).sum()) for x, y in data.tests())
     return 100 * right / len(data.y_test)

@@ -58,20 +58,23 @@ class CpuCore {
     }
   }
 
-  // The energy of each row (column) of scale * w.
-  Problems energy(
+  // The squared norm of each row (column) of scale * w.
+  Problems squared_norm(
       Axis axis, const Weight& weight, double scale, bool check, const Array& out) const {
     if (axis == Axis::rows) {
-      cpu::row_energy(weight.x, weight.layout.rows, scale, pool_, doubles(out));
+      cpu::row_squared_norms(weight.x, weight.layout.rows, scale, pool_, doubles(out));
     } else {
-      cpu::col_energy(weight.x, weight.layout, scale, pool_, doubles(out));
+      cpu::col_squared_norms(weight.x, weight.layout, scale, pool_, doubles(out));
     }
     return check ? problems_in(weight.x, out) : Problems{};
   }
 
   // Both from one reading of w.
-  Problems energies(const Weight& weight, bool check, const Array& row, const Array& col) const {
-    cpu::energies(weight.x, weight.layout, pool_, doubles(row), doubles(col));
+  Problems squared_norms(const Weight& weight,
+                         bool check,
+                         const Array& row,
+                         const Array& col) const {
+    cpu::squared_norms(weight.x, weight.layout, pool_, doubles(row), doubles(col));
     return check ? problems_in(weight.x, row) : Problems{};
   }
 
@@ -98,7 +101,7 @@ class CpuCore {
     const Problems problems = select({source}, keep, check_finite);
     if (problems.any() || pruned == nullptr) return problems;
     Strided target = weight.x;
-    if (target.data != Arrays::data(*pruned)) fail(weight.op, Arrays::kNotInPlace);
+    if (target.data != Arrays::data(*pruned)) fail(weight.op, {Arrays::kNotInPlace});
     target.data = Arrays::mutable_data(*pruned);
     cpu::zero(target, source.mask, pool_);
     return problems;
@@ -143,10 +146,12 @@ class CpuCore {
     return {};
   }
 
-  // x is read again only where its energy is not finite.
-  static Problems problems_in(const Strided& x, const Array& energy) {
+  // x is read again only where its squared norm is not finite.
+  static Problems problems_in(const Strided& x, const Array& squared_norm) {
     const auto is_finite = [](double e) { return e - e == 0; };
-    if (std::all_of(doubles(energy), doubles(energy) + Arrays::size(energy), is_finite)) return {};
+    if (std::all_of(doubles(squared_norm), doubles(squared_norm) + Arrays::size(squared_norm),
+                    is_finite))
+      return {};
     const cpu::NotFinite bad = cpu::find_not_finite(x, false);
     return {bad.count, bad.first, 0, false};
   }

@@ -27,7 +27,7 @@ struct NumpyArrays {
   using Norm = py::array_t<double, py::array::c_style | py::array::forcecast>;
   using Mask = py::array_t<bool, py::array::c_style | py::array::forcecast>;
   static constexpr const char* kNoun = "array";
-  static constexpr const char* kNotInPlace = "expected w with strides of whole elements.";
+  static constexpr const char* kNotInPlace = "w with strides of whole elements";
 
   static lap::cpu::Pool pool() {
     const unsigned cores = std::thread::hardware_concurrency();
@@ -40,10 +40,10 @@ struct NumpyArrays {
     if (name == "float64") return DType::f64;
     if (name == "float16") return DType::f16;
     if (name == "bfloat16") return DType::bf16;
-    fail_dtype(op, "expected float32, float64, float16 or bfloat16, got " + name + ".");
+    fail_dtype(op, {"float32, float64, float16 or bfloat16", name});
   }
-  [[noreturn]] static void fail_dtype(const char* op, const std::string& text) {
-    throw py::type_error(op + (": " + text));
+  [[noreturn]] static void fail_dtype(const char* op, const bind::Mistake& mistake) {
+    throw py::type_error(mistake.text(op));
   }
   static bool same_dtype(const Array& a, const Array& b) { return a.dtype().equal(b.dtype()); }
 
@@ -70,7 +70,7 @@ struct NumpyArrays {
 
   static const Norm& norm(const char*, const Norm& x) { return x; }
   static const uint8_t* eligible(const char* op, const Mask& mask, const Array& like) {
-    if (mask.size() != like.size()) bind::fail(op, "expected a mask of the weights' shape.");
+    if (mask.size() != like.size()) bind::fail(op, {"a mask of the weights' shape"});
     return reinterpret_cast<const uint8_t*>(mask.data());
   }
 };
@@ -81,9 +81,21 @@ using Operators = bind::Operators<bind::CpuCore<NumpyArrays>>;
 
 PYBIND11_MODULE(_np, m) {
   lap::cpu::kernels();  // an unusable LAP_EXT_ISA fails the import
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const bind::Failure& failure) {
+      const bind::Mistake& parts = failure.mistake;
+      const py::object kind = py::module_::import("lap_ext.errors").attr("LapValueError");
+      const py::object error =
+          kind(parts.expected, parts.got, parts.cure, py::arg("argument") = parts.argument,
+               py::arg("option") = parts.option);
+      PyErr_SetObject(kind.ptr(), error.ptr());
+    }
+  });
   m.doc() = "The CPU core of lap_ext for NumPy arrays; see lap_ext.numpy.";
-  m.def("row_energy", &Operators::row_energy);
-  m.def("col_energy", &Operators::col_energy);
+  m.def("row_squared_norms", &Operators::row_squared_norms);
+  m.def("col_squared_norms", &Operators::col_squared_norms);
   m.def("score", &Operators::score);
   m.def("mask", &Operators::mask<false>);
   m.def("prune_", &Operators::mask<true>);

@@ -111,7 +111,7 @@ struct Scores {
       : held(scores), dtype(Arrays::dtype(op, scores[0])) {
     for (size_t t = 0; t < scores.size(); ++t) {
       if (!Arrays::same_dtype(scores[t], scores[0])) {
-        Arrays::fail_dtype(op, "expected scores of one dtype.");
+        Arrays::fail_dtype(op, {"scores of one dtype"});
       }
       sources.push_back(core.source(op, scores[t], &held[t]));
       size += Arrays::size(scores[t]);
@@ -128,31 +128,31 @@ struct Operators {
 
   // --- squared norms --------------------------------------------------------------------------
 
-  static Array row_energy(const Array& w, bool check_finite, const std::string& name) {
+  static Array row_squared_norms(const Array& w, bool check_finite, const std::string& name) {
     const Sizes sizes = Arrays::sizes(w);
-    if (sizes.empty()) fail("factors", "expected at least 1 dimension.");
+    if (sizes.empty()) fail("neighbor_norms", {"at least 1 dimension"});
     const int64_t rows = sizes[0];
     const int64_t row_size = rows == 0 ? 0 : Arrays::size(w) / rows;
-    return energy(Axis::rows, w, {rows, row_size, 1, 1}, check_finite, name);
+    return squared_norm(Axis::rows, w, {rows, row_size, 1, 1}, check_finite, name);
   }
 
-  static Array col_energy(const Array& w,
-                          int64_t groups,
-                          bool check_finite,
-                          const std::string& name) {
-    return energy(Axis::cols, w, energy_layout(w, groups), check_finite, name);
+  static Array col_squared_norms(const Array& w,
+                                 int64_t groups,
+                                 bool check_finite,
+                                 const std::string& name) {
+    return squared_norm(Axis::cols, w, squared_norm_layout(w, groups), check_finite, name);
   }
 
   // Both of the above, with the same bits.
-  static std::tuple<Array, Array> energies(const Array& w,
-                                           int64_t groups,
-                                           bool check_finite,
-                                           const std::string& name) {
+  static std::tuple<Array, Array> squared_norms(const Array& w,
+                                                int64_t groups,
+                                                bool check_finite,
+                                                const std::string& name) {
     const Core core(w);
-    const Weight<Core> weight(core, "factors", w, energy_layout(w, groups));
+    const Weight<Core> weight(core, "neighbor_norms", w, squared_norm_layout(w, groups));
     Array row = core.template empty<double>(w, {weight.layout.rows});
     Array col = core.template empty<double>(w, {weight.layout.channels()});
-    raise_weight("factors", name, core.energies(weight, check_finite, row, col));
+    raise_weight("neighbor_norms", name, core.squared_norms(weight, check_finite, row, col));
     if (check_finite) {
       check_range(core, Axis::rows, weight, row, name);
       check_range(core, Axis::cols, weight, col, name);
@@ -204,7 +204,7 @@ struct Operators {
     constexpr const char* op = "topk_mask";
     check_keep(op, keep);
     if (!masks.empty() && masks.size() != scores.size()) {
-      fail(op, std::string("expected one mask per ") + Arrays::kNoun + " of scores, or none.");
+      fail(op, {std::string("one mask per ") + Arrays::kNoun + " of scores, or none"});
     }
     if (scores.empty()) return {};
     const Core core(scores[0]);
@@ -261,41 +261,43 @@ struct Operators {
     fail_nan(op, name, problems.count, problems.first);
   }
 
-  static Layout energy_layout(const Array& w, int64_t groups) {
+  static Layout squared_norm_layout(const Array& w, int64_t groups) {
     const Sizes sizes = Arrays::sizes(w);
-    if (sizes.size() < 2) fail("factors", "expected at least 2 dimensions.");
-    return layout_of("factors", sizes, sizes[1] * groups, sizes[0], groups, false);
+    if (sizes.size() < 2) fail("neighbor_norms", {"at least 2 dimensions"});
+    return layout_of("neighbor_norms", sizes, sizes[1] * groups, sizes[0], groups, false);
   }
 
-  static Array energy(
+  static Array squared_norm(
       Axis axis, const Array& w, const Layout& layout, bool check_finite, const std::string& name) {
     const Core core(w);
-    const Weight<Core> weight(core, "factors", w, layout);
+    const Weight<Core> weight(core, "neighbor_norms", w, layout);
     const int64_t channels = axis == Axis::rows ? layout.rows : layout.channels();
     Array out = core.template empty<double>(w, {channels});
-    raise_weight("factors", name, core.energy(axis, weight, 1.0, check_finite, out));
+    raise_weight("neighbor_norms", name, core.squared_norm(axis, weight, 1.0, check_finite, out));
     if (check_finite) check_range(core, axis, weight, out, name);
     return out;
   }
 
   // Squares of doubles can overflow or vanish (math/sums.h): a channel of nonzero weights with
-  // (nearly) no energy would pass for a dead one, so such channels are computed again enlarged.
+  // (nearly) no squared norm would pass for a dead one, so such channels are computed again
+  // enlarged.
   static void check_range(const Core& core,
                           Axis axis,
                           const Weight<Core>& weight,
-                          const Array& energy,
+                          const Array& squared_norm,
                           const std::string& name) {
     if (weight.x.dtype != DType::f64) return;
     const auto is_finite = [](double e) { return e - e == 0; };
     const auto is_small = [](double e) { return e < kVanishing; };
-    const std::vector<double> plain = core.read(energy);
-    if (!std::all_of(plain.begin(), plain.end(), is_finite)) fail_energy("factors", name);
+    const std::vector<double> plain = core.read(squared_norm);
+    if (!std::all_of(plain.begin(), plain.end(), is_finite))
+      fail_squared_norm("neighbor_norms", name);
     if (std::none_of(plain.begin(), plain.end(), is_small)) return;
-    const Array again = core.template empty<double>(energy, Arrays::sizes(energy));
-    core.energy(axis, weight, kEnlarge, false, again);
+    const Array again = core.template empty<double>(squared_norm, Arrays::sizes(squared_norm));
+    core.squared_norm(axis, weight, kEnlarge, false, again);
     const std::vector<double> enlarged = core.read(again);
     for (size_t c = 0; c < plain.size(); ++c) {
-      if (is_small(plain[c]) && enlarged[c] > 0) fail_energy("factors", name);
+      if (is_small(plain[c]) && enlarged[c] > 0) fail_squared_norm("neighbor_norms", name);
     }
   }
 };

@@ -33,10 +33,10 @@ struct TorchArrays {
       case ScalarType::Double:
         return DType::f64;
       default:
-        fail_dtype(op, "expected float32, float64, float16 or bfloat16.");
+        fail_dtype(op, {"float32, float64, float16 or bfloat16"});
     }
   }
-  [[noreturn]] static void fail_dtype(const char* op, const char* text) { fail(op, text); }
+  [[noreturn]] static void fail_dtype(const char* op, const Mistake& mistake) { fail(op, mistake); }
   static bool same_dtype(const Array& a, const Array& b) {
     return a.scalar_type() == b.scalar_type();
   }
@@ -61,7 +61,7 @@ struct TorchArrays {
   // Contiguous float64.
   static Array norm(const char* op, const Array& x) {
     if (x.scalar_type() != ScalarType::Double) {
-      fail(op, "expected in_norm and out_norm of float64.");
+      fail(op, {"in_norm and out_norm of float64"});
     }
     return contiguous(x);
   }
@@ -69,7 +69,7 @@ struct TorchArrays {
   static const uint8_t* eligible(const char* op, const Array& mask, const Array& like) {
     if (mask.scalar_type() != ScalarType::Bool || mask.numel() != like.numel() ||
         !mask.is_contiguous()) {
-      fail(op, "expected a contiguous bool mask with as many elements as the weights.");
+      fail(op, {"a contiguous bool mask with as many elements as the weights"});
     }
     return static_cast<const uint8_t*>(mask.const_data_ptr());
   }
@@ -78,9 +78,9 @@ struct TorchArrays {
 // Registers the operators that CPU and CUDA have in common.
 template <typename Operators, typename Library>
 void implement(Library& m) {
-  m.impl("row_energy", TORCH_BOX(&Operators::row_energy));
-  m.impl("col_energy", TORCH_BOX(&Operators::col_energy));
-  m.impl("energies", TORCH_BOX(&Operators::energies));
+  m.impl("row_squared_norms", TORCH_BOX(&Operators::row_squared_norms));
+  m.impl("col_squared_norms", TORCH_BOX(&Operators::col_squared_norms));
+  m.impl("squared_norms", TORCH_BOX(&Operators::squared_norms));
   m.impl("score", TORCH_BOX(&Operators::score));
   m.impl("mask", TORCH_BOX(&Operators::template mask<false>));
   m.impl("prune_", TORCH_BOX(&Operators::template mask<true>));

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 // Adds what CpuCore needs: the threads, and what to say where prune_ cannot write.
 struct TorchCpuArrays : bind::TorchArrays {
-  static constexpr const char* kNotInPlace = "expected w of at most 8 strides.";
+  static constexpr const char* kNotInPlace = "w of at most 8 strides";
 
   static lap::cpu::Pool pool() {
     return {static_cast<int>(torch::stable::get_num_threads()),
@@ -81,7 +81,7 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
   bind::check_keep(op, keep);
   if (row_norm.size() != w.size() || col_norm.size() != w.size() || groups.size() != w.size() ||
       (!masks.empty() && masks.size() != w.size())) {
-    bind::fail(op, "expected one row_norm, col_norm, groups and mask per weight.");
+    bind::fail(op, {"one row_norm, col_norm, groups and mask per weight"});
   }
   if (w.empty()) return {};
   const Core core(w[0]);
@@ -92,7 +92,7 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
   ranked.reserve(w.size());
   for (size_t t = 0; t < w.size(); ++t) {
     if ((w[t].scalar_type() == ScalarType::Double) != (w[0].scalar_type() == ScalarType::Double)) {
-      bind::fail(op, "expected weights that are all float64, or none.");
+      bind::fail(op, {"weights that are all float64, or none"});
     }
     ranked.emplace_back(core, op, name(t), w[t], row_norm[t], col_norm[t], groups[t], check_finite);
     sources.push_back(ranked[t].source);
@@ -110,6 +110,11 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   bind::implement<Operators>(m);
   m.impl("global_mask", TORCH_BOX(&global_mask));
+}
+
+// The parts of this thread's last failure, 0 to 4 (check.h).
+extern "C" __attribute__((visibility("default"))) const char* lap_ext_mistake(int part) {
+  return bind::part_of_last_mistake(part);
 }
 
 // The SIMD level in use; nothing when LAP_EXT_ISA asks for one that this CPU lacks.

@@ -71,30 +71,33 @@ class CudaCore {
   }
 
   Source source(const char* op, const Tensor& scores, Tensor* held) const {
-    if (scores.get_device_index() != device_) bind::fail(op, "expected scores on one device.");
+    if (scores.get_device_index() != device_) bind::fail(op, {"scores on one device"});
     return {view(op, scores, held).data, scores.numel(), nullptr, nullptr};
   }
 
   // The kernels check norms as they read them: see problems().
   void check_norms(const char*, const char*, const double*, int64_t) const {}
 
-  // The energy of each row (column) of scale * w.
-  Problems energy(
+  // The squared norm of each row (column) of scale * w.
+  Problems squared_norm(
       Axis axis, const Weight& weight, double scale, bool check, const Tensor& out) const {
     const cuda::Weight w = native(weight);
     const bool rows = axis == Axis::rows;
-    const auto launch = rows ? cuda::launch_row_energy : cuda::launch_col_energy;
-    const Tensor workspace =
-        scratch(out, rows ? cuda::row_energy_workspace(w) : cuda::col_energy_workspace(w));
+    const auto launch = rows ? cuda::launch_row_squared_norms : cuda::launch_col_squared_norms;
+    const Tensor workspace = scratch(
+        out, rows ? cuda::row_squared_norm_workspace(w) : cuda::col_squared_norm_workspace(w));
     require(launch(w, scale, check, out.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
                    stream_));
     return check ? problems(status(workspace)) : Problems{};
   }
 
   // Both from two readings of w, the first of which finds what is not finite.
-  Problems energies(const Weight& weight, bool check, const Tensor& row, const Tensor& col) const {
-    const Problems problems = energy(Axis::rows, weight, 1.0, check, row);
-    energy(Axis::cols, weight, 1.0, false, col);
+  Problems squared_norms(const Weight& weight,
+                         bool check,
+                         const Tensor& row,
+                         const Tensor& col) const {
+    const Problems problems = squared_norm(Axis::rows, weight, 1.0, check, row);
+    squared_norm(Axis::cols, weight, 1.0, false, col);
     return problems;
   }
 
@@ -123,7 +126,7 @@ class CudaCore {
     Strided target;
     if (pruned != nullptr && (pruned->dim() > lap::kMaxDims ||
                               !bind::strided<Arrays>(*pruned, weight.x.dtype, &target))) {
-      bind::fail(weight.op, "expected w of at most 8 dimensions.");
+      bind::fail(weight.op, {"w of at most 8 dimensions"});
     }
     const cuda::Weight w = native(weight);
     const Tensor workspace = scratch(mask, cuda::mask_workspace(w));
@@ -200,4 +203,9 @@ using Operators = bind::Operators<CudaCore>;
 
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CUDA, m) {
   bind::implement<Operators>(m);
+}
+
+// The parts of this thread's last failure, 0 to 4 (check.h).
+extern "C" __attribute__((visibility("default"))) const char* lap_ext_mistake(int part) {
+  return bind::part_of_last_mistake(part);
 }

@@ -112,7 +112,7 @@ struct Kernels {
   // Both at once for scale 1: row_sums[r] = row_segment of rows[r], and sums as add_squares. What
   // lies ahead elements behind each row is fetched into the cache on the way (0: nothing). Empty in
   // the baseline, whose 16 small registers make it slower than both apart.
-  void (*add_energies[kDTypes])(
+  void (*add_squared_norms[kDTypes])(
       const void* const* rows, int64_t n, int64_t ahead, double* row_sums, double* sums);
 };
 

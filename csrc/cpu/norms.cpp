@@ -86,13 +86,13 @@ struct Tiles {
 };
 
 // The sums of one tile: column segment `segment`, the row segments at `along`.
-void tile_energies(const Strided& x,
-                   const Tiles& tiles,
-                   int64_t segment,
-                   int64_t along,
-                   double* row_sums,  // [rows, of_row] out: those of this tile
-                   double* sums) {    // [width] out: those of this tile
-  const auto add_energies = kernels().add_energies[static_cast<int>(x.dtype)];
+void tile_squared_norms(const Strided& x,
+                        const Tiles& tiles,
+                        int64_t segment,
+                        int64_t along,
+                        double* row_sums,  // [rows, of_row] out: those of this tile
+                        double* sums) {    // [width] out: those of this tile
+  const auto add_squared_norms = kernels().add_squared_norms[static_cast<int>(x.dtype)];
   const int64_t begin = along * kSegment;
   const int64_t n = std::min<int64_t>(kSegment, tiles.width - begin);
   const int64_t stop = tiles.stop_row(segment);
@@ -103,7 +103,7 @@ void tile_energies(const Strided& x,
     double found[kRowsAtOnce];
     rows_at(x, r, stop, tiles.width, begin, n, &gathered, at);
     const bool more = x.contiguous() && r + 2 * kRowsAtOnce <= stop;
-    add_energies(at, n, more ? kRowsAtOnce * tiles.width : 0, found, sums + begin);
+    add_squared_norms(at, n, more ? kRowsAtOnce * tiles.width : 0, found, sums + begin);
     for (int64_t i = 0; i < std::min<int64_t>(kRowsAtOnce, stop - r); ++i) {
       row_sums[(r + i) * tiles.of_row + along] = found[i];
     }
@@ -128,29 +128,30 @@ void add_col_segments(const Tiles& tiles,
   });
 }
 
-// energy[r] = the segments of row r, added in order
+// squared_norm[r] = the segments of row r, added in order
 void add_row_segments(
-    const double* row_sums, int64_t rows, int64_t of_row, const Pool& pool, double* energy) {
+    const double* row_sums, int64_t rows, int64_t of_row, const Pool& pool, double* squared_norm) {
   const int64_t chunk = std::max<int64_t>(1, kWave / of_row);
   for_each_chunk(pool, ceil_div(rows, chunk), [&](int, int64_t task) {
     for (int64_t r = task * chunk; r < std::min(rows, (task + 1) * chunk); ++r) {
-      energy[r] = 0;
-      for (int64_t s = 0; s < of_row; ++s) energy[r] += row_sums[r * of_row + s];
+      squared_norm[r] = 0;
+      for (int64_t s = 0; s < of_row; ++s) squared_norm[r] += row_sums[r * of_row + s];
     }
   });
 }
 
-// energy[c] = the window positions of channel c, added in order
-void add_windows(const double* totals, const Layout& layout, double* energy) {
+// squared_norm[c] = the window positions of channel c, added in order
+void add_windows(const double* totals, const Layout& layout, double* squared_norm) {
   for (int64_t c = 0; c < layout.channels(); ++c) {
-    energy[c] = 0;
-    for (int64_t k = 0; k < layout.window; ++k) energy[c] += totals[c * layout.window + k];
+    squared_norm[c] = 0;
+    for (int64_t k = 0; k < layout.window; ++k) squared_norm[c] += totals[c * layout.window + k];
   }
 }
 
 }  // namespace
 
-void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, double* energy) {
+void row_squared_norms(
+    const Strided& x, int64_t rows, double scale, const Pool& pool, double* squared_norm) {
   if (rows == 0) return;
   const auto row_segment = kernels().row_segment[static_cast<int>(x.dtype)];
   const int64_t row_size = x.size / rows;
@@ -164,15 +165,15 @@ void row_energy(const Strided& x, int64_t rows, double scale, const Pool& pool, 
         const int64_t n = std::min<int64_t>(kSegment, row_size - j);
         total += row_segment(elements(x, r * row_size + j, n, gathered), n, scale);
       }
-      energy[r] = total;
+      squared_norm[r] = total;
     }
   });
 }
 
-void col_energy(
-    const Strided& x, const Layout& layout, double scale, const Pool& pool, double* energy) {
+void col_squared_norms(
+    const Strided& x, const Layout& layout, double scale, const Pool& pool, double* squared_norm) {
   const int64_t width = layout.row_size();
-  std::fill(energy, energy + layout.channels(), 0.0);
+  std::fill(squared_norm, squared_norm + layout.channels(), 0.0);
   if (width == 0) return;
   const int64_t rows = layout.group_rows();
   const int64_t wanted = ceil_div(width, int64_t{4} * pool.threads);
@@ -185,17 +186,18 @@ void col_energy(
     column_tile(x, group * rows, rows, width, begin, std::min(tile, width - begin), scale,
                 totals.data() + group * width + begin);
   });
-  add_windows(totals.data(), layout, energy);
+  add_windows(totals.data(), layout, squared_norm);
 }
 
 // In waves of segments, so that the columns' sums of one wave are all that is kept: 2 MB, or 64 KB
 // a thread where that is more. Beside them 8 bytes a row and 1024 columns.
-void energies(const Strided& x, const Layout& layout, const Pool& pool, double* row, double* col) {
-  const bool has_kernel = kernels().add_energies[static_cast<int>(x.dtype)] != nullptr;
+void squared_norms(
+    const Strided& x, const Layout& layout, const Pool& pool, double* row, double* col) {
+  const bool has_kernel = kernels().add_squared_norms[static_cast<int>(x.dtype)] != nullptr;
   const Tiles tiles(layout);
   if (!has_kernel || tiles.rows < kRowsAtOnce || tiles.width == 0) {
-    row_energy(x, layout.rows, 1.0, pool, row);
-    col_energy(x, layout, 1.0, pool, col);
+    row_squared_norms(x, layout.rows, 1.0, pool, row);
+    col_squared_norms(x, layout, 1.0, pool, col);
     return;
   }
   const int64_t tile = kSegmentRows * std::min<int64_t>(kSegment, tiles.width);
@@ -211,8 +213,8 @@ void energies(const Strided& x, const Layout& layout, const Pool& pool, double* 
     for_each_chunk(pool, tasks, [&](int, int64_t task) {
       const int64_t first = begin + task / tiles.of_row * chunk;
       for (int64_t s = first; s < std::min(stop, first + chunk); ++s) {
-        tile_energies(x, tiles, s, task % tiles.of_row, row_sums.data(),
-                      sums.data() + (s - begin) * tiles.width);
+        tile_squared_norms(x, tiles, s, task % tiles.of_row, row_sums.data(),
+                           sums.data() + (s - begin) * tiles.width);
       }
     });
     add_col_segments(tiles, begin, stop, sums.data(), pool, totals.data());

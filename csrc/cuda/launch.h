@@ -52,23 +52,23 @@ struct Source {
   uint8_t* mask;            // [size] out, or null: only the threshold is wanted
 };
 
-// energy[r] = sum over row r of (x * scale)^2, in the order of math/sums.h.
-size_t row_energy_workspace(const Weight& x);
-cudaError_t launch_row_energy(const Weight& x,
-                              double scale,
-                              bool check_finite,
-                              double* energy,  // [rows] out
-                              void* workspace,
-                              cudaStream_t stream);
+// squared_norm[r] = sum over row r of (x * scale)^2, in the order of math/sums.h.
+size_t row_squared_norm_workspace(const Weight& x);
+cudaError_t launch_row_squared_norms(const Weight& x,
+                                     double scale,
+                                     bool check_finite,
+                                     double* squared_norm,  // [rows] out
+                                     void* workspace,
+                                     cudaStream_t stream);
 
-// energy[g * cols + c] = sum over rows r of group g and window k of (x[r, c, k] * scale)^2.
-size_t col_energy_workspace(const Weight& x);
-cudaError_t launch_col_energy(const Weight& x,
-                              double scale,
-                              bool check_finite,
-                              double* energy,  // [groups * cols] out
-                              void* workspace,
-                              cudaStream_t stream);
+// squared_norm[g * cols + c] = sum over rows r of group g and window k of (x[r, c, k] * scale)^2.
+size_t col_squared_norm_workspace(const Weight& x);
+cudaError_t launch_col_squared_norms(const Weight& x,
+                                     double scale,
+                                     bool check_finite,
+                                     double* squared_norm,  // [groups * cols] out
+                                     void* workspace,
+                                     cudaStream_t stream);
 
 // out[r, c, k] = |w[r, c, k]| * (row[r] * col[group_of(r) * cols + c])
 size_t score_workspace(const Weight& w);

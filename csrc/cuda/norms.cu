@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Energies (squared norms) of a weight's channels, in double, in the order that math/sums.h fixes.
+// Squared norms of a weight's channels, in double, in the order that math/sums.h fixes.
 //
 //   rows:     1. one warp per segment of 1024 elements: lanes, then the tree -> partial [rows, S]
 //             2. one thread per row adds its segments in order (S = 1: not needed)
@@ -120,12 +120,13 @@ __device__ inline double sum_in_order(const double* x, int64_t stride, int64_t c
   return total;
 }
 
-// energy[r] = partial[r, 0] + partial[r, 1] + ... Thread: one row. Reads 1/128 byte per element.
+// squared_norm[r] = partial[r, 0] + partial[r, 1] + ... Thread: one row. Reads 1/128 byte per
+// element.
 __global__ void __launch_bounds__(kThreads, kResident)
-    row_total_kernel(const double* partial, int64_t rows, int64_t per_row, double* energy) {
+    row_total_kernel(const double* partial, int64_t rows, int64_t per_row, double* squared_norm) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r < rows; r += stride) {
-    energy[r] = sum_in_order(partial + r * per_row, 1, per_row);
+    squared_norm[r] = sum_in_order(partial + r * per_row, 1, per_row);
   }
 }
 
@@ -148,23 +149,23 @@ __global__ void __launch_bounds__(kThreads, kResident) col_segment_kernel(ColArg
   }
 }
 
-// energy[g, c] = total[g, c, 0] + total[g, c, 1] + ..., total[g, m] = partial[g, 0, m] +
+// squared_norm[g, c] = total[g, c, 0] + total[g, c, 1] + ..., total[g, m] = partial[g, 0, m] +
 // partial[g, 1, m] + ... Thread: one channel of one group. Reads 1/8 byte per element.
 __global__ void __launch_bounds__(kThreads, kResident) col_total_kernel(const double* partial,
                                                                         int64_t channels,
                                                                         int64_t segments,
                                                                         int64_t window,
                                                                         Divider by_cols,
-                                                                        double* energy) {
+                                                                        double* squared_norm) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   const int64_t width = static_cast<int64_t>(by_cols.divisor) * window;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < channels; i += stride) {
     const int64_t group = by_cols.quotient(i);
     const int64_t c = i - group * static_cast<int64_t>(by_cols.divisor);
     const double* first = partial + group * segments * width + c * window;
-    double energy_of = 0;
-    for (int64_t k = 0; k < window; ++k) energy_of += sum_in_order(first + k, width, segments);
-    energy[i] = energy_of;
+    double sum = 0;
+    for (int64_t k = 0; k < window; ++k) sum += sum_in_order(first + k, width, segments);
+    squared_norm[i] = sum;
   }
 }
 
@@ -184,19 +185,19 @@ cudaError_t clear(Status* status, cudaStream_t stream) {
 
 }  // namespace
 
-size_t row_energy_workspace(const Weight& x) {
+size_t row_squared_norm_workspace(const Weight& x) {
   Carver carver(nullptr);
   carver.take<Status>(1);
   carver.take<double>(x.layout.rows * row_segments(x.layout.row_size()));
   return carver.used();
 }
 
-cudaError_t launch_row_energy(const Weight& x,
-                              double scale,
-                              bool check_finite,
-                              double* energy,
-                              void* workspace,
-                              cudaStream_t stream) {
+cudaError_t launch_row_squared_norms(const Weight& x,
+                                     double scale,
+                                     bool check_finite,
+                                     double* squared_norm,
+                                     void* workspace,
+                                     cudaStream_t stream) {
   Carver carver(workspace);
   Status* status = carver.take<Status>(1);
   const int64_t rows = x.layout.rows;
@@ -205,22 +206,22 @@ cudaError_t launch_row_energy(const Weight& x,
   double* partial = carver.take<double>(rows * per_row);
   cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
   if (error != cudaSuccess || rows == 0) return error;
-  if (row_size == 0) return cudaMemsetAsync(energy, 0, rows * sizeof(double), stream);
+  if (row_size == 0) return cudaMemsetAsync(squared_norm, 0, rows * sizeof(double), stream);
   const RowArgs args = {x.data,
                         row_size,
                         rows * per_row,
                         Divider(per_row),
                         scale,
-                        per_row == 1 ? energy : partial,
+                        per_row == 1 ? squared_norm : partial,
                         check_finite ? status : nullptr};
   error = with_type(x.dtype, [&](auto type) {
     return launch_over(args.segments * kWarp, row_segment_kernel<decltype(type)>, stream, args);
   });
   if (error != cudaSuccess || per_row == 1) return error;
-  return launch_over(rows, row_total_kernel, stream, partial, rows, per_row, energy);
+  return launch_over(rows, row_total_kernel, stream, partial, rows, per_row, squared_norm);
 }
 
-size_t col_energy_workspace(const Weight& x) {
+size_t col_squared_norm_workspace(const Weight& x) {
   Carver carver(nullptr);
   carver.take<Status>(1);
   const Layout& layout = x.layout;
@@ -228,12 +229,12 @@ size_t col_energy_workspace(const Weight& x) {
   return carver.used();
 }
 
-cudaError_t launch_col_energy(const Weight& x,
-                              double scale,
-                              bool check_finite,
-                              double* energy,
-                              void* workspace,
-                              cudaStream_t stream) {
+cudaError_t launch_col_squared_norms(const Weight& x,
+                                     double scale,
+                                     bool check_finite,
+                                     double* squared_norm,
+                                     void* workspace,
+                                     cudaStream_t stream) {
   Carver carver(workspace);
   const Layout& layout = x.layout;
   const int64_t segments = col_segments(layout.group_rows());
@@ -243,7 +244,8 @@ cudaError_t launch_col_energy(const Weight& x,
   double* partial = carver.take<double>(layout.groups * segments * width);
   cudaError_t error = check_finite ? clear(status, stream) : cudaSuccess;
   if (error != cudaSuccess || channels == 0) return error;
-  if (layout.size() == 0) return cudaMemsetAsync(energy, 0, channels * sizeof(double), stream);
+  if (layout.size() == 0)
+    return cudaMemsetAsync(squared_norm, 0, channels * sizeof(double), stream);
   const bool alone = segments == 1 && layout.window == 1;  // a column is a channel
   const ColArgs args = {x.data,
                         layout.group_rows(),
@@ -252,14 +254,14 @@ cudaError_t launch_col_energy(const Weight& x,
                         Divider(width),
                         Divider(segments),
                         scale,
-                        alone ? energy : partial,
+                        alone ? squared_norm : partial,
                         check_finite ? status : nullptr};
   error = with_type(x.dtype, [&](auto type) {
     return launch_over(args.sums, col_segment_kernel<decltype(type)>, stream, args);
   });
   if (error != cudaSuccess || alone) return error;
   return launch_over(channels, col_total_kernel, stream, partial, channels, segments, layout.window,
-                     Divider(layout.cols), energy);
+                     Divider(layout.cols), squared_norm);
 }
 
 }  // namespace lap::cuda

@@ -7,7 +7,7 @@
 //            h = 16, 8, 4, 2, 1. The row's total adds its segments in order, from 0.
 //   columns: column m = (channel, window position) adds its rows in segments of kSegmentRows, each
 //            from 0 in rising order; the total adds the segments in order, from 0. A channel's
-//            energy adds its window positions in order, from 0.
+//            squared norm adds its window positions in order, from 0.
 #pragma once
 
 #include "host_device.h"

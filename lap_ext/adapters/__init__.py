@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning inside other libraries: one file per host, imported by its name only.
+"""Lookahead pruning inside other libraries: one module per framework, loaded when first used.
 
     lap_ext.adapters.torch_prune     torch.nn.utils.prune: a pruning method, exact global masks
     lap_ext.adapters.torch_ao        torch.ao.pruning: a sparsifier, with torch's schedulers
@@ -7,8 +7,24 @@
     lap_ext.adapters.lightning       lightning: a callback of Trainer
     lap_ext.adapters.llmcompressor   llm-compressor: a modifier for oneshot
     lap_ext.adapters.torch_pruning   Torch-Pruning: an importance for groups of channels
-    lap_ext.adapters.nncf            nncf: our masks in its models, so that export follows
+    lap_ext.adapters.nncf            nncf: lap_ext's masks in its models, so that export follows
 
-Nothing of lap_ext imports them, and they use what lap_ext exports, no more (lightning also the
-packing of masks). _callback.py is what the two callbacks share.
+Nothing else in lap_ext imports them, and they use only what lap_ext exports. _callback.py is what
+the two callbacks share. Where a framework is not installed, its adapter raises a
+ModuleNotFoundError that says what to install.
+
+    >>> import lap_ext
+    >>> lap_ext.adapters.torch_prune.LookaheadUnstructured(0.5).amount
+    0.5
 """
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    module = f"{__name__}.{name}"
+    if name.startswith("_") or find_spec(module) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(module)

@@ -1,52 +1,91 @@
 # SPDX-License-Identifier: MIT
-"""What the callbacks of trainers share: masks that are kept, or a schedule, from first step to last.
+"""What the callbacks of trainers share: keeping masks, or pruning by a schedule, during training.
 
-A host's callback says when training begins, when the optimizer has stepped and when it ends, and
-where masks are stored; it is called PruningCallback, as the messages here name it.
+The callback of each framework is a subclass named PruningCallback. It says when training begins,
+when the optimizer has stepped and when training ends, where masks are stored, and what the model is
+traced with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext.allocation import Sparsity
+from lap_ext.criteria import CriterionLike
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import parameter_in
+from lap_ext.options import (
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Order,
+    Patterns,
+    Residual,
+    Scope,
+)
+from lap_ext.progress import Progress
 
 
 class TrainingCallback:
-    """Exactly one of masks and schedule; the arguments and attributes are the host's callback's."""
+    """Keeps masks, or prunes by a schedule; the subclasses document arguments and attributes."""
 
+    @calling("PruningCallback")
     def __init__(
         self,
         masks: Mapping[str, Tensor] | None = None,
         *,
-        schedule: Any = None,
-        example_inputs: Any = None,
-        **options: Any,
+        schedule: Callable[[int], Sparsity | None] | None = None,
+        example_inputs: Inputs | None = None,
+        topology: lap_ext.Topology | None = None,
+        criterion: CriterionLike = "lookahead",
+        scope: Scope = "layer",
+        normalize: Normalize = "none",
+        order: Order = "parallel",
+        rounds: int = 1,
+        layers: Patterns | None = None,
+        exclude: Patterns = (),
+        batch_norm: BatchNorm = "edge",
+        residual: Residual = "sum",
+        data: Iterable[Any] | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        on_unsupported: OnUnsupported = "raise",
+        on_progress: Callable[[Progress], Any] | None = None,
     ) -> None:
         super().__init__()
+        self._example, self._topology = example_inputs, topology
+        self._tracing: dict[str, Any] = {"neighbors": neighbors, "on_unsupported": on_unsupported}
+        self._options: dict[str, Any] = {
+            "criterion": criterion,
+            "scope": scope,
+            "normalize": normalize,
+            "order": order,
+            "rounds": rounds,
+            "layers": layers,
+            "exclude": exclude,
+            "batch_norm": batch_norm,
+            "residual": residual,
+            "data": data,
+            "on_progress": on_progress,
+        }
         if (masks is None) == (schedule is None):
-            given = "neither" if masks is None else "both"
-            raise TypeError(
-                "PruningCallback: expected either masks (kept as they are) or schedule (step -> "
-                f"sparsity), got {given}. To prune before training call lap_ext.prune and pass "
-                "result.masks."
+            raise LapTypeError(
+                "either masks (kept as they are) or schedule (step -> sparsity)",
+                "neither" if masks is None else "both",
+                "To prune before training call lap_ext.prune and pass result.masks.",
             )
-        if masks is not None and (options or example_inputs is not None):
-            names = [*options] + ["example_inputs"] * (example_inputs is not None)
-            raise TypeError(
-                f"PruningCallback: expected masks alone (nothing is scored), got {', '.join(names)} "
-                "too. Leave them out."
-            )
+        if masks is not None:
+            inputs = {"example_inputs": example_inputs, "topology": topology}
+            _check_defaults({**self._options, **self._tracing, **inputs})
         self.masks = lap_ext.Masks({} if masks is None else masks)
         self.result: lap_ext.PruneResult | None = None
         self._schedule = schedule
-        self._example = example_inputs
-        self._options = options
         self._pruner: lap_ext.Pruner | None = None
         self._hooks: list[Any] = []  # each with remove()
 
@@ -56,27 +95,31 @@ class TrainingCallback:
 
     @property
     def sparsity(self) -> float:
-        """Fraction removed so far of the weights of the pruned layers."""
+        """Fraction of the weights of the pruned layers that has been removed so far."""
         return self.masks.sparsity
 
+    def _inputs(self, model: Any) -> Inputs:
+        """Returns what to trace a model with: example_inputs, or the framework's own example."""
+        raise NotImplementedError
+
     def _begin(
-        self, model: nn.Module, optimizers: Sequence[Any], inputs: Any, options: Mapping[str, Any]
+        self, model: nn.Module, optimizers: Sequence[Any], wrapped: nn.Module | None = None
     ) -> None:
-        """Keeps the masks, or builds what prunes; gradients of pruned weights are 0 from now on.
+        """Keeps the masks, or builds the pruner; from now on gradients of pruned weights are 0.
 
         Args:
-            model: what is trained; for a schedule also what DistributedDataParallel made of it.
-            optimizers: all of the training, each with torch's own hooks.
-            inputs: for a schedule's trace, as `placed` has them.
-            options: of `lap_ext.Pruner`.
+            model: the user's own module.
+            optimizers: all optimizers of the training, each with torch's own hooks.
+            wrapped: what DistributedDataParallel made of the model; None: it is not wrapped.
         """
         if self._schedule is None:
             weights = weights_of(model, self.masks)
             self.masks = _on_device(self.masks, weights)
-            for optimizer in _trainers(optimizers, weights.values()):
+            for optimizer in _training(optimizers, weights.values()):
                 self._hooks.append(self.masks.keep(model, optimizer))
         else:
-            self._pruner = self._built(model, optimizers, inputs, options)
+            inputs = self._inputs(model) if self._topology is None else self._example
+            self._pruner = self._build(model if wrapped is None else wrapped, optimizers, inputs)
             self._hooks.append(self._pruner)
             layers = self._pruner.topology.layers
             weights = {name: layer.weight for name, layer in layers.items()}
@@ -85,93 +128,108 @@ class TrainingCallback:
                 self._hooks.append(weight.register_hook(self._masking(name)))
 
     def _take(self) -> None:
-        """What the pruner has now is what everybody sees."""
+        """Publishes the pruner's masks and result."""
         assert self._pruner is not None
         self.masks, self.result = self._pruner.masks, self._pruner.result
 
     def _end(self) -> None:
-        """Nothing of ours is left on the optimizers and the parameters."""
+        """Removes all hooks from optimizers and parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._pruner = None
 
     def _masking(self, name: str) -> Any:
-        """A hook that zeroes the gradient of pruned weights: before processes average it, and clip."""
+        """Returns a hook that zeroes gradients of pruned weights before averaging and clipping."""
 
         def masked(gradient: Tensor) -> Tensor:
             mask = self.masks.get(name)
-            if mask is None or gradient.layout != torch.strided:  # Masks.keep refuses sparse ones
+            if mask is None or gradient.layout != torch.strided:  # Masks.keep rejects sparse ones
                 return gradient
             return torch.where(mask, gradient, 0.0)
 
         return masked
 
-    def _built(
-        self, model: nn.Module, optimizers: Sequence[Any], inputs: Any, options: Mapping[str, Any]
+    def _build(
+        self, model: nn.Module, optimizers: Sequence[Any], inputs: Inputs | None
     ) -> lap_ext.Pruner:
-        pruner = lap_ext.Pruner(model, inputs, self._schedule, **options)  # traces, and checks all
-        weights = [layer.weight for layer in pruner.layers]
-        chosen = _trainers(optimizers, weights)
-        return lap_ext.Pruner(model, pruner.topology, self._schedule, optimizer=chosen, **options)
+        assert self._schedule is not None
+        pruner = lap_ext.Pruner(  # traces the model and checks all options
+            model, inputs, self._schedule, topology=self._topology, **self._tracing, **self._options
+        )
+        chosen = _training(optimizers, [layer.weight for layer in pruner.layers])
+        return lap_ext.Pruner(
+            model,
+            None,
+            self._schedule,
+            optimizer=chosen,
+            topology=pruner.topology,
+            **self._options,
+        )
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:
-    """The masks are those of the weights that the model has now: what they prune is zero."""
+    """Checks that masks belong to the weights that the model has now: what they prune is zero."""
     for name, weight in weights_of(model, masks).items():
         if bool(weight.detach()[~masks[name].to(weight.device)].any()):
-            raise ValueError(
-                "PruningCallback: expected the masks of the checkpoint that was loaded (its pruned "
-                f"weights are zero), got {source}, which prunes weights of {name!r} that are not. "
-                f"{cure}"
+            raise LapValueError(
+                "the masks of the checkpoint that was loaded (its pruned weights are zero)",
+                f"{source}, which prunes weights of {name!r} that are not",
+                cure,
             )
 
 
 def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mask name -> its parameter, for names as the model itself has them."""
+    """Maps names of masks to their parameters, where the model itself has these names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for layer in masks:
         name = parameter_in(layer, parameters)
         if name is not None:
-            found[layer] = parameters[name]
-    return found
+            weights[layer] = parameters[name]
+    return weights
 
 
-def _trainers(optimizers: Sequence[Any], weights: Iterable[Tensor]) -> list[Any]:
-    """The optimizers that train one of the weights; all of them if none does, to be refused."""
-    wanted = {id(weight) for weight in weights}
-    found = [
-        optimizer
-        for optimizer in optimizers
-        if any(id(p) in wanted for group in optimizer.param_groups for p in group["params"])
-    ]
-    return found or list(optimizers)
-
-
-def _on_device(masks: lap_ext.Masks, weights: Mapping[str, Tensor]) -> lap_ext.Masks:
-    """Each mask where its parameter is."""
-    on = {name: weights[name].device if name in weights else x.device for name, x in masks.items()}
-    return lap_ext.Masks({name: mask.to(on[name]) for name, mask in masks.items()})
-
-
-def placed(
-    example: Any, model: nn.Module, options: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """(inputs, options) as `lap_ext.trace` takes them: on the model's device, named ones in kwargs."""
-    inputs, options = _moved(example, next(model.parameters()).device), dict(options)
-    if isinstance(inputs, Mapping):
-        options["kwargs"] = {**inputs, **options.get("kwargs", {})}
-        inputs = ()
-    return inputs, options
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    """Tensors, in tuples and mappings, on a device."""
+def on_device(inputs: Any, device: torch.device) -> Any:
+    """Moves the tensors of inputs, also within tuples, lists and mappings, to a device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return {name: _moved(x, device) for name, x in inputs.items()}
+        return {name: on_device(x, device) for name, x in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(_moved(x, device) for x in inputs)
+        return tuple(on_device(x, device) for x in inputs)
     return inputs
+
+
+def _check_defaults(options: Mapping[str, Any]) -> None:
+    """Checks that no option is given beside masks."""
+    parameters = inspect.signature(TrainingCallback).parameters
+    given = []
+    for name, value in options.items():
+        default = parameters[name].default
+        if value is not None and (default is None or value != default):
+            given.append(name)
+    if given:
+        raise LapTypeError(
+            "masks alone (nothing is scored)", f"{', '.join(given)} too", "Leave them out."
+        )
+
+
+def _training(optimizers: Sequence[Any], weights: Iterable[Tensor]) -> list[Any]:
+    """Returns the optimizers that train one of the weights; all if none does, to be rejected."""
+    ids = {id(weight) for weight in weights}
+    chosen = [
+        optimizer
+        for optimizer in optimizers
+        if any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+    ]
+    return chosen or list(optimizers)
+
+
+def _on_device(masks: lap_ext.Masks, weights: Mapping[str, Tensor]) -> lap_ext.Masks:
+    """Moves each mask to the device of its parameter."""
+    devices = {
+        name: weights[name].device if name in weights else mask.device
+        for name, mask in masks.items()
+    }
+    return lap_ext.Masks({name: mask.to(devices[name]) for name, mask in masks.items()})

@@ -6,32 +6,33 @@
     >>> from lap_ext.adapters.llmcompressor import LookaheadModifier
     >>> ids = dict(vocab_size=16, bos_token_id=1, eos_token_id=2)
     >>> sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, head_dim=4)
-    >>> config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **ids, **sizes)
-    >>> folder = tempfile.TemporaryDirectory()  # your model's
-    >>> transformers.LlamaForCausalLM(config).save_pretrained(folder.name)
+    >>> heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    >>> config = transformers.LlamaConfig(**ids, **sizes, **heads)
+    >>> directory = tempfile.TemporaryDirectory()  # your model's
+    >>> transformers.LlamaForCausalLM(config).save_pretrained(directory.name)
     >>> modifier = LookaheadModifier(sparsity=0.75, ignore=["lm_head"])
-    >>> model = oneshot(folder.name, recipe=modifier)  # output_dir=... writes it
+    >>> model = oneshot(directory.name, recipe=modifier)  # output_dir=... writes it
     >>> modifier.masks.counts()["model.layers.0.mlp.up_proj"]
     (24, 96)
     >>> int(model.model.layers[0].mlp.up_proj.weight.count_nonzero())
     24
-    >>> folder.cleanup()
+    >>> directory.cleanup()
 
 What each event does:
 
-    initialize          traces the model and refuses what cannot be pruned, before any modifier of the
-                        recipe has begun
-    calibration_start   prunes the whole model, in its turn among the modifiers: exactly as many
-                        weights as asked for, ties as everywhere in lap_ext
+    initialize          traces the model and rejects what cannot be pruned, before any modifier of
+                        the recipe has begun
+    calibration_start   prunes the whole model, in its turn among the modifiers: exactly the
+                        requested number of weights, ties as everywhere in lap_ext
 
-In a recipe file the modifier has its own name, once this module is imported:
+Once this module is imported, recipe files can name the modifier:
 
     prune_stage:
       pruning_modifiers:
         LookaheadModifier: {sparsity: 0.5, ignore: [lm_head]}
 
-Weights that llm-compressor has moved to another device are pruned where they lie; on disk they
-cannot be. Put it before quantization: a scheme that is symmetric keeps zeros zero. GPTQ does not, it
+Weights that llm-compressor has moved to another device are pruned on that device; weights on disk
+cannot be pruned. Put it before quantization: a symmetric scheme keeps zeros zero. GPTQ does not, it
 moves pruned weights too.
 """
 
@@ -45,21 +46,26 @@ import torch
 from torch import nn
 
 import lap_ext
-from lap_ext.adapters.transformers import call_of
+from lap_ext.adapters.transformers import inputs_of
+from lap_ext.allocation import Sparsity
+from lap_ext.errors import LapImportError, LapValueError, calling
+from lap_ext.options import BatchNorm, Normalize, OnUnsupported, Order, Residual, Scope
 
-try:
-    from compressed_tensors.offload import is_distributed
-    from compressed_tensors.offload.cache import OffloadCache
-    from compressed_tensors.utils import match_named_modules
-    from llmcompressor.core import Event, State
-    from llmcompressor.modifiers import Modifier, ModifierFactory
-    from pydantic import Field, PrivateAttr
-except ImportError as error:
-    raise ModuleNotFoundError(
-        "lap_ext.adapters.llmcompressor: expected the llmcompressor package (0.14 or later), got "
-        f"none that can be imported ({error}). Run: pip install llmcompressor",
-        name="llmcompressor",
-    ) from error
+with calling("lap_ext.adapters.llmcompressor"):
+    try:
+        from compressed_tensors.offload import is_distributed
+        from compressed_tensors.offload.cache import OffloadCache
+        from compressed_tensors.utils import match_named_modules
+        from llmcompressor.core import Event, State
+        from llmcompressor.modifiers import Modifier, ModifierFactory
+        from pydantic import Field, PrivateAttr
+    except ImportError as error:
+        raise LapImportError(
+            "the llmcompressor package (0.14 or later)",
+            f"none that can be imported ({error})",
+            "Run: pip install llmcompressor",
+            name="llmcompressor",
+        ) from error
 
 
 _Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -69,21 +75,30 @@ class LookaheadModifier(Modifier):
     """Prunes a model by lookahead scores, or any other data-free criterion of lap_ext.
 
     Args:
-        sparsity: the fraction removed of the layers' weights; or a dict of layer name patterns of
+        sparsity: the fraction of the layers' weights to remove; or a dict of layer name patterns of
             lap_ext and fractions, layers that match none stay dense.
-        targets: modules to prune, as llm-compressor has them: names, classes, or "re:" patterns.
-            Their neighbors are all layers of the model.
+        targets: modules to prune, as in llm-compressor: names, classes, or "re:" patterns. All
+            layers of the model count as their neighbors.
         ignore: modules among them that stay as they are.
-        criterion: by name; scope, normalize, order, rounds, bn, skip and unknown too as in
-            `lap_ext.prune`.
-        example_inputs: for the trace; not stored in recipes. None: the model's dummy_inputs.
+        criterion: as in `lap_ext.prune`; by name.
+        scope: as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`.
+        order: as in `lap_ext.prune`.
+        rounds: as in `lap_ext.prune`.
+        batch_norm: as in `lap_ext.prune`.
+        residual: as in `lap_ext.prune`.
+        on_unsupported: as in `lap_ext.prune`.
+        example_inputs: as in `lap_ext.prune`; not stored in recipes. None: the model's
+            dummy_inputs.
 
     Attributes:
-        result: after oneshot, the `lap_ext.PruneResult`; masks: its masks.
+        result: after oneshot, the `lap_ext.PruneResult`; None before.
+        masks: the masks of the result.
 
     Raises:
         TopologyError: from oneshot: the model cannot be traced.
-        ValueError: from oneshot: as `lap_ext.prune`; no layer is a target; several processes.
+        ValueError: an argument is not one of the above (pydantic's ValidationError); from oneshot:
+            as `lap_ext.prune`; no layer is a target; several processes.
 
     Example:
         >>> LookaheadModifier(sparsity={"*mlp*": 0.9}, scope="global").targets
@@ -94,13 +109,13 @@ class LookaheadModifier(Modifier):
     targets: str | list[str] = "Linear"
     ignore: str | list[str] = Field(default_factory=list)
     criterion: str = "lookahead"
-    scope: str = "layer"
-    normalize: str = "none"
-    order: str = "parallel"
+    scope: Scope = "layer"
+    normalize: Normalize = "none"
+    order: Order = "parallel"
     rounds: int = 1
-    bn: str = "paper"
-    skip: str = "sum"
-    unknown: str = "error"
+    batch_norm: BatchNorm = "edge"
+    residual: Residual = "sum"
+    on_unsupported: OnUnsupported = "raise"
     example_inputs: Any = Field(default=None, exclude=True)
 
     _topology: lap_ext.Topology | None = PrivateAttr(default=None)
@@ -108,7 +123,7 @@ class LookaheadModifier(Modifier):
 
     @property
     def result(self) -> lap_ext.PruneResult | None:
-        """What was pruned, or None."""
+        """The result of the pruning, or None before."""
         return self._result
 
     @property
@@ -116,28 +131,31 @@ class LookaheadModifier(Modifier):
         """Layer name -> mask; empty before the pruning."""
         return lap_ext.Masks({}) if self._result is None else self._result.masks
 
+    @calling("LookaheadModifier")
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Traces the model; raises what the pruning would."""
+        """Traces the model, and raises what the pruning would raise."""
         if is_distributed():
-            raise ValueError(
-                "LookaheadModifier: expected one process (it needs no data to share out, and "
-                "processes may hold the same weights), got several. Run oneshot without torchrun."
+            raise LapValueError(
+                "one process (there is no data to share, and processes may hold the same weights)",
+                "several",
+                "Run oneshot without torchrun.",
             )
         model: nn.Module = state.model
         with _plain(model):
             _check_in_memory(model)
-            inputs, options = call_of("LookaheadModifier", model, self.example_inputs, {})
-            self._topology = lap_ext.trace(model, inputs, unknown=self.unknown, **options)
+            inputs = inputs_of(model, self.example_inputs)
+            self._topology = lap_ext.trace(model, inputs, on_unsupported=self.on_unsupported)
             self._prune(_Nothing())
         return True
 
+    @calling("LookaheadModifier")
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Prunes."""
+        """Prunes the model."""
         with _plain(state.model):
             self._result = self._prune(self.sparsity)
-            self._result.masks.apply(state.model)
+            self._result.apply(state.model)
 
-    def _prune(self, sparsity: Any) -> lap_ext.PruneResult:
+    def _prune(self, sparsity: Sparsity) -> lap_ext.PruneResult:
         assert self._topology is not None
         topology = self._topology
         targets, ignore = (
@@ -145,40 +163,56 @@ class LookaheadModifier(Modifier):
         )
         modules = match_named_modules(topology.model, targets, ignore)
         chosen = {id(x) for _, module in modules for x in module.parameters(recurse=False)}
-        others = [name for name, layer in topology.layers.items() if id(layer.weight) not in chosen]
-        if len(others) == len(topology.layers):
+        layers = [name for name, layer in topology.layers.items() if id(layer.weight) in chosen]
+        if not layers:
             few = ", ".join(list(topology.layers)[:5])
-            raise ValueError(
-                f"LookaheadModifier: expected targets that name layers of the model ({few}, ...), "
-                f"got {targets} without {ignore}."
+            raise LapValueError(
+                f"{{argument}} that name layers of the model ({few}, ...)",
+                f"{targets} without {ignore}",
+                argument="targets",
             )
         return lap_ext.prune(
-            topology.model, topology, sparsity, criterion=self.criterion, scope=self.scope,
-            normalize=self.normalize, order=self.order, rounds=self.rounds, bn=self.bn,
-            skip=self.skip, exclude=others, apply=False,
-        )  # fmt: skip
+            topology.model,
+            None,
+            sparsity,
+            topology=topology,
+            criterion=self.criterion,
+            scope=self.scope,
+            normalize=self.normalize,
+            order=self.order,
+            rounds=self.rounds,
+            layers=layers,
+            batch_norm=self.batch_norm,
+            residual=self.residual,
+            apply=False,
+        )
 
 
 class _Nothing:
-    """An allocation that names no layer, so that prune checks all and scores nothing."""
+    """An allocation that names no layer, so that prune checks everything and scores nothing."""
 
     def keeps(self, shapes: Any, /) -> dict[str, int]:
         return {}
 
 
 def _check_in_memory(model: nn.Module) -> None:
+    """Checks that no weight is on disk or the meta device."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
-                f"LookaheadModifier: expected weights in memory, got {name!r} on disk or the meta "
-                "device. Load the model without an offload folder, or run `lap-ext prune` on its "
-                "folder, which needs little memory."
+            raise LapValueError(
+                "weights in memory",
+                f"{name!r} on disk or the meta device",
+                "Load the model without an offload directory, or run `lap-ext prune` on its "
+                "checkpoint directory, which needs little memory.",
             )
 
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Parameters as they lie, not as copies on another device; so forward moves nothing, either."""
+    """Makes the offloaded parameters themselves visible, not copies of them on another device.
+
+    The trace then moves nothing, either.
+    """
     with ExitStack() as undo, torch.no_grad():
         for module in model.modules():
             parameters, buffers = cast(Any, module._parameters), cast(Any, module._buffers)

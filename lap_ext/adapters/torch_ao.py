@@ -17,16 +17,16 @@
     >>> int(net[0].weight.count_nonzero() + net[2].weight.count_nonzero())
     12
 
-A sparsifier of torch is shown one tensor after the other and not its neighbors, so that the model
-is traced once, by `prepare`, and all masks of a step come from the same weights: `step` asks
-`lap_ext.prune`, `update_mask` writes what it found. Exactly as many weights are kept as asked for,
-ties as everywhere in lap_ext, and pruned weights never return, also where a scheduler goes back.
+torch gives a sparsifier one tensor after the other, without its neighbors. So `prepare` traces the
+model once, and all masks of a step come from the same weights: `step` calls `lap_ext.prune`,
+`update_mask` writes the result. Exactly the requested number of weights is kept, ties as everywhere
+in lap_ext, and pruned weights never return, not even where a scheduler lowers the sparsity.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,18 +35,32 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import lap_ext
+from lap_ext.criteria import CriterionLike
+from lap_ext.errors import LapImportError, LapRuntimeError, LapValueError, calling
+from lap_ext.options import (
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Order,
+    Residual,
+    Scope,
+)
+from lap_ext.progress import Progress
 
-try:
-    from torch.ao.pruning import BaseSparsifier, FakeSparsity  # type: ignore[attr-defined]
-except ImportError as error:
-    raise ModuleNotFoundError(
-        "lap_ext.adapters.torch_ao: expected a torch with torch.ao.pruning, got torch "
-        f"{torch.__version__} without it. Use lap_ext.Pruner, which needs no host.",
-        name="torch.ao.pruning",
-    ) from error
+with calling("lap_ext.adapters.torch_ao"):
+    try:
+        from torch.ao.pruning import BaseSparsifier, FakeSparsity  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise LapImportError(
+            "a torch with torch.ao.pruning",
+            f"torch {torch.__version__} without it",
+            "Use lap_ext.Pruner, which does not need it.",
+            name="torch.ao.pruning",
+        ) from error
 
-_TRACE = ("kwargs", "neighbors", "unknown")  # the options of prune that are trace's
-_OWN = ("sparsity", "masks", "apply", "exclude")  # those that the sparsifier decides
+
+_LISTED = 5  # of many layers, the first ones show how they are named
 
 
 class LookaheadSparsifier(BaseSparsifier):
@@ -59,16 +73,22 @@ class LookaheadSparsifier(BaseSparsifier):
     Only the tensors of config are pruned; their neighbors are all layers of the model.
 
     Args:
-        example_inputs: as in `lap_ext.trace`, or a `lap_ext.Topology` of the model.
-        sparsity_level: the fraction removed, of all weights of a tensor; a tensor's own
-            "sparsity_level" in config comes first, and torch's schedulers change it.
+        example_inputs: as in `lap_ext.prune`.
+        sparsity_level: the fraction to remove, of all weights of a tensor; a tensor's own
+            "sparsity_level" in config takes precedence, and torch's schedulers change it.
         scope: "layer" ranks each tensor by itself; "global" all of them together, the sum of what
             their levels keep.
-        options: criterion, normalize, order, rounds, bn, skip, data, kwargs, neighbors and unknown,
-            as in `lap_ext.prune`.
-
-    Raises:
-        TypeError: an option that the sparsifier decides itself.
+        topology: as in `lap_ext.prune`.
+        criterion: as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`.
+        order: as in `lap_ext.prune`.
+        rounds: as in `lap_ext.prune`; of each step.
+        batch_norm: as in `lap_ext.prune`.
+        residual: as in `lap_ext.prune`.
+        data: as in `lap_ext.prune`; read at every step, so an iterator will not do.
+        neighbors: as in `lap_ext.prune`.
+        on_unsupported: as in `lap_ext.prune`.
+        on_progress: as in `lap_ext.prune`.
 
     Example:
         >>> import torch
@@ -80,59 +100,75 @@ class LookaheadSparsifier(BaseSparsifier):
         (8, 16)
     """
 
+    @calling("LookaheadSparsifier")
     def __init__(
         self,
-        example_inputs: Any,
+        example_inputs: Inputs | None,
         sparsity_level: float = 0.5,
-        scope: str = "layer",
-        **options: Any,
+        scope: Scope = "layer",
+        *,
+        topology: lap_ext.Topology | None = None,
+        criterion: CriterionLike = "lookahead",
+        normalize: Normalize = "none",
+        order: Order = "parallel",
+        rounds: int = 1,
+        batch_norm: BatchNorm = "edge",
+        residual: Residual = "sum",
+        data: Iterable[Any] | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        on_unsupported: OnUnsupported = "raise",
+        on_progress: Callable[[Progress], Any] | None = None,
     ) -> None:
-        for name in _OWN:
-            if name in options:
-                raise TypeError(
-                    f"LookaheadSparsifier: expected no {name} (config says which tensors and how "
-                    "much, masks carry over and are written), got one. Leave it out."
-                )
         super().__init__(defaults={"sparsity_level": sparsity_level})
         self._example = example_inputs
-        self._trace_options = {name: options.pop(name) for name in _TRACE if name in options}
-        self._options = {"scope": scope, **options}
+        self._tracing: dict[str, Any] = {
+            "topology": topology,
+            "neighbors": neighbors,
+            "on_unsupported": on_unsupported,
+        }
+        self._options: dict[str, Any] = {
+            "criterion": criterion,
+            "scope": scope,
+            "normalize": normalize,
+            "order": order,
+            "rounds": rounds,
+            "batch_norm": batch_norm,
+            "residual": residual,
+            "data": data,
+            "on_progress": on_progress,
+        }
         self._topology: lap_ext.Topology | None = None
-        self._found: lap_ext.Masks | None = None  # within a step
+        self._ranked: lap_ext.Masks | None = None  # within a step
 
+    @calling("LookaheadSparsifier.prepare")
     def prepare(self, model: nn.Module, config: list[dict[str, Any]] | None) -> None:
         """Traces the model and puts a mask of ones on each tensor of config.
 
         Args:
             model: changed as torch does it: the tensors become parametrizations.
-            config: dicts with "tensor_fqn", a parameter's full name, and perhaps "sparsity_level".
-                None: all layers of the model (torch's own sparsifiers: its linear ones).
+            config: dicts with "tensor_fqn", a parameter's full name, and optionally
+                "sparsity_level". None: all layers of the model (in torch's own sparsifiers: its
+                linear layers).
 
         Raises:
             TopologyError: the model cannot be traced.
-            ValueError: a tensor is no layer of the model or is there twice; the model was not
-                changed.
+            TypeError, ValueError: as `lap_ext.prune`; a tensor is no layer of the model or is named
+                twice. The model was not changed.
         """
-        if isinstance(self._example, lap_ext.Topology):
-            topology = self._example
-        else:
-            topology = lap_ext.trace(model, self._example, **self._trace_options)
-        if topology.model is not model:
-            raise ValueError(
-                "LookaheadSparsifier.prepare: expected the topology of this model, got another's."
-            )
+        pruner = lap_ext.Pruner(  # traces the model and checks all options
+            model, self._example, lambda step: None, **self._tracing, **self._options
+        )
+        topology = pruner.topology
         parameters = [layer.parameter for layer in topology.layers.values()]
         if config is None:
             config = [{"tensor_fqn": name} for name in parameters]
         _check_config(config, model, parameters)
-        lap_ext.Pruner(
-            model, topology, lambda step: None, **self._options
-        )  # raises what step would
         self._topology = topology
         super().prepare(model, config)
 
+    @calling("LookaheadSparsifier.step")
     def step(self, use_path: bool = True) -> None:
-        """New masks for all tensors, from the weights as they are now.
+        """Makes new masks for all tensors, from the weights as they are now.
 
         Raises:
             ValueError: as `lap_ext.prune`; no mask was changed.
@@ -140,31 +176,37 @@ class LookaheadSparsifier(BaseSparsifier):
         """
         if not self.enable_mask_update:
             return
-        self._found = self._ranked()
+        self._ranked = self._rank()
         try:
             super().step(use_path)
         finally:
-            self._found = None
+            self._ranked = None
 
+    @calling("LookaheadSparsifier.update_mask")
     def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
         """Writes the mask of one tensor, in place: the mask's tensor stays the same one.
 
-        `step` calls it. By itself it ranks the whole model for this one mask.
+        `step` calls it. Called outside of a step, it ranks the whole model for this one mask.
         """
-        found = self._ranked() if self._found is None else self._found
+        masks = self._rank() if self._ranked is None else self._ranked
         name = self._names()[kwargs["tensor_fqn"]]
         mask = _mask_of(module, tensor_name)
-        mask.copy_(found[name])
-        self.state[kwargs["tensor_fqn"]]["mask"] = mask  # another one since the model has moved
+        mask.copy_(masks[name])
+        self.state[kwargs["tensor_fqn"]]["mask"] = mask  # a new tensor if the model has moved
 
+    @calling("LookaheadSparsifier.load_state_dict")
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Goes on where `state_dict` was called; after `prepare` of the same tensors.
+        """Continues where `state_dict` was called; after `prepare` of the same tensors.
 
-        torch takes the masks out of the dict that it is given, and then has none to save again.
+        torch's own method removes the masks from the dict that it is given, and then has none to
+        save again.
 
         Args:
             state_dict: what `state_dict` returned; it is not changed.
-            strict: as torch has it.
+            strict: as in torch.
+
+        Raises:
+            RuntimeError: before `prepare`.
         """
         self._traced()
         super().load_state_dict(copy.deepcopy(state_dict), strict)
@@ -172,14 +214,18 @@ class LookaheadSparsifier(BaseSparsifier):
             module, name = group["module"], group["tensor_name"]
             self.state[group["tensor_fqn"]]["mask"] = _mask_of(module, name)
 
+    @calling("LookaheadSparsifier.squash_mask")
     def squash_mask(self, *args: Any, **kwargs: Any) -> None:
-        """Ends it: plain parameters again, pruned weights +0.0.
+        """Makes the tensors plain parameters again, pruned weights +0.0.
 
-        torch multiplies, which leaves -0.0, and NaN where a pruned weight had become infinite.
+        torch's own method multiplies, which leaves -0.0, and NaN where a pruned weight is infinite.
 
         Args:
             args: torch's params_to_keep and params_to_keep_per_layer.
             kwargs: the same by name.
+
+        Raises:
+            RuntimeError: before `prepare`.
         """
         masks = self.masks
         super().squash_mask(*args, **kwargs)
@@ -187,7 +233,7 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @property
     def masks(self) -> lap_ext.Masks:
-        """Layer name -> mask as it is now, of the tensors of config; copies."""
+        """Layer name -> current mask of the tensors of config; copies."""
         names = self._names()
         return lap_ext.Masks(
             {
@@ -196,66 +242,73 @@ class LookaheadSparsifier(BaseSparsifier):
             }
         )
 
-    def _ranked(self) -> lap_ext.Masks:
-        """The masks to the levels that the groups have now."""
+    def _rank(self) -> lap_ext.Masks:
+        """Returns the masks for the current levels of the groups."""
         topology, names = self._traced(), self._names()
         levels = {names[group["tensor_fqn"]]: group["sparsity_level"] for group in self.groups}
-        others = [name for name in topology.layers if name not in levels]
         with _plain(self.groups):
             return lap_ext.prune(
-                topology.model, topology, levels, masks=self.masks, exclude=others,
-                apply=False, **self._options,
-            ).masks  # fmt: skip
+                topology.model,
+                None,
+                levels,
+                topology=topology,
+                layers=list(levels),
+                masks=self.masks,
+                apply=False,
+                **self._options,
+            ).masks
 
     def _traced(self) -> lap_ext.Topology:
         if self._topology is None:
-            raise RuntimeError(
-                "LookaheadSparsifier: expected prepare(model, config) first (it traces the model), "
-                "got none. A copy or an unpickled sparsifier needs it too."
+            raise LapRuntimeError(
+                "prepare(model, config) first (it traces the model)",
+                "none",
+                "A copy or an unpickled sparsifier needs it too.",
             )
         return self._topology
 
     def _names(self) -> dict[str, str]:
-        """Full parameter name -> layer name."""
+        """Maps full parameter names to layer names."""
         return {layer.parameter: name for name, layer in self._traced().layers.items()}
 
 
 def _check_config(config: list[dict[str, Any]], model: nn.Module, parameters: list[str]) -> None:
-    """Each tensor is a layer, once, and used in one place."""
-    function = "LookaheadSparsifier.prepare"
-    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    """Checks that each tensor is a layer, named once, and not tied."""
+    ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    more = ", ..." if len(parameters) > _LISTED else ""
     seen: set[str] = set()
     for group in config:
         name = group.get("tensor_fqn")
         if name not in parameters:
-            raise ValueError(
-                f"{function}: expected tensor_fqn to be the full name of a layer's parameter, got "
-                f"{name!r}. The layers are {', '.join(parameters[:5])}"
-                f"{', ...' if len(parameters) > 5 else ''}."
+            raise LapValueError(
+                "tensor_fqn to be the full name of a layer's parameter",
+                repr(name),
+                f"The layers are {', '.join(parameters[:_LISTED])}{more}.",
             )
         if name in seen:
-            raise ValueError(f"{function}: expected each tensor once, got {name!r} again.")
-        if places.count(id(model.get_parameter(name))) > 1:
-            raise ValueError(
-                f"{function}: expected tensors that are used in one place (torch masks it there "
-                f"alone), got {name!r}, which is tied. Leave it out of config."
+            raise LapValueError("each tensor once", f"{name!r} again")
+        if ids.count(id(model.get_parameter(name))) > 1:
+            raise LapValueError(
+                "tensors that are not tied (torch masks only one of the modules)",
+                f"{name!r}, which is tied",
+                "Leave it out of config.",
             )
         seen.add(name)
 
 
 def _mask_of(module: nn.Module, tensor_name: str) -> Tensor:
-    """The mask that torch holds on a tensor, in the dtype of the weight."""
+    """Returns torch's own mask of a tensor, in the dtype of the weight."""
     steps: Any = module.parametrizations
-    found: Any = next(step for step in steps[tensor_name] if isinstance(step, FakeSparsity))
-    mask: Tensor = found.mask
+    masking: Any = next(step for step in steps[tensor_name] if isinstance(step, FakeSparsity))
+    mask: Tensor = masking.mask
     return mask
 
 
 @contextmanager
 def _plain(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """The tensors as the parameters that they were; puts the parametrizations back in the end.
+    """Makes the tensors plain parameters again, and restores the parametrizations at the end.
 
-    parametrize makes a class for each module and a property of each tensor: without the property,
+    parametrize makes a class for each module and a property for each tensor: without the property,
     attribute access finds the parameter.
     """
     undo: list[tuple[Any, str, Any]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead scores in torch.nn.utils.prune: per layer, over all layers, again and again.
+"""Lookahead scores in torch.nn.utils.prune: per layer, over all layers, and repeatedly.
 
 A pruning method of torch sees one tensor and not the layer's neighbors, so that scores are computed
 for the whole model first:
@@ -8,29 +8,29 @@ for the whole model first:
     >>> from torch.nn.utils import prune
     >>> from lap_ext.adapters import torch_prune
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> found = torch_prune.scores(net, torch.ones(1, 4))  # as importance_scores are asked for
-    >>> prune.global_unstructured(
-    ...     list(found), torch_prune.LookaheadUnstructured, importance_scores=found, amount=0.75)
+    >>> importance = torch_prune.scores(net, torch.ones(1, 4))  # as torch's importance_scores
+    >>> prune.global_unstructured(list(importance), torch_prune.LookaheadUnstructured,
+    ...                           importance_scores=importance, amount=0.75)
     >>> int(net[0].weight_mask.sum() + net[2].weight_mask.sum())  # of 32 + 16
     12
     >>> again = torch_prune.scores(net, torch.ones(1, 4))[net[2], "weight"]
     >>> net[2] = torch_prune.lookahead_unstructured(net[2], "weight", 0.5, again)  # of what is left
 
-What torch's own methods leave to chance is fixed here: exactly the number asked for is pruned, and
-of equal scores the one of the earlier layer, then of the lower index, is kept.
+Unlike torch's own methods these are deterministic: exactly the requested number is pruned, and of
+equal scores the one of the earlier layer, then of the lower index, is kept.
 
-torch recomputes a pruned weight when its module is called, so a weight that is read from outside
-(MultiheadAttention.out_proj) is not pruned by it: leave it out with exclude. `apply_global_` refuses
-such layers, and masks a tied weight in all its places.
+torch recomputes a pruned weight when its module is called. A weight that is used without calling
+its module (MultiheadAttention.out_proj) is therefore not masked: leave it out with exclude.
+`apply_global_` rejects such layers, and masks a tied weight in all modules that hold it.
 
-copy.deepcopy of a module that torch has just pruned raises, for its weight is no leaf of autograd's
-graph: call the model once under torch.no_grad() first.
+copy.deepcopy of a module that torch has just pruned raises, because its weight is not a leaf of
+autograd's graph: call the model once under torch.no_grad() first.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -38,27 +38,32 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lap_ext
+from lap_ext.allocation import Sparsity
+from lap_ext.criteria import CriterionLike
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name
+from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Patterns, Residual
+from lap_ext.progress import Progress
 
-Place: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds the weight
+ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
 Hooks: TypeAlias = list[tuple[nn.Module, Any]]  # modules and torch's pruning hooks on them
 
 
 class LookaheadUnstructured(prune.BasePruningMethod):
-    """Prunes the weights with the smallest importance scores, exactly as many as asked for.
+    """Prunes the weights with the smallest importance scores, exactly as many as requested.
 
         float amount   keeps floor((1 - amount) * n + 1/2) of the n weights that are left
-        int amount     prunes so many
+        int amount     prunes that many
 
     For `prune.global_unstructured` and wherever else torch takes a pruning method. torch's
     L1Unstructured differs in three points: it ranks |score|, which keeps a score of -9; its choice
     among equal scores is not specified; it rounds halves to even.
 
     Args:
-        amount: what to prune of the weights that are not pruned yet.
+        amount: how much to prune of the weights that are not pruned yet.
 
     Raises:
-        TypeError: amount is no real number.
+        TypeError: amount is not a real number.
         ValueError: a float outside [0, 1], a negative int.
 
     Example:
@@ -72,17 +77,19 @@ class LookaheadUnstructured(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
 
+    @calling("LookaheadUnstructured")
     def __init__(self, amount: float) -> None:
         _check_amount(amount)
         self.amount: Any = amount  # any real number
 
+    @calling("LookaheadUnstructured")
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The mask of the best scores.
+        """Computes the mask of the best scores.
 
         Args:
-            t: importance scores >= 0: the weight's shape, or 1-D, those of all weights that are
-                left, of one layer or of many.
-            default_mask: ones, shape of t, in the dtype that the mask is to have.
+            t: importance scores >= 0, of the weight's shape; or 1-D, those of all weights that are
+                left, of one layer or several.
+            default_mask: ones of the shape of t, in the dtype that the mask should have.
 
         Returns:
             Ones and zeros like default_mask.
@@ -94,46 +101,53 @@ class LookaheadUnstructured(prune.BasePruningMethod):
         return default_mask * kept.to(default_mask)  # dtype and device
 
     def _count(self, left: int) -> dict[str, Any]:
-        """How many of those left to keep, as topk_mask takes it."""
+        """Returns how many of the remaining weights to keep, as arguments of topk_mask."""
         if not isinstance(self.amount, numbers.Integral):
             return {"sparsity": self.amount}
         if int(self.amount) > left:
-            raise ValueError(
-                f"LookaheadUnstructured: expected amount <= {left} (the weights that are not "
-                f"pruned yet), got {self.amount}."
+            raise LapValueError(
+                f"{{argument}} <= {left} (the weights that are not pruned yet)",
+                self.amount,
+                argument="amount",
             )
         return {"keep": left - int(self.amount)}
 
     @classmethod
-    def apply(  # type: ignore[override]  # as torch's own methods have it
+    @calling("LookaheadUnstructured")
+    def apply(  # type: ignore[override]  # as in torch's own methods
         cls, module: nn.Module, name: str, amount: float, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
         """Prunes a tensor of a module; everything is checked before the module is changed.
 
-        torch's own `apply` has dropped the hook of an earlier pruning by the time it finds a
-        mistake.
+        torch's own `apply` removes the hook of an earlier pruning before it finds a mistake.
 
         Args:
             module: the module.
-            name: attribute of the weight in it.
-            amount: what to prune of the weights that are not pruned yet.
+            name: its attribute that holds the weight.
+            amount: how much to prune of the weights that are not pruned yet.
             importance_scores: `scores(model, ...)[module, name]`.
 
         Returns:
             The hook, as torch returns it.
+
+        Raises:
+            TypeError, ValueError: as `LookaheadUnstructured`; the scores are missing, or not of the
+                weight's shape and device. The module was not changed.
         """
         weight = getattr(module, name)
         if importance_scores is None:
-            raise TypeError(
-                "LookaheadUnstructured: expected importance_scores (a module does not know its "
-                f"neighbors), got none for {name!r} of {type(module).__name__}. Pass "
-                "torch_prune.scores(model, example_inputs)[module, name]."
+            raise LapTypeError(
+                "{argument} (a module does not know its neighbors)",
+                f"none for {name!r} of {type(module).__name__}",
+                "Pass torch_prune.scores(model, example_inputs)[module, name].",
+                argument="importance_scores",
             )
         if importance_scores.shape != weight.shape or importance_scores.device != weight.device:
-            raise ValueError(
-                f"LookaheadUnstructured: expected importance_scores like {name} of "
-                f"{type(module).__name__}, got {list(importance_scores.shape)} on "
-                f"{importance_scores.device} and {list(weight.shape)} on {weight.device}."
+            raise LapValueError(
+                f"{{argument}} like {name} of {type(module).__name__}",
+                f"{list(importance_scores.shape)} on {importance_scores.device} and "
+                f"{list(weight.shape)} on {weight.device}",
+                argument="importance_scores",
             )
         mask = getattr(module, f"{name}_mask", None)
         left = importance_scores if mask is None else importance_scores[mask == 1]
@@ -141,15 +155,16 @@ class LookaheadUnstructured(prune.BasePruningMethod):
         return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
+@calling("lookahead_unstructured")
 def lookahead_unstructured(
     module: nn.Module, name: str, amount: float, importance_scores: Tensor
 ) -> nn.Module:
-    """Prunes the weights of one tensor that have the smallest scores; torch's l1_unstructured.
+    """Prunes the weights of one tensor that have the smallest scores, like torch's l1_unstructured.
 
     Args:
         module: the module.
-        name: attribute of the weight in it.
-        amount: what to prune of the weights that are not pruned yet: a fraction, or an int.
+        name: its attribute that holds the weight.
+        amount: how much to prune of the weights that are not pruned yet: a fraction, or an int.
         importance_scores: `scores(model, ...)[module, name]`.
 
     Returns:
@@ -161,8 +176,7 @@ def lookahead_unstructured(
     Example:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> found = scores(net, torch.ones(1, 4))
-        >>> for (module, name), importance in found.items():
+        >>> for (module, name), importance in scores(net, torch.ones(1, 4)).items():
         ...     module = lookahead_unstructured(module, name, 0.75, importance)
         >>> int(net[0].weight_mask.sum()), int(net[2].weight_mask.sum())
         (8, 4)
@@ -171,20 +185,48 @@ def lookahead_unstructured(
     return module
 
 
-def scores(model: nn.Module, example_inputs: Any, **options: Any) -> dict[Place, Tensor]:
-    """Scores of every weight of a model, keyed as torch.nn.utils.prune asks for them.
+@calling("scores")
+def scores(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    criterion: CriterionLike = "lookahead",
+    *,
+    topology: lap_ext.Topology | None = None,
+    normalize: Normalize = "none",
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
+    data: Iterable[Any] | None = None,
+    neighbors: Mapping[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "raise",
+    on_progress: Callable[[Progress], Any] | None = None,
+) -> dict[ModuleWeight, Tensor]:
+    """Scores every weight of a model, with the keys that torch.nn.utils.prune expects.
 
-    A model that torch has pruned already is scored as it computes: the weights that are left are
-    their layers' neighbors'.
+    A model that torch has pruned already is scored with its masks applied: only the weights that
+    are left count in their layers' neighbor norms.
 
     Args:
-        model: as in `lap_ext.scores`; pruned by torch.nn.utils.prune or not.
-        example_inputs: as in `lap_ext.scores`.
-        options: criterion, normalize, exclude, bn, skip, data, kwargs, neighbors and unknown, as in
-            `lap_ext.scores`.
+        model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not. It is not changed.
+        example_inputs: as in `lap_ext.prune`.
+        criterion: as in `lap_ext.prune`.
+        topology: as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`.
+        layers: as in `lap_ext.prune`.
+        exclude: as in `lap_ext.prune`.
+        batch_norm: as in `lap_ext.prune`.
+        residual: as in `lap_ext.prune`.
+        data: as in `lap_ext.prune`.
+        neighbors: as in `lap_ext.prune`.
+        on_unsupported: as in `lap_ext.prune`.
+        on_progress: as in `lap_ext.prune`.
 
     Returns:
         (module, attribute) -> scores >= 0 of the weight's shape. A tied weight is listed once.
+
+    Raises:
+        TopologyError, TypeError, ValueError: as `lap_ext.scores`.
 
     Example:
         >>> import torch
@@ -193,34 +235,80 @@ def scores(model: nn.Module, example_inputs: Any, **options: Any) -> dict[Place,
         [('Linear', 'weight'), ('Linear', 'weight')]
     """
     with _plain(model) as hooks:
-        topology = _trace(model, example_inputs, options)
-        masks = _torch_masks(hooks, topology)
-        found = lap_ext.scores(model, topology, masks=masks, **options)
+        if topology is None:
+            topology = lap_ext.trace(
+                model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported
+            )
+            example_inputs = neighbors = None
+        by_layer = lap_ext.scores(
+            model,
+            example_inputs,
+            criterion,
+            topology=topology,
+            normalize=normalize,
+            layers=layers,
+            exclude=exclude,
+            batch_norm=batch_norm,
+            residual=residual,
+            data=data,
+            neighbors=neighbors,
+            masks=_torch_masks(hooks, topology),
+            on_progress=on_progress,
+        )
     result = {}
-    for name, importance in found.items():
+    for name, importance in by_layer.items():
         path, _, attribute = topology.layers[name].parameter.rpartition(".")
         result[model.get_submodule(path), attribute] = importance
     return result
 
 
+@calling("global_masks")
 def global_masks(
-    model: nn.Module, example_inputs: Any, sparsity: Any, **options: Any
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    sparsity: Sparsity,
+    *,
+    topology: lap_ext.Topology | None = None,
+    criterion: CriterionLike = "lookahead",
+    normalize: Normalize = "none",
+    rounds: int = 1,
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
+    data: Iterable[Any] | None = None,
+    neighbors: Mapping[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "raise",
+    on_progress: Callable[[Progress], Any] | None = None,
 ) -> lap_ext.Masks:
-    """The masks of one exact ranking over all layers, for `prune.custom_from_mask`.
+    """Computes the masks of one exact ranking over all layers, for `prune.custom_from_mask`.
 
-    For the same masks `prune.global_unstructured` makes several copies of all weights; here nothing
+    `prune.global_unstructured` needs several copies of all weights for the same masks; here nothing
     is concatenated and no score is sorted.
 
     Args:
         model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not. It is not changed.
         example_inputs: as in `lap_ext.prune`.
-        sparsity: as in `lap_ext.prune`: of all weights, also of those that torch has pruned, which
-            never return.
-        options: criterion, normalize, rounds, exclude, bn, skip, data, kwargs, neighbors and
-            unknown, as in `lap_ext.prune`.
+        sparsity: as in `lap_ext.prune`, of all weights, including those that torch has pruned,
+            which never return.
+        topology: as in `lap_ext.prune`.
+        criterion: as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`.
+        rounds: as in `lap_ext.prune`.
+        layers: as in `lap_ext.prune`.
+        exclude: as in `lap_ext.prune`.
+        batch_norm: as in `lap_ext.prune`.
+        residual: as in `lap_ext.prune`.
+        data: as in `lap_ext.prune`.
+        neighbors: as in `lap_ext.prune`.
+        on_unsupported: as in `lap_ext.prune`.
+        on_progress: as in `lap_ext.prune`.
 
     Returns:
         Layer name -> mask.
+
+    Raises:
+        TopologyError, TypeError, ValueError: as `lap_ext.prune`.
 
     Example:
         >>> import torch
@@ -231,33 +319,79 @@ def global_masks(
         (12, 48)
     """
     with _plain(model) as hooks:
-        topology = _trace(model, example_inputs, options)
-        masks = _torch_masks(hooks, topology)
-        found = lap_ext.prune(
-            model, topology, sparsity, scope="global", masks=masks, apply=False, **options
-        )
-    return found.masks
+        if topology is None:
+            topology = lap_ext.trace(
+                model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported
+            )
+            example_inputs = neighbors = None
+        return lap_ext.prune(
+            model,
+            example_inputs,
+            sparsity,
+            topology=topology,
+            criterion=criterion,
+            scope="global",
+            normalize=normalize,
+            rounds=rounds,
+            layers=layers,
+            exclude=exclude,
+            batch_norm=batch_norm,
+            residual=residual,
+            data=data,
+            neighbors=neighbors,
+            masks=_torch_masks(hooks, topology),
+            apply=False,
+            on_progress=on_progress,
+        ).masks
 
 
+@calling("apply_global_")
 def apply_global_(
-    model: nn.Module, example_inputs: Any, sparsity: Any, **options: Any
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    sparsity: Sparsity,
+    *,
+    topology: lap_ext.Topology | None = None,
+    criterion: CriterionLike = "lookahead",
+    normalize: Normalize = "none",
+    rounds: int = 1,
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
+    data: Iterable[Any] | None = None,
+    neighbors: Mapping[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "raise",
+    on_progress: Callable[[Progress], Any] | None = None,
 ) -> lap_ext.Masks:
-    """Hands the masks of `global_masks` to torch.nn.utils.prune.
+    """Prunes a model with torch.nn.utils.prune, by the masks of `global_masks`.
 
-    A layer that torch has pruned already gets its new mask into the buffer that it has: pruning in
-    many steps takes no more memory than in one.
+    A layer that torch has pruned already gets its new mask in its existing buffer: pruning in many
+    steps takes no more memory than in one.
 
     Args:
-        model: as in `global_masks`.
-        example_inputs: as in `global_masks`.
+        model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not.
+        example_inputs: as in `lap_ext.prune`.
         sparsity: as in `global_masks`.
-        options: as in `global_masks`.
+        topology: as in `lap_ext.prune`.
+        criterion: as in `lap_ext.prune`.
+        normalize: as in `lap_ext.prune`.
+        rounds: as in `lap_ext.prune`.
+        layers: as in `lap_ext.prune`.
+        exclude: as in `lap_ext.prune`.
+        batch_norm: as in `lap_ext.prune`.
+        residual: as in `lap_ext.prune`.
+        data: as in `lap_ext.prune`.
+        neighbors: as in `lap_ext.prune`.
+        on_unsupported: as in `lap_ext.prune`.
+        on_progress: as in `lap_ext.prune`.
 
     Returns:
         The masks. Their `remove(model)` makes the pruning permanent.
 
     Raises:
-        ValueError: as `lap_ext.prune` and `Masks.to_torch_prune`; nothing was changed.
+        TopologyError, TypeError, ValueError: as `lap_ext.prune` and `Masks.to_torch_prune`. Nothing
+            was changed.
 
     Example:
         >>> import torch
@@ -270,7 +404,23 @@ def apply_global_(
         >>> prune.is_pruned(net)
         False
     """
-    masks = global_masks(model, example_inputs, sparsity, **options)
+    masks = global_masks(
+        model,
+        example_inputs,
+        sparsity,
+        topology=topology,
+        criterion=criterion,
+        normalize=normalize,
+        rounds=rounds,
+        layers=layers,
+        exclude=exclude,
+        batch_norm=batch_norm,
+        residual=residual,
+        data=data,
+        neighbors=neighbors,
+        on_unsupported=on_unsupported,
+        on_progress=on_progress,
+    )
     with _plain(model) as hooks:
         names = {id(p): layer_name(name) for name, p in model.named_parameters()}
         pruned = [names[id(module._parameters[hook._tensor_name])] for module, hook in hooks]
@@ -284,44 +434,51 @@ def apply_global_(
 
 
 def _check_amount(amount: Any) -> None:
+    """Checks that an amount is a fraction or a count."""
     if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise TypeError(
-            "LookaheadUnstructured: expected amount to be a float (the fraction of the remaining "
-            f"weights to prune) or an int (how many), got {type(amount).__name__}."
+        raise LapTypeError(
+            "{argument} to be a float (the fraction of the remaining weights to prune) or an int "
+            "(how many)",
+            type(amount).__name__,
+            argument="amount",
         )
     if isinstance(amount, numbers.Integral):
         if int(amount) < 0:
-            raise ValueError(f"LookaheadUnstructured: expected amount >= 0, got {amount}.")
+            raise LapValueError("{argument} >= 0", amount, argument="amount")
     elif not 0 <= float(amount) <= 1:
-        raise ValueError(
-            "LookaheadUnstructured: expected 0 <= amount <= 1 (the fraction of the remaining "
-            f"weights to prune), got {amount}. A number of weights is an int."
+        raise LapValueError(
+            "0 <= {argument} <= 1 (the fraction of the remaining weights to prune)",
+            amount,
+            "A number of weights is an int.",
+            argument="amount",
         )
 
 
 def _checked(importance: Tensor) -> Tensor:
-    """The scores, if they are some."""
+    """Returns the scores, if they are scores: no parameters, and >= 0."""
     if importance.requires_grad:
-        raise ValueError(
-            "LookaheadUnstructured: expected importance scores for every tensor, got parameters "
-            "(they require a gradient; torch takes the weight itself where no score is given). "
-            "Pass importance_scores=torch_prune.scores(model, example_inputs)."
+        raise LapValueError(
+            "importance scores for every tensor",
+            "parameters (they require a gradient; torch uses the weight itself where no score is "
+            "given)",
+            "Pass importance_scores=torch_prune.scores(model, example_inputs).",
         )
     if importance.numel():
         lowest = importance.min()  # NaN if there is one
         if not bool(lowest >= 0):
-            raise ValueError(
-                f"LookaheadUnstructured: expected importance scores >= 0, got {lowest.item()}. "
-                "torch takes the weight itself where no score is given; for magnitudes pass abs()."
+            raise LapValueError(
+                "importance scores >= 0",
+                lowest.item(),
+                "Where no score is given, torch uses the weight itself; for magnitudes pass abs().",
             )
     return importance.detach()
 
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[Hooks]:
-    """The model with its weights as plain parameters, what torch has pruned included.
+    """Makes all weights plain parameters, also those that torch has pruned.
 
-    Gives the hooks of torch's pruning, each with its module; puts all back in the end.
+    Yields the hooks of torch's pruning, each with its module; restores everything at the end.
     """
     hooks: Hooks = [
         (module, hook)
@@ -336,38 +493,28 @@ def _plain(model: nn.Module) -> Iterator[Hooks]:
             parameters, calls = module._parameters, module._forward_pre_hooks
             undo.append((module, name, module.__dict__.pop(name), dict(parameters), dict(calls)))
             keys = {f"{name}_orig": name}
-            _become(parameters, {keys.get(key, key): p for key, p in parameters.items()})
-            _become(calls, {key: call for key, call in calls.items() if call is not hook})
+            _replace(parameters, {keys.get(key, key): p for key, p in parameters.items()})
+            _replace(calls, {key: call for key, call in calls.items() if call is not hook})
         yield hooks
     finally:
         for module, name, computed, parameters, calls in reversed(undo):
-            _become(module._parameters, parameters)
-            _become(module._forward_pre_hooks, calls)
+            _replace(module._parameters, parameters)
+            _replace(module._forward_pre_hooks, calls)
             module.__dict__[name] = computed
 
 
-def _become(store: dict[Any, Any], now: dict[Any, Any]) -> None:
-    """The same dict with other entries, in their order: a tied parameter's first name goes by it."""
+def _replace(store: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    """Replaces the entries of a dict, in order: it decides the first name of a tied parameter."""
     store.clear()
-    store.update(now)
+    store.update(entries)
 
 
 def _torch_masks(hooks: Hooks, topology: lap_ext.Topology) -> dict[str, Tensor]:
-    """Layer name -> what torch's masks leave; of a model that is plain now."""
+    """Maps layer names to torch's masks; the weights must be plain parameters."""
     names = {id(layer.weight): name for name, layer in topology.layers.items()}
-    found: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     for module, hook in hooks:
         weight = module._parameters[hook._tensor_name]
         if id(weight) in names:
-            found[names[id(weight)]] = getattr(module, f"{hook._tensor_name}_mask") != 0
-    return found
-
-
-def _trace(model: nn.Module, example_inputs: Any, options: dict[str, Any]) -> lap_ext.Topology:
-    """The topology; the options that are trace's are taken out."""
-    named = {
-        name: options.pop(name) for name in ("kwargs", "neighbors", "unknown") if name in options
-    }
-    if isinstance(example_inputs, lap_ext.Topology):
-        return example_inputs
-    return lap_ext.trace(model, example_inputs, **named)
+            masks[names[id(weight)]] = getattr(module, f"{hook._tensor_name}_mask") != 0
+    return masks

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""How many weights stay in each layer."""
+"""Layer-wise sparsity: how many weights each layer keeps."""
 
 from lap_ext.allocation.layerwise import Allocation as Allocation
 from lap_ext.allocation.layerwise import Shapes as Shapes
 from lap_ext.allocation.layerwise import Sparsity as Sparsity
+from lap_ext.allocation.layerwise import compounded as compounded
 from lap_ext.allocation.layerwise import er as er
 from lap_ext.allocation.layerwise import erk as erk
 from lap_ext.allocation.layerwise import of as of
-from lap_ext.allocation.layerwise import paper as paper
 from lap_ext.allocation.layerwise import per_layer as per_layer
 from lap_ext.allocation.layerwise import total as total
 from lap_ext.allocation.layerwise import uniform as uniform

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""How much each layer gives: the layers' shapes -> how many weights each of them keeps.
+"""Layer-wise sparsity: from layer shapes to the number of weights that each layer keeps.
 
     uniform        density d in every layer
     uniform_plus   first convolution dense, last layer d or 1/5 if that is more, d solves the total
-    er, erk        density ~ sum(dims) / prod(dims), at most 1, the factor solves the total;
+    er, erk        density ~ sum(dims) / prod(dims), at most 1, scaled to solve the total;
                    er counts a convolution's channels only, erk also its window
     per_layer      a sparsity for each pattern of names; layers that match nothing stay dense
-    paper          1 - (1 - ratio)^step, a ratio for each layer
+    compounded     1 - (1 - ratio)^times, a ratio for each layer
 
-n is the number of all weights. uniform_plus, er and erk keep exactly floor((1 - sparsity) * n + 1/2)
-in total: each layer gets its share rounded down, and what is left goes, one weight each, to the
-largest remainders, of equal ones to the earlier layer. The others round each layer by itself,
-floor((1 - sparsity) * size + 1/2). Everything is computed in whole numbers and fractions.
+n is the number of all weights. uniform_plus, er and erk keep exactly
+floor((1 - sparsity) * n + 1/2) in total: each layer gets its share rounded down, and the rest goes,
+one weight each, to the largest remainders, of equal ones to the earlier layer. The others round
+each layer by itself, floor((1 - sparsity) * size + 1/2). All of this is computed in integers and
+fractions, without rounding errors.
 
 Sources: uniform_plus as in Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning",
-ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in Park et al., ICLR 2020.
+ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in Park et al., ICLR
+2020.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 from lap_ext._text import did_you_mean, matches, some
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
 
@@ -37,7 +40,7 @@ LAST_LAYER = Fraction(1, 5)  # uniform_plus: the last layer keeps at least this
 
 @runtime_checkable
 class Allocation(Protocol):
-    """Anything that says how many weights each layer keeps; your own class needs this method only.
+    """Says how many weights each layer keeps; your own class needs this method only.
 
     Example:
         >>> class HalfOfTheFirst:
@@ -49,40 +52,41 @@ class Allocation(Protocol):
     """
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer that shapes names, at most all of them."""
+        """Counts the weights to keep of each layer that shapes names, at most all of them."""
         ...
 
 
 Sparsity = Number | Mapping[str, Number] | Allocation  # what prune takes
 
 
-def of(sparsity: Sparsity, function: str = "prune") -> Allocation:
-    """The allocation that a sparsity stands for: a number is uniform, a dict per_layer.
+def of(sparsity: Sparsity) -> Allocation:
+    """Returns the allocation that a sparsity stands for: a number is uniform, a dict per_layer.
 
     Args:
         sparsity: a number, a dict pattern -> number, or an allocation, which is returned as it is.
-        function: whom error messages name.
 
     Example:
         >>> of(0.5), of({"fc*": 0.9})
         (uniform(sparsity=0.5), per_layer(sparsity={'fc*': 0.9}))
     """
     if isinstance(sparsity, Mapping):
-        return per_layer(sparsity, function)
+        return per_layer(sparsity)
     if isinstance(sparsity, Allocation) and not isinstance(sparsity, type):
         return sparsity
     if isinstance(sparsity, (bool, type)) or not hasattr(sparsity, "as_integer_ratio"):
         given = sparsity if isinstance(sparsity, type) else type(sparsity)
-        raise TypeError(
-            f"{function}: expected sparsity to be a number (the fraction removed), a dict pattern "
-            f"-> number or an allocation such as lap_ext.erk(0.9), got {given.__name__}."
+        raise LapTypeError(
+            "{argument} to be a number (the fraction removed), a dict pattern -> number or an "
+            "allocation such as lap_ext.erk(0.9)",
+            given.__name__,
+            argument="sparsity",
         )
-    check.keep_count(function, sparsity, None, 0)
+    check.keep_count(sparsity, None, 0)
     return uniform(sparsity)
 
 
-def total(found: Allocation, shapes: Shapes) -> int:
-    """Weights to keep where all layers are ranked together.
+def total(allocation: Allocation, shapes: Shapes) -> int:
+    """Counts the weights to keep where all layers are ranked together.
 
     A uniform sparsity counts from all weights together, floor((1 - sparsity) * n + 1/2); any other
     allocation gives the sum of what it keeps.
@@ -92,15 +96,15 @@ def total(found: Allocation, shapes: Shapes) -> int:
         >>> total(uniform(0.5), shapes), total(per_layer({"*": 0.5}), shapes)  # 5; 3 + 3
         (5, 6)
     """
-    if isinstance(found, uniform):
+    if isinstance(allocation, uniform):
         n = sum(_sizes(shapes).values())
-        return check.keep_count("uniform", found.sparsity, None, n)
-    return sum(found.keeps(shapes).values())
+        return check.keep_count(allocation.sparsity, None, n)
+    return sum(allocation.keeps(shapes).values())
 
 
 @dataclass(frozen=True)
 class uniform:  # noqa: N801 (reads as the function that it is used as; so do the others)
-    """The same sparsity in every layer.
+    """Removes the same fraction of every layer.
 
     Example:
         >>> uniform(0.75).keeps({"a": (4, 4), "b": (2, 5)})  # floor(10 / 4 + 1/2)
@@ -109,20 +113,20 @@ class uniform:  # noqa: N801 (reads as the function that it is used as; so do th
 
     sparsity: Number
 
+    @calling("uniform")
     def __post_init__(self) -> None:
-        check.keep_count("uniform", self.sparsity, None, 0)
+        check.keep_count(self.sparsity, None, 0)
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer."""
+        """Counts the weights to keep of each layer."""
         return {
-            name: check.keep_count("uniform", self.sparsity, None, n)
-            for name, n in _sizes(shapes).items()
+            name: check.keep_count(self.sparsity, None, n) for name, n in _sizes(shapes).items()
         }
 
 
 @dataclass(frozen=True)
 class uniform_plus:  # noqa: N801
-    """The first convolution stays dense, the last layer keeps a fifth or more, the rest is uniform.
+    """Keeps the first convolution dense and a fifth of the last layer or more; the rest is uniform.
 
     Args:
         sparsity: the fraction removed of all weights together.
@@ -141,18 +145,20 @@ class uniform_plus:  # noqa: N801
     first: str | None = None
     last: str | None = None
 
+    @calling("uniform_plus")
     def __post_init__(self) -> None:
-        check.keep_count("uniform_plus", self.sparsity, None, 0)
+        check.keep_count(self.sparsity, None, 0)
 
+    @calling("uniform_plus")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer.
+        """Counts the weights to keep of each layer.
 
         Raises:
             ValueError: the dense layer and the fifth of the last one are more than the total.
         """
-        for role, name in (("first", self.first), ("last", self.last)):
+        for argument, name in (("first", self.first), ("last", self.last)):
             if name is not None and name not in shapes:
-                raise ValueError(_no_layer("uniform_plus", role, name, shapes))
+                raise _no_layer("{argument}", name, shapes, argument)
         sizes = _sizes(shapes)
         first = self.first or next((x for x, dims in shapes.items() if len(dims) > 2), None)
         last = self.last or next(reversed(sizes), None)
@@ -162,19 +168,21 @@ class uniform_plus:  # noqa: N801
         if first is not None:
             least[first] = sizes[first]
         n, needed = sum(sizes.values()), sum(least.values())
-        total = check.keep_count("uniform_plus", self.sparsity, None, n)
+        total = check.keep_count(self.sparsity, None, n)
         if needed > total:
-            raise ValueError(
-                f"uniform_plus: expected a sparsity that leaves {needed} of {n} weights (the first "
-                f"convolution stays dense, the last layer keeps a fifth), got {self.sparsity}, "
-                f"which leaves {total}. Use erk, uniform or scope='global'."
+            raise LapValueError(
+                f"a {{argument}} that leaves {needed} of {n} weights (the first convolution stays "
+                "dense, the last layer keeps a fifth)",
+                f"{self.sparsity}, which leaves {total}",
+                "Use erk, uniform or scope='global'.",
+                argument="sparsity",
             )
         return _rounded(_solved(sizes, sizes, least, total), total)
 
 
 @dataclass(frozen=True)
 class er:  # noqa: N801
-    """Density ~ (out + in) / (out * in): wide layers give more. A convolution's window is ignored.
+    """Prunes wide layers more: density ~ (out + in) / (out * in), whatever a convolution's window.
 
     Example:
         >>> er(0.75).keeps({"a": (8, 8), "b": (8, 2)})  # 20 of 80, split 16 : 10
@@ -184,24 +192,25 @@ class er:  # noqa: N801
     sparsity: Number
 
     def __post_init__(self) -> None:
-        check.keep_count(type(self).__name__, self.sparsity, None, 0)
+        with calling(type(self).__name__):
+            check.keep_count(self.sparsity, None, 0)
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer."""
+        """Counts the weights to keep of each layer."""
         sizes = _sizes(shapes)
         n = sum(sizes.values())
-        total = check.keep_count(type(self).__name__, self.sparsity, None, n)
+        total = check.keep_count(self.sparsity, None, n)
         weights = {name: max(1, self._weight(dims)) for name, dims in shapes.items()}
         return _rounded(_solved(sizes, weights, dict.fromkeys(sizes, 0), total), total)
 
     def _weight(self, dims: Sequence[int]) -> int:
-        """Density * size: the product cancels, but for the window."""
+        """Returns density * size: the product cancels, but for the window."""
         return sum(dims[:2]) * math.prod(dims[2:])
 
 
 @dataclass(frozen=True)
 class erk(er):  # noqa: N801
-    """Density ~ (out + in + height + width) / (out * in * height * width); linear layers as in er.
+    """Prunes as er, with density ~ (out + in + height + width) / (out * in * height * width).
 
     Example:
         >>> erk(0.75).keeps({"conv": (4, 2, 3, 3), "fc": (3, 4)})  # 21 of 84, split 12 : 7
@@ -214,7 +223,7 @@ class erk(er):  # noqa: N801
 
 @dataclass(frozen=True)
 class per_layer:  # noqa: N801
-    """A sparsity for each fnmatch pattern of names. The first that matches counts.
+    """Takes a sparsity for each fnmatch pattern of names. The first that matches counts.
 
     Example:
         >>> shapes = {"body.0": (4, 4), "body.1": (4, 4), "head": (2, 4)}
@@ -223,91 +232,94 @@ class per_layer:  # noqa: N801
     """
 
     sparsity: Mapping[str, Number]
-    function: str = field(default="per_layer", repr=False, compare=False)  # whom errors name
 
+    @calling("per_layer")
     def __post_init__(self) -> None:
         for pattern, sparsity in self.sparsity.items():
-            check.keep_count(f"{self.function}, pattern {pattern!r}", sparsity, None, 0)
+            check.keep_count(sparsity, None, 0, argument=f"sparsity[{pattern!r}]")
 
+    @calling("per_layer")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer, all of them where no pattern matches.
+        """Counts the weights to keep of each layer, all of them where no pattern matches.
 
         Raises:
             ValueError: a pattern matches no layer, or none that an earlier one has not taken.
         """
-        given = _by_layer(self.function, self.sparsity, shapes)
-        return {
-            name: check.keep_count(self.function, given[name], None, n)
-            for name, n in _sizes(shapes).items()
-        }
+        given = _by_layer(self.sparsity, shapes)
+        return {name: check.keep_count(given[name], None, n) for name, n in _sizes(shapes).items()}
 
 
 @dataclass(frozen=True)
-class paper:  # noqa: N801
-    """The lookahead paper's one-shot levels: a layer loses 1 - (1 - ratio)^step at once.
+class compounded:  # noqa: N801
+    """Removes 1 - (1 - ratio)^times of a layer at once: the lookahead paper's one-shot levels.
 
     Args:
         ratios: one for each layer, in order, or a dict pattern -> ratio (no match: dense).
-        step: how often the ratios are applied; 0 is the dense net.
+        times: how often the ratios are applied; 0 is the dense net.
 
     Example:
-        >>> paper([0.5, 0.25], 2).keeps({"fc": (4, 4), "out": (2, 8)})  # 16 / 4, 16 * 9 / 16
+        >>> compounded([0.5, 0.25], 2).keeps({"fc": (4, 4), "out": (2, 8)})  # 16 / 4, 16 * 9 / 16
         {'fc': 4, 'out': 9}
     """
 
     ratios: Sequence[Number] | Mapping[str, Number]
-    step: int
+    times: int
 
+    @calling("compounded")
     def __post_init__(self) -> None:
-        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
-            raise ValueError(
-                f"paper: expected step to be a whole number >= 0 (how often the ratios are "
-                f"applied), got {self.step!r}."
+        if isinstance(self.times, bool) or not isinstance(self.times, int) or self.times < 0:
+            raise LapValueError(
+                "{argument} to be a whole number >= 0 (how often the ratios are applied)",
+                repr(self.times),
+                argument="times",
             )
         ratios = self.ratios.values() if isinstance(self.ratios, Mapping) else self.ratios
         for ratio in ratios:
-            check.keep_count("paper", ratio, None, 0)
+            check.keep_count(ratio, None, 0, argument="ratio")
 
+    @calling("compounded")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Weights to keep of each layer."""
+        """Counts the weights to keep of each layer."""
         if isinstance(self.ratios, Mapping):
-            ratios = _by_layer("paper", self.ratios, shapes)
+            ratios = _by_layer(self.ratios, shapes)
         elif len(self.ratios) != len(shapes):
-            raise ValueError(
-                f"paper: expected one ratio for each of the {len(shapes)} layers "
-                f"({', '.join(shapes)}), got {len(self.ratios)}. Name them: a dict pattern -> ratio."
+            raise LapValueError(
+                f"one ratio for each of the {len(shapes)} layers ({', '.join(shapes)})",
+                len(self.ratios),
+                "Name them: a dict pattern -> ratio.",
             )
         else:
             ratios = dict(zip(shapes, self.ratios, strict=True))
         kept = {name: 1 - Fraction(*ratio.as_integer_ratio()) for name, ratio in ratios.items()}
         return {
-            name: check.keep_count("paper", 1 - kept[name] ** self.step, None, n)
+            name: check.keep_count(1 - kept[name] ** self.times, None, n)
             for name, n in _sizes(shapes).items()
         }
 
 
-def _by_layer(function: str, by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Number]:
-    """Each layer's number, 0 where no pattern matches; the first that matches counts."""
-    found: dict[str, str] = {}
+def _by_layer(by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Number]:
+    """Returns each layer's number, 0 where no pattern matches; the first that matches counts."""
+    pattern_of: dict[str, str] = {}
     for pattern in by_pattern:
         fitting = [name for name in shapes if matches(name, pattern)]
         if not fitting:
-            raise ValueError(_no_layer(function, "a pattern", pattern, shapes))
-        free = [name for name in fitting if name not in found]
+            raise _no_layer("a pattern", pattern, shapes)
+        free = [name for name in fitting if name not in pattern_of]
         if not free:
-            raise ValueError(
-                f"{function}: expected patterns of which each decides about a layer (the first "
-                f"match counts), got {pattern!r} after {found[fitting[0]]!r}. Put it first."
+            raise LapValueError(
+                "patterns of which each decides about a layer (the first match counts)",
+                f"{pattern!r} after {pattern_of[fitting[0]]!r}",
+                "Put it first.",
             )
-        found.update(dict.fromkeys(free, pattern))
-    return {name: by_pattern[found[name]] if name in found else 0 for name in shapes}
+        pattern_of.update(dict.fromkeys(free, pattern))
+    return {name: by_pattern[pattern_of[name]] if name in pattern_of else 0 for name in shapes}
 
 
-def _no_layer(function: str, what: str, given: str, shapes: Shapes) -> str:
-    """Message: a name or pattern fits no layer; with what may have been meant."""
+def _no_layer(what: str, given: str, shapes: Shapes, argument: str | None = None) -> LapValueError:
+    """Makes the error about a name or pattern that fits no layer, with what may have been meant."""
     listed = f"The layers are {some(shapes, 5)}." if shapes else "There are no layers."
     cure = did_you_mean(given, shapes, most=3) or listed
-    return f"{function}: expected {what} that names a layer, got {given!r}. {cure}"
+    return LapValueError(f"{what} that names a layer", repr(given), cure, argument=argument)
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:
@@ -317,10 +329,11 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
 def _solved(
     sizes: Mapping[str, int], weights: Mapping[str, int], least: Mapping[str, int], total: int
 ) -> dict[str, Fraction]:
-    """The shares min(size, max(least, x * weight)), with the x that makes their sum the total.
+    """Solves for the x with which the shares min(size, max(least, x * weight)) add up to the total.
 
-    Needs sum(least) <= total <= sum(sizes). The sum grows with x, and is linear between the places
-    where a layer leaves its least or reaches its size. Two neighbors of these enclose the total.
+    Needs sum(least) <= total <= sum(sizes). The sum grows with x, and is linear between the values
+    of x at which a layer leaves its least or reaches its size. Two neighbors of these enclose the
+    total.
     """
 
     def shares(x: Fraction) -> dict[str, Fraction]:
@@ -334,16 +347,16 @@ def _solved(
 
     ends = [(end[name], weight) for end in (least, sizes) for name, weight in weights.items()]
     bends = sorted({Fraction(0), *(Fraction(end, weight) for end, weight in ends if weight)})
-    right = bisect_left(bends, Fraction(total), key=kept)  # the first bend that keeps total or more
+    right = bisect_left(bends, Fraction(total), key=kept)  # the first that keeps total or more
     if right == 0:
         return shares(bends[0])
     low, high = bends[right - 1], bends[right]
-    part = (total - kept(low)) / (kept(high) - kept(low))
-    return shares(low + part * (high - low))
+    fraction = (total - kept(low)) / (kept(high) - kept(low))
+    return shares(low + fraction * (high - low))
 
 
 def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Whole numbers with this total: rounded down, the rest to the largest remainders."""
+    """Rounds shares to integers with this total: down, the rest to the largest remainders."""
     keeps = {name: math.floor(share) for name, share in shares.items()}
     by_remainder = sorted(shares, key=lambda name: keeps[name] - shares[name])  # stable: earlier
     for name in by_remainder[: total - sum(keeps.values())]:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Sparsities as texts, for command lines and for the record of a pruning.
+"""Sparsities as text, for command lines and for the record of a pruning.
 
     0.9             of every layer
     PATTERN=0.9     of the layers that the pattern names; one text for each pattern
-    erk:0.9         shared out by an allocation: erk, er, uniform or uniform_plus
+    erk:0.9         of all layers together, by an allocation: erk, er, uniform or uniform_plus
 
-Allocations of other kinds have no such text.
+Other allocations have no such text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from lap_ext.allocation.layerwise import Allocation, Sparsity, er, erk, uniform, uniform_plus
+from lap_ext.errors import LapValueError
 from lap_ext.ops.check import Number
 
 _KINDS: dict[str, Callable[[Number], Allocation]] = {
@@ -24,12 +25,11 @@ _KINDS: dict[str, Callable[[Number], Allocation]] = {
 }
 
 
-def of_texts(texts: Sequence[str], name: str = "sparsity") -> Sparsity:
+def of_texts(texts: Sequence[str]) -> Sparsity:
     """Reads a sparsity, as `prune` takes it, from its texts.
 
     Args:
         texts: one of the forms above, or several with patterns.
-        name: of the argument or option, for errors.
 
     Raises:
         ValueError: a text has none of these forms.
@@ -41,22 +41,25 @@ def of_texts(texts: Sequence[str], name: str = "sparsity") -> Sparsity:
     if len(texts) == 1 and "=" not in texts[0]:
         kind, colon, text = texts[0].rpartition(":")
         if not colon:
-            return _fraction(text, name)
+            return _fraction(text)
         if kind not in _KINDS:
-            raise ValueError(
-                f"expected {name} 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, "
-                f"uniform_plus:0.9, got {texts[0]!r}."
+            raise LapValueError(
+                "{argument} 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, uniform_plus:0.9",
+                repr(texts[0]),
+                argument="sparsity",
             )
-        return _KINDS[kind](_fraction(text, name))
-    found = {}
+        return _KINDS[kind](_fraction(text))
+    by_pattern = {}
     for item in texts:
         pattern, equals, text = item.rpartition("=")
         if not equals:
-            raise ValueError(
-                f"expected one {name}, or several of the form 'PATTERN=0.9', got {item!r}."
+            raise LapValueError(
+                "one {argument}, or several of the form 'PATTERN=0.9'",
+                repr(item),
+                argument="sparsity",
             )
-        found[pattern] = _fraction(text, name)
-    return found
+        by_pattern[pattern] = _fraction(text)
+    return by_pattern
 
 
 def text_of(sparsity: Sparsity) -> str:
@@ -77,12 +80,16 @@ def text_of(sparsity: Sparsity) -> str:
     return str(sparsity)
 
 
-def _fraction(text: str, name: str) -> float:
+def _fraction(text: str) -> float:
+    """Reads a number."""
     try:
         return float(text)
     except ValueError:
         percent = re.fullmatch(r"\d+(\.\d+)?%", text)
-        cure = f" Did you mean {float(text[:-1]) / 100:g}?" if percent else ""
-        raise ValueError(
-            f"expected {name} to be a number (the fraction removed), got {text!r}.{cure}"
+        cure = f"Did you mean {float(text[:-1]) / 100:g}?" if percent else ""
+        raise LapValueError(
+            "{argument} to be a number (the fraction removed)",
+            repr(text),
+            cure,
+            argument="sparsity",
         ) from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints larger than memory: directories of safetensors, read a part at a time."""
+"""Checkpoints larger than memory: directories of safetensors, read in chunks."""
 
 from lap_ext.checkpoint.figures import LayerFigures as LayerFigures
 from lap_ext.checkpoint.figures import ScoreTable as ScoreTable

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Figures of scores, layer by layer: a table, JSON.
+"""Figures of each layer's scores, as a table and for JSON.
 
-    q %       the smallest score such that at least q % of the layer's weights score it or less
-    energy    sum of the squares of the layer's scores
+    q %            the smallest score such that at least q % of the layer's weights score it or less
+    squared norm   sum of the squares of the layer's scores
 
 Ranks are exact: nothing is interpolated.
 """
@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lap_ext._text import columns
+from lap_ext._text import columns, html_table
 from lap_ext.ops.ranking import kth_largest
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
 
 _TENTHS = {"min": 0, "10%": 1, "median": 5, "90%": 9, "max": 10}
+_NUMBERS = range(2, 5 + len(_TENTHS))  # columns of numbers
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LayerFigures:
         weights: how many scores there are.
         zeros: how many of them are zero (a dead channel before or after).
         quantiles: "min", "10%", "median", "90%" and "max"; None where there is no weight.
-        energy: sum of the squares.
+        squared_norm: sum of the squares of the scores.
     """
 
     name: str
@@ -44,13 +45,13 @@ class LayerFigures:
     weights: int
     zeros: int
     quantiles: Mapping[str, float | None]
-    energy: float
+    squared_norm: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: "inf" is a text there."""
+        """Returns a dict for JSON, which has no infinity: "inf" is a text there."""
         quantiles = {name: _json(value) for name, value in self.quantiles.items()}
-        found = vars(self) | {"shape": list(self.shape), "quantiles": quantiles}
-        return found | {"energy": _json(self.energy)}
+        facts = vars(self) | {"shape": list(self.shape), "quantiles": quantiles}
+        return facts | {"squared_norm": _json(self.squared_norm)}
 
 
 @dataclass(frozen=True)
@@ -64,31 +65,40 @@ class ScoreTable:
     layers: Sequence[LayerFigures]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a dict for JSON."""
         return {"layers": [row.to_dict() for row in self.layers]}
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "weights", "zeros", *_TENTHS, "energy")]
+        return columns(self._rows(), right=_NUMBERS)
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), right=_NUMBERS)
+
+    def _rows(self) -> list[Sequence[str]]:
+        """Makes the table: a head, a row a layer, the sums."""
+        rows: list[Sequence[str]] = [
+            ("layer", "shape", "weights", "zeros", *_TENTHS, "squared norm")
+        ]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             numbers = ["" if x is None else f"{x:.3g}" for x in row.quantiles.values()]
             counts = _counts(row.weights, row.zeros)
-            rows.append((row.name, shape, *counts, *numbers, f"{row.energy:.3g}"))
+            rows.append((row.name, shape, *counts, *numbers, f"{row.squared_norm:.3g}"))
         counts = _counts(sum(x.weights for x in self.layers), sum(x.zeros for x in self.layers))
-        energy = math.fsum(row.energy for row in self.layers)
-        rows.append(("all", "", *counts, *[""] * len(_TENTHS), f"{energy:.3g}"))
-        return columns(rows, right=range(2, len(rows[0])))
+        squared_norm = math.fsum(row.squared_norm for row in self.layers)
+        rows.append(("all", "", *counts, *[""] * len(_TENTHS), f"{squared_norm:.3g}"))
+        return rows
 
 
 def figures(layer: Layer, scores: Tensor) -> LayerFigures:
-    """Takes the figures of a layer's scores.
+    """Computes the figures of a layer's scores.
 
     Example:
         >>> import torch, lap_ext
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 1))
         >>> layer = lap_ext.trace(net, torch.ones(1, 3)).layers["0"]
-        >>> found = figures(layer, torch.tensor([[0., 3., 4.]]))
-        >>> found.zeros, found.quantiles["median"], found.energy     # 3 * 3 + 4 * 4
+        >>> row = figures(layer, torch.tensor([[0., 3., 4.]]))
+        >>> row.zeros, row.quantiles["median"], row.squared_norm     # 3 * 3 + 4 * 4
         (1, 3.0, 25.0)
     """
     count = scores.numel()
@@ -106,7 +116,7 @@ def figures(layer: Layer, scores: Tensor) -> LayerFigures:
         count,
         count - int(scores.count_nonzero()),
         quantiles,
-        math.fsum(selection.row_energies(scores, width)),
+        math.fsum(selection.row_squared_norms(scores, width)),
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Hugging Face folders: the model of a config without its weights, inputs for it, names in its files.
+"""Hugging Face checkpoints: the model of a config.json, example inputs for it, names in its files.
 
-transformers is imported here and nowhere else, and only when a folder's config is needed. Code that
-lies in the folder is never run (trust_remote_code=False).
+transformers is imported here and nowhere else, and only when a config.json is needed. Code in the
+checkpoint directory is never run (trust_remote_code=False).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lap_ext.checkpoint.files import FUNCTION, wrong
+from lap_ext.errors import LapImportError, LapValueError
 
 _GIVE = "Pass model= (on the meta device will do) and example_inputs=."
 _LENGTH = 8  # tokens of the example: the topology does not depend on it
@@ -26,26 +26,28 @@ Target = tuple[str, tuple[Any, ...]]  # name in the model, and how tensors are p
 
 
 def build(path: Path) -> nn.Module:
-    """The model of a folder's config.json on the meta device, in its own class."""
+    """Builds the model of a directory's config.json on the meta device, in its own class."""
     if not (path / "config.json").is_file():
-        raise wrong(f"config.json in {str(path)!r}", "none", _GIVE)
+        raise LapValueError(f"config.json in {str(path)!r}", "none", _GIVE)
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        raise wrong(
+        raise LapValueError(
             f"a config.json that transformers {transformers.__version__} knows",
             f"{type(error).__name__}: {_first_line(error)}",
             _GIVE,
         ) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise wrong("unquantized weights", "a config with quantization_config", "Dequantize first.")
+        raise LapValueError(
+            "unquantized weights", "a config with quantization_config", "Dequantize first."
+        )
     names = config.architectures or []
     kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise wrong(
+        raise LapValueError(
             "config.architectures to name one class of transformers", names or "none", _GIVE
         )
     build_from = getattr(kind, "_from_config")  # noqa: B009 (unknown to a checker)
@@ -53,7 +55,7 @@ def build(path: Path) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = build_from(config)
     except Exception as error:
-        raise wrong(
+        raise LapValueError(
             f"a config that {names[0]} can be built from",
             f"{type(error).__name__}: {_first_line(error)}",
         ) from error
@@ -61,36 +63,36 @@ def build(path: Path) -> nn.Module:
 
 
 def inputs(model: Any) -> Shapes:
-    """Named inputs of a model of transformers by its main input: shapes and dtypes."""
+    """Makes named inputs of a model of transformers by its main input: shapes and dtypes."""
     config, main = model.config, getattr(model, "main_input_name", None)
     longest = getattr(config, "max_position_embeddings", None) or _LENGTH
     ids = ((1, min(_LENGTH, longest)), torch.int64)
-    found: Shapes = {}
+    result: Shapes = {}
     if main == "input_ids":
-        found[main] = ids
+        result[main] = ids
     elif main == "pixel_values":
         size = getattr(config, "image_size", None) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
-        found[main] = ((1, getattr(config, "num_channels", 3), height, width), torch.float32)
+        result[main] = ((1, getattr(config, "num_channels", 3), height, width), torch.float32)
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
         length = 2 * config.max_source_positions  # Whisper's encoder halves it
-        found[main] = ((1, config.num_mel_bins, length), torch.float32)
+        result[main] = ((1, config.num_mel_bins, length), torch.float32)
     else:
-        raise wrong(
-            "a model whose inputs can be told from its config (text, images, or sound as for Whisper)",
+        raise LapValueError(
+            "a model whose inputs follow from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
-            "Pass example_inputs=, a tensor, a tuple, or a dict of named ones.",
+            "Pass example_inputs=: a tensor, a tuple, or a dict of named ones.",
         )
     if getattr(config, "is_encoder_decoder", False):
         if "decoder_input_ids" in inspect.signature(model.forward).parameters:
-            found["decoder_input_ids"] = ids
-    return found
+            result["decoder_input_ids"] = ids
+    return result
 
 
 def targets(model: Any, names: Iterable[str]) -> dict[str, Target]:
-    """Tensor name in the files -> name in the model and what transformers does on the way.
+    """Maps names in the files to names in the model, with how transformers converts tensors.
 
-    The second is () for a tensor that is stored as the model has it, else (converter, pattern).
+    The latter is () for a tensor that is stored as the model has it, else (converter, pattern).
     """
     try:
         from transformers import core_model_loading as loading
@@ -102,17 +104,17 @@ def targets(model: Any, names: Iterable[str]) -> dict[str, Target]:
     converters = [x for x in mapping if isinstance(x, loading.WeightConverter)]
     by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, Target] = {}
+    result: dict[str, Target] = {}
     for name in sorted(names, key=loading.dot_natural_key):
         new, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
         if new not in state and name in state:
             new, pattern = name, None
-        found[name] = (new, () if pattern is None else (by_pattern[pattern], pattern))
-    return found
+        result[name] = (new, () if pattern is None else (by_pattern[pattern], pattern))
+    return result
 
 
 def in_order(converter: Any, by_pattern: dict[str, list[str]]) -> list[str] | None:
-    """The stored names whose tensors, one after the other, are the model's; None if they are not.
+    """Orders stored names so that their joined tensors are the model's; None if there is no order.
 
     Experts [E][O, I] stacked, and [E][A, I], [E][B, I] stacked and joined in their rows; tensors
     joined in their rows.
@@ -130,7 +132,7 @@ def in_order(converter: Any, by_pattern: dict[str, list[str]]) -> list[str] | No
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
-    """Gives parameters a tensor of their own, as transformers does where both are stored, unlike."""
+    """Gives parameters their own tensors, as transformers does where the stored ones differ."""
     for name in names:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -139,7 +141,7 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
         module._parameters[attribute] = nn.Parameter(torch.empty_like(old), requires_grad=False)
 
 
-def settle(model: Any, buffers: Iterable[str]) -> None:
+def initialize(model: Any, buffers: Iterable[str]) -> None:
     """Gives buffers that are in no file the values that transformers gives them when it loads."""
     for name in buffers:
         owner, _, attribute = name.rpartition(".")
@@ -155,9 +157,10 @@ def _transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ModuleNotFoundError(
-            f"{FUNCTION}: expected the transformers package (it knows the model of a config.json), "
-            f"got none. Run: pip install transformers. Or: {_GIVE}",
+        raise LapImportError(
+            "the transformers package (it knows the model of a config.json)",
+            "none",
+            f"Run: pip install transformers. Or: {_GIVE}",
             name="transformers",
         ) from None
     return transformers

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""inspect: the layers of a checkpoint directory, who feeds whom, sizes and zeros."""
+"""inspect: the layers of a checkpoint directory, their neighbors, sizes and zeros."""
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,29 +12,31 @@ from typing import Any
 
 from torch import nn
 
-from lap_ext._text import columns, some
-from lap_ext.checkpoint.files import naming, open_folder, size_of
+from lap_ext._text import columns, html_table, some
+from lap_ext.checkpoint.files import open_directory, size_of
 from lap_ext.checkpoint.reading import Buffer, Source, zeros
 from lap_ext.checkpoint.structure import structure_of
+from lap_ext.errors import calling
+from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
 from lap_ext.topology import Edge, Layer, Topology
 
-_FUNCTION = "checkpoint.inspect"
 _STEP = "count zeros"
 _MOST = 4  # neighbors named in a cell
+_NUMBERS = (3, 4)  # columns of numbers
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One layer.
+    """A layer and its neighbors.
 
     Attributes:
         name: of the layer, as its kind and shape.
         dtype: of the weight in the model, as in "float32".
         weights: how many there are.
         zeros: how many of them are zero, of either sign.
-        fed_by: names of the layers whose outputs it reads, in words.
-        read_by: names of the layers that read its outputs, in words.
+        fed_by: the layers whose outputs it reads, as text.
+        read_by: the layers that read its outputs, as text.
     """
 
     name: str
@@ -51,7 +54,7 @@ class InspectedLayer:
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a dict for JSON."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -67,10 +70,10 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model consists of; print it for a table.
+    """The layers of a model; print it for a table.
 
     Attributes:
-        topology: who feeds whom.
+        topology: how the layers are connected.
         layers: one row a layer, in the order of the network.
         bytes: of the files with the weights; of a module: of its parameters and buffers.
     """
@@ -90,7 +93,7 @@ class Inspection:
         return sum(row.zeros for row in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a dict for JSON."""
         return {
             "bytes": self.bytes,
             "weights": self.weights,
@@ -101,35 +104,51 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        table = [("layer", "kind", "shape", "weights", "zeros", "fed by", "read by")]
+        return "\n".join([columns(self._rows(), right=_NUMBERS), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return html_table(self._rows(), right=_NUMBERS) + notes
+
+    def _rows(self) -> list[Sequence[str]]:
+        """Makes the table: a head, a row a layer, the sums."""
+        rows: list[Sequence[str]] = [
+            ("layer", "kind", "shape", "weights", "zeros", "fed by", "read by")
+        ]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             counts = f"{row.weights:,}", f"{row.sparsity:.2%}"
-            table.append((row.name, row.kind, shape, *counts, row.fed_by, row.read_by))
+            rows.append((row.name, row.kind, shape, *counts, row.fed_by, row.read_by))
         share = self.zeros / max(1, self.weights)
-        table.append(("all", "", "", f"{self.weights:,}", f"{share:.2%}", "", ""))
-        lines = [columns(table, right=(3, 4))]
+        rows.append(("all", "", "", f"{self.weights:,}", f"{share:.2%}", "", ""))
+        return rows
+
+    def _notes(self) -> list[str]:
+        """Lists what the table leaves out."""
+        notes = []
         if self.topology.others:
-            lines.append(f"no layers, never pruned: {', '.join(self.topology.others)}")
-        lines += [f"stopped at: {text}" for text in self.topology.stops]
-        return "\n".join([*lines, f"{self.bytes:,} bytes"])
+            notes.append(f"no layers, never pruned: {', '.join(self.topology.others)}")
+        notes += [f"stopped at: {text}" for text in self.topology.stops]
+        return [*notes, f"{self.bytes:,} bytes"]
 
 
+@calling("checkpoint.inspect")
 def inspect(
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
-    example_inputs: Any = None,
+    example_inputs: Inputs | None = None,
     model: nn.Module | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> Inspection:
     """Traces a checkpoint that may be larger than memory, and counts the zeros of its layers.
 
     Args:
-        folder: as in `checkpoint.prune`; a single file does not say how its weights are connected.
+        directory: as in `checkpoint.prune`; a single file does not say how its weights are
+            connected.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
-        unknown: as in `lap_ext.trace`.
+        on_unsupported: as in `lap_ext.trace`.
         on_progress: called with a `Progress` after each tensor.
 
     Returns:
@@ -143,27 +162,26 @@ def inspect(
         >>> from safetensors.torch import save_file
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
         >>> net[0].weight.data = torch.tensor([[0., 1.], [2., 0.]])
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     save_file(net.state_dict(), Path(place) / "model.safetensors")
-        ...     found = inspect(place, model=net, example_inputs=torch.ones(1, 2))
-        >>> [(row.name, row.weights, row.zeros, row.fed_by, row.read_by) for row in found.layers]
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_file(net.state_dict(), Path(directory) / "model.safetensors")
+        ...     result = inspect(directory, model=net, example_inputs=torch.ones(1, 2))
+        >>> [(row.name, row.weights, row.zeros, row.fed_by, row.read_by) for row in result.layers]
         [('0', 4, 2, 'input', '2'), ('2', 2, 0, '0', 'output')]
     """
-    with naming(_FUNCTION):
-        files = open_folder(Path(folder))
-        known = structure_of(files, model, example_inputs, unknown)
-        first = {name: copies[0] for name, copies in known.copies.items()}
-        step = Step(on_progress, _STEP, sum(map(size_of, first.values())))
-        source, buffer = Source(files.path), Buffer()
+    files = open_directory(Path(directory))
+    structure = structure_of(files, model, example_inputs, on_unsupported)
+    first = {name: copies[0] for name, copies in structure.copies.items()}
+    step = Step(on_progress, _STEP, sum(map(size_of, first.values())))
+    source, buffer = Source(files.path), Buffer()
 
-        def count(layer: Layer) -> int:
-            found = 0
-            for piece in first[layer.name]:
-                found += zeros(source, piece.entry, buffer)
-                step.read(layer.name, piece.entry.size)
-            return found
+    def count(layer: Layer) -> int:
+        total = 0
+        for stored in first[layer.name]:
+            total += zeros(source, stored.entry, buffer)
+            step.read(layer.name, stored.entry.size)
+        return total
 
-        return _inspected(known.topology, count, files.size)
+    return _inspected(structure.topology, count, files.size)
 
 
 def inspect_model(
@@ -185,9 +203,9 @@ def inspect_model(
     step = Step(on_progress, _STEP, sum(x.weight.nbytes for x in topology.layers.values()))
 
     def count(layer: Layer) -> int:
-        found = layer.weight.numel() - int(layer.weight.count_nonzero())
+        total = layer.weight.numel() - int(layer.weight.count_nonzero())
         step.read(layer.name, layer.weight.nbytes)
-        return found
+        return total
 
     return _inspected(topology, count, model_bytes(topology.model))
 
@@ -198,7 +216,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def neighbors(edges: Iterable[Edge]) -> str:
-    """Names what is at the ends of edges, and how channels correspond if it is not one to one."""
+    """Names the ends of edges, and how channels correspond if it is not one to one."""
     marks = {"coupled": "coupled with "}
     names = [f"{marks.get(edge.kind, '')}{edge.name}{edge.how}" for edge in edges]
     return some(dict.fromkeys(names), _MOST)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""How many weights each layer keeps of one ranking by LAMP scores that are never all in memory.
+"""How many weights each layer keeps in one ranking by LAMP scores that are never all in memory.
 
     lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j          (selection.lamp)
 
-Within a layer LAMP scores fall as scores do, so a layer is walked from its largest score on: keys of
-scores come sorted, a range of them at a time, and squares are added in that order, one by one, as in
-memory: the same bits. A walk ends where LAMP scores are below the interval that the cut (ranking.py)
-looks at, and the next one, of a narrower interval, begins at a mark that the last one left.
+Within a layer LAMP scores decrease as scores do, so a layer is walked from its largest score on:
+keys of scores are sorted, a range of them at a time, and squares are added in that order, one by
+one, as in memory: the same bits. A walk ends where LAMP scores are below the interval of the
+threshold search (ranking.py). The next one, of a narrower interval, begins at a mark of the last.
 
-The layers then keep so many weights each, by their squares: equal squares are ranked by index alone.
+Each layer then keeps so many weights by their squares: equal squares are ranked by index alone.
 """
 
 from __future__ import annotations
@@ -22,68 +22,69 @@ import torch
 from torch import Tensor
 
 from lap_ext.checkpoint import ranking
-from lap_ext.checkpoint.files import wrong
 from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.passes import Task
 from lap_ext.checkpoint.reading import Buffer
+from lap_ext.errors import LapValueError
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.ops.reference.key import key_dtype
 from lap_ext.topology import Layer
 
 _BETWEEN = 1 << 18  # weights between two marks
-_WIDER = (
-    1 << 47
-)  # keys (some 2 %) that the interval gets on either side: sums of a sample are rough
+# keys (about 2 %) by which the interval is extended on either side: sums of a sample are rough
+_WIDER = 1 << 47
 _TOP = ranking.largest(torch.float64)
 
 
 def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int, float]]:
-    """Layer name -> (weights it keeps of keep in all, its largest score)."""
+    """Finds for each layer (how many weights it keeps of keep in all, its largest score)."""
     buffer = Buffer()
     walks = [_Walk(task, layer, buffer) for layer in layers]
 
-    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        for place, walk in enumerate(walks):
+    def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        for index, walk in enumerate(walks):
             for keys in walk.keys(low, high):
-                yield place, keys
+                yield index, keys
 
     counts = [math.prod(layer.shape) for layer in layers]
     low, high = ranking.bracket(_sampled(task, layers), keep, sum(counts), torch.float64)
     interval = max(low - _WIDER, 0), min(high + _WIDER, _TOP)
-    found = ranking.cut(sweep, counts, keep, interval, torch.float64, task.limits.room)
-    for walk, ties in zip(walks, found.ties, strict=True):
-        if ties and found.key in walk.blurred:
-            raise wrong(
-                f"LAMP scores that tell the weights of layer {walk.layer.name!r} apart",
+    capacity = task.limits.candidates
+    threshold = ranking.threshold(read_keys, counts, keep, interval, torch.float64, capacity)
+    for walk, ties in zip(walks, threshold.ties, strict=True):
+        if ties and threshold.key in walk.ambiguous:
+            raise LapValueError(
+                "LAMP scores that distinguish the weights",
                 "float64 squares around the threshold that underflow",
+                layer=walk.layer.name,
             )
     sizes = [float(walk.size) for walk in walks]
-    return {x.name: (n, size) for x, n, size in zip(layers, found.kept, sizes, strict=True)}
+    return {x.name: (n, size) for x, n, size in zip(layers, threshold.kept, sizes, strict=True)}
 
 
 def _sampled(task: Task, layers: Sequence[Layer]) -> Tensor:
-    """About the LAMP scores of a sample of these layers, float64; empty if there is none."""
-    found = [torch.zeros(0, dtype=torch.float64)]
+    """Approximates the LAMP scores of a sample of these layers, float64; empty without a sample."""
+    lamps = [torch.zeros(0, dtype=torch.float64)]
     for layer in layers:
         weight, step = task.samples.get(layer.name), task.steps.get(layer.name, 1)
         if weight is None:
-            return found[0]
-        position = torch.arange(weight.numel()) * step
-        scores = LayerScores(task.network, task.criterion, layer).at(weight, position)
+            return lamps[0]
+        index = torch.arange(weight.numel()) * step
+        scores = LayerScores(task.network, task.criterion, layer).at(weight, index)
         squares = scores.sort(descending=True).values
         squares = (squares / squares[:1].clamp(min=1e-300)).square()
-        found.append(torch.where(squares > 0, squares / (squares.cumsum(0) * step), 0.0))
-    return torch.cat(found)
+        lamps.append(torch.where(squares > 0, squares / (squares.cumsum(0) * step), 0.0))
+    return torch.cat(lamps)
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """A place in a layer's ranking, behind some of its weights."""
+    """A position in a layer's ranking, after some of its weights."""
 
     lamp: int  # key of the last one's LAMP score
     score: int  # key of its score
     equal: int  # how many of them have that score
-    rank: int  # how many they are
+    rank: int  # how many weights are before the position
     above: float  # the sum of their squares
 
 
@@ -92,25 +93,25 @@ class _Walk:
 
     Attributes:
         size: the largest score, float64; 1 before the first walk.
-        blurred: keys of LAMP scores that weights of different squares share, and that index alone
-            would rank in memory: of float64 weights whose squares underflow.
+        ambiguous: keys of LAMP scores that weights of different squares share, and that in memory
+            would be ranked by index alone: of float64 weights whose squares underflow.
     """
 
     def __init__(self, task: Task, layer: Layer, buffer: Buffer) -> None:
         self.task, self.layer, self._buffer = task, layer, buffer
         self.size = torch.ones((), dtype=torch.float64)
-        self.blurred: set[int] = set()
+        self.ambiguous: set[int] = set()
         self._dtype = score_dtype(task.dtype(layer))
-        self._room = min(task.limits.sorted, math.prod(layer.shape))
+        self._capacity = min(task.limits.sorted, math.prod(layer.shape))
         self._marks = [_Mark(_TOP, ranking.largest(self._dtype), 0, 0, 0.0)]
 
     def keys(self, low: int, high: int) -> Iterator[Tensor]:
-        """Keys of LAMP scores, falling: all in [low, high], and for each one above some key above."""
+        """Gives decreasing keys of LAMP scores: exact in [low, high], above it any larger ones."""
         mark = next(x for x in reversed(self._marks) if x.lamp > high or x.rank == 0)
         least = next((x.score for x in self._marks if x.lamp < low), 0)
         yield torch.full((1,), _TOP).expand(mark.rank)
-        left = mark.equal  # those of the first range that the mark has passed
-        for scores in self._falling(least, mark.score):
+        left = mark.equal  # those of the first range that are before the mark
+        for scores in self._decreasing(least, mark.score):
             for begin in range(left, scores.numel(), ranking.CHUNK):
                 lamps, mark = self._next(scores[begin : begin + ranking.CHUNK], mark)
                 yield ranking.keys_of(lamps)
@@ -119,18 +120,18 @@ class _Walk:
             left = max(left - scores.numel(), 0)
 
     def _next(self, scores: Tensor, before: _Mark) -> tuple[Tensor, _Mark]:
-        """LAMP scores of the next weights by rank, and the place behind them."""
+        """Computes the LAMP scores of the next weights by rank, and the mark after them."""
         double = scores.double()
         if before.rank == 0:
             self.size = double[0].clone()
             if not bool(self.size.isfinite()):
-                raise wrong(f"finite scores in layer {self.layer.name!r}", float(self.size))
+                raise LapValueError("finite scores", float(self.size), layer=self.layer.name)
         squares = (double / self.size).square() if bool(self.size > 0) else double
         sums = torch.cat([torch.tensor([before.above], dtype=torch.float64), squares]).cumsum(0)[1:]
         lamps = torch.where(squares > 0, squares / sums, 0.0)
         if self._dtype == torch.float64:
             same = (lamps[1:] == lamps[:-1]) & (squares[1:] != squares[:-1])
-            self.blurred.update(ranking.keys_of(lamps[1:][same]).tolist())
+            self.ambiguous.update(ranking.keys_of(lamps[1:][same]).tolist())
         last = int(ranking.keys_of(scores[-1:]))
         equal = int((ranking.keys_of(scores) == last).count_nonzero())
         passed = before.rank + scores.numel()
@@ -141,23 +142,23 @@ class _Walk:
             self._marks.append(mark)
         return lamps, mark
 
-    def _falling(self, low: int, high: int) -> Iterator[Tensor]:
-        """All scores whose keys lie in [low, high], falling; as many at a time as there is room for."""
-        found = ranking.Pass(1, low, high, self._room)
-        pieces = self.task.copies[self.layer.name][0]
+    def _decreasing(self, low: int, high: int) -> Iterator[Tensor]:
+        """Gives all scores whose keys are in [low, high], decreasing, as many at a time as fit."""
+        counted = ranking.Pass(1, low, high, self._capacity)
+        copy = self.task.copies[self.layer.name][0]
         self.task.begin("rank", [self.layer])
         scores = LayerScores(self.task.network, self.task.criterion, self.layer)
-        for first, weight in self.task.runs(self.layer, pieces, self._buffer):
-            found.add(0, ranking.keys_of(scores.of(weight, first)))
+        for first, weight in self.task.chunks(self.layer, copy, self._buffer):
+            counted.add(0, ranking.keys_of(scores.of(weight, first)))
         del scores  # Random's are as large as the layer
-        count = found.inside[0]
+        count = counted.inside[0]
         if low == high:
             one = torch.tensor([low], dtype=key_dtype(self._dtype))
             yield one.view(self._dtype).expand(count)
-        elif count and found.complete:
-            yield found.held[:count].sort(descending=True).values.view(self._dtype)
+        elif count and counted.complete:
+            yield counted.held[:count].sort(descending=True).values.view(self._dtype)
         else:
-            found.held = found.held[:0]
+            counted.held = counted.held[:0]
             yield from itertools.chain.from_iterable(
-                self._falling(*interval) for interval in found.intervals()
+                self._decreasing(*interval) for interval in counted.intervals()
             )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Scores of a layer's weights, a run of rows at a time: the same bits as of the whole layer.
+"""Scores of a layer's weights, a chunk of rows at a time: the same bits as of the full layer.
 
-A score depends on its weight and on one factor a row and one a column, so runs of whole rows can be
-scored by themselves. With groups a run is cut where a group ends.
+A score depends on its weight and on the norms of its row and column, so that chunks of rows can be
+scored by themselves. With groups a chunk is split where a group ends.
 
-    scaled  factors times powers of two, the largest in [0.5, 1): keys then sort as those of the
+    scaled  norms times powers of two, the largest in [0.5, 1): keys then sort as those of the
             fused mask do, unless products underflow
     wide    the same roundings with float64's range, for layers where that happens
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint.files import FUNCTION, wrong
 from lap_ext.criteria import Criterion, Random
 from lap_ext.criteria.context import Network
-from lap_ext.ops import check, from_norms
+from lap_ext.errors import LapError, LapValueError, in_layer
+from lap_ext.ops import from_norms
 from lap_ext.ops.reference.common import exact_sqrt, outer, rounded, score_dtype
 from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.topology import Layer
@@ -29,8 +29,8 @@ from lap_ext.topology.roles import Part
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows [top, bottom) of a part, of group and of the groups behind it."""
+class RowRange:
+    """Rows [top, bottom) of a part, in so many groups from group on."""
 
     top: int
     bottom: int
@@ -39,7 +39,7 @@ class Piece:
 
 
 def row_length(layer: Layer) -> int:
-    """Elements of the longest row that a part of the layer's weight has: runs are cut between."""
+    """Counts the elements of the longest row of the parts of a layer: chunks end between rows."""
     return max((_length(role.part) for role in layer.roles), default=1)
 
 
@@ -47,8 +47,8 @@ def _length(part: Part) -> int:
     return max(1, torch.Size(part.shape[1:]).numel())
 
 
-def pieces(part: Part, first: int, count: int) -> Iterator[Piece]:
-    """The rows of a part in a run of elements, cut so that each piece has one group or whole ones."""
+def row_ranges(part: Part, first: int, count: int) -> Iterator[RowRange]:
+    """Splits the rows of a part in a chunk: each range is within one group, or of full groups."""
     length = _length(part)
     top, bottom = first // length, (first + count) // length
     if part.rows is not None:
@@ -57,38 +57,39 @@ def pieces(part: Part, first: int, count: int) -> Iterator[Piece]:
     while top < bottom:
         group = top // height
         if top % height == 0 and bottom - top >= height:
-            whole = (bottom - top) // height
-            yield Piece(top, top + whole * height, group, whole)
-            top += whole * height
+            groups = (bottom - top) // height
+            yield RowRange(top, top + groups * height, group, groups)
+            top += groups * height
         else:
             end = min(bottom, (group + 1) * height)
-            yield Piece(top, end, group, 1)
+            yield RowRange(top, end, group, 1)
             top = end
 
 
 @contextmanager
-def of_layer(layer: Layer, first: int, weight: Tensor) -> Iterator[None]:
-    """Errors name the layer, and the place in it where a weight is not finite."""
-    try:
-        yield
-    except ValueError as error:
-        bad = ~weight.isfinite()
-        if bad.any():
-            place = first + int(bad.flatten().to(torch.uint8).argmax())
-            count = int(bad.count_nonzero())
-            raise wrong(
-                f"finite weights in layer {layer.name!r}",
-                f"{count} non-finite values from flat index {place} on",
+def in_chunk(layer: Layer, first: int, weight: Tensor) -> Iterator[None]:
+    """Names the layer in errors, and the index in the layer of a weight that is not finite."""
+    with in_layer(layer.name):
+        try:
+            yield
+        except LapError:
+            bad = ~weight.isfinite()
+            if not bad.any():
+                raise
+            index = first + int(bad.flatten().to(torch.uint8).argmax())
+            raise LapValueError(
+                "finite weights in {argument}",
+                f"{int(bad.count_nonzero())} non-finite values, the first at flat index {index}",
                 "Repair them.",
+                argument="w",
             ) from None
-        raise check.renamed(f"{FUNCTION}, layer {layer.name!r}", error) or error from None
 
 
 class LayerScores:
-    """Scores of one layer from its factors.
+    """Computes the scores of a layer from its norms.
 
     Args:
-        network: whose factors are complete.
+        network: with all squared norms.
         criterion: one that reads weights only.
         layer: to score.
         how: "plain" (the scores that `lap_ext.scores` returns), "scaled" or "wide".
@@ -105,7 +106,7 @@ class LayerScores:
             self._given = criterion.weight(network, layer).flatten()
         elif criterion.by_role:
             for role in layer.roles:
-                into, out = criterion.factors(network, role)
+                into, out = criterion.norms(network, role)
                 rows, cols = (into, out) if role.part.transposed else (out, into)
                 if how != "plain":
                     rows, cols = (None if x is None else _to_one(x) for x in (rows, cols))
@@ -113,12 +114,12 @@ class LayerScores:
 
     @property
     def simple(self) -> bool:
-        """Whether all of the weight is used once: the fused mask can be used too."""
-        return not self._parts or (len(self._parts) == 1 and self._parts[0][0].whole)
+        """Whether the full weight is used once: the fused operator masks it alike."""
+        return not self._parts or (len(self._parts) == 1 and self._parts[0][0].full)
 
     def of(self, weight: Tensor, first: int) -> Tensor:
-        """Scores of elements [first, first + len(weight)), flat, float32 (float64 for float64)."""
-        with of_layer(self.layer, first, weight):
+        """Scores elements [first, first + len(weight)), flat, float32 (float64 for float64)."""
+        with in_chunk(self.layer, first, weight):
             return self._of(weight, first)
 
     def _of(self, weight: Tensor, first: int) -> Tensor:
@@ -128,90 +129,89 @@ class LayerScores:
             return self._times(weight[None], None, None, 1).flatten()
         if self.simple:
             part, rows, cols = self._parts[0]
-            found = [self._block(weight, first, part, rows, cols, x)
-                     for x in pieces(part, first, weight.numel())]  # fmt: skip
-            return (
-                found[0].flatten() if len(found) == 1 else torch.cat([x.flatten() for x in found])
-            )
+            scores = [
+                self._range_scores(weight, first, part, rows, cols, x).flatten()
+                for x in row_ranges(part, first, weight.numel())
+            ]
+            return scores[0] if len(scores) == 1 else torch.cat(scores)
         total = torch.zeros(weight.shape, dtype=torch.float64)
         for part, rows, cols in self._parts:
-            for x in pieces(part, first, weight.numel()):
-                scores = self._block(weight, first, part, rows, cols, x)
-                _block_of(total, first, part, x).add_(scores.double().square_())
-        kind = score_dtype(weight.dtype)
-        return exact_sqrt(total, out=total).to(kind)
+            for x in row_ranges(part, first, weight.numel()):
+                ranged = self._range_scores(weight, first, part, rows, cols, x)
+                _rows_of(total, first, part, x).add_(ranged.double().square_())
+        return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
-    def at(self, weight: Tensor, position: Tensor) -> Tensor:
-        """About the scores of single weights at flat positions, float64."""
+    def at(self, weight: Tensor, index: Tensor) -> Tensor:
+        """Approximates the scores of single weights at flat indices, float64."""
         if self._given is not None:
-            weight = self._given[position]
+            weight = self._given[index]
         size = weight.double().abs()
         if not self._parts:
             return size
         total = torch.zeros_like(size)
         for part, rows, cols in self._parts:
             length, window = _length(part), max(1, torch.Size(part.shape[2:]).numel())
-            row, col = position // length, position % length // window
+            row, col = index // length, index % length // window
             (top, bottom), (left, right) = (
                 part.rows or (0, part.shape[0]),
                 part.cols or (0, part.shape[1]),
             )
             used = (row >= top) & (row < bottom) & (col >= left) & (col < right)
             row, col = row[used] - top, col[used] - left
-            found = size[used]
+            scores = size[used]
             if rows is not None:
-                found = found * rows[row]
+                scores = scores * rows[row]
             if cols is not None:
                 height = part.block[0] // part.groups
-                found = found * cols[row // max(height, 1) * part.block[1] + col]
-            total[used] += found.square()
+                scores = scores * cols[row // max(height, 1) * part.block[1] + col]
+            total[used] += scores.square()
         return exact_sqrt(total, out=total)
 
-    def _block(
+    def _range_scores(
         self,
         weight: Tensor,
         first: int,
         part: Part,
         rows: Tensor | None,
         cols: Tensor | None,
-        x: Piece,
+        x: RowRange,
     ) -> Tensor:
-        """Scores of the rows of a piece, [rows, cols, *window]."""
-        block = _block_of(weight, first, part, x)
+        """Scores a range of rows, [rows, cols, *window]."""
+        chunk = _rows_of(weight, first, part, x)
         start = 0 if part.rows is None else part.rows[0]
         if rows is not None:
             rows = rows[x.top - start : x.bottom - start]
         if cols is not None and part.groups > 1:
-            cols = cols[x.group * block.shape[1] : (x.group + x.groups) * block.shape[1]]
-        return self._times(block, rows, cols, x.groups)
+            cols = cols[x.group * chunk.shape[1] : (x.group + x.groups) * chunk.shape[1]]
+        return self._times(chunk, rows, cols, x.groups)
 
     def _times(
-        self, block: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int
+        self, chunk: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int
     ) -> Tensor:
-        """|block| * (row factor * column factor)."""
+        """Computes |chunk| * (row norm * column norm)."""
         if self.how == "wide":
-            return _wide(block, rows, cols, groups)
-        return from_norms.score_from_factors(block, cols, rows, groups=groups)
+            return _wide(chunk, rows, cols, groups)
+        return from_norms.score_from_norms(chunk, cols, rows, groups=groups)
 
 
-def _block_of(flat: Tensor, first: int, part: Part, x: Piece) -> Tensor:
-    """The rows of a piece in a run that begins at element first, [rows, cols, *window]: a view."""
+def _rows_of(flat: Tensor, first: int, part: Part, x: RowRange) -> Tensor:
+    """Views a range of rows in a chunk that begins at element first, [rows, cols, *window]."""
     length = _length(part)
     begin = x.top * length - first
-    run = flat[begin : begin + (x.bottom - x.top) * length]
-    block = run.view(x.bottom - x.top, *part.shape[1:])
-    return block if part.cols is None else block[:, part.cols[0] : part.cols[1]]
+    rows = flat[begin : begin + (x.bottom - x.top) * length]
+    rows = rows.view(x.bottom - x.top, *part.shape[1:])
+    return rows if part.cols is None else rows[:, part.cols[0] : part.cols[1]]
 
 
 def _to_one(norm: Tensor) -> Tensor:
     return scaled_to_one(norm)[0]
 
 
-def _wide(block: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int) -> Tensor:
-    """Float64 scores rounded to 24 bits as the formula rounds."""
+def _wide(chunk: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int) -> Tensor:
+    """Computes float64 scores, rounded to 24 bits as the formula rounds."""
     ones = torch.ones(1, dtype=torch.float64)
-    rows = ones.expand(block.shape[0]) if rows is None else rows
-    cols = ones.expand(groups * block.shape[1]) if cols is None else cols
+    rows = ones.expand(chunk.shape[0]) if rows is None else rows
+    cols = ones.expand(groups * chunk.shape[1]) if cols is None else cols
     rows, cols = (rounded(x.contiguous(), torch.float32) for x in (rows, cols))
-    factor = rounded(outer(rows, cols, block, groups), torch.float32)
-    return rounded(block.double().abs() * factor, torch.float32)
+    norms = rounded(outer(rows, cols, chunk, groups), torch.float32)
+    return rounded(chunk.double().abs() * norms, torch.float32)

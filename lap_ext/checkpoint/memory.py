@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What fits into a budget: how much of a layer is in memory at a time.
+"""How much of a layer fits into a memory budget at a time.
 
-Counted: everything that pruning allocates itself: buffers, what operators need beside them, masks,
-energies and factors of all channels, samples, candidates of a ranking. Not counted: the interpreter,
-the libraries and the traced model, which are there before the first weight is read.
+Counted is everything that pruning allocates itself: buffers, what operators need beside them,
+masks, squared norms and norms of all channels, samples, candidates of a ranking. Not counted are
+the interpreter, the libraries and the traced model, which are there before a weight is read.
 
-    whole   a layer in one piece: its bytes, its mask (n bytes); read ahead: the next one's bytes too;
-            written behind: and the bytes and mask of the one before
-    run     rows of a layer: bytes, scores, and float64 numbers on the way to them
+    full    a full layer: its bytes, its mask (n bytes); if the next one is read ahead, that one's
+            bytes; if the one before is written back in the background, its bytes and its mask
+    chunk   rows of a layer: their bytes, scores, and float64 intermediate results
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lap_ext._files import parsed_size
-from lap_ext.checkpoint.files import DTYPES, FUNCTION, Copy, wrong
+from lap_ext.checkpoint.files import DTYPES, Copy
 from lap_ext.checkpoint.layer_scores import row_length
 from lap_ext.criteria import Criterion, Random
+from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import native
+from lap_ext.options import BatchNorm
 from lap_ext.topology import Layer, Topology
 
-_RUN = 1 << 18  # weights of a run, if they fit: its scores stay in the cache
-_SCRATCH = 48  # bytes a weight of a run beside itself: float64 sums over roles, keys, a mask
-_FALLBACK = 16  # bytes a weight that pure PyTorch needs for the mask of a whole layer
+_CHUNK = 1 << 18  # weights of a chunk, if they fit: its scores stay in the cache
+_SCRATCH = 48  # bytes per weight of a chunk beside itself: float64 sums over roles, keys, a mask
+_FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
 _FOLDED = 16  # the same for norms of weights times their batch norm, in float64
-_KEY, _SAMPLED = 24, 64  # bytes for a candidate of a ranking, for a weight of a sample
-_SORTED = 48  # bytes for a score that is sorted: itself, the sorted one, its place, merging, slack
-_CHANNEL = 40  # bytes for a channel in the two sweeps
-_SHARE = 8  # candidates and samples get one part in so many, each
+_KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
+_SORTED = 48  # bytes per score that is sorted: itself, the sorted one, its index, merging, slack
+_CHANNEL = 40  # bytes per channel in the two passes over the channel graph
+_SHARE = 8  # candidates and samples get 1/8 of the budget each
 
 
 @dataclass(frozen=True)
 class Limits:
     """What may be in memory at a time."""
 
-    run: dict[str, int]  # layer name -> weights of a run: whole rows
-    measured_whole: frozenset[str]  # layers whose energies are taken in one piece
-    masked_whole: frozenset[str]  # layers that the fused mask takes
+    chunk: dict[str, int]  # layer name -> weights of a chunk, a multiple of a row
+    measured_full: frozenset[str]  # layers whose squared norms are taken at once
+    masked_full: frozenset[str]  # layers that are masked at once, by the fused operator
     ahead: bool  # whether the next layer is read while one is worked on
-    behind: bool  # and the one before is written
-    room: int  # candidates of a ranking
+    background: bool  # whether the one before is then written in the background too
+    candidates: int  # keys that a ranking may hold
     sample: int  # weights of a sample
     sorted: int  # scores that are sorted at a time
 
 
 def parsed(memory: int | str) -> int:
-    """Bytes of "4GB" (10^9), "512MiB" (2^20) or a number.
+    """Converts "4GB" (units of 10^9), "512MiB" (units of 2^20) or a number to bytes.
 
     Example:
         >>> parsed("4GB"), parsed("1.5 MiB"), parsed(1000)
@@ -56,22 +58,34 @@ def parsed(memory: int | str) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         count = memory
     elif isinstance(memory, str):
-        found = parsed_size(memory)
-        if found is None:
-            raise wrong('memory such as "4GB", "512MiB" or a number of bytes', repr(memory))
-        count = found
+        size = parsed_size(memory)
+        if size is None:
+            raise LapValueError(
+                '{argument} such as "4GB", "512MiB" or a number of bytes',
+                repr(memory),
+                argument="memory",
+            )
+        count = size
     else:
         kind = type(memory).__name__
-        raise TypeError(f"{FUNCTION}: expected memory to be a string or a number, got {kind}.")
+        raise LapTypeError("{argument} to be a string or a number", kind, argument="memory")
     if count <= 0:
-        raise wrong("memory > 0", repr(memory))
+        raise LapValueError("{argument} > 0", repr(memory), argument="memory")
     return count
 
 
 def limits(
-    memory: int, topology: Topology, copies: Mapping[str, list[Copy]], criterion: Criterion, bn: str
+    memory: int,
+    topology: Topology,
+    copies: Mapping[str, list[Copy]],
+    criterion: Criterion,
+    batch_norm: BatchNorm,
 ) -> Limits:
-    """The limits of a budget; ValueError where it is too small for anything."""
+    """Computes the limits of a budget.
+
+    Raises:
+        LapValueError: it is too small for a row of the layer with the longest one.
+    """
     channels = sum(sum(role.part.channels) for role in topology.roles)
     left = memory - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
     layers = topology.layers.values()
@@ -81,19 +95,20 @@ def limits(
     if needed and 2 * max(needed.values()) > left:
         name = max(needed, key=lambda x: needed[x])
         least = memory - left + 2 * needed[name]
-        raise wrong(
-            f"memory of {least:,} bytes or more (a row of layer {name!r} and the factors of all "
-            "channels must fit)",
+        raise LapValueError(
+            f"{{argument}} of {least:,} bytes or more (a row of layer {name!r} and the norms of "
+            "all channels must fit)",
             f"{memory:,}",
+            argument="memory",
         )
-    run = {}
+    chunk = {}
     for x in layers:
         width = row_length(x)
-        fitting = min(_RUN, left // 4 // (_SCRATCH + _itemsize(copies[x.name])))
-        run[x.name] = max(1, fitting // width) * width
-    rest = left // 2  # for whole layers; the other half: a run, candidates, samples
+        fitting = min(_CHUNK, left // 4 // (_SCRATCH + _itemsize(copies[x.name])))
+        chunk[x.name] = max(1, fitting // width) * width
+    rest = left // 2  # for full layers; the other half: a chunk, candidates, samples
     sizes = {x.name: _count(x) * _itemsize(copies[x.name]) for x in layers}
-    folded = _FOLDED if bn == "fold" else 0
+    folded = _FOLDED if batch_norm == "fold" else 0
     measured = {x.name: sizes[x.name] + folded * _count(x) for x in layers}
     beside = 1 + (0 if native.info().native else _FALLBACK) + 8 * isinstance(criterion, Random)
     masked = {x.name: sizes[x.name] + beside * _count(x) for x in layers}
@@ -103,7 +118,7 @@ def limits(
     writing = _largest(sizes, fits_masked) + _largest(masked, fits_masked)
     before = _largest({x.name: sizes[x.name] + _count(x) for x in layers}, fits_masked)
     return Limits(
-        run,
+        chunk,
         frozenset(fits_measured),
         frozenset(fits_masked),
         ahead and writing <= rest,

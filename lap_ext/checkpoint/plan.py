@@ -3,49 +3,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lap_ext import allocation, criteria
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
-from lap_ext.checkpoint.energies import FileNetwork
-from lap_ext.checkpoint.files import FUNCTION, Copy, Folder, wrong
-from lap_ext.checkpoint.memory import limits, parsed
-from lap_ext.checkpoint.passes import Key, PieceCut, Task
+from lap_ext.checkpoint.files import Checkpoint, Copy
+from lap_ext.checkpoint.memory import limits
+from lap_ext.checkpoint.norms import FileNetwork
+from lap_ext.checkpoint.passes import Key, SliceThreshold, Task
 from lap_ext.checkpoint.reading import Source, same
 from lap_ext.checkpoint.structure import Structure
-from lap_ext.criteria import Criterion, Lookahead, Lookback, Lookforward, MagnitudeBN, Random
-from lap_ext.criteria.context import BN
-from lap_ext.ops import check
-from lap_ext.pruning import selection
-from lap_ext.pruning.plan import SCOPES, chosen
+from lap_ext.criteria import (
+    Criterion,
+    CriterionLike,
+    Lookahead,
+    Lookback,
+    Lookforward,
+    MagnitudeBN,
+    Random,
+)
+from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.options import (
+    BATCH_NORMS,
+    NORMALIZATIONS,
+    SCOPES,
+    BatchNorm,
+    Normalize,
+    Patterns,
+    Scope,
+    one_of,
+)
+from lap_ext.pruning.plan import chosen
 from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)
-MEASURED = (Lookahead, Lookforward, Lookback)  # whose factors are norms of neighbors
+MEASURED = (Lookahead, Lookforward, Lookback)  # whose norms are norms of neighbors
 
 
 @dataclass
 class Plan:
     """A task and how its layers are ranked.
 
-    keeps: weights that each layer keeps where it is ranked by itself; keep: of all together (one
-    ranking), or None.
-    normalize: how scores of layers are made comparable for one ranking; "lamp" gives each layer its
-    share (keeps), and then ranks it by itself.
-    fused: layers that the fused mask takes in one piece; all others need cuts.
+    Attributes:
+        files: the checkpoint to prune.
+        task: the inputs of all passes.
+        keeps: weights that each layer keeps where it is ranked by itself.
+        keep: weights that all layers keep together (one ranking), or None.
+        normalize: how scores of layers are made comparable for one ranking; "lamp" first finds how
+            many weights each layer keeps, and then ranks it by itself.
+        fused: layers that the fused operator masks at once; all others need thresholds.
+        thresholds: those that are known so far.
     """
 
-    files: Folder
+    files: Checkpoint
     task: Task
     keeps: dict[str, int]
     keep: int | None
-    normalize: str
+    normalize: Normalize
     fused: set[str]
-    cuts: dict[Key, PieceCut] = field(default_factory=dict)
+    thresholds: dict[Key, SliceThreshold] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -53,7 +72,7 @@ class Plan:
         return isinstance(self.task.criterion, MEASURED)
 
     def rankings(self) -> Iterator[tuple[list[Layer], int, str]]:
-        """(layers ranked together, how many they keep, how they are scored) that need a cut."""
+        """Gives (layers ranked together, how many they keep, how they are scored) to threshold."""
         if self.keep is not None and self.normalize != "lamp":
             if self.task.layers:
                 yield self.task.layers, self.keep, "plain"
@@ -65,72 +84,89 @@ class Plan:
                 yield [layer], self.keeps[layer.name], how
 
     def steps(self) -> dict[str, int]:
-        """Layer name -> which weights the first pass samples, for the rankings."""
+        """Computes the distance between the weights that the first pass samples of each layer."""
         steps: dict[str, int] = {}
         rankings = [layers for layers, _, _ in self.rankings()]
-        for layers in rankings:  # all samples are held at a time
+        for layers in rankings:  # all samples are held together
             limit = max(1, self.task.limits.sample // len(rankings))
             steps |= passes.sample_steps(layers, limit)
         return steps
 
 
 def used_once(criterion: Criterion, layer: Layer) -> bool:
-    """Whether all of a layer's weight has one score a weight, |w| times two factors."""
-    return not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.whole)
+    """Whether each weight of a layer has one score, |w| times two norms."""
+    return not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.full)
 
 
-def check_options(scope: str, criterion: Any, normalize: str, bn: str) -> Criterion:
-    """The criterion, if it and the other options are among those for checkpoints."""
-    check.one_of(FUNCTION, "scope", scope, SCOPES)
-    check.one_of(FUNCTION, "bn", bn, BN)
-    check.one_of(FUNCTION, "normalize", normalize, selection.NORMALIZATIONS)
-    chosen = criteria.of(criterion, FUNCTION)
-    if type(chosen) not in DATA_FREE:
+def check_options(
+    scope: Scope, criterion: CriterionLike, normalize: Normalize, batch_norm: BatchNorm
+) -> Criterion:
+    """Returns the criterion, if it and the other options can be used for checkpoints."""
+    one_of("scope", scope, SCOPES)
+    one_of("batch_norm", batch_norm, BATCH_NORMS)
+    one_of("normalize", normalize, NORMALIZATIONS)
+    checked = criteria.of(criterion)
+    if type(checked) not in DATA_FREE:
         names = ", ".join(repr(kind.name) for kind in DATA_FREE)
-        raise wrong(f"a criterion that reads weights only ({names})", repr(chosen.name))
-    return chosen
+        raise LapValueError(f"a criterion that reads weights only ({names})", repr(checked.name))
+    return checked
 
 
 def check_out(source: Path, target: Path) -> None:
-    """The result gets a place of its own."""
+    """Raises unless target can become a new directory outside of source."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise wrong("out not to exist, or to be an empty folder", repr(str(target)))
+        raise LapValueError(
+            "{argument} not to exist, or to be an empty directory",
+            repr(str(target)),
+            argument="out",
+        )
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise wrong(f"out outside of {str(source)!r}, which is only read", repr(str(target)))
+        raise LapValueError(
+            f"{{argument}} outside of {str(source)!r}, which is only read",
+            repr(str(target)),
+            argument="out",
+        )
 
 
 def plan_of(
     structure: Structure,
-    files: Folder,
+    files: Checkpoint,
     criterion: Criterion,
     sparsity: Sparsity,
-    scope: str,
-    normalize: str,
-    exclude: Sequence[str],
-    bn: str,
-    memory: int | str,
+    *,
+    scope: Scope,
+    normalize: Normalize,
+    layers: Patterns | None,
+    exclude: Patterns,
+    batch_norm: BatchNorm,
+    memory: int,
 ) -> Plan:
-    """The plan; ValueError where options, files or the budget do not allow it."""
+    """Makes the plan.
+
+    Raises:
+        LapValueError: options, files or the memory do not allow it.
+        LapTypeError: weights of one ranking have float64 scores beside others.
+    """
     topology, copies = structure.topology, structure.copies
-    limit = limits(parsed(memory), topology, copies, criterion, bn)
-    layers = chosen(FUNCTION, topology, exclude)
-    shapes = {layer.name: layer.shape for layer in layers}
-    given = allocation.of(sparsity, FUNCTION)
-    keeps = given.keeps(shapes)
-    layers = [layer for layer in layers if layer.name in keeps]
+    limit = limits(memory, topology, copies, criterion, batch_norm)
+    pruned = chosen(topology, layers, exclude)
+    shapes = {layer.name: layer.shape for layer in pruned}
+    allocated = allocation.of(sparsity)
+    keeps = allocated.keeps(shapes)
+    pruned = [layer for layer in pruned if layer.name in keeps]
     source = Source(files.path)
     _check_copies(source, copies)
-    task = Task(source, FileNetwork(topology, bn), criterion, layers, copies, limit)
+    task = Task(source, FileNetwork(topology, batch_norm), criterion, pruned, copies, limit)
     if scope == "global":
         if normalize == "none":
             _check_dtypes(task)
-        keep = allocation.total(given, shapes)
+        keep = allocation.total(allocated, shapes)
         return Plan(files, task, keeps, keep, normalize, set())
     fused = {
         layer.name
-        for layer in layers
-        if layer.name in limit.masked_whole
+        for layer in pruned
+        if layer.name in limit.masked_full
         and all(len(copy) == 1 for copy in copies[layer.name])
         and used_once(criterion, layer)
     }
@@ -138,11 +174,11 @@ def plan_of(
 
 
 def _check_copies(source: Source, copies: dict[str, list[Copy]]) -> None:
-    """A tied weight that is stored twice is stored alike."""
+    """Raises unless the copies of a tied weight are stored alike."""
     for name, (first, *others) in copies.items():
         for other in others:
             if not same(source, first, other):
-                raise wrong(
+                raise LapValueError(
                     f"{first[0].entry.name!r} and {other[0].entry.name!r} alike (they are one "
                     f"weight of the model, {name!r})",
                     "different ones",
@@ -151,11 +187,12 @@ def _check_copies(source: Source, copies: dict[str, list[Copy]]) -> None:
 
 
 def _check_dtypes(task: Task) -> None:
-    """Scores of one ranking have one dtype."""
+    """Raises unless the scores of one ranking have one dtype."""
     kinds = {str(task.dtype(layer)): layer.name for layer in task.layers}
     if len(kinds) > 1 and "torch.float64" in kinds:
         first, second = (f"{kind} in {name!r}" for kind, name in list(kinds.items())[:2])
-        raise TypeError(
-            f"{FUNCTION}: expected no float64 weights beside others with scope='global' (scores are "
-            f"ranked in one dtype), got {first} and {second}. Convert them, or use scope='layer'."
+        raise LapTypeError(
+            "no float64 weights beside others with scope='global' (scores are ranked in one dtype)",
+            f"{first} and {second}",
+            "Convert them, or use scope='layer'.",
         )

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The exact cut of a ranking whose scores are never all in memory.
+"""The exact threshold of a ranking whose scores are never all in memory.
 
-A score >= 0 is its IEEE bits as an integer, the key. One pass over all keys counts, part by part,
-those above an interval and those inside it, and keeps the ones inside while there is room for them:
+The key of a score >= 0 is its IEEE bits as an integer. One pass over all keys counts, for each
+slice, those above an interval and those inside it, and holds the ones inside up to a capacity:
 
-    1  the interval: around the wanted rank in a sample, or everything
-    2  a pass. Rank outside the interval (a misled sample): again with what is on that side of it
-    3  all inside are at hand: the cut is the right one of them
-    4  else the interval shrinks to the bin of a histogram that holds the rank, and back to 2
+    1  the interval: around the wanted rank in a sample, or all keys
+    2  a pass. If the rank is outside (the sample was misleading): 2 with the keys on that side
+    3  if all keys inside are held, one of them is the threshold
+    4  else the interval shrinks to the histogram bin that contains the rank, and 2 again
 
-The cut is the smallest key that is kept, and how many of the equal ones each part keeps: the first
-parts first. It is exact, whatever the sample says.
+The threshold is the smallest key that is kept, and how many of the equal ones each slice keeps: the
+first slices first. It is exact, whatever the sample says.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from lap_ext.ops.reference.key import key_dtype
 CHUNK = BINS = 1 << 15  # elements at a time: they stay in the cache, and torch uses one thread
 _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 
-# (part, some of its keys), in the order of parts: all keys from low on; low and high are given
-Sweep = Callable[[int, int], Iterable[tuple[int, Tensor]]]
+# (low, high) -> (index of a slice, some of its keys) in the order of slices: all keys from low on
+ReadKeys = Callable[[int, int], Iterable[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a ranking keeps: keys above key, and of those equal to it ties[p] of part p, the first.
+class Threshold:
+    """What a ranking keeps: keys above key, and of those equal to it the first ties[i] of slice i.
 
-    kept: how many weights each part keeps in all.
+    kept: how many weights each slice keeps in all.
     """
 
     key: int
@@ -45,23 +45,23 @@ class Cut:
 
 
 def keys_of(scores: Tensor) -> Tensor:
-    """Integers that sort as scores >= 0 do, flat: int32, int64 for float64. A view."""
+    """Views scores >= 0 as integers of the same order, flat: int32, int64 for float64."""
     return scores.flatten().view(key_dtype(scores.dtype))
 
 
 def largest(dtype: torch.dtype) -> int:
-    """The largest key of scores of a dtype."""
+    """Returns the largest key of scores of a dtype."""
     return torch.iinfo(key_dtype(dtype)).max
 
 
 def bracket(sample: Tensor, keep: int, total: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Keys that probably enclose the keep-th largest of total, by a sample of scores, float64."""
+    """Estimates keys that enclose the keep-th largest of total from a sample of scores, float64."""
     top, size = largest(dtype), sample.numel()
     if size == 0:
         return 0, top
-    part = keep / total
-    margin = _MARGIN * math.sqrt(size * part * (1 - part)) + 2
-    first, last = math.floor(part * size - margin), math.ceil(part * size + margin)
+    share = keep / total
+    margin = _MARGIN * math.sqrt(size * share * (1 - share)) + 2
+    first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
     keys = keys_of(sample.to(dtype)).sort(descending=True).values
     # one key wider: the sample's scores are rounded otherwise than the passes'
     high = min(int(keys[first]) + 2, top) if first >= 0 else top
@@ -69,145 +69,150 @@ def bracket(sample: Tensor, keep: int, total: int, dtype: torch.dtype) -> tuple[
     return low, high
 
 
-def cut(
-    sweep: Sweep,
+def threshold(
+    read_keys: ReadKeys,
     sizes: Sequence[int],
     keep: int,
     interval: tuple[int, int],
     dtype: torch.dtype,
-    room: int,
-) -> Cut:
-    """The cut of the keep largest keys of all parts.
+    capacity: int,
+) -> Threshold:
+    """Finds the threshold of the keep largest keys of all slices.
 
     Args:
-        sweep: gives all keys, once each time it is called; it may leave out those below the first
-            number that it is given, and put other ones for those above the second.
-        sizes: number of keys of each part.
+        read_keys: gives all keys, once each time it is called; it may leave out those below the
+            first number that it is given, and replace those above the second.
+        sizes: number of keys of each slice.
         keep: how many to keep, of all.
         interval: lowest and highest key to look at first.
         dtype: of the scores.
-        room: keys that may be held.
+        capacity: how many keys may be held.
     """
     if keep <= 0:
-        return Cut(largest(dtype), (0,) * len(sizes), (0,) * len(sizes))
+        return Threshold(largest(dtype), (0,) * len(sizes), (0,) * len(sizes))
     if keep >= sum(sizes):
-        return Cut(0, tuple(sizes), tuple(sizes))
+        return Threshold(0, tuple(sizes), tuple(sizes))
     low, high = interval
     while True:
-        found = Pass(len(sizes), low, high, room)
-        for part, keys in sweep(low, high):
-            found.add(part, keys)
-        above, inside = sum(found.above), sum(found.inside)
+        counted = Pass(len(sizes), low, high, capacity)
+        for index, keys in read_keys(low, high):
+            counted.add(index, keys)
+        above, inside = sum(counted.above), sum(counted.inside)
         if keep <= above:
             low, high = high + 1, largest(dtype)
         elif keep > above + inside:
             low, high = 0, low - 1
-        elif found.complete:
-            return _solved(found, keep)
+        elif counted.complete:
+            return _solved(counted, keep)
         elif low == high:
-            return _shared(low, found.above, found.inside, keep)
+            return _shared(low, counted.above, counted.inside, keep)
         else:
-            low, high = found.bin_of(keep - above)
+            low, high = counted.bin_of(keep - above)
 
 
 @dataclass
 class Pass:
-    """What one pass over all keys has found."""
+    """The counts of one pass over all keys, and the keys inside the interval.
 
-    parts: int
+    Attributes:
+        slices: how many there are.
+        low, high: the interval, both ends included.
+        capacity: how many keys may be held.
+        above, inside: how many keys of each slice are above the interval, and inside it.
+        complete: whether all keys inside are held.
+    """
+
+    slices: int
     low: int
     high: int
-    room: int
+    capacity: int
     above: list[int] = field(init=False)
     inside: list[int] = field(init=False)
     complete: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
-        self.above, self.inside = [0] * self.parts, [0] * self.parts
-        # in one piece from the start: small ones between large ones would fragment the heap
+        self.above, self.inside = [0] * self.slices, [0] * self.slices
+        # allocated at once: small buffers between large ones would fragment the heap
         self.held = torch.empty(0)
-        self.ends = [0] * self.parts  # where the keys of each part end
+        self.ends = [0] * self.slices  # where the held keys of each slice end
         self.shift = max(0, (self.high - self.low).bit_length() - (BINS.bit_length() - 1))
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
-        self.complete = self.low != self.high  # one key needs no room
+        self.complete = self.low != self.high  # keys that are all equal need not be held
 
-    def add(self, part: int, keys: Tensor) -> None:
-        """The next keys of a part."""
+    def add(self, index: int, keys: Tensor) -> None:
+        """Counts the next keys of a slice."""
         for chunk in keys.split(CHUNK):
             at_least = chunk >= self.low
             over = chunk > self.high
             above = int(over.count_nonzero())
             inside = int(at_least.count_nonzero()) - above
-            self.above[part] += above
-            self.inside[part] += inside
+            self.above[index] += above
+            self.inside[index] += inside
             if inside and self.low != self.high:
-                self._hold(part, chunk[at_least ^ over])
+                self._hold(index, chunk[at_least ^ over])
 
-    def _hold(self, part: int, keys: Tensor) -> None:
-        places = (keys.long() - self.low) >> self.shift
-        self.histogram += torch.bincount(places, minlength=BINS)
-        begin = max(self.ends[: part + 1])
+    def _hold(self, index: int, keys: Tensor) -> None:
+        bins = (keys.long() - self.low) >> self.shift
+        self.histogram += torch.bincount(bins, minlength=BINS)
+        begin = max(self.ends[: index + 1])
         end = begin + keys.numel()
-        self.complete = self.complete and end <= self.room
+        self.complete = self.complete and end <= self.capacity
         if self.complete:
             if self.held.dtype != keys.dtype:
-                self.held = torch.empty(self.room, dtype=keys.dtype)
+                self.held = torch.empty(self.capacity, dtype=keys.dtype)
             self.held[begin:end] = keys
-            self.ends[part] = end
+            self.ends[index] = end
 
     def bin_of(self, rank: int) -> tuple[int, int]:
-        """First and last key of the bin that holds the rank-th largest key inside."""
+        """Finds the first and last key of the bin that contains the rank-th largest key inside."""
         upward = self.histogram.flip(0).cumsum(0)
-        place = BINS - 1 - int(torch.searchsorted(upward, rank))
-        first = self.low + (place << self.shift)
+        index = BINS - 1 - int(torch.searchsorted(upward, rank))
+        first = self.low + (index << self.shift)
         return first, min(first + (1 << self.shift) - 1, self.high)
 
     def intervals(self) -> Iterator[tuple[int, int]]:
-        """The interval in parts, the highest first: each has as many keys as there is room for.
-
-        Or those of one bin.
-        """
+        """Splits the interval, highest keys first: each range fits the capacity, or is one bin."""
         last, count = self.high, 0
-        for place, more in reversed(list(enumerate(self.histogram.tolist()))):
-            if count and count + more > self.room:
-                yield self.low + ((place + 1) << self.shift), last
+        for index, more in reversed(list(enumerate(self.histogram.tolist()))):
+            if count and count + more > self.capacity:
+                yield self.low + ((index + 1) << self.shift), last
                 count = 0
             if not count:
-                last = min(self.low + ((place + 1) << self.shift) - 1, self.high)
+                last = min(self.low + ((index + 1) << self.shift) - 1, self.high)
             count += more
         if count:
             yield self.low, last
 
 
-def _solved(found: Pass, keep: int) -> Cut:
-    """The cut where all keys inside the interval are at hand."""
-    ends = [0, *itertools.accumulate(found.ends, max)]
-    held = [found.held[begin:end] for begin, end in itertools.pairwise(ends)]
-    everything = found.held[: ends[-1]]
-    rank = keep - sum(found.above)
+def _solved(counted: Pass, keep: int) -> Threshold:
+    """Finds the threshold where all keys inside the interval are held."""
+    ends = [0, *itertools.accumulate(counted.ends, max)]
+    held = [counted.held[begin:end] for begin, end in itertools.pairwise(ends)]
+    everything = counted.held[: ends[-1]]
+    rank = keep - sum(counted.above)
     key = int(everything.kthvalue(everything.numel() - rank + 1).values)
     above = [
-        n + int((keys > key).count_nonzero()) for n, keys in zip(found.above, held, strict=True)
+        n + int((keys > key).count_nonzero()) for n, keys in zip(counted.above, held, strict=True)
     ]
     ties = [int((keys == key).count_nonzero()) for keys in held]
     return _shared(key, above, ties, keep)
 
 
-def _shared(key: int, above: Sequence[int], ties: Sequence[int], keep: int) -> Cut:
-    """Gives what is left to the keys that are equal, first parts first."""
+def _shared(key: int, above: Sequence[int], ties: Sequence[int], keep: int) -> Threshold:
+    """Gives what is left to keep to the equal keys, first slices first."""
     left = keep - sum(above)
     share = []
     for count in ties:
         share.append(min(count, left))
         left -= share[-1]
-    return Cut(key, tuple(share), tuple(n + t for n, t in zip(above, share, strict=True)))
+    return Threshold(key, tuple(share), tuple(n + t for n, t in zip(above, share, strict=True)))
 
 
 def mask_of(keys: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
-    """(mask of the keys above key and of the first ties equal ones, equal ones that it keeps)."""
+    """Masks the keys above key and the first ties equal ones; also returns how many equal ones."""
     kept = keys >= key if ties else keys > key
     equal = int(kept.count_nonzero()) - int((keys > key).count_nonzero()) if ties else 0
     if equal > ties:
-        places = (keys == key).nonzero().flatten()[ties:]
-        kept[places] = False
+        dropped = (keys == key).nonzero().flatten()[ties:]
+        kept[dropped] = False
     return kept, min(equal, ties)

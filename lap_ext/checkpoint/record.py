@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""lap_ext.json beside pruned weights: what was asked of a pruning, and what each layer has left.
+"""lap_ext.json beside pruned weights: the options of a pruning, and what each layer has left.
 
-The command line writes it, with options as they were typed; `verify` reads it.
+The command line writes it, with the options as typed; `verify` reads it.
 
     {"lap_ext": version, "asked": {"sparsity": [texts], "scope": "layer", ...},
      "layers": [{"name": ..., "kept": ..., "total": ..., ...}, ...]}
@@ -19,7 +19,8 @@ from typing import Any
 import lap_ext
 from lap_ext._files import replacing
 from lap_ext.allocation import Sparsity, notation
-from lap_ext.pruning.plan import SCOPES
+from lap_ext.errors import LapValueError
+from lap_ext.options import SCOPES, Scope
 from lap_ext.pruning.result import PruneResult
 
 RECORD = "lap_ext.json"
@@ -27,41 +28,49 @@ RECORD = "lap_ext.json"
 
 @dataclass(frozen=True)
 class Record:
-    """What a pruning has left behind for `verify`.
+    """The record of a pruning.
 
     Attributes:
         counts: layer name -> (weights kept, all weights).
-        asked: option -> value, as it is written.
+        options: option -> value, as written.
     """
 
     counts: Mapping[str, tuple[int, int]]
-    asked: Any
+    options: Any
 
-    def wanted(self) -> tuple[Sparsity, str]:
-        """Reads the sparsity that was asked for, and its scope; ValueError if they are damaged."""
+    def wanted(self) -> tuple[Sparsity, Scope]:
+        """Reads the sparsity and its scope.
+
+        Raises:
+            LapValueError: they are damaged.
+        """
         with _damage():
-            if self.asked["scope"] not in SCOPES:
+            if self.options["scope"] not in SCOPES:
                 raise ValueError("no such scope")
-            return notation.of_texts(self.asked["sparsity"]), self.asked["scope"]
+            return notation.of_texts(self.options["sparsity"]), self.options["scope"]
 
 
-def write(folder: Path, asked: Mapping[str, Any], result: PruneResult) -> None:
+def write(directory: Path, options: Mapping[str, Any], result: PruneResult) -> None:
     """Writes the record of a pruning.
 
     Args:
-        folder: of the pruned weights.
-        asked: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
-        result: what the pruning gave.
+        directory: of the pruned weights.
+        options: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
+        result: of the pruning.
     """
     layers = json.loads(result.to_json())["layers"]
-    facts = {"lap_ext": lap_ext.__version__, "asked": dict(asked), "layers": layers}
-    with replacing(folder / RECORD) as file:
+    facts = {"lap_ext": lap_ext.__version__, "asked": dict(options), "layers": layers}
+    with replacing(directory / RECORD) as file:
         file.write(f"{json.dumps(facts, indent=2)}\n".encode())
 
 
-def read(folder: Path) -> Record | None:
-    """Reads the record of a pruning; None where there is none, ValueError if it is damaged."""
-    path = folder / RECORD
+def read(directory: Path) -> Record | None:
+    """Reads the record of a pruning; None where there is none.
+
+    Raises:
+        LapValueError: it is damaged.
+    """
+    path = directory / RECORD
     if not path.is_file():
         return None
     with _damage():
@@ -72,8 +81,8 @@ def read(folder: Path) -> Record | None:
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Turns what is wrong with a record into one ValueError."""
+    """Turns the errors of a damaged record into one LapValueError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{RECORD} is damaged: {error}") from None
+        raise LapValueError(f"an undamaged {RECORD}", error) from None

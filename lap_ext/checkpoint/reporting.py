@@ -11,42 +11,44 @@ from typing import Any
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.checkpoint.files import DTYPES, naming, open_folder, size_of
+from lap_ext.checkpoint.files import DTYPES, open_directory, size_of
 from lap_ext.checkpoint.inspecting import model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.result import CheckpointResult
 from lap_ext.checkpoint.structure import structure_of
+from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
+from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning.result import PruneResult
 from lap_ext.report import Facts, Histogram, LayerFacts
 from lap_ext.report.gather import Chunk, LayerWeights, gather
 from lap_ext.topology import Layer, Topology
 
-_FUNCTION = "checkpoint_facts"
 _STEP = "measure"
 
 
+@calling("checkpoint_facts")
 def checkpoint_facts(
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     result: CheckpointResult,
     *,
-    asked: Mapping[str, str] | None = None,
-    example_inputs: Any = None,
+    options: Mapping[str, str] | None = None,
+    example_inputs: Inputs | None = None,
     model: nn.Module | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> Facts:
     """Measures what a pruning of a checkpoint did, in one pass over the original's layers.
 
     Args:
-        folder: the original, which also is the report's title.
+        directory: the original checkpoint, which is also the report's title.
         result: of `checkpoint.prune`, with its masks saved. Its scores, if they were counted, are
             in the report.
-        asked: option -> value, as the report shows them.
+        options: option -> value, as the report shows them.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
-        unknown: as in `checkpoint.prune`.
+        on_unsupported: as in `checkpoint.prune`.
         on_progress: called with a `Progress` after each chunk of rows.
 
     Raises:
@@ -59,37 +61,37 @@ def checkpoint_facts(
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> net[0].weight.data = torch.tensor([[3., 1.]])
         >>> given = {"model": net, "example_inputs": torch.ones(1, 2)}
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     source = Path(place) / "dense"
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     source = Path(root) / "dense"
         ...     source.mkdir()
         ...     save_file(net.state_dict(), source / "model.safetensors")
-        ...     result = lap_ext.checkpoint.prune(source, Path(place) / "pruned", 0.5, **given)
+        ...     result = lap_ext.checkpoint.prune(source, Path(root) / "pruned", 0.5, **given)
         ...     facts = checkpoint_facts(source, result, **given)
         >>> facts.kept, facts.mass                           # 9 / 10
         (1, 0.9)
     """
     if result.masks_file is None:
-        raise ValueError(f"{_FUNCTION}: expected a result with its masks saved, got none.")
-    with naming(_FUNCTION), BitMasks(result.masks_file, _FUNCTION) as masks:
-        before, after = open_folder(Path(folder)), open_folder(result.folder)
-        known = structure_of(before, model, example_inputs, unknown)
+        raise LapValueError("a result with its masks saved", "none")
+    with BitMasks(result.masks_file) as masks:
+        before, after = open_directory(Path(directory)), open_directory(result.directory)
+        structure = structure_of(before, model, example_inputs, on_unsupported)
         source, buffer = Source(before.path), Buffer()
 
         def weights(layer: Layer) -> LayerWeights:
-            copies = known.copies[layer.name]
+            copies = structure.copies[layer.name]
             item = DTYPES[copies[0][0].entry.dtype].itemsize
 
             def chunks(most: int) -> Iterator[Chunk]:
-                for first, part in source.runs(copies[0], most, buffer):
-                    yield part, masks.part(layer.name, first, part.numel()), None
+                for first, chunk in source.chunks(copies[0], most, buffer):
+                    yield chunk, masks.chunk(layer.name, first, chunk.numel()), None
 
             scores = result.scores.get(layer.name)
             return _weights(layer, item, len(copies), chunks, scores)
 
-        facts = _facts(os.fspath(folder), result, asked, known.topology)
+        facts = _facts(os.fspath(directory), result, options, structure.topology)
         facts.bytes_before, facts.bytes_after = before.size, after.size
-        layers = [known.topology.layers[name] for name in masks.shapes]
-        total = sum(size_of(known.copies[layer.name][0]) for layer in layers)
+        layers = [structure.topology.layers[name] for name in masks.shapes]
+        total = sum(size_of(structure.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)
 
 
@@ -99,7 +101,7 @@ def model_facts(
     scores: Mapping[str, Tensor],
     *,
     title: str,
-    asked: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> Facts:
     """Measures what a pruning of a module in memory does, while the module has all its weights.
@@ -107,9 +109,9 @@ def model_facts(
     Args:
         topology: of the module.
         result: of `lap_ext.prune(..., apply=False)`.
-        scores: what has ranked the weights, by layer name; empty if that is not to be shown.
+        scores: layer name -> the scores that ranked its weights; empty to show none.
         title: of the report.
-        asked: option -> value, as the report shows them.
+        options: option -> value, as the report shows them.
         on_progress: called with a `Progress` after each layer.
 
     Example:
@@ -117,7 +119,7 @@ def model_facts(
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> net[0].weight.data = torch.tensor([[3., 1.]])
         >>> topology = lap_ext.trace(net, torch.ones(1, 2))
-        >>> result = lap_ext.prune(net, topology, 0.5, apply=False)
+        >>> result = lap_ext.prune(net, None, 0.5, topology=topology, apply=False)
         >>> facts = model_facts(topology, result, {}, title="net")
         >>> facts.kept, facts.mass, facts.bytes_before       # 9 / 10
         (1, 0.9, 8)
@@ -129,7 +131,7 @@ def model_facts(
 
         return _weights(layer, layer.weight.element_size(), 1, chunks)
 
-    facts = _facts(title, result, asked, topology)
+    facts = _facts(title, result, options, topology)
     facts.bytes_before = facts.bytes_after = model_bytes(topology.model)
     layers = [topology.layers[name] for name in result.masks]
     step = Step(on_progress, _STEP, sum(layer.weight.nbytes for layer in layers))
@@ -137,14 +139,14 @@ def model_facts(
 
 
 def _facts(
-    title: str, result: PruneResult, asked: Mapping[str, str] | None, topology: Topology
+    title: str, result: PruneResult, options: Mapping[str, str] | None, topology: Topology
 ) -> Facts:
-    """What is known before a weight is measured."""
+    """Gathers what is known before a weight is measured."""
     return Facts(
         title,
         result.criterion,
         [],
-        asked or {},
+        options or {},
         topology.others,
         topology.stops,
         version=lap_ext.__version__,

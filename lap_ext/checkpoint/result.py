@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What pruning a checkpoint gives back: the table of `prune`, the folder, masks that stay on disk."""
+"""The result of pruning a checkpoint: the table of `prune`, and masks that stay on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lap_ext.report import Histogram
 
 
 class StoredMasks(Masks):
-    """Masks in a file of `Masks.save`, read one at a time when they are asked for.
+    """Masks in a file of `Masks.save`, each read when it is requested.
 
     `Masks.load` of the same file has all of them in memory at once.
     """
@@ -27,8 +27,8 @@ class StoredMasks(Masks):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._shapes:
             raise KeyError(name)
-        with BitMasks(self.path, "StoredMasks") as file:
-            return file.whole(name)
+        with BitMasks(self.path) as file:
+            return file.mask(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -39,28 +39,28 @@ class StoredMasks(Masks):
 
 @dataclass(frozen=True)
 class CheckpointResult(PruneResult):
-    """The result of `checkpoint.prune`: as that of `prune`, and where it lies.
+    """The result of `checkpoint.prune`: as that of `prune`, and where it is on the disk.
 
     Attributes:
         masks: read from masks_file one at a time; empty with save_masks=False.
-        folder: the pruned checkpoint.
+        directory: the pruned checkpoint.
         masks_file: the masks beside the weights, as `Masks.load` reads them, or None.
-        scores: layer name -> its scores, counted in bins; empty unless they were asked for.
+        scores: layer name -> its scores, counted in bins; empty without count_scores=True.
     """
 
-    folder: Path
+    directory: Path
     masks_file: Path | None
     scores: Mapping[str, Histogram] = field(default_factory=dict)
 
 
 def result_of(
-    folder: Path,
+    directory: Path,
     rows: Sequence[LayerResult],
     criterion: str,
     masks_file: Path | None,
     scores: Mapping[str, Histogram],
 ) -> CheckpointResult:
-    """The result whose masks are in a file, or nowhere."""
+    """Makes the result; the masks are in a file, or were not saved."""
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
-    return CheckpointResult(masks, rows, criterion, folder, masks_file, scores)
+    return CheckpointResult(masks, rows, criterion, directory, masks_file, scores)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The working folder of a run, from which an interrupted one goes on.
+"""The working directory of a pruning, from which an interrupted one is resumed.
 
     .OUT.lap_ext/          beside OUT, on the same disk
-        files/             what becomes OUT, by one rename at the end
-        state.json         what was asked for, and what is done
-        energies.safetensors
-        lock               held while a run works here
+        files/             becomes OUT, by one rename at the end
+        state.json         the options, and what is done
+        squared norms.safetensors
+        lock               held while a process works here
 
 A shard counts as done once it is complete and on the disk.
 """
@@ -24,40 +24,41 @@ from typing import Any
 
 from torch import Tensor
 
-from lap_ext.checkpoint.files import FUNCTION, wrong
+from lap_ext.errors import LapOSError, LapValueError
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_ENERGIES = "energies.safetensors"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SQUARED_NORMS = "squared norms.safetensors"
 
 
 class Work:
-    """A working folder that this run holds.
+    """A working directory that this process holds.
 
     Attributes:
         files: where the result is written.
-        facts: found on the way, JSON: "done" (names of shards), and what the passes have found.
+        facts: intermediate results as JSON: "done" (names of shards), and those of the passes.
     """
 
-    def __init__(self, place: Path, asked: dict[str, Any]) -> None:
-        self.place = place
-        self.files = place / "files"
-        self.asked = json.loads(json.dumps(asked))  # as it is read back
+    def __init__(self, directory: Path, options: dict[str, Any]) -> None:
+        self.directory = directory
+        self.files = directory / "files"
+        self.options = json.loads(json.dumps(options))  # as it is read back
         self.facts: dict[str, Any] = {"done": []}
 
     def begin(self, resume: bool) -> None:
         """Takes over what an earlier run of the same task has left, or starts from nothing."""
-        if resume and self._found():
+        if resume and self._load():
             return
         self.facts = {"done": []}
         shutil.rmtree(self.files, ignore_errors=True)
-        (self.place / _ENERGIES).unlink(missing_ok=True)
+        (self.directory / _SQUARED_NORMS).unlink(missing_ok=True)
         self.files.mkdir()
         self.save()
 
-    def _found(self) -> bool:
+    def _load(self) -> bool:
+        """Reads the facts of an earlier run; False if they are of another task, or damaged."""
         try:
-            state = json.loads((self.place / "state.json").read_bytes())
-            if state["asked"] != self.asked or not self.files.is_dir():
+            state = json.loads((self.directory / "state.json").read_bytes())
+            if state["options"] != self.options or not self.files.is_dir():
                 return False
             self.facts = dict(state["facts"])
             return isinstance(self.facts["done"], list)
@@ -70,116 +71,126 @@ class Work:
         return name in self.facts["done"] and path.is_file() and path.stat().st_size == size
 
     def save(self) -> None:
-        """Writes the facts, all or nothing; under a fixed name, which a resumed run knows as ours."""
-        text = json.dumps({"asked": self.asked, "facts": self.facts}).encode()
-        part = self.place / "state.json.part"
-        with on_disk(self.place), part.open("wb") as file:
+        """Writes the facts atomically; the temporary file has a name that a resumed run expects."""
+        text = json.dumps({"options": self.options, "facts": self.facts}).encode()
+        temporary = self.directory / "state.json.part"
+        with on_disk(self.directory), temporary.open("wb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(self.place / "state.json")
+        temporary.replace(self.directory / "state.json")
 
     def save_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Keeps the state of the first pass."""
+        """Saves the results of the first pass."""
         from safetensors.torch import save_file
 
-        part = self.place / f"{_ENERGIES}.part"
-        with on_disk(self.place):
-            save_file({name: x.contiguous() for name, x in tensors.items()}, part)
-        part.replace(self.place / _ENERGIES)
+        temporary = self.directory / f"{_SQUARED_NORMS}.part"
+        with on_disk(self.directory):
+            save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
+        temporary.replace(self.directory / _SQUARED_NORMS)
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """What save_tensors was given; None if it was not, or not to the end."""
+        """Reads what save_tensors has saved; None if there is nothing, or it is incomplete."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.place / _ENERGIES)
+            return load_file(self.directory / _SQUARED_NORMS)
         except (OSError, SafetensorError):
             return None
 
     def finish(self, out: Path) -> None:
-        """The result takes its name."""
+        """Renames the result to out, and removes the working directory."""
         out.parent.mkdir(parents=True, exist_ok=True)
         self.files.rename(out)
-        folder = os.open(out.parent, os.O_RDONLY)
+        descriptor = os.open(out.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
-        shutil.rmtree(self.place, ignore_errors=True)
+            os.close(descriptor)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @contextmanager
-def working(out: Path, asked: dict[str, Any], resume: bool) -> Iterator[Work]:
-    """A working folder for this task; kept for a later run if this one is interrupted.
+def working(out: Path, options: dict[str, Any], resume: bool) -> Iterator[Work]:
+    """Opens the working directory of a task; it is kept for a later run if this one is interrupted.
 
     A wrong value in the data (ValueError, TypeError) would come again: then it is removed.
     """
-    place = out.with_name(f".{out.name}.lap_ext")
+    directory = out.with_name(f".{out.name}.lap_ext")
     with on_disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir(exist_ok=True)
-    with _locked(place, out):
-        _check_ours(place)
-        work = Work(place, asked)
+        directory.mkdir(exist_ok=True)
+    with _locked(directory, out):
+        _check_ours(directory)
+        work = Work(directory, options)
         work.begin(resume)
         try:
             yield work
         except (ValueError, TypeError):
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
             raise
         except BaseException:
             if not resume:
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(directory, ignore_errors=True)
             raise
 
 
-def _check_ours(place: Path) -> None:
-    ours = {"files", "state.json", "state.json.part", _ENERGIES, f"{_ENERGIES}.part", "lock"}
-    foreign = sorted(path.name for path in place.iterdir() if path.name not in ours)
+def _check_ours(directory: Path) -> None:
+    ours = {
+        "files",
+        "state.json",
+        "state.json.part",
+        _SQUARED_NORMS,
+        f"{_SQUARED_NORMS}.part",
+        "lock",
+    }
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours)
     if foreign:
-        raise wrong(f"nothing but an earlier run's files in {str(place)!r}", foreign[0])
+        raise LapValueError(f"nothing but an earlier run's files in {str(directory)!r}", foreign[0])
 
 
 @contextmanager
-def _locked(place: Path, out: Path) -> Iterator[None]:
-    with (place / "lock").open("w") as file:
+def _locked(directory: Path, out: Path) -> Iterator[None]:
+    with (directory / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{FUNCTION}: expected one run at a time that writes {str(out)!r}, got another one "
-                "at work. Wait for it, or choose another name.",
+            raise LapOSError(
+                f"one process at a time that writes {str(out)!r}",
+                "another one at work",
+                "Wait for it, or choose another name.",
+                number=error.errno,
             ) from None
         yield
 
 
 @contextmanager
-def on_disk(place: Path) -> Iterator[None]:
-    """A full disk becomes one clear OSError."""
+def on_disk(directory: Path) -> Iterator[None]:
+    """Turns the errors of a full disk into one clear LapOSError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _DISK_FULL:
             raise
-        raise OSError(error.errno, _full(place, "none")) from None
-    except Exception as error:  # safetensors has an error of its own for it
+        raise _disk_full(error.errno, directory, "space", "none") from None
+    except Exception as error:  # safetensors raises an error of its own
         if "No space left" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, _full(place, "none")) from None
+        raise _disk_full(errno.ENOSPC, directory, "space", "none") from None
 
 
-def check_room(place: Path, size: int) -> None:
-    """Raises OSError unless so many bytes are free."""
-    free = shutil.disk_usage(place).free
+def check_free(directory: Path, size: int) -> None:
+    """Raises LapOSError unless so many bytes are free."""
+    free = shutil.disk_usage(directory).free
     if free < size:
-        raise OSError(errno.ENOSPC, _full(place, f"{free:,} bytes", f"{size:,} bytes"))
+        raise _disk_full(errno.ENOSPC, directory, f"{size:,} bytes", f"{free:,} bytes")
 
 
-def _full(place: Path, free: str, size: str = "room") -> str:
-    return (
-        f"{FUNCTION}: expected {size} on the disk of {str(place)!r}, got {free}. Free some and call "
-        "it again: what is done is kept."
+def _disk_full(number: int, directory: Path, needed: str, free: str) -> LapOSError:
+    return LapOSError(
+        f"{needed} on the disk of {str(directory)!r}",
+        free,
+        "Free some and call it again: what is done is kept.",
+        number=number,
     )

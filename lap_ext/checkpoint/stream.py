@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Scores that come one layer at a time, and the file that holds all of them."""
+"""Scores that are computed one layer at a time, and the file that holds all of them."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -16,22 +17,23 @@ import lap_ext
 from lap_ext._files import replacing, safetensors_header
 from lap_ext.checkpoint.figures import LayerFigures, ScoreTable, figures
 from lap_ext.checkpoint.reading import bytes_of
+from lap_ext.errors import LapFileExistsError, LapFileNotFoundError, LapValueError, calling
 from lap_ext.topology import Layer, Topology
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 class ScoreStream:
-    """Scores of a model's layers, each computed when it is asked for.
+    """Scores of a model's layers, each computed when it is requested.
 
     Iterating gives (layer, scores), with scores of the layer's shape. Each iteration, `table` and
     `save` is one pass over the weights.
 
     Args:
-        layers: what is scored, in the order of the network.
+        layers: the layers that are scored, in the order of the network.
         dtypes: of each layer's scores, float32 or float64.
         compute: begins a pass; gives the scores of each layer.
-        options: how the weights are scored, by the names of the options.
+        options: option of the scoring -> value.
         source: the checkpoint directory that is read, if there is one.
     """
 
@@ -53,27 +55,30 @@ class ScoreStream:
     def of_model(
         cls, topology: Topology, scores: Mapping[str, Tensor], options: Mapping[str, str]
     ) -> ScoreStream:
-        """Makes one of the scores that `lap_ext.scores` gives, which are all in memory.
+        """Makes a stream of the scores that `lap_ext.scores` returns, which are all in memory.
 
         Example:
             >>> import lap_ext
             >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
             >>> topology = lap_ext.trace(net, torch.ones(1, 2))
-            >>> found = ScoreStream.of_model(topology, lap_ext.scores(net, topology), {})
-            >>> [(layer.name, scores.shape) for layer, scores in found]
+            >>> values = lap_ext.scores(net, topology=topology)
+            >>> stream = ScoreStream.of_model(topology, values, {})
+            >>> [(layer.name, scores.shape) for layer, scores in stream]
             [('0', torch.Size([1, 2]))]
         """
         layers = [topology.layers[name] for name in scores]
-        dtypes = [found.dtype for found in scores.values()]
+        dtypes = [values.dtype for values in scores.values()]
         return cls(layers, dtypes, lambda: iter(scores.values()), options)
 
     def __iter__(self) -> Iterator[tuple[Layer, Tensor]]:
         return zip(self.layers, self._compute(), strict=True)
 
+    @calling("ScoreStream.table")
     def table(self) -> ScoreTable:
-        """Takes the figures of all layers."""
+        """Computes the figures of all layers."""
         return ScoreTable([figures(layer, scores) for layer, scores in self])
 
+    @calling("ScoreStream.save")
     def save(self, path: str | os.PathLike[str]) -> ScoreTable:
         """Writes all scores to a safetensors file, a tensor for each layer.
 
@@ -86,12 +91,12 @@ class ScoreStream:
             The figures of what was written.
 
         Raises:
-            FileExistsError: path is there already.
-            ValueError: path is in the directory that is read, the disk has no room for the file, or
+            OSError: path exists already (errno EEXIST), or its directory does not (ENOENT).
+            ValueError: path is in the directory that is read, the file does not fit on the disk, or
                 what scoring itself raises.
         """
         path = Path(path)
-        check_new("ScoreStream.save: expected path", path, self.source)
+        check_new(path, self.source)
         sizes = [
             math.prod(layer.shape) * dtype.itemsize
             for layer, dtype in zip(self.layers, self.dtypes, strict=True)
@@ -101,8 +106,8 @@ class ScoreStream:
             for layer, dtype, size in zip(self.layers, self.dtypes, sizes, strict=True)
         ]
         metadata = {"lap_ext": lap_ext.__version__, **self.options}
-        head = safetensors_header("ScoreStream.save", tensors, metadata)
-        _check_room(path, len(head) + sum(sizes))
+        head = safetensors_header(tensors, metadata)
+        _check_free(path, len(head) + sum(sizes))
         rows: list[LayerFigures] = []
         with replacing(path) as file:
             file.write(head)
@@ -112,27 +117,38 @@ class ScoreStream:
         return ScoreTable(rows)
 
 
-def check_new(expected: str, path: Path, source: Path | None) -> None:
+def check_new(path: Path, source: Path | None, argument: str = "path") -> None:
     """Raises unless path can become a new file, outside of a directory that is only read.
 
     Args:
-        expected: how errors begin, up to the name of the argument.
         path: of the file.
         source: the directory, or None.
+        argument: the argument that the path came in.
     """
     if path.exists():
-        raise FileExistsError(f"{expected} to be a new file, got {str(path)!r}.")
+        raise LapFileExistsError(
+            "{argument} to be a new file",
+            repr(str(path)),
+            argument=argument,
+            number=errno.EEXIST,
+        )
     directory = path.resolve().parent
     if not directory.is_dir():
-        raise FileNotFoundError(2, "No such folder", str(path.parent))
+        raise LapFileNotFoundError(
+            "{argument} in a directory that exists",
+            repr(str(path)),
+            argument=argument,
+            number=errno.ENOENT,
+        )
     if source is not None and source.resolve() in (directory, *directory.parents):
-        raise ValueError(f"{expected} outside of {str(source)!r}, got {str(path)!r}.")
+        raise LapValueError(
+            f"{{argument}} outside of {str(source)!r}", repr(str(path)), argument=argument
+        )
 
 
-def _check_room(path: Path, size: int) -> None:
+def _check_free(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.resolve().parent).free
     if free < size:
-        raise ValueError(
-            f"ScoreStream.save: expected {size:,} bytes on the disk of {str(path)!r}, got {free:,} "
-            "that are free."
+        raise LapValueError(
+            f"{size:,} bytes on the disk of {str(path)!r}", f"{free:,} that are free"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writes shards from front to back, and masks at the place of their bits.
+"""Writes shards from front to back, and masks in any order.
 
 A shard has the header of its original, byte for byte, and the same tensors at the same offsets. The
 file of masks is that of `Masks.save` (masks/file.py): its layout is known before the first mask.
@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint.files import FUNCTION, MASKS
+from lap_ext.checkpoint.files import MASKS
 from lap_ext.checkpoint.ranking import CHUNK
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.state import on_disk
@@ -36,7 +36,7 @@ class ShardFile:
         return self
 
     def write(self, data: memoryview | bytes) -> None:
-        """The next bytes."""
+        """Writes the next bytes."""
         done, left = 0, memoryview(data)
         with on_disk(self.path.parent):
             while done < len(left):
@@ -52,14 +52,14 @@ class ShardFile:
 
 
 class MaskFile:
-    """A file of masks in which each run of flags has its place."""
+    """A file of masks that is written in chunks, in any order."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path = folder / MASKS
+    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = directory / MASKS
         empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = header(FUNCTION, empty)
+        self._head = header(empty)
         self._begin, begin = {}, len(self._head)
         for name, mask in empty.items():
             self._begin[name] = begin
@@ -69,51 +69,51 @@ class MaskFile:
 
     @property
     def complete(self) -> bool:
-        """Whether the file is there, with room for everything."""
+        """Whether the file exists in its full size."""
         return self.path.is_file() and self.path.stat().st_size == self.size
 
     def create(self) -> None:
-        """A file without a weight kept."""
+        """Creates the file with masks that keep no weight."""
         with on_disk(self.path.parent), self.path.open("wb") as file:
             file.write(self._head)
             file.truncate(self.size)
 
     def open(self) -> None:
-        """Before the first run is written."""
+        """Opens the file for writing."""
         self._file = self.path.open("r+b", buffering=0)
 
     def write(self, name: str, first: int, mask: Tensor) -> None:
-        """The flags of elements [first, first + len(mask)) of a layer, flat."""
+        """Writes the mask of elements [first, first + len(mask)) of a layer, flat."""
         lead = first % 8
         if lead:
             mask = torch.cat([mask.new_zeros(lead), mask])
         size = (mask.numel() + 7) // 8
         view = self._buffer.view(size)
         pack_into(self._buffer.tensor(size, torch.uint8), mask)
-        place = self._begin[name] + first // 8
+        begin = self._begin[name] + first // 8
         with on_disk(self.path.parent):
             ends = {0} if lead else set()
             if mask.numel() % 8:
                 ends.add(size - 1)
-            for end in ends:  # bits of other runs beside these
-                old = os.pread(self._file.fileno(), 1, place + end)
+            for end in ends:  # bytes that other chunks share
+                old = os.pread(self._file.fileno(), 1, begin + end)
                 view[end] |= old[0] & _outside(end, size, lead, mask.numel())
             done = 0
             while done < size:
-                done += os.pwrite(self._file.fileno(), view[done:], place + done)
+                done += os.pwrite(self._file.fileno(), view[done:], begin + done)
 
     def sync(self) -> None:
-        """Puts it on the disk."""
+        """Puts what was written on the disk."""
         with on_disk(self.path.parent):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """After the last run."""
+        """Closes the file."""
         self._file.close()
 
 
 def _outside(byte: int, size: int, lead: int, bits: int) -> int:
-    """The bits of the first or last byte that belong to other runs."""
+    """Returns the bits of the first or last byte that belong to other chunks."""
     before = (1 << lead) - 1 if byte == 0 else 0
     last = bits - 8 * (size - 1)
     after = 0xFF & ~((1 << last) - 1) if byte == size - 1 else 0
@@ -121,16 +121,16 @@ def _outside(byte: int, size: int, lead: int, bits: int) -> int:
 
 
 def pack_into(packed: Tensor, mask: Tensor) -> None:
-    """Writes the bits of a flat mask [n] to packed [ceil(n / 8)], as pack has them."""
-    whole = mask.numel() // 8 * 8
-    if whole:
-        words = mask[:whole].view(torch.int64) if _aligned(mask) else mask[:whole].clone().view(
-            torch.int64)  # fmt: skip
+    """Writes the bits of a flat mask [n] to packed [ceil(n / 8)], as `pack` does."""
+    full = mask.numel() // 8 * 8
+    if full:
+        flags = mask[:full] if _aligned(mask) else mask[:full].clone()
+        words = flags.view(torch.int64)
         for begin in range(0, words.numel(), CHUNK):
             bits = words[begin : begin + CHUNK] * _SPREAD
-            packed[begin : begin + bits.numel()] = bits >> 56  # the byte's sign is cut off
-    if whole < mask.numel():
-        packed[whole // 8 :] = pack(mask[whole:])
+            packed[begin : begin + bits.numel()] = bits >> 56  # a negative number wraps to its byte
+    if full < mask.numel():
+        packed[full // 8 :] = pack(mask[full:])
 
 
 def _aligned(mask: Tensor) -> bool:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""lap-ext bench: lap_ext.mask on this machine beside what one writes without it.
+"""lap-ext bench: times lap_ext.mask on this machine against baselines.
 
-    lap_ext   lap_ext.mask(w_prev, w, w_next)
-    others    |w| * ||w_prev[i]|| * ||w_next[:, o]|| in eager PyTorch, then topk, kthvalue or a stable sort
+    lap_ext      lap_ext.mask(w_prev, w, w_next)
+    baselines    |w| * ||w_prev[i]|| * ||w_next[:, o]|| in eager PyTorch, then topk, kthvalue or a
+                 stable sort
 
-Weights are random, between neighbors of as many weights (a convolution's are 1x1). Results are
-compared first. Two calls are timed in pairs, side by side, by torch.utils.benchmark, so that a
-machine that slows down slows both; ratio = median over the pairs of (other's time / lap_ext's).
-Memory is the peak above what was in use, of one call: of the process, or of the CUDA allocator.
+The weights are random; their neighbors have as many weights (those of a convolution are 1x1).
+Results are compared first. Two calls are timed in pairs, side by side, by torch.utils.benchmark, so
+that a machine that slows down slows both; ratio = median over the pairs of (baseline's time /
+lap_ext's time). Memory is the peak of one call above what was in use before: of the process, or of
+the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from torch.utils.benchmark import Timer
 
 import lap_ext
 from lap_ext._text import columns
-from lap_ext.checkpoint.files import DTYPES, open_folder
+from lap_ext.checkpoint.files import DTYPES, open_directory
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result
+from lap_ext.errors import LapValueError
 from lap_ext.ops import check
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -46,8 +49,8 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Rival:
-    """One comparison. Seconds are medians, memory is in bytes, None where it cannot be measured."""
+class Baseline:
+    """Holds one comparison; seconds are medians, memory is in bytes, or None if not measurable."""
 
     name: str
     seconds: float
@@ -56,73 +59,76 @@ class Rival:
     q1: float
     q3: float
     pairs: int
-    differ: int  # weights that one keeps and the other does not: scores at the threshold
+    differ: int  # weights that only one of the two keeps: their scores are at the threshold
     memory: int | None
     lap_ext_memory: int | None
 
 
 def bench(options: Any) -> int:
-    """Measures standard shapes, or those of a model's layers."""
+    """Measures standard shapes, or those of the layers of a model."""
     if not 0 <= options.sparsity < 1:
-        raise ValueError(f"expected 0 <= --sparsity < 1, got {options.sparsity:g}.")
+        raise LapValueError("0 <= {argument} < 1", f"{options.sparsity:g}", argument="sparsity")
     device = _device(options.device)
     with Progress(not options.quiet) as progress, torch.no_grad():
-        found = _shapes(options, progress)
-        fitting = [x for x in found if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
+        counts = _shapes(options, progress)
+        fitting = [x for x in counts if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
         chosen = fitting[:_MOST_SHAPES]
         progress.step("bench", len(_SELECT) * sum(torch.Size(x[0]).numel() for x in chosen))
-        cases = [
-            {"shape": list(shape), "dtype": str(kind).removeprefix("torch."), "layers": found[shape, kind],
-             "rivals": [asdict(x) for x in _measured(shape, kind, device, options.sparsity, progress)]}
-            for shape, kind in chosen
-        ]  # fmt: skip
-    told = {"model": options.model, "sparsity": options.sparsity, "device": str(device)}
-    told |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    told |= {
+        cases = []
+        for shape, kind in chosen:
+            baselines = _measured(shape, kind, device, options.sparsity, progress)
+            case = {"shape": list(shape), "dtype": str(kind).removeprefix("torch.")}
+            rest = {"layers": counts[shape, kind], "baselines": [asdict(x) for x in baselines]}
+            cases.append(case | rest)
+    shown = {"model": options.model, "sparsity": options.sparsity, "device": str(device)}
+    shown |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    shown |= {
         "lap_ext": asdict(lap_ext.info()),
-        "left_out": len(found) - len(chosen),
+        "left_out": len(counts) - len(chosen),
         "cases": cases,
     }
-    result(options, told, _text(told))
+    result(options, shown, _text(shown))
     return 0
 
 
 def _device(given: str) -> torch.device:
-    """A device that is there."""
+    """Makes a device that is available."""
     try:
         return torch.empty(0, device=given).device
     except (RuntimeError, AssertionError) as error:  # torch's first line says why
         why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
-        raise ValueError(
-            f"expected --device to be one that torch has, got {given!r}: {why}."
+        raise LapValueError(
+            "{argument} to be one that torch has", f"{given!r}: {why}", argument="device"
         ) from None
 
 
 def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
-    """Shapes and how many layers have them, those with the most weights together first."""
+    """Counts the layers of each shape; shapes with the most weights in all layers come first."""
     if options.model is None:
-        if options.checkpoint or options.input:
-            raise ValueError("expected a MODEL with --checkpoint or --input, got none.")
+        for name in ("checkpoint", "input"):
+            if getattr(options, name):
+                raise LapValueError("a MODEL with {argument}", "none", argument=name)
         return {(shape, torch.float32): 1 for shape in _STANDARD}
-    found: Counter[Shape] = Counter()
-    if models.is_folder(options):
+    counts: Counter[Shape] = Counter()
+    if models.is_directory(options):
         progress.step("trace")
-        known = structure_of(open_folder(Path(options.model)), None, None, options.unknown)
+        files = open_directory(Path(options.model))
+        known = structure_of(files, None, None, options.on_unsupported)
         stored = {x: DTYPES[copies[0][0].entry.dtype] for x, copies in known.copies.items()}
-        found.update((x.shape, stored[name]) for name, x in known.topology.layers.items())
+        counts.update((x.shape, stored[name]) for name, x in known.topology.layers.items())
     else:
         layers = models.traced(options, progress)[1].layers.values()
-        found.update((x.shape, x.weight.dtype) for x in layers)
-    some = [x for x in found if len(x[0]) > 1 and torch.Size(x[0]).numel() > 1]
-    some.sort(key=lambda x: -found[x] * torch.Size(x[0]).numel())
-    return {x: found[x] for x in some}
+        counts.update((x.shape, x.weight.dtype) for x in layers)
+    shapes = [x for x in counts if len(x[0]) > 1 and torch.Size(x[0]).numel() > 1]
+    shapes.sort(key=lambda x: -counts[x] * torch.Size(x[0]).numel())
+    return {x: counts[x] for x in shapes}
 
 
-# --- what one writes without lap_ext ------------------------------------------------------------
+# --- baselines ----------------------------------------------------------------------------------
 
 
 def _eager(w_prev: Tensor, w: Tensor, w_next: Tensor) -> Tensor:
-    """Scores with norms of w's dtype, float32 at least."""
+    """Scores w with norms of its dtype, float32 at least."""
     kind = torch.promote_types(w.dtype, torch.float32)
     rest = tuple(range(2, w.dim()))
     into = torch.linalg.vector_norm(w_prev, dim=(1, *rest), dtype=kind)
@@ -146,7 +152,7 @@ def _kthvalue(scores: Tensor, keep: int) -> Tensor:
 
 
 def _sort(scores: Tensor, keep: int) -> Tensor:
-    """Stable: of equal scores the lower index, as in lap_ext."""
+    """Sorts stably: of equal scores the lower index is kept, as in lap_ext."""
     return _first(scores, scores.flatten().sort(descending=True, stable=True).indices[:keep])
 
 
@@ -161,17 +167,20 @@ _SELECT: Mapping[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def _measured(
-    shape: tuple[int, ...], kind: torch.dtype, device: torch.device, sparsity: float,
+    shape: tuple[int, ...],
+    kind: torch.dtype,
+    device: torch.device,
+    sparsity: float,
     progress: Progress,
-) -> list[Rival]:  # fmt: skip
-    """All comparisons of one shape."""
+) -> list[Baseline]:
+    """Compares lap_ext with every baseline on one shape."""
     beside = (shape[1], shape[0], *[1] * (len(shape) - 2))
     weights = [
         torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(device, kind)
         for seed, size in enumerate((beside, shape, beside))
     ]
     w_prev, w, w_next = weights
-    keep = max(1, check.keep_count("bench", sparsity, None, w.numel()))
+    keep = max(1, check.keep_count(sparsity, None, w.numel()))
 
     def ours() -> Tensor:
         return lap_ext.mask(w_prev, w, w_next, keep=keep)
@@ -179,7 +188,7 @@ def _measured(
     mine, scores = ours(), lap_ext.score(w_prev, w, w_next)
     if not torch.equal(mine, _sort(scores, keep)):
         raise RuntimeError(f"lap_ext.mask is not the sort of lap_ext.score on {list(shape)}")
-    used, found = _extra(ours, device), []
+    used, baselines = _extra_memory(ours, device), []
     for name, select in _SELECT.items():
 
         def other(select: Callable[[Tensor, int], Tensor] = select) -> Tensor:
@@ -189,42 +198,42 @@ def _measured(
         samples = _pairs(ours, other)
         q1, ratio, q3 = statistics.quantiles([b / a for a, b in samples], method="inclusive")
         seconds = [statistics.median(x) for x in zip(*samples, strict=True)]
-        memory = _extra(other, device), used
-        found.append(
-            Rival(name, seconds[1], seconds[0], ratio, q1, q3, len(samples), differ, *memory)
+        memory = _extra_memory(other, device), used
+        baselines.append(
+            Baseline(name, seconds[1], seconds[0], ratio, q1, q3, len(samples), differ, *memory)
         )
         progress.advance(w.numel())
-    return found
+    return baselines
 
 
 def _difference(name: str, mine: Tensor, other: Tensor, scores: Tensor) -> int:
-    """How many weights one keeps and the other does not; RuntimeError if one is far from the cut."""
+    """Counts the weights that only one keeps; RuntimeError if one is far from the threshold."""
     off = scores[mine ^ other]
-    cut = scores[mine].min()
-    if off.numel() and bool(((off - cut).abs() > _TOLERANCE * cut).any()):
+    threshold = scores[mine].min()
+    if off.numel() and bool(((off - threshold).abs() > _TOLERANCE * threshold).any()):
         raise RuntimeError(f"lap_ext.mask and {name} keep different weights of {list(mine.shape)}")
     return off.numel()
 
 
 def _pairs(ours: Call, other: Call) -> list[tuple[float, float]]:
-    """(seconds of ours, seconds of the other), measured in turns."""
+    """Measures (seconds of ours, seconds of the other) in turns."""
     timers = [
         Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         for call in (ours, other)
     ]
     begin = time.monotonic()
-    found: list[tuple[float, float]] = []
-    while len(found) < _PAIRS:
-        turn = (0, 1) if len(found) % 2 else (1, 0)
+    samples: list[tuple[float, float]] = []
+    while len(samples) < _PAIRS:
+        turn = (0, 1) if len(samples) % 2 else (1, 0)
         took = {x: timers[x].blocked_autorange(min_run_time=_SAMPLE_S).median for x in turn}
-        found.append((took[0], took[1]))
-        if len(found) >= _LEAST_PAIRS and time.monotonic() - begin > _SECONDS:
+        samples.append((took[0], took[1]))
+        if len(samples) >= _LEAST_PAIRS and time.monotonic() - begin > _SECONDS:
             break
-    return found
+    return samples
 
 
-def _extra(call: Call, device: torch.device) -> int | None:
-    """Peak bytes of a call above what was in use; None where that cannot be told."""
+def _extra_memory(call: Call, device: torch.device) -> int | None:
+    """Measures the peak of a call in bytes above what was in use; None if that is not possible."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -236,9 +245,9 @@ def _extra(call: Call, device: torch.device) -> int | None:
         return None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else freed memory would serve the call, unseen
+        libc.malloc_trim(0)  # else the call would reuse freed memory, which is not counted
     try:
-        _RESET.write_text("5")  # the peak starts anew
+        _RESET.write_text("5")  # resets the peak
     except OSError:
         return None
     before = _status("VmRSS")
@@ -247,7 +256,7 @@ def _extra(call: Call, device: torch.device) -> int | None:
 
 
 def _status(field: str) -> int:
-    """A field of this process's status, in bytes."""
+    """Reads a field of this process's status, in bytes."""
     lines = _STATUS.read_text().splitlines()
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:"))
 
@@ -255,13 +264,23 @@ def _status(field: str) -> int:
 # --- what is shown ------------------------------------------------------------------------------
 
 
-def _text(told: Mapping[str, Any]) -> str:
+def _text(shown: Mapping[str, Any]) -> str:
     rows = [
-        ("layer", "against", "ms", "lap_ext ms", "ratio", "quartiles", "MB", "lap_ext MB", "differ")
+        (
+            "layer",
+            "baseline",
+            "ms",
+            "lap_ext ms",
+            "ratio",
+            "quartiles",
+            "MB",
+            "lap_ext MB",
+            "differ",
+        )
     ]
-    for case in told["cases"]:
+    for case in shown["cases"]:
         name = f"{'x'.join(map(str, case['shape']))} {case['dtype']}"
-        for x in case["rivals"]:
+        for x in case["baselines"]:
             times = _short(x["seconds"] * 1e3), _short(x["lap_ext_seconds"] * 1e3)
             ratio = _short(x["ratio"]), f"{_short(x['q1'])} to {_short(x['q3'])}"
             used = [_megabytes(x[key]) for key in ("memory", "lap_ext_memory")]
@@ -270,17 +289,17 @@ def _text(told: Mapping[str, Any]) -> str:
     kernels = str(lap_ext.info())
     lines = [
         kernels,
-        f"sparsity {told['sparsity']:g} on {told['device']}, {told['threads']} threads",
+        f"sparsity {shown['sparsity']:g} on {shown['device']}, {shown['threads']} threads",
         "",
     ]
     lines += [columns(rows, right=range(2, len(rows[0]))), ""]
     lines += [
-        "ratio: the other's time / lap_ext's, above 1 where lap_ext is faster; the median of pairs of",
-        "calls timed side by side. Where 1 is between the quartiles, neither is known to be faster.",
-        "MB: peak above the weights. differ: weights kept by one only, all with scores at the threshold.",
+        "ratio: the baseline's time / lap_ext's, above 1 where lap_ext is faster; median of pairs",
+        "of calls timed side by side. Where the quartiles include 1, neither is measurably faster.",
+        "MB: peak above the weights. differ: weights that only one keeps, with threshold scores.",
     ]
-    if told["left_out"]:
-        lines.append(f"{told['left_out']} more shapes of the model were left out.")
+    if shown["left_out"]:
+        lines.append(f"{shown['left_out']} more shapes of the model were left out.")
     return "\n".join(lines)
 
 
@@ -289,5 +308,5 @@ def _megabytes(size: int | None) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits, or all before the point."""
+    """Writes three digits, or all before the decimal point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What people and programs see: results on stdout, progress with time left on stderr.
+"""Writes results to stdout, and progress with the time left to stderr.
 
-On a terminal the progress is a bar (rich, if it is installed) that goes away at the end; elsewhere a
-line every few seconds. Nothing is shown of what takes less than a second.
+On a terminal the progress is a bar (with rich, if it is installed) that disappears at the end;
+elsewhere it is a line every few seconds. Work that takes less than a second shows none.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lap_ext.errors import LapError
+
 _EVERY = 10.0  # seconds between lines where no bar can be drawn
 _LATER = 1.0  # seconds before anything is shown
 
 
 def line(stream: IO[str], text: str) -> None:
-    """One text and the end of its line."""
+    """Writes a text and the end of its line."""
     stream.write(f"{text}\n")
     stream.flush()
 
 
 def result(options: Any, facts: Mapping[str, Any], text: str) -> None:
-    """The result of a command: JSON with --json, else a text."""
+    """Prints the result of a subcommand: JSON with --json, else a text."""
     shown = json.dumps(facts, indent=2, allow_nan=False) if options.json else text
     line(sys.stdout, shown)
 
 
 @contextmanager
 def writing(path: Path, done: str = "") -> Iterator[None]:
-    """What goes wrong on the disk tells where; done: what there is nevertheless."""
+    """Adds the path to errors of the disk, and what is complete nevertheless (done)."""
     try:
         yield
+    except LapError:  # it names the path
+        raise
     except OSError as error:
-        if error.strerror is None:  # of our own, which says all
-            raise
         raise OSError(error.errno, f"{error.strerror} ({error.filename or path}){done}") from None
     except Exception as error:  # safetensors has an error of its own
         if "No space left on device" not in str(error):
@@ -50,7 +52,7 @@ def writing(path: Path, done: str = "") -> Iterator[None]:
 
 
 class Progress:
-    """How far a command is and how long it will still take.
+    """Shows how far a subcommand is and how long it will still take.
 
     Example:
         >>> with Progress(show=False) as progress:
@@ -63,57 +65,59 @@ class Progress:
     def __init__(self, show: bool = True, stream: IO[str] | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.text, self.done, self.total = "", 0.0, 0.0
-        self._started = self._told = self._began = time.monotonic()
+        self._started = self._shown = self._began = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
         self._rich = self.stream.isatty() and importlib.util.find_spec("rich") is not None
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._teller = threading.Thread(target=self._tell_on, daemon=True) if show else None
+        self._thread = (
+            threading.Thread(target=self._show_periodically, daemon=True) if show else None
+        )
 
     def __enter__(self) -> Progress:
-        if self._teller is not None:
-            self._teller.start()
+        if self._thread is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        if self._teller is not None:
-            self._teller.join()
+        if self._thread is not None:
+            self._thread.join()
         self._close()
 
     def step(self, text: str, total: float = 0) -> None:
-        """Begins a part of the work; total: in whatever advance counts, 0 if that is not known."""
+        """Begins a step of the work; total: in the units of advance, 0 if it is not known."""
         with self._lock:
             self._close()
             self.text, self.done, self.total = text, 0, total
             self._began = time.monotonic()
 
     def advance(self, count: float = 1) -> None:
-        """So much more of the part is done."""
+        """Counts so much more of the step as done."""
         self.done += count
 
     def follow(self, facts: Any) -> None:
-        """The progress that a library function tells, as its `on_progress`."""
+        """Takes the progress that a library function reports, as its `on_progress`."""
         if (facts.step, facts.total) != (self.text, self.total) or facts.done < self.done:
             self.step(facts.step, facts.total)
         self.done = facts.done
 
-    def tell(self) -> None:
-        """Shows how far it is, if that is due."""
+    def refresh(self) -> None:
+        """Shows the progress, if that is due."""
         with self._lock:
             now = time.monotonic()
             if now - self._started < _LATER:
                 return
             if self._rich:
                 self._draw()
-            elif now - self._told >= _EVERY:
-                self._told = now
+            elif now - self._shown >= _EVERY:
+                self._shown = now
                 line(self.stream, f"{self.text}{self._left(now)}")
 
-    def _tell_on(self) -> None:
+    def _show_periodically(self) -> None:
         while not self._over.wait(_LATER):
-            self.tell()
+            self.refresh()
 
     def _left(self, now: float) -> str:
         if not self.total or not self.done or now == self._began:

@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""The arguments of lap-ext. Needs nothing but Python; completion scripts are shtab's."""
+"""The subcommands and options of lap-ext, without torch; shtab writes the completion scripts."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lap_ext
 from lap_ext._files import parsed_size
+from lap_ext.errors import LapImportError
 
 _MODEL = """\
 MODEL is one of
-  a folder          of Hugging Face: config.json and safetensors, sharded or not.
-                    It is streamed: it may be larger than memory.
-  program.pt2       of torch.export.save. It is read first, and refused if
-                    anything in it could run when it is loaded.
-  package.module:f  a function of yours that returns a module, or (module,
-                    example_inputs). The weights are those of --checkpoint, or
-                    as the function made them.
-Pickle files (.pt, .pth, .bin) are refused: to load one is to run what is in it.
+  a checkpoint directory   of Hugging Face: config.json and safetensors files,
+                           sharded or not. It is streamed, so it may be larger
+                           than memory.
+  program.pt2              of torch.export.save. It is read first, and rejected
+                           if loading it could execute code.
+  package.module:factory   your function, which returns a module, or (module,
+                           example_inputs). The weights are those of
+                           --checkpoint, or those that the function sets.
+Pickle files (.pt, .pth, .bin) are rejected: loading one can execute any code.
 """
 _EXAMPLES = """\
 examples:
@@ -33,34 +35,36 @@ examples:
   lap-ext verify ./llama-50 ./llama
 """
 _MORE = """\
-  lap-ext VERB --help                     what a verb takes
+  lap-ext SUBCOMMAND --help               the options of a subcommand
   eval "$(lap-ext --completion bash)"     completion in this shell
 
 exit status:
-  0 well; 1 verify has findings; 2 a mistake or a bad file, told in one line;
-  130 stopped with Ctrl-C. Nothing is half-written, the original never touched.
+  0 success; 1 verify has findings; 2 a usage error or an unusable file, as one
+  line; 130 stopped with Ctrl-C. No output is left half-written, and the
+  original is never modified.
 """
 _SCORE = """\
-The table has for each layer how many scores are zero (a dead channel before or
-after); the smallest, the median, the largest, and those that 10 % and 90 % of
-the weights do not exceed; and the energy, which is the sum of the squares.
+The table shows for each layer how many scores are zero (in a dead channel); the
+smallest score, the median, the largest, and the 10th and 90th percentiles; and
+the squared norm, the sum of the squared scores.
 
 example:
   lap-ext score ./llama --out llama-scores.safetensors
 """
 _VERIFY = """\
-Every kept weight must have its original's bits, every pruned one must be zero,
-and the counts those that were asked for. Exit status 1 if anything is not so.
+Every kept weight must have the bits of the original, every pruned weight must
+be zero, and the number of kept weights must match the sparsity. The exit status
+is 1 if any of this does not hold.
 
 example:
   lap-ext verify ./llama-50 ./llama
 """
 _BENCH = """\
-lap_ext.mask is timed beside what one writes without it: the scores in PyTorch,
-then topk, kthvalue or a stable sort. Results are compared first. Calls are
-timed in pairs, side by side; the ratio is the median over the pairs of (the
-other's time / lap_ext's). Where 1 is between its quartiles, neither is known to
-be faster. Weights are random, of the shapes of MODEL's layers.
+Times lap_ext.mask against baselines: the scores in eager PyTorch, then topk,
+kthvalue or a stable sort. Results are compared first. Calls are timed in pairs,
+side by side; the ratio is the median over the pairs of (the baseline's time /
+lap_ext's time). Where the quartiles include 1, neither is measurably faster.
+The weights are random and have the shapes of MODEL's layers.
 
 examples:
   lap-ext bench
@@ -71,14 +75,14 @@ _SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake."""
+    """Reports a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
 class _Completion(argparse.Action):
-    """Prints a script and ends."""
+    """Prints a completion script and exits."""
 
     def __call__(
         self,
@@ -96,12 +100,12 @@ class _Completion(argparse.Action):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; SystemExit after --help, --version, --completion or a mistake."""
+    """Parses the arguments; SystemExit after --help, --version, --completion or a usage error."""
     return build().parse_args(argv)
 
 
 def build() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+    """Builds the parser of all subcommands."""
     raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser(
         prog="lap-ext",
@@ -117,100 +121,120 @@ def build() -> argparse.ArgumentParser:
         metavar="SHELL",
         help=f"print a completion script: {', '.join(_SHELLS)}",
     )
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for name, (text, fill, epilog) in _VERBS.items():
+    subparsers = parser.add_subparsers(
+        title="subcommands", dest="subcommand", metavar="SUBCOMMAND", required=True
+    )
+    for name, (text, add_options, epilog) in _SUBCOMMANDS.items():
         about = f"{text[0].upper()}{text[1:]}."
-        verb = verbs.add_parser(name, help=text, description=about, epilog=epilog, **raw)
-        fill(verb)
-        add = verb.add_argument
-        add("--json", action="store_true", help="the result as JSON on stdout")
-        add("--quiet", action="store_true", help="no progress on stderr")
-        add("--debug", action="store_true", help="the traceback of an error")
+        command = subparsers.add_parser(name, help=text, description=about, epilog=epilog, **raw)
+        add_options(command)
+        add = command.add_argument
+        add("--json", action="store_true", help="print the result as JSON")
+        add("--quiet", action="store_true", help="show no progress on stderr")
+        add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def _model(verb: argparse.ArgumentParser, needed: bool = True) -> None:
-    add = verb.add_argument
+def spellings(subcommand: str) -> dict[str, str]:
+    """Maps the arguments of a subcommand to how they are written on its command line.
+
+    Example:
+        >>> names = spellings("prune")
+        >>> names["batch_norm"], names["memory"], names["model"]
+        ('--batch-norm', '--memory', 'MODEL')
+    """
+    actions = _subparsers(build())[subcommand]._actions
+    return {x.dest: x.option_strings[-1] if x.option_strings else str(x.metavar) for x in actions}
+
+
+def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
+    add = command.add_argument
     # fmt: off
-    add("model", nargs=None if needed else "?", metavar="MODEL",
-        help="a folder, a .pt2 program or package.module:factory, see below")
+    add("model", nargs=None if required else "?", metavar="MODEL",
+        help="a checkpoint directory, a .pt2 program or package.module:factory, see below")
     add("--checkpoint", type=Path, metavar="FILE",
-        help="safetensors weights for a factory's model")
+        help="safetensors file with the weights of a factory's model")
     add("--input", action="append", default=[], metavar="SHAPE",
-        help="an example input, such as 1x3x224x224 or 1x16:int64, if the factory gives none")
-    _choice(verb, "--unknown", ("error", "stop"),
-            "at an operation that the trace does not understand")
+        help="an example input, such as 1x3x224x224 or 1x16:int64, if MODEL has none")
+    _add_choice(command, "--on-unsupported", ("raise", "cut"),
+                "at an operation that the trace does not support, raise an error or cut the graph")
     # fmt: on
 
 
-def _choice(
-    verb: argparse.ArgumentParser, name: str, choices: Sequence[str], text: str
-) -> None:  # fmt: skip
-    """An option whose first choice is the default."""
+def _add_choice(
+    command: argparse.ArgumentParser, name: str, choices: Sequence[str], text: str
+) -> None:
+    """Adds an option whose first choice is the default."""
     shown = f"{text}: {', '.join(choices)} (default: {choices[0]})"
     metavar = name.removeprefix("--").upper()
-    verb.add_argument(name, choices=choices, default=choices[0], metavar=metavar, help=shown)
+    command.add_argument(name, choices=choices, default=choices[0], metavar=metavar, help=shown)
 
 
-def _scoring(verb: argparse.ArgumentParser) -> None:
-    add = verb.add_argument
+def _add_scoring(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     # fmt: off
-    _choice(verb, "--criterion", _CRITERIA, "what scores a weight")
-    _choice(verb, "--normalize", ("none", "norm", "lamp"), "scores between layers")
+    _add_choice(command, "--criterion", _CRITERIA, "what scores a weight")
+    _add_choice(command, "--normalize", ("none", "norm", "lamp"),
+                "how scores are made comparable between layers")
+    add("--layers", action="append", metavar="PATTERN",
+        help="names of the layers to use, such as 'encoder.*'; may be repeated (default: all)")
     add("--exclude", action="append", default=[], metavar="PATTERN",
-        help="names of layers that are left alone, such as 'lm_*'; may be repeated")
-    _choice(verb, "--bn", ("paper", "fold", "off"), "how batch norms count")
+        help="names of layers to leave out, such as 'lm_*'; may be repeated")
+    _add_choice(command, "--batch-norm", ("edge", "fold", "ignore"),
+                "count batch norms as scales of edges, fold them into weights too, or ignore them")
     add("--memory", type=memory, metavar="SIZE",
-        help="budget for a folder, such as 800MB (default: 4GB)")
+        help="memory budget for a checkpoint directory, such as 800MB (default: 4GB)")
     # fmt: on
 
 
-def _prune(verb: argparse.ArgumentParser) -> None:
-    _model(verb)
-    add = verb.add_argument
+def _add_prune(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    add = command.add_argument
     # fmt: off
     add("--sparsity", action="append", required=True, metavar="S",
         help="fraction to remove: 0.9; 'PATTERN=0.9' for some layers, may be repeated; "
-        "erk:0.9, er:0.9 or uniform_plus:0.9 to share it out")
-    add("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
-    _choice(verb, "--scope", ("layer", "global"), "rank each layer by itself, or all together")
-    _scoring(verb)
-    add("--report", type=Path, metavar="FILE.html", help="write a page about it")
+        "erk:0.9, er:0.9 or uniform_plus:0.9 to allocate it to the layers")
+    add("--out", type=Path, required=True, metavar="DIR",
+        help="new directory for the pruned model")
+    _add_choice(command, "--scope", ("layer", "global"),
+                "rank the weights of each layer, or of all layers together")
+    _add_scoring(command)
+    add("--report", type=Path, metavar="FILE.html", help="write an HTML report")
     add("--plot", type=Path, metavar="FILE.png",
-        help="write a picture of the layers, and FILE-distributions.png")
+        help="write a plot of the layers, and FILE-distributions.png")
     # fmt: on
 
 
-def _score(verb: argparse.ArgumentParser) -> None:
-    _model(verb)
-    _scoring(verb)
-    verb.add_argument(
+def _add_score(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    _add_scoring(command)
+    command.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the scores as safetensors, a tensor for each layer; not there yet",
+        help="write the scores to a new safetensors file, one tensor for each layer",
     )
 
 
-def _inspect(verb: argparse.ArgumentParser) -> None:
-    _model(verb)
-    verb.add_argument("--dot", action="store_true", help="the graph in Graphviz's language")
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--dot", action="store_true", help="print the graph for Graphviz")
 
 
-def _verify(verb: argparse.ArgumentParser) -> None:
-    add = verb.add_argument
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     # fmt: off
-    add("pruned", type=Path, metavar="PRUNED", help="folder or safetensors file")
-    add("original", type=Path, metavar="ORIGINAL", help="folder or safetensors file")
+    add("pruned", type=Path, metavar="PRUNED", help="checkpoint directory or safetensors file")
+    add("original", type=Path, metavar="ORIGINAL", help="checkpoint directory or safetensors file")
     add("--sparsity", action="append", metavar="S",
-        help="that the counts must meet, as for prune (default: as the pruning has recorded it)")
-    _choice(verb, "--scope", ("layer", "global"), "of --sparsity")
+        help="sparsity that the kept weights must match, as for prune (default: as recorded)")
+    _add_choice(command, "--scope", ("layer", "global"), "of --sparsity")
     # fmt: on
 
 
-def _bench(verb: argparse.ArgumentParser) -> None:
-    _model(verb, needed=False)
-    add = verb.add_argument
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    _add_model(command, required=False)
+    add = command.add_argument
     # fmt: off
     add("--sparsity", type=float, default=0.9, metavar="S",
         help="fraction to remove (default: 0.9)")
@@ -218,39 +242,39 @@ def _bench(verb: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def _demo(verb: argparse.ArgumentParser) -> None:
-    add = verb.add_argument
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     # fmt: off
     add("--seeds", type=_count, default=3, metavar="N", help="dense nets to train (default: 3)")
     add("--steps", type=_count, default=200, metavar="N", help="fine-tuning steps (default: 200)")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR",
-        help="folder for the plot (default: demo-out)")
+        help="directory for the plot (default: demo-out)")
     # fmt: on
 
 
-def _info(_verb: argparse.ArgumentParser) -> None:
-    """Takes no options."""
+def _add_info(_command: argparse.ArgumentParser) -> None:
+    """Adds no options."""
 
 
-_VERBS = {
-    "prune": ("prune a model and write it to a folder", _prune, f"{_MODEL}\n{_EXAMPLES}"),
-    "score": ("score every weight of a model", _score, f"{_MODEL}\n{_SCORE}"),
-    "inspect": ("show the layers, who feeds whom, sizes and zeros", _inspect, _MODEL),
-    "verify": ("check a pruned checkpoint against its original", _verify, _VERIFY),
-    "bench": ("time lap_ext on this machine", _bench, f"{_MODEL}\n{_BENCH}"),
-    "demo": ("train, prune by lookahead and by magnitude, compare", _demo, ""),
-    "info": ("show versions and which kernels are loaded", _info, ""),
+_SUBCOMMANDS = {
+    "prune": ("prune a model and write it to a directory", _add_prune, f"{_MODEL}\n{_EXAMPLES}"),
+    "score": ("score every weight of a model", _add_score, f"{_MODEL}\n{_SCORE}"),
+    "inspect": ("show the layers, their neighbors, sizes and zeros", _add_inspect, _MODEL),
+    "verify": ("check a pruned checkpoint against its original", _add_verify, _VERIFY),
+    "bench": ("time lap_ext on this machine", _add_bench, f"{_MODEL}\n{_BENCH}"),
+    "demo": ("train, prune by lookahead and by magnitude, compare", _add_demo, ""),
+    "info": ("show versions and which kernels are loaded", _add_info, ""),
 }
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)
 
 
 def memory(text: str) -> int:
-    """Bytes.
+    """Reads a size in bytes.
 
     Example:
         >>> memory("4GB"), memory("1.5 GiB"), memory("800m")
@@ -263,7 +287,7 @@ def memory(text: str) -> int:
 
 
 def completion(shell: str) -> str:
-    """A script that completes verbs, options, their choices, and files.
+    """Writes a script that completes subcommands, options, their choices, and files.
 
     Raises:
         ModuleNotFoundError: shtab is not installed.
@@ -275,19 +299,21 @@ def completion(shell: str) -> str:
     try:
         import shtab
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "expected the shtab package (it writes completion scripts), got none. Run: pip "
-            "install shtab",
+        raise LapImportError(
+            "the shtab package (it writes completion scripts)",
+            "none",
+            "Run: pip install shtab.",
             name="shtab",
         ) from None
     parser = build()
-    for verb in _verbs(parser):
-        for action in verb._actions:
+    for command in _subparsers(parser).values():
+        for action in command._actions:
             if action.type is Path or action.dest == "model":
                 vars(action)["complete"] = shtab.FILE
     return shtab.complete(parser, shell)
 
 
-def _verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    found = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
-    return [verb for action in found for verb in action.choices.values()]
+def _subparsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """Finds the parsers of the subcommands."""
+    (action,) = (x for x in parser._actions if isinstance(x, argparse._SubParsersAction))
+    return action.choices

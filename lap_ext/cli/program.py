@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A torch.export program (.pt2), loaded only if nothing in it can run.
+"""Loads a torch.export program (.pt2) only if loading it cannot execute code.
 
-torch.export.load (torch 2.13) loads example inputs with weights_only=True, but unpickles them without
-it where that fails, and any tensor of which the file says that it is pickled; it loads compiled code,
-evaluates expressions, and takes whatever it finds under torch for an operation. So the file is read
-first, by the reader that torch.export.load uses, and refused unless all of it is harmless:
+torch.export.load (torch 2.13) unpickles example inputs where weights_only=True fails, and every
+tensor that the file declares as pickled; it loads compiled code, evaluates expressions, and accepts
+any function below torch as an operation. So the file is read first, by the reader that
+torch.export.load uses, and rejected unless all of it is harmless:
 
     records      tensors as bytes, JSON, example inputs for torch.load(weights_only=True); no others
     operations   of aten, but for the one that opens files, and Python's arithmetic
@@ -16,6 +16,7 @@ first, by the reader that torch.export.load uses, and refused unless all of it i
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import json
 import logging
@@ -28,6 +29,9 @@ from typing import IO, Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+
+from lap_ext.errors import LapValueError
 
 _RECORD = re.compile(
     r"byteorder|version|archive_format|archive_version|\.data/(version|serialization_id)|"
@@ -54,12 +58,12 @@ _VALUES = {
 _EMPTY = {"custom_obj_values", "treespec_namedtuple_fields"}
 
 
-class _HarmfulError(Exception):
-    """What in the file may run, as the end of a sentence."""
+class _UnsafeError(Exception):
+    """Names what in the file could execute code, as the end of a sentence."""
 
 
 def load(path: Path) -> tuple[Any, nn.Module]:
-    """The ExportedProgram of a file and its module; ValueError if anything in it might run."""
+    """Loads an ExportedProgram and its module; ValueError if loading it could execute code."""
     with path.open("rb") as file:
         try:
             _check(file)
@@ -67,17 +71,36 @@ def load(path: Path) -> tuple[Any, nn.Module]:
             with _silent("torch.export"):  # it logs what it raises
                 program = torch.export.load(file)
             return program, program.module(check_guards=False)  # guards are Python code
-        except _HarmfulError as error:
-            raise ValueError(
-                f"expected a program in which nothing can run, got {str(path)!r} with {error}. If "
-                "you trust it, write a factory that returns torch.export.load(...).module() and "
-                "its example inputs."
+        except _UnsafeError as error:
+            raise LapValueError(
+                "a program that cannot execute code when it is loaded",
+                f"{str(path)!r} with {error}",
+                "If you trust it, write a factory that returns torch.export.load(...).module() and "
+                "its example inputs.",
             ) from None
         except Exception as error:  # of zip, JSON, torch: all sorts
-            raise ValueError(
-                f"expected a program of torch.export.save, got {str(path)!r}, which is none, is "
-                f"damaged, or is of a torch that torch {torch.__version__} cannot read. Write it anew."
+            raise LapValueError(
+                "a program written by torch.export.save",
+                f"{str(path)!r}, which is something else, is damaged, or was written by a version "
+                f"that torch {torch.__version__} cannot read",
+                "Export the model again.",
             ) from error
+
+
+def example_inputs(exported: Any, module: nn.Module) -> Any:
+    """Returns the example inputs of a program, as `lap_ext.trace` takes them; None if it has none.
+
+    A program with both positional and named inputs gets all of them by name; its module is changed
+    to accept that.
+    """
+    args, named = exported.example_inputs or (None, {})
+    if not (args and named):
+        return dict(named) or args
+    inputs = dict(inspect.signature(module.forward).bind(*args, **named).arguments)
+    vars(module)["_in_spec"] = pytree.tree_structure(
+        ((), inputs)
+    )  # what inputs are checked against
+    return inputs
 
 
 @contextmanager
@@ -92,27 +115,27 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def _check(file: IO[bytes]) -> None:
-    reader = torch._C.PyTorchFileReader(file)
-    for name in reader.get_all_records():
+    archive = torch._C.PyTorchFileReader(file)
+    for name in archive.get_all_records():
         _require(_RECORD.fullmatch(name), f"the record {name!r}")
     models = 0
-    for name in reader.get_all_records():
+    for name in archive.get_all_records():
         if name.endswith(".json"):
-            facts = json.loads(reader.get_record(name).decode())
+            facts = json.loads(archive.get_record(name).decode())
             (_check_model if name.startswith("models/") else _check_tensors)(facts)
             models += name.startswith("models/")
         elif name.startswith("data/sample_inputs/"):
-            _check_inputs(reader.get_record(name))
+            _check_inputs(archive.get_record(name))
     _require(models == 1, f"{models} models in it")
 
 
 def _require(condition: object, what: str) -> None:
     if not condition:
-        raise _HarmfulError(what)
+        raise _UnsafeError(what)
 
 
 def _check_inputs(data: bytes) -> None:
-    """torch.export.load tries the same, and unpickles them if it fails."""
+    """Checks that torch.export.load need not unpickle them, as it does if this fails."""
     if not data:
         return
     try:
@@ -120,7 +143,7 @@ def _check_inputs(data: bytes) -> None:
             warnings.simplefilter("ignore")
             torch.load(io.BytesIO(data), weights_only=True)
     except Exception:
-        raise _HarmfulError("example inputs that are not plain tensors and numbers") from None
+        raise _UnsafeError("example inputs that are not plain tensors and numbers") from None
 
 
 def _check_tensors(facts: Any) -> None:
@@ -137,7 +160,7 @@ def _check_model(facts: Any) -> None:
 
 
 def _is_harmless(target: str) -> bool:
-    """Whether a name is that of an operation which only computes."""
+    """Tells whether a name is that of an operation which only computes."""
     root, *names = target.split(".")
     if root == "_operator":
         return len(names) == 1 and names[0] in _ARITHMETIC
@@ -155,7 +178,7 @@ def _is_harmless(target: str) -> bool:
 
 
 def _walk(facts: Any, under: str = "") -> None:
-    """Checks every name and text of a JSON document by the key that it stands under."""
+    """Checks every name and text of a JSON document, by the rule for its key."""
     for key, value in _items(facts, under):
         _require(_NAME.fullmatch(key), f"the name {key!r}")
         _require(not key.startswith("as_") or key in _VALUES, f"a value {key!r}")
@@ -167,7 +190,7 @@ def _walk(facts: Any, under: str = "") -> None:
 
 
 def _items(facts: Any, under: str) -> Iterator[tuple[str, Any]]:
-    """Keys and values; those of a list stand under the list's key."""
+    """Yields keys and values; the items of a list have the list's key."""
     if isinstance(facts, Mapping):
         yield from facts.items()
     else:
@@ -175,7 +198,7 @@ def _items(facts: Any, under: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_expression(text: str) -> bool:
-    """Whether an expression of sizes only computes."""
+    """Tells whether an expression of sizes only computes."""
     return all(map(_is_computing, ast.walk(ast.parse(text, mode="eval"))))
 
 
@@ -190,7 +213,7 @@ def _is_computing(node: ast.AST) -> bool:
 
 
 def _is_structure(text: str) -> bool:
-    """Whether a description of nested tuples, lists and dicts holds nothing else."""
+    """Tells whether a description of nested tuples, lists and dicts holds nothing else."""
 
     def plain(spec: Any) -> bool:
         context = json.loads(spec["context"] or "null")
@@ -206,7 +229,7 @@ def _is_structure(text: str) -> bool:
 
 
 def _is_any(_text: str) -> bool:
-    """Of what is written as Python writes a string, or left alone by check_guards=False."""
+    """Accepts a text that is quoted as Python quotes strings, or unused by check_guards=False."""
     return True
 
 

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Criteria: an algorithm is only its score.
+"""Criteria: a pruning algorithm is defined by its score alone.
 
     score = |w| * in[i] * out[o], summed in squares over the roles of the weight
 
-Each class says what w, in and out are. What they are computed from (lookahead factors, statistics
-of activations, gradients) is elsewhere. A criterion of your own is a function of a layer that
-returns scores of its weight's shape, larger: kept first.
+Each class defines w, in and out. The modules that compute them (lookahead norms, statistics of
+activations, gradients) are separate. A criterion of your own is a function that takes a layer and
+returns scores of its weight's shape; the weights with larger scores are kept first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
+
+from torch import Tensor
 
 from lap_ext._text import did_you_mean
 from lap_ext.criteria.base import Criterion as Criterion
-from lap_ext.criteria.base import Factors as Factors
+from lap_ext.criteria.base import Norms as Norms
 from lap_ext.criteria.data import OBD as OBD
 from lap_ext.criteria.data import LookaheadAct as LookaheadAct
 from lap_ext.criteria.data import OBDLookahead as OBDLookahead
@@ -27,6 +30,24 @@ from lap_ext.criteria.weights import Lookback as Lookback
 from lap_ext.criteria.weights import Lookforward as Lookforward
 from lap_ext.criteria.weights import MagnitudeBN as MagnitudeBN
 from lap_ext.criteria.weights import Random as Random
+from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext.topology import Layer
+
+Name: TypeAlias = Literal[
+    "lookahead",
+    "lookforward",
+    "lookback",
+    "magnitude",
+    "magnitude_bn",
+    "random",
+    "lookahead_act",
+    "wanda",
+    "weight_gradient",
+    "obd",
+    "obd_lookahead",
+]
+# A name (one of the above or a registered one), an instance, or a function of a layer.
+CriterionLike: TypeAlias = Name | str | Criterion | Callable[[Layer], Tensor]
 
 REGISTRY: dict[str, Callable[[], Criterion]] = {
     kind.name: kind
@@ -46,21 +67,69 @@ REGISTRY: dict[str, Callable[[], Criterion]] = {
 }
 
 
-def of(criterion: Any, function: str) -> Criterion:
-    """The criterion of a name, an instance or a user's function."""
+Registered = TypeVar("Registered", bound=type[Criterion] | Callable[[Layer], Tensor])
+
+
+def register(name: str) -> Callable[[Registered], Registered]:
+    """Registers a criterion under a name, for prune(criterion=name) and all similar functions.
+
+    Decorates either a function that takes a layer and returns scores of its weight's shape (larger
+    ones are kept first), or a class derived from `Criterion`, which is created without arguments.
+
+    Args:
+        name: any that is not taken. The registration lasts as long as the process.
+
+    Raises:
+        ValueError: the name is taken, or empty.
+        TypeError: the decorated object is neither a function nor such a class.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> @lap_ext.criteria.register("squared_weight")
+        ... def squares(layer):
+        ...     return layer.weight ** 2
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[3., -4.]]))
+        >>> lap_ext.scores(net, torch.ones(1, 2), criterion="squared_weight")
+        {'0': tensor([[ 9., 16.]])}
+    """
+    with calling("criteria.register"):
+        if not isinstance(name, str) or not name or name in REGISTRY:
+            got = f"{name!r}, which is taken" if name in REGISTRY else repr(name)
+            raise LapValueError("{argument} to be a new one", got, argument="name")
+
+    @calling("criteria.register")
+    def add(target: Registered) -> Registered:
+        if isinstance(target, type) and issubclass(target, Criterion):
+            REGISTRY[name] = target
+        elif callable(target) and not isinstance(target, type):
+            REGISTRY[name] = partial(Custom, target)
+        else:
+            got = target.__name__ if isinstance(target, type) else type(target).__name__
+            raise LapTypeError("a function of a layer, or a class derived from Criterion", got)
+        return target
+
+    return add
+
+
+def of(criterion: CriterionLike) -> Criterion:
+    """Looks up a criterion by name; passes an instance through and wraps a user's function."""
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):
         if criterion not in REGISTRY:
-            text = (
-                f"{function}: expected criterion to be one of {', '.join(sorted(REGISTRY))}, a "
-                f"Criterion or a function, got {criterion!r}. {did_you_mean(criterion, REGISTRY)}"
+            names = ", ".join(sorted(REGISTRY))
+            raise LapValueError(
+                f"{{argument}} to be one of {names}, a Criterion or a function",
+                repr(criterion),
+                did_you_mean(criterion, REGISTRY),
+                argument="criterion",
             )
-            raise ValueError(text.rstrip())
         return REGISTRY[criterion]()
     if callable(criterion):
         return Custom(criterion)
-    raise TypeError(
-        f"{function}: expected criterion to be a name, a Criterion or a function of a layer, got "
-        f"{type(criterion).__name__}."
+    raise LapTypeError(
+        "{argument} to be a name, a Criterion or a function of a layer",
+        type(criterion).__name__,
+        argument="criterion",
     )

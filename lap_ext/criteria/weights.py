@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Criteria that read weights only, and a user's own function.
+"""Criteria that only read weights, and the wrapper of a user's own function.
 
 Sources: Park et al., ICLR 2020 (lookahead, lookforward, lookback); magnitude as in its section 2.
 """
@@ -14,71 +14,72 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lap_ext.criteria.base import Criterion, Factors
+from lap_ext.criteria.base import Criterion, Norms
 from lap_ext.criteria.context import Network
+from lap_ext.errors import LapTypeError, LapValueError, callback
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 
 
 class MagnitudeBN(Criterion):
-    """|a[o] w| with a the scale of the batch norm that follows: the fair baseline on BN nets."""
+    """Scores by |a[o] w|, a the scale of the batch norm that follows: the baseline on BN nets."""
 
     name: ClassVar[str] = "magnitude_bn"
 
-    def factors(self, network: Network, role: Role) -> Factors:
-        """(ones, |a|)."""
+    def norms(self, network: Network, role: Role) -> Norms:
+        """Returns (ones, |a|)."""
         return None, network.norm_scale(role)
 
 
 class Lookahead(Criterion):
-    """|w| * ||W_prev[i]|| * ||W_next[:, o]|| (Park et al., ICLR 2020)."""
+    """Scores by |w| * ||W_prev[i]|| * ||W_next[:, o]|| (Park et al., ICLR 2020)."""
 
     name: ClassVar[str] = "lookahead"
     reads_norms = True
 
-    def factors(self, network: Network, role: Role) -> Factors:
-        """(in_norm, out_norm)."""
-        return network.factors(role)
+    def norms(self, network: Network, role: Role) -> Norms:
+        """Returns (in_norm, out_norm)."""
+        return network.norms(role)
 
 
 class Lookforward(Criterion):
-    """|w| * ||W_next[:, o]||."""
+    """Scores by |w| * ||W_next[:, o]||."""
 
     name: ClassVar[str] = "lookforward"
     reads_norms = True
 
-    def factors(self, network: Network, role: Role) -> Factors:
-        """(ones, out_norm)."""
-        return None, network.factors(role)[1]
+    def norms(self, network: Network, role: Role) -> Norms:
+        """Returns (ones, out_norm)."""
+        return None, network.norms(role)[1]
 
 
 class Lookback(Criterion):
-    """|w| * ||W_prev[i]||."""
+    """Scores by |w| * ||W_prev[i]||."""
 
     name: ClassVar[str] = "lookback"
     reads_norms = True
 
-    def factors(self, network: Network, role: Role) -> Factors:
-        """(in_norm, ones)."""
-        return network.factors(role)[0], None
+    def norms(self, network: Network, role: Role) -> Norms:
+        """Returns (in_norm, ones)."""
+        return network.norms(role)[0], None
 
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Uniform random scores; the same seed and layer name give the same ones."""
+    """Scores at random, uniformly; the same seed and layer name give the same scores."""
 
     seed: int = 0
     name: ClassVar[str] = "random"
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
-        """Numbers in (0, 1]."""
-        source = torch.Generator().manual_seed(self.seed ^ zlib.crc32(layer.name.encode()))
-        return (1.0 - torch.rand(layer.shape, generator=source)).to(layer.weight.device)
+        """Draws numbers in (0, 1]."""
+        generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(layer.name.encode()))
+        return (1.0 - torch.rand(layer.shape, generator=generator)).to(layer.weight.device)
 
 
 @dataclass(frozen=True)
 class Custom(Criterion):
-    """A user's function: a layer to scores >= 0 of its weight's shape, the larger kept first.
+    """Scores by a user's function of a layer: scores >= 0 of its weight's shape, larger kept first.
 
     Example:
         >>> import torch, lap_ext
@@ -92,24 +93,26 @@ class Custom(Criterion):
     name: ClassVar[str] = "custom"
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
-        """The function's scores, checked."""
-        found = self.function(layer)
-        said = f"{network.function}: expected the criterion to return"
-        if not isinstance(found, Tensor) or tuple(found.shape) != layer.shape:
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"{said} a tensor of the weight's shape {list(layer.shape)} for layer "
-                f"{layer.name!r}, got {got}."
+        """Calls the function and checks its scores."""
+        with callback():
+            scores = self.function(layer)
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != layer.shape:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise LapValueError(
+                f"the criterion to return a tensor of the weight's shape {list(layer.shape)}",
+                got,
+                layer=layer.name,
             )
-        if not found.is_floating_point():
-            raise TypeError(
-                f"{said} floating-point scores for layer {layer.name!r}, got {found.dtype}."
+        if not scores.is_floating_point():
+            raise LapTypeError(
+                "the criterion to return floating-point scores", scores.dtype, layer=layer.name
             )
-        bad = found[~((found >= 0) & found.isfinite())]
+        bad = scores[~((scores >= 0) & scores.isfinite())]
         if bad.numel():
-            raise ValueError(
-                f"{said} finite scores >= 0 (the larger, the longer kept) for layer "
-                f"{layer.name!r}, got {bad[0].item():g}. Return an increasing function of them, "
-                "such as scores.exp()."
+            raise LapValueError(
+                "the criterion to return finite scores >= 0 (the larger, the longer kept)",
+                f"{bad[0].item():g}",
+                "Return an increasing function of them, such as scores.exp().",
+                layer=layer.name,
             )
-        return found.detach()
+        return scores.detach()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which weights are kept: applied, kept through training, saved with one bit a weight, read again."""
+"""Masks of a model's layers: applied, kept in training, saved with one bit per weight."""
 
 from lap_ext._text import layer_name as layer_name
 from lap_ext._text import parameter_in as parameter_in

@@ -7,15 +7,15 @@
 
 The file is written here (a length, a JSON header, the bytes): the same masks give the same bytes,
 which the safetensors package does not promise, and nothing but torch is needed. It is read by that
-package, which checks what it reads; BitMasks reads one mask at a time, or a part of one.
+package, which checks what it reads; BitMasks reads one mask at a time, or a chunk of one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,64 +25,68 @@ from torch import Tensor
 
 from lap_ext import __version__
 from lap_ext._files import replacing, safetensors_header, safetensors_package
+from lap_ext.errors import LapValueError
 
 FORMAT = "1"
 _MAX_DIMS = 64  # torch's own limit for most of its operations
 _MAX_WEIGHTS = 1 << 62
 
 
-def save(function: str, path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
-    """Writes beside path and renames: path holds the old file or the new one, never a part."""
-    head = header(function, masks)
+def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
+    """Writes masks to a file, which is the old one or the new one at any time."""
+    head = header(masks)
     with replacing(path) as file:
         file.write(head)
         for mask in masks.values():
             file.write(_bytes(pack(mask)))
 
 
-def load(function: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The masks of a file on the CPU, in their order; ValueError if it is no such file."""
-    with BitMasks(path, function) as file:
-        return {name: file.whole(name) for name in file.shapes}
+def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Reads the masks of a file to the CPU, in their order.
+
+    Raises:
+        LapValueError: the file is damaged or of something else.
+    """
+    with BitMasks(path) as file:
+        return {name: file.mask(name) for name in file.shapes}
 
 
 class BitMasks:
-    """Masks of a file, read when they are asked for; open in `with`.
+    """Masks of a file, each read when it is requested; open it with `with`.
 
     Attributes:
         shapes: layer name -> shape, in the order in which they were saved.
 
     Raises:
         ValueError: the file is damaged or of something else.
+        OSError: there is no such file.
         ModuleNotFoundError: safetensors is not installed.
 
     Example:
         >>> import tempfile, torch
         >>> from pathlib import Path
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save("save", Path(folder) / "masks", {"fc": torch.tensor([[True, False, True]])})
-        ...     with BitMasks(Path(folder) / "masks") as masks:
-        ...         masks.shapes, masks.whole("fc"), masks.part("fc", 1, 2)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(Path(directory) / "masks", {"fc": torch.tensor([[True, False, True]])})
+        ...     with BitMasks(Path(directory) / "masks") as masks:
+        ...         masks.shapes, masks.mask("fc"), masks.chunk("fc", 1, 2)
         ({'fc': (1, 3)}, tensor([[ True, False,  True]]), tensor([False,  True]))
     """
 
-    def __init__(self, path: str | os.PathLike[str], function: str = "masks") -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.function = function
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __enter__(self) -> BitMasks:
-        package = safetensors_package(self.function, "it reads the file")
-        self._broken: type[Exception] = package.SafetensorError
+        package = safetensors_package("it reads the file")
         if self.path.is_dir():
-            raise IsADirectoryError(
-                f"{self.function}: expected a file, got the directory {str(self.path)!r}."
-            )
-        with self._told():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+        try:
             self._file: Any = package.safe_open(self.path, framework="pt").__enter__()
-            self.shapes = _shapes(self._file.metadata() or {})
-            if set(self._file.keys()) != set(self.shapes):
-                raise _FileError("its tensors are not those its metadata lists")
+        except package.SafetensorError as error:
+            raise _not_masks(self.path, str(error)) from None
+        self.shapes = _shapes(self.path, self._file.metadata() or {})
+        if set(self._file.keys()) != set(self.shapes):
+            raise _not_masks(self.path, "its tensors are not those its metadata lists")
         return self
 
     def __exit__(
@@ -93,44 +97,31 @@ class BitMasks:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
-    def whole(self, name: str) -> Tensor:
-        """The mask of a layer, in its shape."""
+    def mask(self, name: str) -> Tensor:
+        """Reads the mask of a layer, in its shape."""
         count = _count(self.shapes[name])
         packed = self._bits(name)[:]
-        with self._told():
-            if count % 8 and int(packed[-1]) >> count % 8:
-                raise _FileError(f"{name!r} has bits after its last weight")
+        if count % 8 and int(packed[-1]) >> count % 8:
+            raise _not_masks(self.path, f"{name!r} has bits after its last weight")
         return unpack(packed, self.shapes[name])
 
-    def part(self, name: str, begin: int, count: int) -> Tensor:
-        """Whether weights [begin, begin + count) of a layer are kept, flat."""
+    def chunk(self, name: str, begin: int, count: int) -> Tensor:
+        """Reads whether weights [begin, begin + count) of a layer are kept, flat."""
         first = begin // 8
         packed = self._bits(name)[first : (begin + count + 7) // 8]
         flat = unpack(packed, (packed.numel() * 8,))
         return flat[begin - 8 * first : begin - 8 * first + count]
 
     def _bits(self, name: str) -> Any:
-        """What is stored; nothing is allocated before its size is known to be that of the bits."""
+        """Opens what is stored of a mask, and checks its size before anything is allocated."""
         stored, shape = self._file.get_slice(name), self.shapes[name]
-        with self._told():
-            if stored.get_dtype() != "U8" or list(stored.get_shape()) != [(_count(shape) + 7) // 8]:
-                raise _FileError(f"the bits of {name!r} do not fit its shape {list(shape)}")
+        if stored.get_dtype() != "U8" or list(stored.get_shape()) != [(_count(shape) + 7) // 8]:
+            raise _not_masks(self.path, f"the bits of {name!r} do not fit its shape {list(shape)}")
         return stored
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What is wrong with the file, as one ValueError."""
-        try:
-            yield
-        except (_FileError, self._broken) as error:
-            raise ValueError(
-                f"{self.function}: expected a file written by Masks.save, got "
-                f"{str(self.path)!r}: {error}."
-            ) from None
 
 
 def pack(mask: Tensor) -> Tensor:
-    """The bits of a bool tensor, uint8 [ceil(n / 8)].
+    """Packs a bool tensor into bits, uint8 [ceil(n / 8)].
 
     Example:
         >>> import torch
@@ -146,7 +137,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of this shape that pack was given."""
+    """Unpacks the bits of `pack` into a bool tensor of this shape."""
     flat = torch.empty(_count(shape), dtype=torch.bool, device=packed.device)
     for bit in range(8):
         column = flat[bit::8]
@@ -155,19 +146,20 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _bytes(packed: Tensor) -> bytearray:
-    """The bytes of a uint8 vector of any device, without numpy."""
+    """Copies a uint8 vector of any device to bytes, without numpy."""
     data = bytearray(packed.numel())
     if data:
         torch.frombuffer(data, dtype=torch.uint8).copy_(packed)
     return data
 
 
-class _FileError(Exception):
-    """What is wrong with a file, as the end of a sentence."""
+def _not_masks(path: Path, problem: str) -> LapValueError:
+    """Makes the error of a file that does not hold masks."""
+    return LapValueError("a file written by Masks.save", f"{str(path)!r}: {problem}")
 
 
-def header(function: str, masks: Mapping[str, Tensor]) -> bytes:
-    """What a file of masks begins with; only shapes are looked at."""
+def header(masks: Mapping[str, Tensor]) -> bytes:
+    """Makes the header of a file of masks; only their shapes matter."""
     layers = {name: list(mask.shape) for name, mask in masks.items()}
     sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {
@@ -176,22 +168,22 @@ def header(function: str, masks: Mapping[str, Tensor]) -> bytes:
         "layers": json.dumps(layers, separators=(",", ":"), ensure_ascii=False),
     }
     tensors = ((name, "U8", [size], size) for name, size in sizes.items())
-    return safetensors_header(function, tensors, metadata)
+    return safetensors_header(tensors, metadata)
 
 
-def _shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape as the metadata has it."""
+def _shapes(path: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Reads name -> shape from the metadata of a file."""
     if "lap_ext" not in metadata or "layers" not in metadata:
-        raise _FileError("it is a safetensors file of something else")
+        raise _not_masks(path, "it is a safetensors file of something else")
     if metadata.get("format") != FORMAT:
-        found = metadata.get("format")
-        raise _FileError(f"its format is {found!r} and this lap_ext reads {FORMAT!r}")
+        version = metadata.get("format")
+        raise _not_masks(path, f"its format is {version!r} and this lap_ext reads {FORMAT!r}")
     try:
         layers = json.loads(metadata["layers"])
     except (ValueError, RecursionError):
-        raise _FileError("its metadata is damaged") from None
+        layers = None
     if not isinstance(layers, dict) or not all(map(_is_shape, layers.values())):
-        raise _FileError("its metadata is damaged")
+        raise _not_masks(path, "its metadata is damaged")
     return {name: tuple(shape) for name, shape in layers.items()}
 
 
@@ -204,7 +196,7 @@ def _is_shape(shape: object) -> bool:
 
 
 def _count(shape: Any) -> int:
-    """Product of the sizes, exactly."""
+    """Multiplies the sizes, exactly."""
     count = 1
     for size in shape:
         count *= size

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Keeps pruned weights at zero while any torch optimizer trains: hooks on the optimizer alone.
 
-    before a step   the gradients of pruned weights become 0, so that moments stay 0 (a closure's too)
+    before a step   the gradients of pruned weights become 0, also a closure's: moments stay 0
     after a step    pruned weights become +0.0, whatever the optimizer added to them
     at once, and after optimizer.load_state_dict
-                    what the optimizer remembers of pruned weights becomes 0
+                    the optimizer's state of pruned weights becomes 0
 
 The model has no hook and no wrapper. A hook sees only the parameters that its optimizer has at that
 moment, never waits for the device, and writes in place: buckets of DistributedDataParallel and
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks.targets import Target, is_plain, zero_
 from lap_ext.ops import check
 
-_FUNCTION = "Masks.keep"
-
 
 class KeepHandle:
-    """What `Masks.keep` returns: ends with remove(), or as a context manager."""
+    """The handle of `Masks.keep`: remove(), or the end of a `with` block, ends the keeping."""
 
     def __init__(self, targets: Iterable[Target], optimizer: Optimizer) -> None:
         self._layers = [_Layer(target.name, target.weight, target.mask) for target in targets]
         if self._layers and not self._members(optimizer):
-            raise ValueError(
-                f"{_FUNCTION}: expected the optimizer to train the masked layers, got one that has "
-                f"none of the {len(self._layers)}. Make it from the parameters of this model."
+            raise LapValueError(
+                "the optimizer to train the masked layers",
+                f"one that has none of the {len(self._layers)}",
+                "Make it from the parameters of this model.",
             )
         self._clear(optimizer, loaded=False)
         self._hooks = [
@@ -52,7 +52,7 @@ class KeepHandle:
         _mask_gradients(self._layers)
 
     def remove(self) -> None:
-        """Ends it: the optimizer is as before and may move pruned weights again."""
+        """Removes the hooks: the optimizer is as before and may move pruned weights again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -69,7 +69,7 @@ class KeepHandle:
         self.remove()
 
     def _members(self, optimizer: Optimizer) -> list[_Layer]:
-        """The layers that the optimizer has now: groups may be added while training."""
+        """Lists the layers that the optimizer has now: groups may be added while training."""
         members = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         return [layer for layer in self._layers if id(layer.weight) in members]
 
@@ -89,9 +89,10 @@ class KeepHandle:
             layer.zero_(layer.weight)
 
     def _clear(self, optimizer: Optimizer, loaded: bool = True) -> None:
-        """Zeroes what is remembered of pruned weights.
+        """Zeroes the optimizer's state of pruned weights.
 
-        In place, for captured graphs; but what was loaded is still the caller's: torch does not copy.
+        In place, for captured graphs; loaded tensors are copied first, for torch shares them with
+        the caller.
         """
         layers = self._members(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -106,7 +107,7 @@ class KeepHandle:
 
 
 class _Layer:
-    """One parameter and its mask, which follows it when the model moves to another device."""
+    """A parameter and its mask, which follows it when the model moves to another device."""
 
     def __init__(self, name: str, weight: Tensor, mask: Tensor) -> None:
         self.name = name
@@ -114,31 +115,36 @@ class _Layer:
         self.mask = mask
 
     def zero_(self, x: Tensor) -> None:
-        """Zeroes what the mask prunes of x, a tensor of the parameter's shape."""
+        """Zeroes the pruned elements of x, a tensor of the parameter's shape."""
         if self.mask.device != x.device:
             self.mask = self.mask.to(x.device)
         zero_(x, self.mask)
 
 
-def check_hooks(function: str, optimizer: object) -> None:
+def check_hooks(optimizer: object) -> None:
     """Checks that an optimizer can have hooks.
 
     A wrapper may derive from Optimizer and yet have none: it was not initialized as one.
     """
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(
-            f"{function}: expected a torch.optim.Optimizer with its step hooks, "
-            f"got {type(optimizer).__name__}. Pass the optimizer that a wrapper holds."
+        raise LapTypeError(
+            "a torch.optim.Optimizer with its step hooks",
+            type(optimizer).__name__,
+            "Pass the optimizer that a wrapper holds.",
         )
 
 
+@calling("Masks.keep")  # also where a hook calls it: that is how users know it
 def _mask_gradients(layers: list[_Layer]) -> None:
+    """Zeroes the gradients of pruned weights."""
     for layer in layers:
         grad = layer.weight.grad
         if grad is not None and not is_plain(grad):
-            raise TypeError(
-                f"{_FUNCTION}: expected dense gradients, got layout {grad.layout} for "
-                f"{layer.name!r}. An Embedding needs sparse=False."
+            raise LapTypeError(
+                "dense gradients",
+                f"layout {grad.layout}",
+                "An Embedding needs sparse=False.",
+                layer=layer.name,
             )
     for layer in layers:
         grad = layer.weight.grad
@@ -150,7 +156,7 @@ def _mask_gradients(layers: list[_Layer]) -> None:
 
 
 def _masking(closure: Callable[[], Any], layers: list[_Layer]) -> Callable[[], Any]:
-    """The closure, its gradients masked: within a step too no pruned weight moves."""
+    """Wraps a closure to mask its gradients: no pruned weight moves within a step either."""
 
     def masked() -> Any:
         loss = closure()
@@ -176,10 +182,10 @@ def _is_per_weight(value: Any, weight: Tensor) -> bool:
 
 
 def _clear_history(optimizer: torch.optim.LBFGS, layers: list[_Layer]) -> None:
-    """LBFGS remembers vectors over all its parameters.
+    """Clears the history of LBFGS, vectors over all parameters, if it would move pruned weights.
 
-    A history that would move pruned weights is of another function: the search starts afresh. One
-    that would not (it was collected under these masks) stays, so that a run can be resumed.
+    Such a history is of another function: the search starts anew. One that was collected under
+    these masks stays, so that training can be resumed.
     """
     params = optimizer.param_groups[0]["params"]
     state = optimizer.state.get(params[0], {})

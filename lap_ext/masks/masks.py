@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Masks of a model's layers: applied, kept through training, saved, handed to torch's own pruning.
+"""Masks of a model's layers: applied, kept in training, saved, handed to torch.nn.utils.prune.
 
 A mask is a bool tensor of its parameter's shape, True: kept. The model stays the user's model: no
 wrapper, no parametrization, the same keys in state_dict. Every function checks all layers before it
@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
 
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import file
 from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, zero_
@@ -39,7 +40,8 @@ class Masks(Mapping[str, Tensor]):
 
     Example:
         >>> import torch, lap_ext
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> masks = lap_ext.Masks({"0": model[0].weight > 0, "2": torch.tensor([[True, False]])})
         >>> masks.apply(model)
         >>> bool(((model[0].weight != 0) == masks["0"]).all()), model[2].weight[0, 1].item()
@@ -55,12 +57,10 @@ class Masks(Mapping[str, Tensor]):
         Masks(1 layer, 1 of 2 weights kept, sparsity 0.5)
     """
 
+    @calling("Masks")
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         if not isinstance(masks, Mapping):
-            raise TypeError(
-                "Masks: expected a mapping of layer name -> bool tensor, "
-                f"got {type(masks).__name__}."
-            )
+            raise LapTypeError("a mapping of layer name -> bool tensor", type(masks).__name__)
         for name, mask in masks.items():
             _check_mask(name, mask)
         self._masks = dict(masks)
@@ -75,7 +75,7 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __eq__(self, other: object) -> bool:
-        """Same layers, in any order, and the same weights kept."""
+        """Whether both have the same layers, in any order, and keep the same weights."""
         if not isinstance(other, Masks):
             return NotImplemented
         return self.keys() == other.keys() and all(
@@ -93,22 +93,22 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def kept(self) -> int:
-        """Weights kept, in all layers, exactly."""
+        """Counts the weights kept in all layers, exactly."""
         return sum(kept for kept, _ in self.counts().values())
 
     @property
     def total(self) -> int:
-        """Weights of all layers."""
+        """Counts the weights of all layers."""
         return sum(mask.numel() for mask in self.values())
 
     @property
     def sparsity(self) -> float:
-        """Fraction removed of the weights of all layers; 0.0 where there are none."""
+        """The fraction of the weights of all layers that is removed; 0.0 where there are none."""
         total = self.total
         return (total - self.kept) / total if total else 0.0
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """(kept, total) of each layer, exactly.
+        """Counts (kept, total) of each layer, exactly.
 
         Example:
             >>> import torch, lap_ext
@@ -118,9 +118,10 @@ class Masks(Mapping[str, Tensor]):
         return {name: (int(m.count_nonzero()), m.numel()) for name, m in self.items()}
 
     def to(self, device: torch.device | str | int) -> Masks:
-        """The masks on a device; those that are there already are not copied."""
+        """Moves the masks to a device; those that are there already are not copied."""
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
+    @calling("Masks.apply")
     def apply(self, model: Module) -> None:
         """Sets the weights that are not kept to +0.0, in place; autograd sees the change.
 
@@ -140,82 +141,87 @@ class Masks(Mapping[str, Tensor]):
             >>> layer.weight[0, 0].item()
             0.0
         """
-        for target in find("Masks.apply", model, self):
+        for target in find(model, self):
             zero_(target.weight, target.mask)
 
+    @calling("Masks.keep")
     def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
         """Applies the masks and keeps pruned weights at zero while the optimizer trains the model.
 
-        Before each step the gradients of pruned weights become 0, after it the weights +0.0; what
-        the optimizer remembers of them becomes 0 now and after its load_state_dict. So the kept
-        weights train as if the pruned ones did not exist: bit for bit as with the weight multiplied
-        by the mask, for optimizers that treat each weight by itself. With gradient accumulation,
+        Before each step the gradients of pruned weights become 0, after it the weights +0.0; the
+        optimizer's state of them becomes 0 now and after its load_state_dict. So the kept weights
+        train as if the pruned ones did not exist: bit for bit as with the weight multiplied by the
+        mask, for optimizers that treat each weight by itself. With gradient accumulation,
         GradScaler, fused and foreach variants, DistributedDataParallel (the same masks on each
         process) and torch.compile nothing else is needed.
 
         LBFGS: gradients are masked at every evaluation of the closure, so pruned weights do not
         move within a step either; a history from before the pruning is dropped.
 
-        Not seen by the optimizer, so yours to do: after model.load_state_dict call apply; before
-        clip_grad_norm_ call mask_gradients() of the handle, or pruned weights count in the norm.
-        Parameters that the optimizer does not have are applied once and not watched. A copy of the
+        Two cases that you must handle: call apply() after model.load_state_dict(), and
+        mask_gradients() of the handle before clip_grad_norm_(), or pruned weights count in the
+        norm. Parameters outside this optimizer are masked once, not kept masked. A copy of the
         optimizer has no hooks: call keep for it. On a 0-dimensional parameter the optimizer's
-        memory is not cleared (a step count looks the same).
+        state is not cleared (a step count looks the same).
 
         Args:
             model: the model that the masks were made for.
-            optimizer: any torch.optim.Optimizer of its parameters. With several, call keep for each.
+            optimizer: any torch.optim.Optimizer of its parameters; with several, call keep each.
 
         Returns:
-            A handle: remove() ends it, as does leaving a `with` block. Masks may be kept on top of
-            each other; what one of them prunes stays zero.
+            A handle: remove(), or the end of a `with` block, ends it. Several masks may be kept at
+            once; what one of them prunes stays zero.
 
         Raises:
-            ValueError: as `apply`, or the optimizer has none of the parameters. Nothing was changed.
+            ValueError: as `apply`, or the optimizer has none of the parameters; nothing was
+                changed.
             TypeError: not a torch optimizer; from optimizer.step: a gradient is sparse.
 
         Example:
             >>> import torch, lap_ext
             >>> layer = torch.nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-            >>> handle = lap_ext.Masks({"weight": torch.tensor([[False, True]])}).keep(layer, optimizer)
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
+            >>> handle = masks.keep(layer, optimizer)
             >>> layer(torch.ones(2)).sum().backward()
             >>> optimizer.step()
             >>> layer.weight[0, 0].item()
             0.0
             >>> handle.remove()
         """
-        check_hooks("Masks.keep", optimizer)
-        targets = find("Masks.keep", model, self)
+        check_hooks(optimizer)
+        targets = find(model, self)
         handle = KeepHandle(targets, optimizer)
         for target in targets:
             zero_(target.weight, target.mask)
         return handle
 
+    @calling("Masks.save")
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the masks to a safetensors file, one bit per weight.
 
-        The file is complete or not there: it is written beside path and renamed, so an old file
-        stays until then. The same masks give the same bytes.
+        The write is atomic: the file is written beside path and renamed, so an old file stays until
+        then. The same masks give the same bytes.
 
         Example:
             >>> import tempfile, torch, lap_ext
             >>> masks = lap_ext.Masks({"fc": torch.tensor([[True, False, True]])})
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     masks.save(f"{folder}/masks.safetensors")
-            ...     lap_ext.Masks.load(f"{folder}/masks.safetensors") == masks
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     masks.save(f"{directory}/masks.safetensors")
+            ...     lap_ext.Masks.load(f"{directory}/masks.safetensors") == masks
             True
         """
-        file.save("Masks.save", path, self)
+        file.save(path, self)
 
     @classmethod
+    @calling("Masks.load")
     def load(cls, path: str | os.PathLike[str], model: Module | None = None) -> Masks:
         """Reads what `save` wrote. Needs the safetensors package.
 
         Args:
             path: the file.
-            model: checked to have every layer, of the same shape; each mask then comes on the
-                device of its parameter. None: no check, on the CPU.
+            model: must have every layer, of the same shape; each mask is then put on the device of
+                its parameter. None: no check, on the CPU.
 
         Raises:
             ValueError: the file is damaged or of something else; layers that do not fit the model,
@@ -225,20 +231,22 @@ class Masks(Mapping[str, Tensor]):
         Example:
             >>> import tempfile, torch, lap_ext
             >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1))
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     lap_ext.Masks({"0": torch.tensor([[True, False, True]])}).save(f"{folder}/masks")
-            ...     lap_ext.Masks.load(f"{folder}/masks", model).apply(model)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     path = f"{directory}/masks"
+            ...     lap_ext.Masks({"0": torch.tensor([[True, False, True]])}).save(path)
+            ...     lap_ext.Masks.load(path, model).apply(model)
             >>> model[0].weight[0, 1].item()
             0.0
         """
-        masks = cls(file.load("Masks.load", path))
+        masks = cls(file.load(path))
         if model is None:
             return masks
-        targets = find("Masks.load", model, masks, write=False)
+        targets = find(model, masks, write=False)
         return cls(
             {t.name: t.mask if t.weight.is_meta else t.mask.to(t.weight.device) for t in targets}
         )
 
+    @calling("Masks.to_torch_prune")
     def to_torch_prune(self, model: Module) -> None:
         """Hands the masks to torch.nn.utils.prune: each weight is then computed as orig * mask.
 
@@ -256,20 +264,23 @@ class Masks(Mapping[str, Tensor]):
             >>> layer = torch.nn.Linear(2, 1)
             >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True]])})
             >>> masks.to_torch_prune(layer)
-            >>> torch.nn.utils.prune.is_pruned(layer), [name for name, _ in layer.named_parameters()]
-            (True, ['weight_orig', 'bias'])
+            >>> [name for name, _ in layer.named_parameters()]
+            ['weight_orig', 'bias']
+            >>> torch.nn.utils.prune.is_pruned(layer)
+            True
             >>> masks.remove(layer)
             >>> [name for name, _ in layer.named_parameters()]
             ['weight', 'bias']
         """
-        targets = find("Masks.to_torch_prune", model, self)
-        places = [place for target in targets for place in owners(model, target)]
-        _check_called(places)
-        for place in places:
-            order = list(place.owner._parameters)
-            torch_prune.custom_from_mask(place.owner, place.attribute, place.mask)
-            _reorder(place, order, place.attribute, f"{place.attribute}_orig")
+        targets = find(model, self)
+        owned = [x for target in targets for x in owners(model, target)]
+        _check_called(owned)
+        for x in owned:
+            order = list(x.owner._parameters)
+            torch_prune.custom_from_mask(x.owner, x.attribute, x.mask)
+            _reorder(x, order, x.attribute, f"{x.attribute}_orig")
 
+    @calling("Masks.remove")
     def remove(self, model: Module) -> None:
         """Undoes `to_torch_prune`: plain parameters again, pruned weights +0.0 for good.
 
@@ -286,52 +297,49 @@ class Masks(Mapping[str, Tensor]):
             >>> layer.weight[0, 0].item()
             0.0
         """
-        for target, places in find_pruned("Masks.remove", model, self):
-            for place in places:
-                order = list(place.owner._parameters)
-                torch_prune.remove(place.owner, place.attribute)
-                _reorder(place, order, f"{place.attribute}_orig", place.attribute)
+        for target, owned in find_pruned(model, self):
+            for x in owned:
+                order = list(x.owner._parameters)
+                torch_prune.remove(x.owner, x.attribute)
+                _reorder(x, order, f"{x.attribute}_orig", x.attribute)
             zero_(target.weight, target.mask.to(target.weight.device))
 
 
 def _check_mask(name: object, mask: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"Masks: expected layer names to be strings, got {name!r}.")
+        raise LapTypeError("layer names to be strings", repr(name))
     if not isinstance(mask, Tensor):
-        hint = " Use torch.from_numpy." if type(mask).__name__ == "ndarray" else ""
-        raise TypeError(
-            f"Masks: expected {name!r} to be a bool tensor, got {type(mask).__name__}.{hint}"
-        )
+        cure = "Use torch.from_numpy." if type(mask).__name__ == "ndarray" else ""
+        raise LapTypeError(f"{name!r} to be a bool tensor", type(mask).__name__, cure)
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"Masks: expected a bool mask (True: kept), got {mask.dtype} for {name!r}. "
-            "Pass mask != 0."
+        raise LapTypeError(
+            "a bool mask (True: kept)", f"{mask.dtype} for {name!r}", "Pass mask != 0."
         )
     if not is_plain(mask):
-        raise TypeError(
-            f"Masks: expected a plain dense mask, got {type(mask).__name__} with layout "
-            f"{mask.layout} for {name!r}."
+        raise LapTypeError(
+            "a plain dense mask", f"{type(mask).__name__} with layout {mask.layout} for {name!r}"
         )
     if mask.is_meta:
-        raise ValueError(f"Masks: expected masks with data, got a meta tensor for {name!r}.")
+        raise LapValueError("masks with data", f"a meta tensor for {name!r}")
 
 
-def _check_called(places: list[Target]) -> None:
-    """The modules' own forward runs: there torch.nn.utils.prune recomputes the weight."""
-    for place in places:
-        kind = type(place.owner)
+def _check_called(targets: list[Target]) -> None:
+    """Raises unless the modules' own forward is called: there torch recomputes the weight."""
+    for target in targets:
+        kind = type(target.owner)
         inner = issubclass(kind, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
         if inner or kind.forward is Module.forward:
-            raise ValueError(
-                "Masks.to_torch_prune: expected layers whose module is called in the forward pass "
-                f"(there torch recomputes the weight), got {place.name!r}, in {kind.__name__}. "
-                "Leave it out, or use Masks.keep."
+            raise LapValueError(
+                "layers whose module is called in the forward pass "
+                "(there torch recomputes the weight)",
+                f"{target.name!r}, in {kind.__name__}",
+                "Leave it out, or use Masks.keep.",
             )
 
 
-def _reorder(place: Target, order: list[str], old: str, new: str) -> None:
-    """Puts the parameter under its new name where it was: torch appends it, and order is visible."""
-    parameters = place.owner._parameters
+def _reorder(target: Target, order: list[str], old: str, new: str) -> None:
+    """Restores the order of the parameters, which is visible: torch appends a renamed one."""
+    parameters = target.owner._parameters
     moved = {name: parameters[name] for name in (new if n == old else n for n in order)}
     parameters.clear()
     parameters.update(moved)

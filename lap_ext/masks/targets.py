@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From the names of masks to the parameters of a model, and every check before one is changed.
+"""Finds the parameters that masks are for, and checks all of them before one is changed.
 
 A layer is named after its parameter without ".weight": "conv1" is conv1.weight; a parameter that is
 not called weight keeps its full name, "attn.in_proj_weight". The names that wrappers put in between
@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from lap_ext._text import layer_name, lines, parameter_names, some
+from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 
 _WRAPPED = ("module", "_orig_mod")  # what wrappers call the module inside
@@ -25,11 +26,11 @@ _LISTED = 10  # of many problems, the first ones say it
 _MISSING = "the model has no such parameter"
 
 Modules: TypeAlias = dict[str, Module]
-Place: TypeAlias = tuple[Module, str, Tensor]  # owner, attribute of the owner, parameter
+Location: TypeAlias = tuple[Module, str, Tensor]  # owner, attribute of the owner, parameter
 
 
 class Target(NamedTuple):
-    """One mask and the parameter it is for."""
+    """A mask and the parameter that it is for."""
 
     name: str
     mask: Tensor
@@ -38,55 +39,57 @@ class Target(NamedTuple):
     weight: Tensor  # a Parameter
 
 
-def find(
-    function: str, model: Module, masks: Mapping[str, Tensor], *, write: bool = True
-) -> list[Target]:
-    """The parameter of each mask, or one ValueError that lists all that does not fit.
+def find(model: Module, masks: Mapping[str, Tensor], *, write: bool = True) -> list[Target]:
+    """Finds the parameter of each mask.
 
-    With write also that each can be changed in place, by a mask on its device.
+    Raises:
+        LapTypeError: model is no module.
+        LapValueError: some do not fit, all listed; with write also those that cannot be changed in
+            place, by a mask on their device.
     """
-    return _find(function, model, masks, _place, _why_not, write)
+    return _find(model, masks, _location, _why_not, write)
 
 
-def find_pruned(
-    function: str, model: Module, masks: Mapping[str, Tensor]
-) -> list[tuple[Target, list[Target]]]:
-    """As find, for a model pruned with torch.nn.utils.prune: each mask with all its owners."""
+def find_pruned(model: Module, masks: Mapping[str, Tensor]) -> list[tuple[Target, list[Target]]]:
+    """Does as `find` for a model pruned with torch.nn.utils.prune; adds all owners of each mask."""
     why_not = "not pruned with torch.nn.utils.prune"
-    found = _find(function, model, masks, _pruned_place, lambda *_: why_not, write=False)
-    return [(target, owners(model, target, "_orig")) for target in found]
+    targets = _find(model, masks, _pruned_location, lambda *_: why_not, write=False)
+    return [(target, owners(model, target, "_orig")) for target in targets]
 
 
 def _find(
-    function: str,
     model: Module,
     masks: Mapping[str, Tensor],
-    place_of: Callable[[Modules, str], Place | None],
+    location_of: Callable[[Modules, str], Location | None],
     why_not: Callable[[Modules, str], str],
     write: bool,
 ) -> list[Target]:
-    modules = _modules(function, model)
-    found: list[Target] = []
+    modules = _modules(model)
+    targets: list[Target] = []
     problems: dict[str, str] = {}
     names: dict[int, str] = {}  # id of a parameter -> its mask
     for name, mask in masks.items():
-        place = place_of(modules, name)
-        if place is None:
+        location = location_of(modules, name)
+        if location is None:
             problems[name] = why_not(modules, name)
             continue
-        target = Target(name, mask, *place)
+        target = Target(name, mask, *location)
         problem = _misfit(target, names.setdefault(id(target.weight), name), write)
         if problem:
             problems[name] = problem
-        found.append(target)
+        targets.append(target)
     if problems:
-        without = _without_mask(model, found) if _MISSING in problems.values() else []
-        raise ValueError(_listing(function, problems, without))
-    return found
+        without = _without_mask(model, targets) if _MISSING in problems.values() else []
+        raise LapValueError(
+            "masks that fit the model",
+            f"{len(problems)} that do not",
+            _listing(problems, without),
+        )
+    return targets
 
 
 def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
-    """The target once for each place that holds its parameter (several: it is tied)."""
+    """Lists the target once for each module that holds its parameter (several: it is tied)."""
     return [
         target._replace(owner=module, attribute=attribute[: len(attribute) - len(suffix)])
         for module in model.modules()
@@ -108,27 +111,27 @@ def is_plain(x: Tensor) -> bool:
     return ordinary and x.layout == torch.strided and not x.is_quantized
 
 
-def _modules(function: str, model: Module) -> Modules:
-    """Every module by its path without the wrappers' names: there the module inside."""
+def _modules(model: Module) -> Modules:
+    """Maps paths without the names of wrappers to modules; that of a wrapper to the one inside."""
     if not isinstance(model, Module):
-        raise TypeError(
-            f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}."
+        raise LapTypeError(
+            "{argument} to be a torch.nn.Module", type(model).__name__, argument="model"
         )
-    found: Modules = {}
+    modules: Modules = {}
 
     def visit(module: Module, path: str) -> None:
-        found[path] = module
+        modules[path] = module
         wrapper = len(module._modules) == 1 and not module._parameters
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, path if wrapper and name in _WRAPPED else _join(path, name))
 
     visit(model, "")
-    return found
+    return modules
 
 
-def _place(modules: Modules, name: str, suffix: str = "") -> Place | None:
-    """Where the parameter with this layer name is."""
+def _location(modules: Modules, name: str, suffix: str = "") -> Location | None:
+    """Finds the parameter with this layer name."""
     for layer in _spellings(name):
         for parameter in parameter_names(layer):
             path, _, attribute = f"{parameter}{suffix}".rpartition(".")
@@ -139,18 +142,18 @@ def _place(modules: Modules, name: str, suffix: str = "") -> Place | None:
     return None
 
 
-def _pruned_place(modules: Modules, name: str) -> Place | None:
-    """Where it is once torch.nn.utils.prune has renamed it; the attribute without "_orig"."""
-    place = _place(modules, name, "_orig")
-    if place is None:
+def _pruned_location(modules: Modules, name: str) -> Location | None:
+    """Finds a parameter that torch.nn.utils.prune has renamed; the attribute without "_orig"."""
+    location = _location(modules, name, "_orig")
+    if location is None:
         return None
-    owner, attribute, weight = place
+    owner, attribute, weight = location
     attribute = attribute.removesuffix("_orig")
     return (owner, attribute, weight) if f"{attribute}_mask" in owner._buffers else None
 
 
 def _spellings(name: str) -> Iterable[str]:
-    """The name, then with less and less of what wrappers add: a user's module may be called so."""
+    """Gives the name, then without more and more wrappers' names: a module may have such a name."""
     parts = name.split(".")
     kinds = [parts, [part for part in parts if part != "_orig_mod"]]
     while kinds[-1][:1] == ["module"]:
@@ -160,8 +163,8 @@ def _spellings(name: str) -> Iterable[str]:
 
 
 def _why_not(modules: Modules, name: str) -> str:
-    """Why no parameter has this layer name."""
-    if _pruned_place(modules, name) is not None:
+    """Says why no parameter has this layer name."""
+    if _pruned_location(modules, name) is not None:
         return (
             "pruned with torch.nn.utils.prune, which keeps its own mask. "
             "Call masks.remove(model) first"
@@ -177,7 +180,7 @@ def _why_not(modules: Modules, name: str) -> str:
 
 
 def _misfit(target: Target, first: str, write: bool) -> str:
-    """What is wrong with the mask for its parameter; empty: nothing."""
+    """Says why a mask does not fit its parameter; empty where it does."""
     mask, weight = target.mask, target.weight
     if is_lazy(weight):
         return "its parameter is not initialized yet. Run the model once"
@@ -205,9 +208,9 @@ def _shapes(mask: Tensor, weight: Tensor) -> str:
     return f"mask {list(mask.shape)}, parameter {list(weight.shape)}"
 
 
-def _without_mask(model: Module, found: Iterable[Target]) -> list[str]:
-    """Layers of the model (of 2 dimensions or more) that have no mask."""
-    masked = {id(target.weight) for target in found}
+def _without_mask(model: Module, targets: Iterable[Target]) -> list[str]:
+    """Lists layers of the model (of 2 dimensions or more) that have no mask."""
+    masked = {id(target.weight) for target in targets}
     return [
         layer_name(name)
         for name, weight in model.named_parameters()
@@ -215,9 +218,10 @@ def _without_mask(model: Module, found: Iterable[Target]) -> list[str]:
     ]
 
 
-def _listing(function: str, problems: dict[str, str], without: list[str]) -> str:
-    text = f"{function}: expected masks that fit the model, got {len(problems)} that do not:"
-    text += lines([f"{name!r}: {problem}" for name, problem in problems.items()], _LISTED)
+def _listing(problems: dict[str, str], without: list[str]) -> str:
+    """Lists the masks that do not fit and, where a name is wrong, the layers that have no mask."""
+    items = [f"{name!r}: {problem}" for name, problem in problems.items()]
+    text = f"They are:{lines(items, _LISTED)}"
     if without:
         text += f"\nLayers of the model without a mask: {some(without, _LISTED)}."
     return text

@@ -5,8 +5,8 @@
     in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2)
     out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2)
 
-Each function checks its arguments, then calls the operators of schema.py; nothing is changed when an
-error is raised. Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based
+Each function checks its arguments, then calls the operators of schema.py; when an error is raised,
+nothing has changed. Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based
 Pruning", ICLR 2020, section 3.
 """
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check, schema, torch_args
 from lap_ext.ops.neighbors import Neighbor
 
 Neighbors: TypeAlias = Tensor | Neighbor | Sequence[Tensor | Neighbor | None] | None
 
 
+@calling("score")
 def score(
     w_prev: Neighbors,
     w: Tensor,
@@ -35,7 +37,7 @@ def score(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Lookahead score of every weight of one layer.
+    """Scores every weight of one layer by lookahead.
 
         score[o, i, ...] = |w[o, i, ...]| * ||w_prev[i]||_F * ||w_next[:, o]||_F
 
@@ -45,7 +47,8 @@ def score(
     and number of threads.
 
     Args:
-        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. A `Neighbor` for
+        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. A `Neighbor`
+        for
             a grouped, depthwise or transposed convolution or a batch norm between, `IDENTITY` for a
             skip connection, a list of these for several producers (their squares add). None for a
             first layer: its norms count as 1. Its dtype may differ from w's.
@@ -67,17 +70,18 @@ def score(
 
     Example:
         >>> import torch, lap_ext
-        >>> w_prev, w, w_next = torch.tensor([[3., 4.]]), torch.tensor([[-2.]]), torch.tensor([[1.]])
-        >>> lap_ext.score(w_prev, w, w_next)        # |-2| * 5 * 1
+        >>> w_prev, w = torch.tensor([[3., 4.]]), torch.tensor([[-2.]])
+        >>> lap_ext.score(w_prev, w, torch.tensor([[1.]]))  # |-2| * 5 * 1
         tensor([[10.]])
         >>> lap_ext.score([w_prev, lap_ext.IDENTITY], w, None)  # |-2| * sqrt(25 + 1)
         tensor([[10.1980]])
     """
-    w = torch_args.weight("score", w, groups, transposed)
-    norms = torch_args.norms("score", w_prev, w, w_next, groups, transposed, check_finite)
-    return schema.call("score", schema.score, w, *norms, groups, transposed, check_finite)
+    w = torch_args.weight(w, groups, transposed)
+    norms = torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
+    return schema.call(schema.score, w, *norms, groups, transposed, check_finite)
 
 
+@calling("mask")
 def mask(
     w_prev: Neighbors,
     w: Tensor,
@@ -90,7 +94,7 @@ def mask(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Mask of the weights with the largest lookahead scores: exactly `keep` of them.
+    """Selects the weights with the largest lookahead scores: a mask of exactly `keep` of them.
 
         keep = floor((1 - sparsity) * w.numel() + 1/2)
 
@@ -102,7 +106,7 @@ def mask(
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
         w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
         w_next: weight of the layer after, [N, O, *K], as in `score`.
-        sparsity: fraction of all weights of w to remove, 0 to 1. It counts for exactly the number it
+        sparsity: fraction of all weights of w to remove, 0 to 1, taken for exactly the number it
             is: 0.9 is the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
         keep: number of weights to keep, instead of sparsity. More than there are keeps all.
         mask: bool, shape of w: the weights that may be kept. Pruned ones (False) never return; if
@@ -127,14 +131,15 @@ def mask(
         tensor([[False,  True,  True],
                 [ True, False, False]])
     """
-    w = torch_args.weight("mask", w, groups, transposed)
-    count = check.keep_count("mask", sparsity, keep, w.numel())
-    eligible = torch_args.eligible("mask", "mask", mask, "w", w)
-    norms = torch_args.norms("mask", w_prev, w, w_next, groups, transposed, check_finite)
+    w = torch_args.weight(w, groups, transposed)
+    count = check.keep_count(sparsity, keep, w.numel())
+    eligible = torch_args.eligible("mask", mask, "w", w)
+    norms = torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    return schema.call("mask", schema.mask, w, *norms, *options)
+    return schema.call(schema.mask, w, *norms, *options)
 
 
+@calling("prune_")
 def prune_(
     w_prev: Neighbors,
     w: Tensor,
@@ -147,11 +152,12 @@ def prune_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """As `mask`, and sets the weights of w that are not kept to zero (+0.0), in place.
+    """Does what `mask` does, and sets the weights of w that are not kept to +0.0, in place.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
-        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed). It may require
+        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed). It may
+        require
             grad; autograd sees that it was changed.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         sparsity: fraction of all weights of w to remove, 0 to 1, as in `mask`.
@@ -176,18 +182,19 @@ def prune_(
         tensor([[ 0., -2.,  3.],
                 [ 0.,  0.,  0.]])
     """
-    target = torch_args.weight("prune_", w, groups, transposed)
-    torch_args.writable("prune_", target)
-    count = check.keep_count("prune_", sparsity, keep, w.numel())
-    eligible = torch_args.eligible("prune_", "mask", mask, "w", target)
-    norms = torch_args.norms("prune_", w_prev, target, w_next, groups, transposed, check_finite)
+    target = torch_args.weight(w, groups, transposed)
+    torch_args.writable(target)
+    count = check.keep_count(sparsity, keep, w.numel())
+    eligible = torch_args.eligible("mask", mask, "w", target)
+    norms = torch_args.norms(w_prev, target, w_next, groups, transposed, check_finite)
     options = (count, eligible, groups, transposed, check_finite)
-    kept = schema.call("prune_", schema.prune_, target, *norms, *options)
+    kept = schema.call(schema.prune_, target, *norms, *options)
     torch_args.mark_changed(w)
     return kept
 
 
-def factors(
+@calling("neighbor_norms")
+def neighbor_norms(
     w_prev: Neighbors,
     w: Tensor,
     w_next: Neighbors,
@@ -196,7 +203,7 @@ def factors(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The two factors of the scores of w, one per input and one per output channel.
+    """Computes the neighbor norms that the scores of w are made of, per input and output channel.
 
         in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2 * scale[i]^2)
         out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2 * scale[o]^2)
@@ -219,15 +226,18 @@ def factors(
     Example:
         >>> import torch, lap_ext
         >>> w_prev, w, w_next = torch.tensor([[3., 4.]]), torch.ones(2, 1), torch.tensor([[6., 1.]])
-        >>> lap_ext.factors(w_prev, w, w_next)
+        >>> lap_ext.neighbor_norms(w_prev, w, w_next)
         (tensor([5.], dtype=torch.float64), tensor([6., 1.], dtype=torch.float64))
     """
-    w = torch_args.weight("factors", w, groups, transposed)
-    return torch_args.norms("factors", w_prev, w, w_next, groups, transposed, check_finite)
+    w = torch_args.weight(w, groups, transposed)
+    return torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
 
 
+@calling("bn_scale")
 def bn_scale(module: torch.nn.Module) -> Tensor:
-    """Factor of each channel of a batch norm in evaluation mode, for `Neighbor(scale=...)`.
+    """Computes by what a batch norm in evaluation mode multiplies each channel.
+
+    For `Neighbor(scale=...)`.
 
         scale[c] = gamma[c] / sqrt(running_var[c] + eps)
 
@@ -251,23 +261,21 @@ def bn_scale(module: torch.nn.Module) -> Tensor:
         tensor([0.5000, 2.0000], dtype=torch.float64)
     """
     if not isinstance(module, _BatchNorm):
-        raise TypeError(
-            "bn_scale: expected a BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, "
-            f"got {type(module).__name__}."
+        raise LapTypeError(
+            "a BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm", type(module).__name__
         )
     variance: Tensor | None = module.running_var
     gamma: Tensor | None = module.weight  # None: not affine
     if variance is None:
-        raise ValueError(
-            "bn_scale: expected a batch norm with running statistics (the scale in evaluation "
-            "mode), got track_running_stats=False. Pass your own scale to Neighbor."
+        raise LapValueError(
+            "a batch norm with running statistics (the scale in evaluation mode)",
+            "track_running_stats=False",
+            "Pass your own scale to Neighbor.",
         )
     if is_lazy(variance):
-        raise ValueError(
-            "bn_scale: expected an initialized batch norm, got a lazy one. Run the model once."
-        )
+        raise LapValueError("an initialized batch norm", "a lazy one", "Run the model once.")
     variance = variance.detach().to(torch.float64) + module.eps
-    deviation = schema.norm([variance])  # its root, which no compiler takes otherwise
+    deviation = schema.norm([variance])  # an operator: no compiler takes its root in another way
     if gamma is None:
         return 1.0 / deviation
     return gamma.detach().to(torch.float64) / deviation

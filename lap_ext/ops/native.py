@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Loads the native kernels of the package, and tells what is loaded (`info`).
 
-The reference kernels of schema.py serve every device; a native library only adds faster ones for CPU
-or CUDA. A library that is not there is a fallback (one warning). A library that is there and does
-not load is an error: it would hide a broken installation.
+The reference kernels of schema.py serve every device; a native library only adds faster ones for
+CPU or CUDA. Where a library is missing, the reference is used, with one warning. A library that
+exists and does not load is an error: a fallback would hide a broken installation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from lap_ext import __version__
+from lap_ext.errors import LapError, LapValueError
 
 _CPU, _CUDA = "_C.abi3.so", "_C_cuda.abi3.so"
-_FOLDER = Path(__file__).parents[1]  # of the package
+_PACKAGE = Path(__file__).parents[1]  # the directory of lap_ext
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Info:
     native: bool  # the CPU library is loaded
     isa: str | None  # its SIMD level: "baseline", "v3" (AVX2) or "v4" (AVX-512)
     cuda_built: bool  # the CUDA library is installed
-    cuda_usable: bool  # and loaded: torch sees a CUDA device
+    cuda_usable: bool  # and it is loaded: torch sees a CUDA device
     threads: int  # of torch, which the CPU kernels use
     fallback: str | None  # why pure PyTorch is in use somewhere
 
@@ -57,7 +58,7 @@ _state = _State()
 
 
 def load() -> None:
-    """Loads what is installed and usable. Called once, after schema.py has defined the operators."""
+    """Loads what is installed and usable; called once, after schema.py has defined operators."""
     if os.environ.get("LAP_EXT_NATIVE") == "0":
         _state.fallback = "LAP_EXT_NATIVE=0"
         return
@@ -69,9 +70,9 @@ def load() -> None:
 
 
 def _load(file: str) -> bool:
-    path = _FOLDER / file
+    path = _PACKAGE / file
     if not path.exists():
-        reason = f"{file} is not in {_FOLDER}"
+        reason = f"{file} is not in {_PACKAGE}"
         _state.fallback = f"{_state.fallback}; {reason}" if _state.fallback else reason
         what = "CUDA kernels" if file == _CUDA else "native library"
         warnings.warn(
@@ -91,8 +92,27 @@ def _load(file: str) -> bool:
     return True
 
 
+def mistake(error: Exception) -> LapValueError | None:
+    """Returns the user's mistake that a native kernel has found, in its parts; None for others.
+
+    PyTorch's stable ABI carries only the text of an error, so the library keeps the parts of the
+    last one of each thread.
+    """
+    if isinstance(error, LapError):
+        return None
+    for file, loaded in ((_CPU, _state.cpu), (_CUDA, _state.cuda)):
+        if loaded:
+            part = ctypes.CDLL(str(_PACKAGE / file)).lap_ext_mistake
+            part.argtypes, part.restype = [ctypes.c_int], ctypes.c_char_p
+            expected, got, cure, option, argument = (part(n).decode() for n in range(5))
+            last = LapValueError(expected, got, cure, argument=argument or None, option=option)
+            if expected and last.text() in str(error):  # it is this error, not an earlier one
+                return last
+    return None
+
+
 def info() -> Info:
-    """What is loaded: native kernels and their SIMD level, CUDA, threads, versions, fallbacks.
+    """Tells what is loaded: native kernels, their SIMD level, CUDA, threads, versions, fallbacks.
 
     Returns:
         An `Info`; print it, or read its fields.
@@ -107,7 +127,7 @@ def info() -> Info:
         torch=torch.__version__,
         native=_state.cpu,
         isa=_isa() if _state.cpu else None,
-        cuda_built=(_FOLDER / _CUDA).exists(),
+        cuda_built=(_PACKAGE / _CUDA).exists(),
         cuda_usable=_state.cuda,
         threads=torch.get_num_threads(),
         fallback=_state.fallback,
@@ -115,7 +135,7 @@ def info() -> Info:
 
 
 def _isa() -> str:
-    level = ctypes.CDLL(str(_FOLDER / _CPU)).lap_ext_isa
+    level = ctypes.CDLL(str(_PACKAGE / _CPU)).lap_ext_isa
     level.argtypes, level.restype = [], ctypes.c_char_p
     name = level()
     if name is None:

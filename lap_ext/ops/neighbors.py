@@ -5,7 +5,7 @@
     out_norm[o]^2 = sum over consumers of ||w_next[:, o]||^2 * scale[o]^2
 
 All in float64. An identity (a skip connection) adds 1. Across a flatten (feature = channel * S +
-position) the coarse side's energies repeat S times, the fine side's positions add up.
+position) the coarse side's squared norms repeat S times, the fine side's positions add up.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 section 3. The code is one for torch and NumPy: what differs is the Backend.
 """
@@ -15,19 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lap_ext.errors import LapValueError
 from lap_ext.ops import check
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbor:
-    """One producer or consumer of a layer.
+    """Describes one producer or consumer of a layer.
 
     Args:
         weight: its weight, [O, I / groups, *K] ([I, O / groups, *K] when transposed). None for an
-            identity, that is a skip connection, which adds 1 to the squared factor.
+            identity, that is a skip connection, which adds 1 to the squared norm.
         groups: groups of a grouped or depthwise convolution.
         transposed: the weight of a transposed convolution (or a linear weight kept as [I, O]).
-        scale: factor of each shared channel, such as a batch norm between the two layers
+        scale: what multiplies each shared channel, such as a batch norm between the two layers
             (see `bn_scale`); its length is the channels of either side. None: ones.
 
     Example:
@@ -47,35 +48,34 @@ IDENTITY = Neighbor(None)
 
 
 class Backend(Protocol):
-    """What the resolution needs from torch or NumPy. An array has .shape and .reshape."""
+    """What the norms of neighbors need from torch or NumPy. An array has .shape and .reshape."""
 
     def check_weight(self, name: str, x: Any) -> None:
         """Raises unless x is a floating array on the device of w."""
 
-    def row_energy(self, x: Any, name: str) -> Any:
-        """Sum of squares of each row of x [R, ...], float64 [R]."""
+    def row_squared_norms(self, x: Any, name: str) -> Any:
+        """Sums the squares of each row of x [R, ...], float64 [R]."""
 
-    def col_energy(self, x: Any, groups: int, name: str) -> Any:
-        """Sum of squares of each column of x [G * N, C, *K], float64 [G * C]."""
+    def col_squared_norms(self, x: Any, groups: int, name: str) -> Any:
+        """Sums the squares of each column of x [G * N, C, *K], float64 [G * C]."""
 
     def ones(self, n: int) -> Any:
-        """Float64 ones [n]."""
+        """Makes float64 ones [n]."""
 
     def as_float64(self, x: Any, name: str) -> Any:
-        """A finite scale as float64, contiguous."""
+        """Returns a finite scale as float64, contiguous."""
 
     def repeat(self, x: Any, times: int) -> Any:
-        """Each entry of x [n] repeated, [n * times]."""
+        """Repeats each entry of x [n], [n * times]."""
 
-    def norm(self, energies: list[Any]) -> Any:
-        """Square root of the sum of the energies [n], added in order."""
+    def norm(self, squared_norms: list[Any]) -> Any:
+        """Takes the square root of the sum of the squared norms [n], added in order."""
 
 
 @dataclass(frozen=True)
 class Side:
     """The side of w on which neighbors are resolved, and w as it appears in messages."""
 
-    function: str
     name: str  # "w_prev" or "w_next"
     channels: int  # of w on this side
     w_shape: tuple[int, ...]
@@ -88,40 +88,46 @@ class Side:
         return self.name == "w_prev"
 
 
-def side_of(
-    function: str, name: str, w_shape: tuple[int, ...], groups: int, transposed: bool
-) -> Side:
-    """The Side for w [O, I / groups, *K]; transposed [I, O / groups, *K]."""
-    channels = check.layer_channels(function, "w", w_shape, groups, transposed)
+def side_of(name: str, w_shape: tuple[int, ...], groups: int, transposed: bool) -> Side:
+    """Makes the Side for w [O, I / groups, *K]; transposed [I, O / groups, *K]."""
+    channels = check.layer_channels("w", w_shape, groups, transposed)
     producer = name == "w_prev"
     by_row = producer == transposed
     text = "w.shape[0]" if by_row else f"w.shape[1]{' * groups' if groups > 1 else ''}"
     plain = groups == 1 and not transposed
-    return Side(function, name, channels[0 if producer else 1], w_shape, text, plain)
+    return Side(name, channels[0 if producer else 1], w_shape, text, plain)
 
 
 def norm_of(side: Side, neighbors: Any, backend: Backend) -> Any:
-    """Norms over the channels of w, float64 [channels].
+    """Computes the norms over the channels of w, float64 [channels].
 
-    neighbors: None, a weight, a Neighbor, or a list or tuple of these (their squares add in order).
+    Args:
+        side: the side of w that they are on.
+        neighbors: None, a weight, a Neighbor, or a list or tuple of these (their squares add in
+            order).
+        backend: torch's or NumPy's.
     """
     if neighbors is None:
         return backend.ones(side.channels)
     if not isinstance(neighbors, (list, tuple)):
-        return backend.norm(_energies(side, side.name, _as_neighbor(neighbors), backend))
+        return backend.norm(_squared_norms(side, side.name, _as_neighbor(neighbors), backend))
     if len(neighbors) == 0:
-        raise ValueError(
-            f"{side.function}: expected {side.name} to name one neighbor or more, got an empty "
-            f"sequence. Pass None for a layer without one."
+        raise LapValueError(
+            "{argument} to name one neighbor or more",
+            "an empty sequence",
+            "Pass None for a layer without one.",
+            argument=side.name,
         )
-    energies: list[Any] = []
+    squared_norms: list[Any] = []
     for position, item in enumerate(neighbors):
-        energies += _energies(side, f"{side.name}[{position}]", _as_neighbor(item), backend)
-    return backend.norm(energies)
+        squared_norms += _squared_norms(
+            side, f"{side.name}[{position}]", _as_neighbor(item), backend
+        )
+    return backend.norm(squared_norms)
 
 
 def needs_check(neighbors: Any) -> bool:
-    """Whether energies, though finite, may leave float64's range on the way to a norm."""
+    """Tells whether finite squared norms may leave float64's range on the way to a norm."""
     if isinstance(neighbors, (list, tuple)):
         return True
     return isinstance(neighbors, Neighbor) and neighbors.scale is not None
@@ -131,8 +137,8 @@ def _as_neighbor(item: Any) -> Neighbor:
     return item if isinstance(item, Neighbor) else Neighbor(item)
 
 
-def _energies(side: Side, name: str, neighbor: Neighbor, backend: Backend) -> list[Any]:
-    """Squared norms of one neighbor: float64 vectors [side.channels] that are to be added."""
+def _squared_norms(side: Side, name: str, neighbor: Neighbor, backend: Backend) -> list[Any]:
+    """Computes one neighbor's squared norms: float64 vectors [side.channels] to be added."""
     n = side.channels
     if neighbor.weight is None:
         return [_scaled(side, name, backend.ones(n), neighbor.scale, (n,), backend)]
@@ -141,48 +147,46 @@ def _energies(side: Side, name: str, neighbor: Neighbor, backend: Backend) -> li
     w_is_linear = len(side.w_shape) == 2
     is_linear = len(neighbor.weight.shape) == 2
     if c == n:
-        energy = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return [_scaled(side, name, energy, neighbor.scale, (n,), backend)]
+        squared_norm = _reduce(side, name, neighbor, neighbor.weight, backend)
+        return [_scaled(side, name, squared_norm, neighbor.scale, (n,), backend)]
     if c > n > 0 and c % n == 0 and is_linear and not w_is_linear and neighbor.groups == 1:
         return _from_fine(side, name, neighbor, c // n, backend)
     if n > c > 0 and n % c == 0 and w_is_linear and not is_linear:
-        energy = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return [_from_coarse(side, name, energy, neighbor.scale, n // c, backend)]
-    raise ValueError(_no_meeting(side, name, neighbor, c))
+        squared_norm = _reduce(side, name, neighbor, neighbor.weight, backend)
+        return [_from_coarse(side, name, squared_norm, neighbor.scale, n // c, backend)]
+    raise _no_meeting(side, name, neighbor, c)
 
 
 def _channels(side: Side, name: str, neighbor: Neighbor) -> int:
-    """Channels that the neighbor has on w's side."""
+    """Counts the channels that the neighbor has on w's side."""
     shape = tuple(neighbor.weight.shape)
-    into, out = check.layer_channels(
-        side.function, name, shape, neighbor.groups, neighbor.transposed
-    )
+    into, out = check.layer_channels(name, shape, neighbor.groups, neighbor.transposed)
     return out if side.producer else into
 
 
 def _reduce(side: Side, name: str, neighbor: Neighbor, weight: Any, backend: Backend) -> Any:
-    """Squares of the weight, summed over all but the channels it shares with w."""
+    """Sums the weight's squares over all but the channels it shares with w."""
     if side.producer == neighbor.transposed:
-        return backend.col_energy(weight, neighbor.groups, name)
-    return backend.row_energy(weight, name)
+        return backend.col_squared_norms(weight, neighbor.groups, name)
+    return backend.row_squared_norms(weight, name)
 
 
 def _from_coarse(
-    side: Side, name: str, energy: Any, scale: Any, positions: int, backend: Backend
+    side: Side, name: str, squared_norm: Any, scale: Any, positions: int, backend: Backend
 ) -> Any:
-    """Conv next to a linear w [n = c * positions]: each channel's energy [c] counts everywhere."""
-    coarse = energy.shape[0]
+    """Repeats the squared norms [c] of a convolution next to a linear w [n = c * positions]."""
+    coarse = squared_norm.shape[0]
     if scale is None or tuple(scale.shape) == (coarse,):
-        energy = _scaled(side, name, energy, scale, (coarse,), backend)
-        return backend.repeat(energy, positions)
+        squared_norm = _scaled(side, name, squared_norm, scale, (coarse,), backend)
+        return backend.repeat(squared_norm, positions)
     lengths = (coarse, coarse * positions)
-    return _scaled(side, name, backend.repeat(energy, positions), scale, lengths, backend)
+    return _scaled(side, name, backend.repeat(squared_norm, positions), scale, lengths, backend)
 
 
 def _from_fine(
     side: Side, name: str, neighbor: Neighbor, positions: int, backend: Backend
 ) -> list[Any]:
-    """Linear weight with n * positions features next to a convolution w [n channels]."""
+    """Reduces a linear weight with n * positions features next to a convolution w [n channels]."""
     n, weight, scale = side.channels, neighbor.weight, neighbor.scale
     fine = n * positions
     if scale is None or tuple(scale.shape) != (fine,):
@@ -190,39 +194,43 @@ def _from_fine(
         rest = weight.shape[1] if by_row else weight.shape[0]
         # the features become [n, positions]; the positions are summed with the other elements
         shape = (n, positions * rest) if by_row else (rest, n, positions)
-        energy = _reduce(side, name, neighbor, weight.reshape(shape), backend)
-        return [_scaled(side, name, energy, scale, (n, fine), backend)]
-    energy = _reduce(side, name, neighbor, weight, backend)
-    energy = _scaled(side, name, energy, scale, (fine,), backend).reshape(n, positions)
-    return [energy[:, position] for position in range(positions)]
+        squared_norm = _reduce(side, name, neighbor, weight.reshape(shape), backend)
+        return [_scaled(side, name, squared_norm, scale, (n, fine), backend)]
+    squared_norm = _reduce(side, name, neighbor, weight, backend)
+    squared_norm = _scaled(side, name, squared_norm, scale, (fine,), backend).reshape(n, positions)
+    return [squared_norm[:, position] for position in range(positions)]
 
 
 def _scaled(
-    side: Side, name: str, energy: Any, scale: Any, lengths: tuple[int, ...], backend: Backend
+    side: Side, name: str, squared_norm: Any, scale: Any, lengths: tuple[int, ...], backend: Backend
 ) -> Any:
-    """Energy times the squared scale, one factor per channel."""
+    """Multiplies squared norms by the squared scale, one entry per channel."""
     if scale is None:
-        return energy
-    where = f"{name}.scale"
-    factor = backend.as_float64(scale, where)
-    check.vector(side.function, where, tuple(factor.shape), lengths, "shared channel")
-    return energy * (factor * factor)
+        return squared_norm
+    argument = f"{name}.scale"
+    values = backend.as_float64(scale, argument)
+    check.vector(argument, tuple(values.shape), lengths, "shared channel")
+    return squared_norm * (values * values)
 
 
-def _no_meeting(side: Side, name: str, neighbor: Neighbor, c: int) -> str:
+def _no_meeting(side: Side, name: str, neighbor: Neighbor, c: int) -> LapValueError:
+    """Makes the error about channels that do not fit those of w."""
     shape = tuple(neighbor.weight.shape)
     by_row = side.producer != neighbor.transposed
     groups = f" * {neighbor.groups} groups" if neighbor.groups > 1 else ""
-    mine = f"{name}.shape[0]" if by_row else f"{name}.shape[1]{groups}"
+    mine = "{argument}.shape[0]" if by_row else f"{{argument}}.shape[1]{groups}"
     why = "its outputs feed w's inputs" if side.producer else "it reads w's outputs"
-    return (
-        f"{side.function}: expected {mine} == {side.w_channels} ({why}), got {name} "
-        f"{list(shape)} and w {list(side.w_shape)}, that is {c} and {side.channels} channels. "
-        f"{_cure(side, name, neighbor, c)}"
+    return LapValueError(
+        f"{mine} == {side.w_channels} ({why})",
+        f"{{argument}} {list(shape)} and w {list(side.w_shape)}, that is {c} and {side.channels} "
+        "channels",
+        _cure(side, neighbor, c),
+        argument=name,
     )
 
 
-def _cure(side: Side, name: str, neighbor: Neighbor, c: int) -> str:
+def _cure(side: Side, neighbor: Neighbor, c: int) -> str:
+    """Suggests what may have been forgotten where c channels do not fit those of w."""
     shape, n = tuple(neighbor.weight.shape), side.channels
     if neighbor.groups == 1 and not neighbor.transposed and len(shape) > 2:
         if not side.producer and c and n % c == 0 and shape[0] % (n // c) == 0:
@@ -236,4 +244,4 @@ def _cure(side: Side, name: str, neighbor: Neighbor, c: int) -> str:
             return "If w is the weight of a transposed convolution, pass transposed=True."
     if c and n and (c % n == 0 or n % c == 0):
         return "Unequal counts meet only where a flatten joins a convolution and a linear weight."
-    return f"Check that {name} is the layer next to w."
+    return "Check that {argument} is the layer next to w."

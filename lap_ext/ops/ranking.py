@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Exact selection among ready scores, of one tensor or of a list of tensors ranked together.
+"""Exact selection among given scores, of one tensor or of a list of tensors ranked together.
 
 The larger score comes first; of equal scores the one of the earlier tensor, then of the lower flat
 (C-order) index. -0.0 equals +0.0. Nothing is sorted and nothing is concatenated.
@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex, overload
 
 from torch import Tensor
 
+from lap_ext.errors import calling
 from lap_ext.ops import check, schema, torch_args
 
 
@@ -33,6 +34,7 @@ def topk_mask(
     mask: Sequence[Tensor] | None = None,
     check_finite: bool = True,
 ) -> list[Tensor]: ...
+@calling("topk_mask")
 def topk_mask(
     scores: Tensor | Sequence[Tensor],
     keep: SupportsIndex | None = None,
@@ -41,7 +43,7 @@ def topk_mask(
     mask: Tensor | Sequence[Tensor] | None = None,
     check_finite: bool = True,
 ) -> Tensor | list[Tensor]:
-    """Mask of the largest scores: exactly `keep` of them.
+    """Selects the largest scores: a mask of exactly `keep` of them.
 
         keep = floor((1 - sparsity) * n + 1/2)      n: number of all scores
 
@@ -69,19 +71,20 @@ def topk_mask(
         >>> lap_ext.topk_mask([torch.tensor([1., 5.]), torch.tensor([4.])], sparsity=0.5)
         [tensor([False,  True]), tensor([True])]
     """
-    single, checked = _scores("topk_mask", scores)
-    count = check.keep_count("topk_mask", sparsity, keep, sum(x.numel() for x in checked))
+    single, checked = _scores(scores)
+    count = check.keep_count(sparsity, keep, sum(x.numel() for x in checked))
     masks = _masks(mask, single, checked)
     if not checked:
         return []
-    kept = schema.call("topk_mask", schema.topk_mask, checked, count, masks, check_finite)
+    kept = schema.call(schema.topk_mask, checked, count, masks, check_finite)
     return kept[0] if single else kept
 
 
+@calling("kth_largest")
 def kth_largest(
     scores: Tensor | Sequence[Tensor], k: SupportsIndex, *, check_finite: bool = True
 ) -> Tensor:
-    """The k-th largest of all scores, exactly; k = 1 is the largest.
+    """Finds the k-th largest of all scores, exactly; k = 1 is the largest.
 
     Args:
         scores: tensor of any shape and strides, or a list or tuple of tensors, as in `topk_mask`.
@@ -100,35 +103,35 @@ def kth_largest(
         >>> lap_ext.kth_largest(torch.tensor([[3., 1.], [3., 2.]]), 3)
         tensor(2.)
     """
-    _, checked = _scores("kth_largest", scores)
-    count = check.rank("kth_largest", k, sum(x.numel() for x in checked))
-    value = schema.call("kth_largest", schema.kth_largest, checked, count, check_finite)
+    _, checked = _scores(scores)
+    count = check.rank(k, sum(x.numel() for x in checked))
+    value = schema.call(schema.kth_largest, checked, count, check_finite)
     return value.to(checked[0].dtype)
 
 
-def _scores(function: str, scores: Any) -> tuple[bool, list[Tensor]]:
-    """(whether scores is one tensor, its tensors)."""
+def _scores(scores: Any) -> tuple[bool, list[Tensor]]:
+    """Checks scores; returns (whether they are one tensor, their tensors)."""
     if not isinstance(scores, (list, tuple)):
-        return True, [torch_args.floating(function, "scores", scores)]
-    checked = [torch_args.floating(function, f"scores[{t}]", x) for t, x in enumerate(scores)]
+        return True, [torch_args.floating("scores", scores)]
+    checked = [torch_args.floating(f"scores[{t}]", x) for t, x in enumerate(scores)]
     for x in checked[1:]:
         if x.dtype != checked[0].dtype:
-            check.one_of_a_kind(function, "dtype", [str(x.dtype) for x in checked])
+            check.one_of_a_kind("dtype", [str(x.dtype) for x in checked])
         if x.device != checked[0].device:
-            check.one_of_a_kind(function, "device", [str(x.device) for x in checked])
+            check.one_of_a_kind("device", [str(x.device) for x in checked])
     return False, checked
 
 
 def _masks(mask: Any, single: bool, scores: list[Tensor]) -> list[Tensor]:
-    """One contiguous mask per tensor of scores, or none."""
+    """Checks masks of scores; returns one contiguous mask per tensor of scores, or none."""
     if mask is None:
         return []
     if single:
-        found = [torch_args.eligible("topk_mask", "mask", mask, "scores", scores[0])]
+        masks = [torch_args.eligible("mask", mask, "scores", scores[0])]
     else:
-        check.one_mask_each("topk_mask", mask, len(scores))
-        found = [
-            torch_args.eligible("topk_mask", f"mask[{t}]", m, f"scores[{t}]", x)
+        check.one_mask_each(mask, len(scores))
+        masks = [
+            torch_args.eligible(f"mask[{t}]", m, f"scores[{t}]", x)
             for t, (m, x) in enumerate(zip(mask, scores, strict=True))
         ]
-    return [m for m in found if m is not None]
+    return [m for m in masks if m is not None]

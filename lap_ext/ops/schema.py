@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators of lap_ext: schemas, default kernels, shapes for tracing, and calls with clean errors.
+"""The operators of lap_ext: schemas, default kernels, shapes for tracing, calls with clear errors.
 
 The reference is the default kernel of every operator, on every device. The native libraries add
 kernels for CPU and CUDA: PyTorch's dispatcher chooses, no code here does. Only this file spells
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, library
 
-from lap_ext.ops import check, native, reference
+from lap_ext.errors import LapError
+from lap_ext.ops import native, reference
 from lap_ext.ops.reference.common import score_dtype
 
 _library = library.Library("lap_ext", "DEF")
@@ -22,7 +23,7 @@ _Fake = TypeVar("_Fake", bound=Callable[..., Any])
 
 
 def _define(schema: str, kernel: Callable[..., Any]) -> Callable[[_Fake], _Fake]:
-    """Defines an operator with its default kernel; decorates its fake."""
+    """Defines an operator with its default kernel; the decorated function is its fake kernel."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -34,23 +35,27 @@ def _define(schema: str, kernel: Callable[..., Any]) -> Callable[[_Fake], _Fake]
     return register
 
 
-@_define("row_energy(Tensor weight, bool check_finite, str name) -> Tensor", reference.row_energy)
+@_define(
+    "row_squared_norms(Tensor weight, bool check_finite, str name) -> Tensor",
+    reference.row_squared_norms,
+)
 def _(weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty([weight.shape[0]], dtype=torch.float64)
 
 
 @_define(
-    "col_energy(Tensor weight, int groups, bool check_finite, str name) -> Tensor",
-    reference.col_energy,
+    "col_squared_norms(Tensor weight, int groups, bool check_finite, str name) -> Tensor",
+    reference.col_squared_norms,
 )
 def _(weight: Tensor, groups: int, *_: object) -> Tensor:
     return weight.new_empty([groups * weight.shape[1]], dtype=torch.float64)
 
 
-# Both from one reading of the weight.
+# Both from one pass over the weight.
 @_define(
-    "energies(Tensor weight, int groups, bool check_finite, str name) -> (Tensor row, Tensor col)",
-    reference.energies,
+    "squared_norms(Tensor weight, int groups, bool check_finite, str name) -> "
+    "(Tensor row, Tensor col)",
+    reference.squared_norms,
 )
 def _(weight: Tensor, groups: int, *_: object) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape[:2]
@@ -60,10 +65,11 @@ def _(weight: Tensor, groups: int, *_: object) -> tuple[Tensor, Tensor]:
     )
 
 
-# An operator, so that a compiler cannot fuse it with what makes the energies and round otherwise.
-@_define("norm(Tensor[] energies) -> Tensor", reference.norm)
-def _(energies: list[Tensor]) -> Tensor:
-    return energies[0].new_empty(energies[0].shape)
+# An operator, so that a compiler cannot fuse it with what makes the squared norms and round them in
+# another way.
+@_define("norm(Tensor[] squared_norms) -> Tensor", reference.norm)
+def _(squared_norms: list[Tensor]) -> Tensor:
+    return squared_norms[0].new_empty(squared_norms[0].shape)
 
 
 @_define(
@@ -106,24 +112,23 @@ def _global_mask(
     masks: list[Tensor],
     check_finite: bool,
 ) -> list[Tensor]:
-    """The definition of global_mask, by operators: topk_mask of the scores of all weights."""
+    """Defines global_mask by other operators: topk_mask of the scores of all weights."""
     scores = []
     for t, (x, rows, cols, count) in enumerate(zip(w, row_norm, col_norm, groups, strict=True)):
         if rows.numel() == 0:
             scores.append(x)
             continue
         try:
-            scores.append(score(x, cols, rows, count, False, check_finite))
-        except (RuntimeError, ValueError) as error:
-            clean = _unwrapped(error)
-            if not isinstance(clean, ValueError):
-                raise
-            raise ValueError(str(clean).replace(" in w,", f" in w[{t}],")) from None
+            scores.append(call(score, x, cols, rows, count, False, check_finite))
+        except LapError as error:
+            if error.argument == "w":
+                error.argument = f"w[{t}]"
+            raise
     return topk_mask(scores, keep, masks, check_finite)
 
 
 # One ranking over weights [R, C, *K] with norms of rows [R] and of columns [groups * C] each (a
-# transposed convolution's rows are its inputs). An empty row_norm says that w is ready scores.
+# transposed convolution's rows are its inputs). An empty row_norm says that w holds scores.
 @_define(
     "global_mask(Tensor[] w, Tensor[] row_norm, Tensor[] col_norm, int[] groups, SymInt keep, "
     "Tensor[] masks, bool check_finite) -> Tensor[]",
@@ -143,9 +148,9 @@ def _(scores: list[Tensor], *_: object) -> Tensor:
 native.load()
 info = native.info
 
-row_energy = torch.ops.lap_ext.row_energy.default
-col_energy = torch.ops.lap_ext.col_energy.default
-energies = torch.ops.lap_ext.energies.default
+row_squared_norms = torch.ops.lap_ext.row_squared_norms.default
+col_squared_norms = torch.ops.lap_ext.col_squared_norms.default
+squared_norms = torch.ops.lap_ext.squared_norms.default
 norm = torch.ops.lap_ext.norm.default
 score = torch.ops.lap_ext.score.default
 mask = torch.ops.lap_ext.mask.default
@@ -154,26 +159,15 @@ topk_mask = torch.ops.lap_ext.topk_mask.default
 global_mask = torch.ops.lap_ext.global_mask.default
 kth_largest = torch.ops.lap_ext.kth_largest.default
 
-_ERRORS = {"lap_ext.ValueError: ": ValueError, "lap_ext.TypeError: ": TypeError}
 
-
-def call(function: str, op: Callable[..., Any], *args: object) -> Any:
-    """Runs an operator for a public function, whose name replaces the operator's in errors."""
+def call(op: Callable[..., Any], *args: object) -> Any:
+    """Runs an operator; the errors of native kernels are raised as the reference raises them."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
         return op(*args)
-    except (RuntimeError, ValueError, TypeError) as error:
-        clean = check.renamed(function, _unwrapped(error))
-        if clean is None:
+    except (RuntimeError, ValueError) as error:
+        mistake = native.mistake(error)
+        if mistake is None:
             raise
-    raise clean
-
-
-def _unwrapped(error: Exception) -> Exception:
-    """What a native kernel meant: PyTorch's stable ABI carries only RuntimeError."""
-    for marker, kind in _ERRORS.items():
-        _, found, text = str(error).partition(marker)
-        if found:
-            return kind(text.partition("\n")[0])
-    return error
+    raise mistake

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Whole models: trace, score, allocate, select, apply.
+"""Prunes models: trace, score, allocate, select, apply.
 
-Nothing of the model is changed before every mask is there. In parallel order each weight is read
-twice: once for its norms, once for its mask.
+The model is not changed before every mask is computed. In parallel order each weight is read twice:
+once for its norms, once for its mask.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 sections 3 and 4 (orders and rounds).
 """
@@ -16,52 +16,68 @@ from typing import Any
 from torch import Tensor, nn
 
 from lap_ext import allocation
+from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
+from lap_ext.criteria import CriterionLike
 from lap_ext.criteria.context import Network
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import Masks
+from lap_ext.options import (
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Order,
+    Patterns,
+    Residual,
+    Scope,
+)
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.pruning.plan import Plan, checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.topology import Layer
+from lap_ext.topology import Layer, Topology
 
 
+@calling("scores")
 def scores(
     model: nn.Module,
-    example_inputs: Any,
-    criterion: Any = "lookahead",
+    example_inputs: Inputs | None = None,
+    criterion: CriterionLike = "lookahead",
     *,
-    normalize: str = "none",
-    exclude: Sequence[str] = (),
-    bn: str = "paper",
-    skip: str = "sum",
+    topology: Topology | None = None,
+    normalize: Normalize = "none",
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
     data: Iterable[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
     neighbors: Mapping[str, Any] | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of every weight of a model; the model is not changed.
+    """Scores every weight of a model; the model is not changed.
 
     Args:
         model: as in `prune`.
         example_inputs: as in `prune`.
         criterion: as in `prune`.
+        topology: as in `prune`.
         normalize: as in `prune`.
+        layers: as in `prune`.
         exclude: as in `prune`.
-        bn: as in `prune`.
-        skip: as in `prune`.
+        batch_norm: as in `prune`.
+        residual: as in `prune`.
         data: as in `prune`.
-        kwargs: as in `prune`.
         neighbors: as in `prune`.
-        unknown: as in `prune`.
-        masks: as in `prune`: only these weights count as their layers' neighbors'.
+        on_unsupported: as in `prune`.
+        masks: as in `prune`; pruned weights do not count in the norms of neighbors.
         on_progress: as in `prune`.
 
     Returns:
         Layer name -> scores >= 0 of the weight's shape, on its device, float32 (float64 for float64
-        weights, and where they are normalized).
+        weights, and for normalized scores).
 
     Raises:
         TopologyError, TypeError, ValueError: as `prune`.
@@ -75,40 +91,47 @@ def scores(
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
     options = options_of(
-        "scores", criterion=criterion, normalize=normalize, exclude=exclude, bn=bn, skip=skip
+        criterion,
+        normalize=normalize,
+        batch_norm=batch_norm,
+        residual=residual,
+        layers=layers,
+        exclude=exclude,
     )
-    topology = topology_of("scores", model, example_inputs, kwargs, neighbors, unknown)
-    plan = plan_of("scores", topology, options)
-    scoring = _scoring(plan, checked_masks("scores", topology, masks), data, on_progress)
+    traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
+    plan = plan_of(traced, options)
+    scoring = _scoring(plan, checked_masks(traced, masks), data, on_progress)
     scoring.measure(plan.layers)
     step = scoring.step("score", plan.layers)
-    found = {}
+    result = {}
     for layer in plan.layers:
         mask = scoring.masks.get(layer.name)
-        found[layer.name] = selection.comparable_scores(
+        result[layer.name] = selection.comparable_scores(
             scoring.network, plan.criterion, layer, normalize, mask
         )
         step.read(layer.name, layer.weight.nbytes)
-    return found
+    return result
 
 
+@calling("prune")
 def prune(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Inputs | None,
     sparsity: Sparsity,
     *,
-    criterion: Any = "lookahead",
-    scope: str = "layer",
-    normalize: str = "none",
-    order: str = "parallel",
+    topology: Topology | None = None,
+    criterion: CriterionLike = "lookahead",
+    scope: Scope = "layer",
+    normalize: Normalize = "none",
+    order: Order = "parallel",
     rounds: int = 1,
-    exclude: Sequence[str] = (),
-    bn: str = "paper",
-    skip: str = "sum",
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
     data: Iterable[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
     neighbors: Mapping[str, Any] | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
     apply: bool = True,
     on_progress: Callable[[Progress], Any] | None = None,
@@ -120,36 +143,40 @@ def prune(
 
     Args:
         model: any module that `trace` can follow. Its layers are the weights of linear layers,
-            convolutions, embeddings and recurrent layers; biases and norms are left alone.
-        example_inputs: a tensor or a tuple of positional arguments for the trace (small ones will
-            do), or the `Topology` that an earlier `trace` of this model gave.
+            convolutions, embeddings and recurrent layers; biases and norms are not pruned.
+        example_inputs: for the trace, what the model's forward takes: a tensor, a tuple of
+            positional arguments, or a dict of named ones. Small inputs suffice. None with topology.
         sparsity: fraction of the weights to remove; a dict of name patterns and fractions (the
-            first that matches counts, layers that match none stay dense); or an allocation such as
+            first match counts, layers without a match stay dense); or an allocation such as
             `lap_ext.erk(0.9)`.
-        criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random", an
-            instance of a class of `lap_ext.criteria`, or a function of a layer.
-        scope: "layer" ranks each layer by itself, "global" all layers together (exactly: one
-            ranking over the list of scores, ties to the earlier layer and lower index).
-        normalize: of scores between layers: "none", "norm" (divided by the layer's L2 norm) or
-            "lamp". Within a layer none of them changes the ranking.
+        topology: the result of an earlier `trace` of this model, instead of example_inputs.
+        criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
+            another name in `lap_ext.criteria`, an instance of one of its classes, or a function of
+            a layer.
+        scope: "layer" ranks the weights of each layer separately, "global" those of all layers
+            together (one exact ranking of all scores, ties to the earlier layer and lower index).
+        normalize: makes scores comparable between layers: "none", "norm" (divided by the layer's
+            L2 norm of scores) or "lamp". None of them changes the ranking within a layer.
         order: "parallel" scores all layers with their dense neighbors; "forward" from the first to
-            the last, with the already pruned producers; "backward" with the pruned consumers.
-        rounds: prunes in so many equal steps, scores computed anew in between.
-        exclude: name patterns of layers that stay as they are.
-        bn: batch norms count on the edge they lie on ("paper"), also behind the consumer ("fold"),
-            or not at all ("off").
-        skip: "sum" counts every producer and consumer of a channel; "ignore" only the layers just
-            before and after in the network's order, excluded ones left out: the public code's
-            reading of a residual net as a chain, for comparisons.
+            the last, with the already pruned producers; "backward" from the last to the first, with
+            the already pruned consumers.
+        rounds: prunes in this many equal steps and recomputes the scores before each.
+        layers: name patterns of the layers to prune; None: all.
+        exclude: name patterns of layers not to prune.
+        batch_norm: "edge" counts a batch norm as a scale on the edge that it lies on; "fold" also
+            counts the one that follows a consumer, as if folded into its weight; "ignore" none.
+        residual: "sum" counts every producer and consumer of a channel; "chain" only the layers
+            just before and after in the network's order, without excluded ones. The paper's public
+            code treats residual networks like this; use it for comparisons.
         data: batches for criteria that need activations or gradients.
-        kwargs: named arguments of the model's forward, for the trace.
         neighbors: as in `trace`.
-        unknown: as in `trace`.
-        masks: of an earlier pruning: pruned weights never return.
-        apply: set the pruned weights to zero. False leaves the model as it is.
+        on_unsupported: as in `trace`.
+        masks: of an earlier pruning; pruned weights stay pruned.
+        apply: set the pruned weights to zero. False leaves the model unchanged;
+            `result.apply(model)` does it later.
         on_progress: called with a `lap_ext.progress.Progress` after each layer that is measured,
-            scored or ranked; the trace comes before. An error that it raises ends the pruning, and
-            the model is as it was.
+            scored or ranked, not during the trace. An error that it raises stops the pruning and
+            leaves the model unchanged.
 
     Returns:
         The result: `.masks`, `.sparsity`, `.layers`; print it for a table.
@@ -170,22 +197,61 @@ def prune(
         36
     """
     options = options_of(
-        "prune",
-        criterion=criterion,
+        criterion,
         scope=scope,
         normalize=normalize,
         order=order,
         rounds=rounds,
+        batch_norm=batch_norm,
+        residual=residual,
+        layers=layers,
         exclude=exclude,
-        bn=bn,
-        skip=skip,
     )
-    topology = topology_of("prune", model, example_inputs, kwargs, neighbors, unknown)
-    plan = plan_of("prune", topology, options)
-    result = run(plan, sparsity, masks, data, on_progress)
+    traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
+    result = run(plan_of(traced, options), sparsity, masks, data, on_progress)
     if apply:
-        result.masks.apply(model)
+        result.apply(model)
     return result
+
+
+@calling("sparsity")
+def sparsity(model: nn.Module) -> float:
+    """Measures the fraction of a model's weights that are zero, of either sign.
+
+        sparsity = zeros / n        over all parameters of two dimensions or more, tied ones once
+
+    Args:
+        model: any module with its weights in memory.
+
+    Returns:
+        The fraction; 0.0 if there is no such parameter.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: a parameter is on the meta device.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> result = lap_ext.prune(net, torch.ones(1, 4), 0.75)
+        >>> lap_ext.sparsity(net)
+        0.75
+    """
+    if not isinstance(model, nn.Module):
+        raise LapTypeError(
+            "{argument} to be a torch.nn.Module", type(model).__name__, argument="model"
+        )
+    zeros = total = 0
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            continue
+        if weight.is_meta:
+            raise LapValueError(
+                "weights with data", "one on the meta device", layer=layer_name(name)
+            )
+        total += weight.numel()
+        zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros / total if total else 0.0
 
 
 def run(
@@ -195,10 +261,10 @@ def run(
     data: Iterable[Any] | None,
     on_progress: Callable[[Progress], Any] | None,
 ) -> PruneResult:
-    """Finds the masks that a plan and a sparsity ask for; the model is not changed."""
-    given = checked_masks(plan.function, plan.topology, masks)
+    """Computes the masks of a plan for a sparsity; the model is not changed."""
+    given = checked_masks(plan.topology, masks)
     shapes = {layer.name: layer.shape for layer in plan.layers}
-    allocated = allocation.of(sparsity, plan.function)
+    allocated = allocation.of(sparsity)
     keeps = allocated.keeps(shapes)
     layers = [layer for layer in plan.layers if layer.name in keeps]
     scoring = _scoring(plan, given, data, on_progress)
@@ -212,7 +278,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """A plan, the network that its scores are computed with, and the listener."""
+    """A plan, the network that computes its scores, and the progress listener."""
 
     plan: Plan
     network: Network
@@ -220,7 +286,7 @@ class _Scoring:
     on_progress: Callable[[Progress], Any] | None
 
     def measure(self, layers: Sequence[Layer]) -> None:
-        """Takes the norms of the whole network, unless there is nothing to score."""
+        """Measures the norms of all layers, unless there is nothing to score."""
         if not layers or not self.plan.criterion.reads_norms:
             return
         every = self.plan.topology.layers
@@ -230,7 +296,7 @@ class _Scoring:
             step.read(role.layer, every[role.layer].weight.nbytes)
 
     def step(self, name: str, layers: Sequence[Layer]) -> Step:
-        """Begins a step that reads the weights of layers once."""
+        """Begins a progress step that reads the weights of layers once."""
         return Step(self.on_progress, name, sum(layer.weight.nbytes for layer in layers))
 
 
@@ -240,7 +306,7 @@ def _scoring(
     data: Iterable[Any] | None,
     on_progress: Callable[[Progress], Any] | None,
 ) -> _Scoring:
-    """Prepares the network; here criteria look at data."""
+    """Prepares the network; criteria that need data read it here."""
     if data is not None:
         Step(on_progress, "data", 0).read("", 0)
     network = plan.criterion.prepare(plan.network(masks), data)
@@ -248,22 +314,22 @@ def _scoring(
 
 
 def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Tensor]:
-    """The masks of one ranking over all layers, after all rounds."""
+    """Computes the masks of one ranking over all layers, in all rounds."""
     network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
     masks = _own_masks(scoring, layers)
-    left = sum(_left(layer, masks) for layer in layers)
+    start = sum(_unpruned(layer, masks) for layer in layers)
     stored = [x for x in layers if selection.stores_scores(criterion, x, options.normalize)]
     for number in range(1, options.rounds + 1):
         scoring.measure(layers)
-        step, found = scoring.step("score", stored), []
+        step, rankables = scoring.step("score", stored), []
         for layer in layers:
             own = masks.get(layer.name)
-            found.append(selection.ranked(network, criterion, layer, options.normalize, own))
+            rankables.append(selection.rankable(network, criterion, layer, options.normalize, own))
             if selection.stores_scores(criterion, layer, options.normalize):
                 step.read(layer.name, layer.weight.nbytes)
-        after = _after(number, options.rounds, left, keep)
+        target = _target(number, options.rounds, start, keep)
         step = scoring.step("rank", layers)
-        masks = selection.global_masks(network, layers, found, after, masks)
+        masks = selection.global_masks(network, layers, rankables, target, masks)
         step.read("", step.total)
         if number < options.rounds:
             _set_masks(network, masks)
@@ -273,16 +339,16 @@ def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Te
 def _by_layer(
     scoring: _Scoring, layers: list[Layer], keeps: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """The masks of layers that are ranked each by itself, after all rounds."""
+    """Computes the masks of layers that are ranked separately, in all rounds."""
     network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
     masks = _own_masks(scoring, layers)
-    left = {layer.name: _left(layer, masks) for layer in layers}
+    start = {layer.name: _unpruned(layer, masks) for layer in layers}
     for number in range(1, options.rounds + 1):
         scoring.measure(layers)
         step = scoring.step("rank", layers)
         for layer in reversed(layers) if options.order == "backward" else layers:
             name = layer.name
-            keep = _after(number, options.rounds, left[name], keeps[name])
+            keep = _target(number, options.rounds, start[name], keeps[name])
             masks[name] = selection.layer_mask(network, criterion, layer, keep, masks.get(name))
             step.read(name, layer.weight.nbytes)
             if options.order != "parallel":
@@ -297,15 +363,15 @@ def _own_masks(scoring: _Scoring, layers: list[Layer]) -> dict[str, Tensor]:
     return {layer.name: given[layer.name] for layer in layers if layer.name in given}
 
 
-def _left(layer: Layer, masks: Mapping[str, Tensor]) -> int:
-    """Weights of a layer that a mask leaves."""
+def _unpruned(layer: Layer, masks: Mapping[str, Tensor]) -> int:
+    """Counts the weights of a layer that its mask keeps."""
     mask = masks.get(layer.name)
     return layer.weight.numel() if mask is None else int(mask.count_nonzero())
 
 
-def _after(number: int, rounds: int, left: int, keep: int) -> int:
-    """Weights to keep after a round: each removes the same number."""
-    return left - max(left - keep, 0) * number // rounds
+def _target(number: int, rounds: int, start: int, keep: int) -> int:
+    """Returns how many weights to keep after a round; each round removes the same number."""
+    return start - max(start - keep, 0) * number // rounds
 
 
 def _set_masks(network: Network, masks: Mapping[str, Tensor]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How a model is to be pruned: every option checked, the layers chosen, nothing scored yet."""
+"""Plans a pruning: checks every option and chooses the layers, but computes no score."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,135 +11,187 @@ from torch import Tensor, nn
 
 from lap_ext import criteria
 from lap_ext._text import matches, some
-from lap_ext.criteria import Criterion
-from lap_ext.criteria.context import BN, Network
+from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.criteria.context import Network
+from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
-from lap_ext.pruning import selection
+from lap_ext.options import (
+    BATCH_NORMS,
+    NORMALIZATIONS,
+    ORDERS,
+    RESIDUALS,
+    SCOPES,
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Order,
+    Patterns,
+    Residual,
+    Scope,
+    one_of,
+    positive,
+)
 from lap_ext.topology import Layer, Topology, trace
 
-SCOPES, ORDERS = ("layer", "global"), ("parallel", "forward", "backward")
-SKIPS = ("sum", "ignore")
-_LISTED = 5  # of many layers, the first ones show how they are named
+_LISTED = 5  # of many layers, errors list the first ones
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `prune` that say how layers are scored and ranked, checked."""
+    """The checked options of `prune` that say which layers are ranked and how.
+
+    Attributes:
+        criterion: scores the weights; it receives its data later.
+        scope, normalize, order, rounds, batch_norm, residual, layers, exclude: as in `prune`.
+    """
 
     criterion: Criterion
-    scope: str
-    normalize: str
-    order: str
-    rounds: int
-    exclude: Sequence[str]
-    bn: str
-    skip: str
+    scope: Scope = "layer"
+    normalize: Normalize = "none"
+    order: Order = "parallel"
+    rounds: int = 1
+    batch_norm: BatchNorm = "edge"
+    residual: Residual = "sum"
+    layers: Patterns | None = None
+    exclude: Patterns = ()
+
+    def __post_init__(self) -> None:
+        one_of("scope", self.scope, SCOPES)
+        one_of("normalize", self.normalize, NORMALIZATIONS)
+        one_of("order", self.order, ORDERS)
+        one_of("batch_norm", self.batch_norm, BATCH_NORMS)
+        one_of("residual", self.residual, RESIDUALS)
+        positive("rounds", self.rounds)
+        if self.scope == "global" and self.order != "parallel":
+            raise LapValueError(
+                'order="parallel" with scope="global" (one ranking needs all scores at once)',
+                f"order={self.order!r}",
+                "Use rounds to score anew in between.",
+            )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers of a model that are to be pruned, and how.
+    """The layers of a model to prune, and the options.
 
     Attributes:
-        function: the public function that errors name.
         topology: of the model.
-        layers: those that are not excluded, in the network's order.
+        layers: the chosen layers, in the network's order.
         options: of `prune`.
     """
 
-    function: str
     topology: Topology
     layers: list[Layer]
     options: Options
 
     @property
     def criterion(self) -> Criterion:
-        """What a weight is worth."""
+        """The criterion that scores the weights."""
         return self.options.criterion
 
     def network(self, masks: Mapping[str, Tensor]) -> Network:
-        """What scores are computed with; masks: the weights that are left."""
+        """Builds the network that computes scores; masks: the weights that are kept."""
         options = self.options
-        chain = [layer.name for layer in self.layers] if options.skip == "ignore" else None
-        return Network(self.topology, options.bn, masks=masks, chain=chain, function=self.function)
+        chain = [layer.name for layer in self.layers] if options.residual == "chain" else None
+        return Network(self.topology, options.batch_norm, masks=masks, chain=chain)
 
 
 def options_of(
-    function: str,
+    criterion: CriterionLike,
     *,
-    criterion: Any = "lookahead",
-    scope: str = "layer",
-    normalize: str = "none",
-    order: str = "parallel",
+    scope: Scope = "layer",
+    normalize: Normalize = "none",
+    order: Order = "parallel",
     rounds: int = 1,
-    exclude: Sequence[str] = (),
-    bn: str = "paper",
-    skip: str = "sum",
+    batch_norm: BatchNorm = "edge",
+    residual: Residual = "sum",
+    layers: Patterns | None = None,
+    exclude: Patterns = (),
 ) -> Options:
-    """Checks the options of `prune`, whose documentation says what they mean."""
-    check.one_of(function, "scope", scope, SCOPES)
-    check.one_of(function, "normalize", normalize, selection.NORMALIZATIONS)
-    check.one_of(function, "order", order, ORDERS)
-    check.one_of(function, "bn", bn, BN)
-    check.one_of(function, "skip", skip, SKIPS)
-    check.positive(function, "rounds", rounds)
-    if scope == "global" and order != "parallel":
-        raise ValueError(
-            f'{function}: expected order="parallel" with scope="global" (one ranking needs all '
-            f"scores at once), got order={order!r}. Use rounds to score anew in between."
-        )
-    how = criteria.of(criterion, function)
-    return Options(how, scope, normalize, order, rounds, exclude, bn, skip)
+    """Checks the options of `prune`, which documents them."""
+    return Options(
+        criteria.of(criterion),
+        scope=scope,
+        normalize=normalize,
+        order=order,
+        rounds=rounds,
+        batch_norm=batch_norm,
+        residual=residual,
+        layers=layers,
+        exclude=exclude,
+    )
 
 
-def plan_of(function: str, topology: Topology, options: Options) -> Plan:
-    """Chooses the layers that the options leave to prune."""
-    return Plan(function, topology, chosen(function, topology, options.exclude), options)
+def plan_of(topology: Topology, options: Options) -> Plan:
+    """Chooses the layers to prune, by the options."""
+    return Plan(topology, chosen(topology, options.layers, options.exclude), options)
 
 
 def topology_of(
-    function: str,
     model: nn.Module,
-    given: Any,
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None,
+    topology: Topology | None,
     neighbors: Mapping[str, Any] | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
-    """Traces a model, or takes the topology that is given in place of example inputs."""
-    if not isinstance(given, Topology):
-        return trace(model, given, kwargs, neighbors=neighbors, unknown=unknown)
-    if given.model is not model:
-        raise ValueError(f"{function}: expected the topology of this model, got another's.")
-    return given
+    """Traces a model, or checks the topology that is given instead of example inputs."""
+    if topology is None:
+        return trace(model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported)
+    if example_inputs is not None or neighbors is not None:
+        other = "example_inputs" if example_inputs is not None else "neighbors"
+        raise LapTypeError(
+            f"topology alone (the trace has been made, and {other} are for it)",
+            f"{other} too",
+            f"Leave out topology, or {other}.",
+        )
+    if topology.model is not model:
+        raise LapValueError("the topology of this model", "another's")
+    return topology
 
 
-def chosen(function: str, topology: Topology, exclude: Sequence[str]) -> list[Layer]:
-    """Chooses the layers that no pattern of exclude names; each pattern must name one."""
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in topology.layers):
-            raise ValueError(
-                f"{function}: expected exclude patterns that name a layer, got {pattern!r}. The "
-                f"layers are {some(topology.layers, _LISTED)}."
+def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> list[Layer]:
+    """Chooses the layers that match a pattern of layers and none of exclude.
+
+    Args:
+        topology: of the model.
+        layers: patterns of the layers to take; None: all.
+        exclude: patterns of the layers to leave out.
+
+    Raises:
+        LapValueError: a pattern matches no layer.
+    """
+    names = set(topology.layers) if layers is None else _matching(topology, layers, "layers")
+    names -= _matching(topology, exclude, "exclude")
+    return [layer for name, layer in topology.layers.items() if name in names]
+
+
+def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]:
+    """Finds the names of layers that match patterns; each pattern must match one."""
+    names: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = [name for name in topology.layers if matches(name, pattern)]
+        if not matching:
+            raise LapValueError(
+                "{argument} patterns that name a layer",
+                repr(pattern),
+                f"The layers are {some(topology.layers, _LISTED)}.",
+                argument=argument,
             )
-    return [
-        layer
-        for name, layer in topology.layers.items()
-        if not any(matches(name, pattern) for pattern in patterns)
-    ]
+        names.update(matching)
+    return names
 
 
-def checked_masks(
-    function: str, topology: Topology, masks: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Checks that masks of an earlier pruning are of the model's layers."""
+def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Checks that masks of an earlier pruning fit the model's layers."""
     given = dict(masks or {})
     for name, mask in given.items():
         if name not in topology.layers:
-            raise ValueError(
-                f"{function}: expected masks of the model's layers, got one for {name!r}. The "
-                f"layers are {some(topology.layers, _LISTED)}."
+            raise LapValueError(
+                "masks of the model's layers",
+                f"one for {name!r}",
+                f"The layers are {some(topology.layers, _LISTED)}.",
             )
         shapes = tuple(mask.shape), "weight", topology.layers[name].shape
-        check.mask_like(function, f"masks[{name!r}]", str(mask.dtype), *shapes)
+        check.mask_like(f"masks[{name!r}]", str(mask.dtype), *shapes)
     return given

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Prunes while training: a schedule says when and how much, masks carry over from one to the next.
+"""Prunes during training: a schedule says when and how much; each pruning extends the last masks.
 
     step k   the k-th call of Pruner.step, from 0
              sparsity = schedule(k); None: nothing is scored
-             masks    = prune(model, sparsity, masks=masks): pruned weights never return
-             masks.keep(model, optimizer), in place of the handle of the masks before
+             masks    = prune(model, sparsity, masks=masks): pruned weights stay pruned
+             masks.keep(model, optimizer) replaces the handle of the previous masks
 
-The model is traced once; it has no hook and no wrapper. All that a resumed run needs is the number
-of steps and the masks: a schedule is a pure function of the step.
+The model is traced once and has no hooks or wrappers. To resume, a run needs only the number of
+steps and the masks, because a schedule is a pure function of the step.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -24,56 +23,76 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lap_ext._text import did_you_mean, lines, some
+from lap_ext._text import lines, some
 from lap_ext.allocation import Sparsity
-from lap_ext.criteria import Criterion
+from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks, pack, unpack
 from lap_ext.masks.keep import check_hooks
 from lap_ext.masks.targets import zero_
+from lap_ext.options import (
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Order,
+    Patterns,
+    Residual,
+    Scope,
+)
+from lap_ext.progress import Progress
 from lap_ext.pruning.model import run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.topology import Layer
+from lap_ext.topology import Layer, Topology
 
 Schedule: TypeAlias = Callable[[int], Sparsity | None]
 
-_TRACE = ("kwargs", "neighbors", "unknown")  # the options of prune that are trace's
-_PLAN = tuple(inspect.signature(options_of).parameters)[1:]  # those that say how it ranks
-_RUN = ("data", "on_progress")  # those that each pruning takes
-_OWN = ("sparsity", "masks", "apply")  # those that the pruner decides
-_LISTED = 10  # of many differences, the first ones say it
+_LISTED = 10  # of many differences, errors list the first ones
 
 
 class Pruner:
-    """Prunes a model while it is trained, and keeps pruned weights at zero.
+    """Prunes a model during training, and keeps pruned weights at zero.
 
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
-    What the optimizer does in between cannot move a pruned weight: gradients and moments of pruned
-    weights are 0, as `Masks.keep` has it. With gradient accumulation, autocast, GradScaler and
-    torch.compile nothing else is needed. After a pruning an average of the weights (AveragedModel)
-    that is older needs `pruner.masks.apply(average)`, and a captured CUDA graph a new capture.
+    In between, the optimizer cannot change a pruned weight: gradients and moments of pruned weights
+    are 0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile need
+    nothing else. After each pruning, call `pruner.masks.apply(average)` for an existing average of
+    the weights (AveragedModel), and capture a CUDA graph again.
 
     Args:
-        model: as in `prune`; also what torch.compile, DataParallel or DistributedDataParallel made
-            of it. The processes of a DistributedDataParallel take the masks of the first one (the
-            running statistics of batch norms differ between them) and must all call `step`.
-        example_inputs: as in `prune`: for the trace of the model, which is made once, here.
+        model: as in `prune`, or wrapped by torch.compile, DataParallel or DistributedDataParallel.
+            The processes of a DistributedDataParallel use the masks of the first one (the running
+            statistics of batch norms differ between them) and must all call `step`.
+        example_inputs: as in `prune`. The model is traced once, here.
         schedule: step -> the sparsity to prune to, or None. One of `lap_ext.schedule`, or your own
-            function; a sparsity is all that `prune` takes: a number, a dict, an allocation.
-        optimizer: what trains the model, or several of them. None: `step` sets pruned weights back
-            to zero itself, so it has to follow every step; moments are then the optimizer's own.
-        options: criterion, scope, normalize, order, rounds, exclude, bn, skip, data, kwargs,
-            neighbors, unknown and on_progress, as in `prune`. data is iterated over at every pruning.
+            function; the sparsity is anything that `prune` takes: a number, a dict, an allocation.
+        optimizer: the optimizer of the model, or several. None: `step` sets pruned weights back to
+            zero itself, so call it after every step; the optimizer's moments are not changed.
+        topology: as in `prune`.
+        criterion: as in `prune`.
+        scope: as in `prune`.
+        normalize: as in `prune`.
+        order: as in `prune`.
+        rounds: as in `prune`, for each pruning.
+        layers: as in `prune`.
+        exclude: as in `prune`.
+        batch_norm: as in `prune`.
+        residual: as in `prune`.
+        data: as in `prune`; every pruning iterates over it, so it must not be an iterator.
+        neighbors: as in `prune`.
+        on_unsupported: as in `prune`.
+        on_progress: as in `prune`.
 
     Attributes:
-        layers: the layers that it prunes, in the network's order.
-        topology: the trace. Another pruner of this model takes it in place of example_inputs.
+        layers: the layers to prune, in the network's order.
+        topology: the trace. Another pruner of this model accepts it instead of example_inputs.
         masks: the masks so far, `Masks`; empty before the first pruning.
-        result: the last pruning's `PruneResult`, or None.
+        result: the `PruneResult` of the last pruning, or None.
 
     Raises:
         TopologyError: the model cannot be traced.
-        TypeError, ValueError: as `prune`; the optimizer trains none of the layers.
+        TypeError, ValueError: as `prune`; or the optimizer trains none of the layers.
 
     Example:
         >>> import torch
@@ -91,37 +110,61 @@ class Pruner:
         >>> pruner.sparsity, int((net[0].weight != 0).sum())
         (0.75, 8)
 
-        The paper's schedules, a ratio for each layer: iterative, which prunes what is left by the
-        ratios after every 1000 steps of training, and one-shot, which prunes the dense net once, to
-        what the iterative one has after 5 times.
+        The paper's schedules, with a ratio for each layer: iterative prunes the remaining weights
+        by the ratios after every 1000 steps of training; one-shot prunes the dense network once, to
+        the sparsity that iterative reaches after 5 prunings.
 
-        >>> from lap_ext.allocation import paper
+        >>> from lap_ext.allocation import compounded
         >>> def iterative(step):
         ...     times, off = divmod(step + 1, 1000)
-        ...     return paper([0.5, 0.25], times) if not off and times <= 5 else None
+        ...     return compounded([0.5, 0.25], times) if not off and times <= 5 else None
         >>> def one_shot(step):
-        ...     return paper([0.5, 0.25], 5) if step + 1 == 1000 else None
+        ...     return compounded([0.5, 0.25], 5) if step + 1 == 1000 else None
     """
 
+    @calling("Pruner")
     def __init__(
         self,
         model: Module,
-        example_inputs: Any,
+        example_inputs: Inputs | None,
         schedule: Schedule,
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        **options: Any,
+        topology: Topology | None = None,
+        criterion: CriterionLike = "lookahead",
+        scope: Scope = "layer",
+        normalize: Normalize = "none",
+        order: Order = "parallel",
+        rounds: int = 1,
+        layers: Patterns | None = None,
+        exclude: Patterns = (),
+        batch_norm: BatchNorm = "edge",
+        residual: Residual = "sum",
+        data: Iterable[Any] | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        on_unsupported: OnUnsupported = "raise",
+        on_progress: Callable[[Progress], Any] | None = None,
     ) -> None:
         _check_schedule(schedule)
-        _check_options(options)
+        _check_repeatable(data)
         self._schedule = schedule
         self._model, self._group = _unwrapped(model)
-        traced = {name: options.pop(name) for name in _TRACE if name in options}
-        self._data = options.pop("data", None)
-        self._on_progress = options.pop("on_progress", None)
-        checked = options_of("Pruner", **options)
-        self.topology = topology_of("Pruner", self._model, example_inputs, **traced)
-        self._plan = plan_of("Pruner", self.topology, checked)
+        self._data, self._on_progress = data, on_progress
+        options = options_of(
+            criterion,
+            scope=scope,
+            normalize=normalize,
+            order=order,
+            rounds=rounds,
+            batch_norm=batch_norm,
+            residual=residual,
+            layers=layers,
+            exclude=exclude,
+        )
+        self.topology = topology_of(
+            self._model, example_inputs, topology, neighbors, on_unsupported
+        )
+        self._plan = plan_of(self.topology, options)
         self.layers: Sequence[Layer] = tuple(self._plan.layers)
         self._check_data()
         self._optimizers = _optimizers(optimizer)
@@ -137,21 +180,23 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """Fraction removed so far of the weights of the pruned layers; 0.0 before the first time."""
+        """The fraction removed so far of the weights of the pruned layers; 0.0 at first."""
         return self.masks.sparsity
 
+    @calling("Pruner.step")
     def step(self) -> PruneResult | None:
-        """Counts a step of training and prunes if the schedule says so.
+        """Counts a training step and prunes if the schedule says so.
 
         Returns:
-            What it pruned, or None if this was no step to prune at.
+            The result of the pruning, or None if this step did not prune.
 
         Raises:
-            ValueError: as `prune`; neither model nor pruner were changed.
+            ValueError: as `prune`; neither the model nor the pruner is changed.
             RuntimeError: after `remove`.
         """
-        self._check_not_removed("step")
-        sparsity = self._schedule(self._step)
+        self._check_not_removed()
+        with callback():
+            sparsity = self._schedule(self._step)
         if sparsity is not None:
             self._prune(sparsity)
         elif not self._optimizers:
@@ -161,11 +206,12 @@ class Pruner:
         return None if sparsity is None else self.result
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: save it with the states of the model and the optimizer.
+        """Returns what a resumed run needs; save it with the states of the model and the optimizer.
 
         Returns:
-            step: calls of `step` so far. masks: layer name -> one bit per weight, uint8. layers:
-            name -> shape of every layer of the model. torch.load reads it with weights_only=True.
+            step: number of calls of `step`. masks: layer name -> one bit per weight, uint8.
+            layers: name -> shape of every layer of the model. torch.load reads it with
+            weights_only=True.
 
         Example:
             >>> import io, torch
@@ -177,7 +223,7 @@ class Pruner:
             >>> file = io.BytesIO()
             >>> torch.save({"model": net.state_dict(), "pruner": pruner.state_dict()}, file)
 
-            Another day, after the same lines that made the model and the pruner:
+            In a later run, after the same lines that created the model and the pruner:
 
             >>> _ = file.seek(0)
             >>> saved = torch.load(file, weights_only=True)
@@ -189,68 +235,67 @@ class Pruner:
         return {
             "step": self._step,
             "masks": {name: pack(mask) for name, mask in self.masks.items()},
-            "layers": self._layers(),
+            "layers": self._shapes(),
         }
 
+    @calling("Pruner.load_state_dict")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was called; the masks are applied to the model at once.
+        """Resumes where `state_dict` was called; the masks are applied to the model at once.
 
-        The run then equals one that was never interrupted, bit for bit, if its batches do. A
-        pruner that has pruned more since then is loaded before the optimizer, which would lose
-        the moments of weights that come back; a new one in any order.
+        With the same batches, the run is bit-identical to one that was never interrupted. Load a
+        pruner that has pruned more since then before its optimizer, which would otherwise lose the
+        moments of weights that return; a new pruner can be loaded in any order.
 
         Raises:
-            TypeError, ValueError: it is not such a state, or one of other layers; nothing was
+            TypeError, ValueError: it is not such a state, or its layers differ; nothing is
                 changed.
             RuntimeError: after `remove`.
         """
-        self._check_not_removed("load_state_dict")
-        step, masks = _unpacked(state, self._layers())
-        self._adopt(masks)
+        self._check_not_removed()
+        step, masks = _unpacked(state, self._shapes())
+        self._use(masks)
         self._step = step
 
     def remove(self) -> None:
-        """Ends it: the optimizer is as before and may move pruned weights, which are zero now."""
+        """Removes the optimizer's hooks: it may then change pruned weights, which are zero now."""
         self._hooks.close()
         self._removed = True
 
     def _prune(self, sparsity: Sparsity) -> None:
-        """Masks first: where scoring fails nothing was changed."""
-        here = {
+        """Computes all masks before it changes the model, so that errors leave it unchanged."""
+        current = {
             name: self.masks[name].to(weight.device) for name, weight in self._weights(self.masks)
         }
-        result = run(self._plan, sparsity, here, self._data, self._on_progress)
-        self._adopt({**here, **_agreed(result.masks, self._group)})
+        result = run(self._plan, sparsity, current, self._data, self._on_progress)
+        self._use({**current, **_broadcast(result.masks, self._group)})
 
-    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
-        """From now on these masks count."""
+    def _use(self, masks: Mapping[str, Tensor]) -> None:
+        """Replaces the masks: applies the new ones and keeps them with the optimizers."""
         layers = self.topology.layers
-        found = Masks(
-            {name: masks[name].to(weight.device) for name, weight in self._weights(masks)}
-        )
+        new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
         if not self._optimizers:
-            found.apply(self._model)
-        with ExitStack() as hooks:  # the new ones before the old ones go
+            new.apply(self._model)
+        with ExitStack() as hooks:  # adds the new ones before it removes the old ones
             for optimizer in self._optimizers:
-                hooks.enter_context(found.keep(self._model, optimizer))
+                hooks.enter_context(new.keep(self._model, optimizer))
             self._hooks.close()
             self._hooks = hooks.pop_all()
-        self.masks = found
-        rows = [row_of(layers[name], mask) for name, mask in found.items()]
-        self.result = PruneResult(found, rows, self._plan.criterion.name) if rows else None
+        self.masks = new
+        rows = [row_of(layers[name], mask) for name, mask in new.items()]
+        self.result = PruneResult(new, rows, self._plan.criterion.name) if rows else None
 
     def _weights(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The masked layers in the network's order, each with its parameter as it is now."""
+        """Yields the masked layers in the network's order, each with its current parameter."""
         for name, layer in self.topology.layers.items():
             if name in masks:
                 yield name, layer.weight
 
-    def _layers(self) -> dict[str, list[int]]:
-        """Name -> shape: what a state must fit."""
+    def _shapes(self) -> dict[str, list[int]]:
+        """Returns layer name -> shape, which a state must match."""
         return {name: list(layer.shape) for name, layer in self.topology.layers.items()}
 
     def _check_data(self) -> None:
-        """Raises what the criterion says of the data, but does not read it yet."""
+        """Raises the criterion's errors about data, without reading the data yet."""
         overridden = type(self._plan.criterion).prepare != Criterion.prepare
         if self._data is None or not overridden:
             self._plan.criterion.prepare(self._plan.network({}), self._data)
@@ -258,20 +303,22 @@ class Pruner:
     def _check_optimizers(self) -> None:
         weights = {id(layer.weight) for layer in self.layers}
         for optimizer in self._optimizers:
-            check_hooks("Pruner", optimizer)
+            check_hooks(optimizer)
             if not any(id(p) in weights for g in optimizer.param_groups for p in g["params"]):
-                few = some((layer.name for layer in self.layers), _LISTED)
-                raise ValueError(
-                    "Pruner: expected an optimizer that trains layers to prune, got "
-                    f"{type(optimizer).__name__} with none of {few}. Make it from the parameters "
-                    "of this model; one that trains other parameters need not be passed."
+                names = some((layer.name for layer in self.layers), _LISTED)
+                raise LapValueError(
+                    "an optimizer that trains layers to prune",
+                    f"{type(optimizer).__name__} with none of {names}",
+                    "Make it from the parameters of this model; one that trains other parameters "
+                    "need not be passed.",
                 )
 
-    def _check_not_removed(self, name: str) -> None:
+    def _check_not_removed(self) -> None:
         if self._removed:
-            raise RuntimeError(
-                f"Pruner.{name}: expected a pruner that still prunes, got one after remove(). "
-                "Make a new one and load this one's state_dict()."
+            raise LapRuntimeError(
+                "a pruner that still prunes",
+                "one after remove()",
+                "Make a new one and load this one's state_dict().",
             )
 
 
@@ -282,40 +329,28 @@ def _check_schedule(schedule: object) -> None:
     if isinstance(schedule, type):
         cure = f"Call it: {schedule.__name__}(...)."
     got = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
-    raise TypeError(
-        f"Pruner: expected schedule to be a function step -> sparsity or None, got {got}. {cure}"
-    )
+    raise LapTypeError("schedule to be a function step -> sparsity or None", got, cure)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name in _OWN:
-            raise TypeError(
-                f"Pruner: expected no {name} (the schedule says how much, masks carry over and are "
-                "applied), got one. Leave it out."
-            )
-        if name not in (known := (*_TRACE, *_PLAN, *_RUN)):
-            raise TypeError(
-                f"Pruner: expected options of prune, got {name!r}. "
-                f"{did_you_mean(name, known) or 'They are ' + ', '.join(known) + '.'}"
-            )
-    if isinstance(options.get("data"), Iterator):
-        raise TypeError(
-            "Pruner: expected data that can be iterated over at every pruning, got "
-            f"{type(options['data']).__name__}, which ends after the first. Pass a list or a "
-            "DataLoader."
+def _check_repeatable(data: object) -> None:
+    if isinstance(data, Iterator):
+        raise LapTypeError(
+            "{argument} that can be iterated over at every pruning",
+            f"{type(data).__name__}, which ends after the first",
+            "Pass a list or a DataLoader.",
+            argument="data",
         )
 
 
 def _unwrapped(model: Module) -> tuple[Module, Any]:
-    """The user's own module, and the process group if its gradients are averaged over one."""
+    """Returns the user's own module, and the process group that gradients are averaged over."""
     group = None
     while True:
         if isinstance(model, DistributedDataParallel):
             model, group = model.module, model.process_group
         elif isinstance(model, DataParallel):
             model = model.module
-        elif isinstance(model, Module) and "_orig_mod" in model._modules:  # of torch.compile
+        elif isinstance(model, Module) and "_orig_mod" in model._modules:  # torch.compile
             model = model.get_submodule("_orig_mod")
         else:
             return model, group
@@ -327,26 +362,25 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer
     return list(given) if isinstance(given, Sequence) else [given]
 
 
-def _agreed(masks: Masks, group: Any) -> Mapping[str, Tensor]:
-    """The masks of the first process of the group.
+def _broadcast(masks: Masks, group: Any) -> Mapping[str, Tensor]:
+    """Gives all processes of the group the masks of the first one.
 
-    Weights are equal in all of them, but not what batch norms have seen, nor data.
+    Their weights are equal, but not the running statistics of batch norms, nor the data.
     """
     if group is None:
         return masks
-    found = {}
+    result = {}
     for name, mask in masks.items():
         bits = pack(mask)
         torch.distributed.broadcast(bits, group=group, group_src=0)
-        found[name] = unpack(bits, tuple(mask.shape))
-    return found
+        result[name] = unpack(bits, tuple(mask.shape))
+    return result
 
 
 def _unpacked(
     state: Mapping[str, Any], layers: Mapping[str, list[int]]
 ) -> tuple[int, dict[str, Tensor]]:
-    """(step, masks) of a state, if it fits these layers."""
-    function = "Pruner.load_state_dict"
+    """Checks that a state matches these layers, and returns its (step, masks)."""
     if not (
         isinstance(state, Mapping)
         and all(isinstance(state.get(name), Mapping) for name in ("masks", "layers"))
@@ -354,10 +388,7 @@ def _unpacked(
         got: object = type(state).__name__
         if isinstance(state, Mapping):
             got = {name: type(x).__name__ for name, x in list(state.items())[:_LISTED]}
-        raise TypeError(
-            f"{function}: expected what Pruner.state_dict returned (step, masks and layers), got "
-            f"{got}."
-        )
+        raise LapTypeError("what Pruner.state_dict returned (step, masks and layers)", got)
     saved = {name: list(shape) for name, shape in state["layers"].items()}
     differing = [
         f"{name!r}: {saved.get(name, 'none')} in the state, {layers.get(name, 'none')} here"
@@ -365,25 +396,26 @@ def _unpacked(
         if saved.get(name) != layers.get(name)
     ]
     if differing:
-        raise ValueError(
-            f"{function}: expected the state of a pruner of the same layers, got one that differs "
-            f"in {len(differing)}. Build the model as it was then."
-            f"{lines(differing, _LISTED)}"
+        raise LapValueError(
+            "the state of a pruner of the same layers",
+            f"one that differs in {len(differing)}",
+            f"Build the model as it was then.{lines(differing, _LISTED)}",
         )
     step, bits = state.get("step"), state["masks"]
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"{function}: expected step to be a whole number >= 0, got {step!r}.")
+        raise LapValueError("step to be a whole number >= 0", f"{step!r}")
     for name, packed in bits.items():
         if name not in layers or not _is_packed(packed, math.prod(layers[name])):
             plain = not isinstance(packed, Tensor)
-            found = type(packed).__name__ if plain else f"{packed.dtype} {list(packed.shape)}"
-            raise ValueError(
-                f"{function}: expected one bit per weight of layers of the model, got {found} for "
-                f"{name!r}. The state is damaged."
+            kind = type(packed).__name__ if plain else f"{packed.dtype} {list(packed.shape)}"
+            raise LapValueError(
+                "one bit per weight of layers of the model",
+                f"{kind} for {name!r}",
+                "The state is damaged.",
             )
     return step, {name: unpack(x, tuple(layers[name])) for name, x in bits.items()}
 
 
 def _is_packed(x: object, count: int) -> bool:
-    """Whether it can be the bits of a mask of so many weights."""
+    """Tells whether x can be the bits of a mask of count weights."""
     return isinstance(x, Tensor) and x.dtype == torch.uint8 and list(x.shape) == [(count + 7) // 8]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a pruning did, layer by layer: a table, JSON. It computes no score."""
+"""The result of a pruning, layer by layer: masks, counts, a table and JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
-from lap_ext._text import columns
+from lap_ext._text import columns, html_table
+from lap_ext.errors import calling
 from lap_ext.masks import Masks
 from lap_ext.topology import Layer
+
+_COUNTS = (3, 4, 5)  # columns of numbers
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,17 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The masks of a pruning and what each layer has left; print it for a table.
+    """The masks of a pruning and the counts of each layer; print it for a table.
 
     Attributes:
         masks: layer name -> mask, as `Masks`.
-        layers: one row a layer, in the order of the network.
-        criterion: the name of what scored them.
+        layers: one row per layer, in the order of the network.
+        criterion: the name of the criterion.
 
     Example:
         >>> import torch, lap_ext
-        >>> result = lap_ext.prune(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.ones(1, 4), 0.75)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> result = lap_ext.prune(net, torch.ones(1, 4), 0.75)
         >>> result.kept, result.total, result.sparsity, result.masks
         (2, 8, 0.75, Masks(1 layer, 2 of 8 weights kept, sparsity 0.75))
     """
@@ -66,14 +71,40 @@ class PruneResult:
         """The fraction of the weights of these layers that was removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
+    @calling("PruneResult.apply")
+    def apply(self, model: Module) -> None:
+        """Sets the pruned weights of a model to zero: the pruned one, or a copy of it.
+
+        Raises:
+            ValueError: the model lacks a layer, or a layer has another shape; nothing is
+                changed.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+            >>> result = lap_ext.prune(net, torch.ones(1, 4), 0.75, apply=False)
+            >>> before = lap_ext.sparsity(net)
+            >>> result.apply(net)
+            >>> before, lap_ext.sparsity(net)
+            (0.0, 0.75)
+        """
+        self.masks.apply(model)
+
     def __str__(self) -> str:
-        rows = [("layer", "kind", "shape", "kept", "total", "sparsity")]
+        return columns(self._rows(), right=_COUNTS)
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), right=_COUNTS)
+
+    def _rows(self) -> list[Sequence[str]]:
+        """Builds the table: a header, one row per layer, the totals."""
+        rows: list[Sequence[str]] = [("layer", "kind", "shape", "kept", "total", "sparsity")]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             counts = f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"
             rows.append((row.name, row.kind, shape, *counts))
         rows.append(("all", "", "", f"{self.kept:,}", f"{self.total:,}", f"{self.sparsity:.2%}"))
-        return columns(rows, right=(3, 4, 5))
+        return rows
 
     def __repr__(self) -> str:
         return (
@@ -82,14 +113,14 @@ class PruneResult:
         )
 
     def to_json(self) -> str:
-        """The table as JSON: criterion, sparsity, kept, total and a list of layers."""
+        """Returns the table as JSON: criterion, sparsity, kept, total and a list of layers."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in self.layers]
         facts = {"criterion": self.criterion, "sparsity": self.sparsity}
         counts = {"kept": self.kept, "total": self.total}
         return json.dumps(facts | counts | {"layers": rows}, indent=2)
 
     def plot(self) -> Any:
-        """A matplotlib figure of each layer's sparsity and weights; a notebook shows it.
+        """Draws a matplotlib figure of each layer's sparsity and weights; a notebook shows it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -100,6 +131,6 @@ class PruneResult:
 
 
 def row_of(layer: Layer, mask: Tensor) -> LayerResult:
-    """The row of a layer and its mask."""
+    """Makes the row of a layer from its mask."""
     kept = int(mask.count_nonzero())
     return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel())

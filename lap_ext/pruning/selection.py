@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""From a criterion to scores and masks of layers.
+"""Computes scores and masks of layers from a criterion.
 
-Where a layer has one role that uses all of its weight, its mask is fused: no score is stored. A
-weight with several roles (tied, shared, packed in parts) has score sqrt(sum over roles of s^2). A
-criterion without factors is element-wise: |w|, however often the weight is used.
-A criterion with rows keeps as many weights of every output channel.
-Normalizations of scores for one ranking over layers:
+Where a layer has one role that uses its full weight, scoring and masking are fused: no score is
+stored. A weight with several roles (tied, shared, packed in parts) has score sqrt(sum over roles of
+s^2). A criterion without norms is element-wise: |w|, however often the weight is used. A criterion
+with rows keeps the same number of weights in every output channel.
+Normalizations of scores for one ranking over several layers:
 
     norm    s / ||s||_2 of the layer
     lamp    s_j^2 / sum of s_m^2 over the weights of the layer ranked at or above j
@@ -15,7 +15,6 @@ Normalizations of scores for one ranking over layers:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,25 +24,24 @@ from torch import Tensor
 
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
+from lap_ext.errors import LapError, LapValueError, in_layer
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import exact_sqrt, score_dtype
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
 
-NORMALIZATIONS = ("none", "norm", "lamp")
-
 
 def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
-    """Scores of a layer's weights, the weight's shape, float32 (float64 for float64 weights)."""
-    with _of(layer, network):
+    """Scores a layer's weights, in the weight's shape, float32 (float64 for float64 weights)."""
+    with in_layer(layer.name):
         return _layer_scores(network, criterion, layer)
 
 
 def comparable_scores(
     network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
 ) -> Tensor:
-    """Scores of a layer's weights, normalized; mask: the weights that count."""
-    with _of(layer, network):
+    """Scores a layer's weights and normalizes the scores; mask: the weights that count."""
+    with in_layer(layer.name):
         return normalized(_layer_scores(network, criterion, layer), normalize, mask)
 
 
@@ -51,8 +49,8 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
     weight = criterion.weight(network, layer)
     roles = layer.roles
     if not criterion.by_role:
-        return from_norms.score_from_factors(weight, None, None)
-    if len(roles) == 1 and roles[0].part.whole:
+        return from_norms.score_from_norms(weight, None, None)
+    if len(roles) == 1 and roles[0].part.full:
         return _role_scores(network, criterion, roles[0], weight).reshape(weight.shape)
     total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     for role in roles:
@@ -61,23 +59,11 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
     return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
 
-@contextmanager
-def _of(layer: Layer, network: Network) -> Iterator[None]:
-    """Errors about w name the layer."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        clean = check.in_layer(network.function, layer.name, error)
-        if clean is None:
-            raise
-        raise clean from None
-
-
 def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Tensor) -> Tensor:
-    """Scores of the block that a role uses, [rows, cols, *window]."""
-    into, out = _on(weight, criterion.factors(network, role))
+    """Scores the block of the weight that a role uses, [rows, cols, *window]."""
+    into, out = _on(weight, criterion.norms(network, role))
     part = role.part
-    return from_norms.score_from_factors(
+    return from_norms.score_from_norms(
         part.of(weight), into, out, groups=part.groups, transposed=part.transposed
     )
 
@@ -89,8 +75,8 @@ def layer_mask(
     keep: int,
     mask: Tensor | None,
 ) -> Tensor:
-    """Mask of the keep best weights of a layer among those that mask names."""
-    with _of(layer, network):
+    """Selects a layer's best weights, keep of them, among those that mask keeps."""
+    with in_layer(layer.name):
         return _layer_mask(network, criterion, layer, keep, mask)
 
 
@@ -101,14 +87,14 @@ def _layer_mask(
         return row_mask(layer_scores(network, criterion, layer), layer.roles[0].part, keep, mask)
     if not criterion.by_role:
         weight = criterion.weight(network, layer)
-        return from_norms.mask_from_factors(weight, None, None, keep=keep, mask=mask)
-    if len(layer.roles) > 1 or not layer.roles[0].part.whole:
+        return from_norms.mask_from_norms(weight, None, None, keep=keep, mask=mask)
+    if len(layer.roles) > 1 or not layer.roles[0].part.full:
         return ranking.topk_mask(layer_scores(network, criterion, layer), keep, mask=mask)
     role = layer.roles[0]
     weight = criterion.weight(network, layer)
-    into, out = _on(weight, criterion.factors(network, role))
+    into, out = _on(weight, criterion.norms(network, role))
     part = role.part
-    kept = from_norms.mask_from_factors(
+    kept = from_norms.mask_from_norms(
         part.of(weight),
         into,
         out,
@@ -121,17 +107,17 @@ def _layer_mask(
 
 
 def row_mask(scores: Tensor, part: Part, keep: int, mask: Tensor | None) -> Tensor:
-    """Mask of the best weights of every output channel, keep in all.
+    """Selects the best weights of every output channel, keep in total.
 
-    Every channel keeps as many, as far as it has them (mask names the ones that may be kept); of
-    those left over, the first channels that have more keep one more. Of equal scores of a channel
-    the lower flat index is kept.
+    Every channel keeps the same number, as far as it has that many (mask: the weights that may be
+    kept). If weights remain to be kept, the first channels that have more keep one more each. Of
+    equal scores in a channel the one with the lower flat index is kept.
     """
-    rows = _rows(scores, part)  # [O, weights of one]
+    rows = _rows(scores, part)  # [O, weights per channel]
     eligible = None if mask is None else _rows(mask, part)
     n = rows.shape[1]
-    room = torch.full(rows.shape[:1], n) if eligible is None else eligible.sum(1).cpu()
-    counts = even_counts(room, keep)
+    capacity = torch.full(rows.shape[:1], n) if eligible is None else eligible.sum(1).cpu()
+    counts = even_counts(capacity, keep)
     if eligible is not None:
         rows = rows.masked_fill(~eligible, -1.0)
     order = rows.sort(dim=1, descending=True, stable=True).indices
@@ -140,31 +126,31 @@ def row_mask(scores: Tensor, part: Part, keep: int, mask: Tensor | None) -> Tens
     return _from_rows(kept, part).reshape(scores.shape)
 
 
-def even_counts(room: Tensor, keep: int) -> Tensor:
-    """How many of each row to keep, int64 [rows]: the same number, at most its room; keep in all.
+def even_counts(capacity: Tensor, keep: int) -> Tensor:
+    """Splits keep evenly over rows, each up to its capacity: how many to keep, int64 [rows].
 
-    Of what is left over, the first rows with more room take one each.
+    The remainder goes to the first rows with capacity left, one each.
 
     Example:
         >>> even_counts(torch.tensor([5, 1, 5]), 8)     # 3, 1, 3 and one left over
         tensor([4, 1, 3])
     """
-    low, high = 0, int(room.max()) if room.numel() else 0
-    while low < high:  # the largest level whose counts fit
+    low, high = 0, int(capacity.max()) if capacity.numel() else 0
+    while low < high:  # the largest count per row that fits
         level = (low + high + 1) // 2
-        if int(room.clamp(max=level).sum()) <= keep:
+        if int(capacity.clamp(max=level).sum()) <= keep:
             low = level
         else:
             high = level - 1
-    counts = room.clamp(max=low)
-    left = max(keep - int(counts.sum()), 0)
-    more = (room > low).nonzero().flatten()[:left]
+    counts = capacity.clamp(max=low)
+    remainder = max(keep - int(counts.sum()), 0)
+    more = (capacity > low).nonzero().flatten()[:remainder]
     counts[more] += 1
     return counts
 
 
 def _rows(x: Tensor, part: Part) -> Tensor:
-    """A tensor of a weight's shape with one row an output channel, its weights in flat order."""
+    """Reshapes a tensor like a weight to one row per output channel, in flat order in each."""
     matrix = x.reshape(part.shape)
     if not part.transposed:
         return matrix.flatten(1)
@@ -174,7 +160,7 @@ def _rows(x: Tensor, part: Part) -> Tensor:
 
 
 def _from_rows(rows: Tensor, part: Part) -> Tensor:
-    """The way back from _rows; flat order as in the weight."""
+    """Inverts `_rows`: back to the flat order of the weight."""
     if not part.transposed:
         return rows
     groups, (into, out) = part.groups, part.shape[:2]
@@ -182,122 +168,119 @@ def _from_rows(rows: Tensor, part: Part) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A layer in a ranking of several: a weight with norms of its rows and columns, or its scores."""
+class Rankable:
+    """A layer in a ranking of several: a weight with norms of rows and columns, or its scores."""
 
     x: Tensor
-    rows: Tensor  # float64 [R]; empty: x is scores
+    rows: Tensor  # float64 [R]; empty: x holds scores
     cols: Tensor  # float64 [groups * C]
     groups: int = 1
 
 
 def stores_scores(criterion: Criterion, layer: Layer, normalize: str) -> bool:
-    """Whether a ranking of several layers needs this one's scores in memory."""
-    fused = not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.whole)
+    """Tells whether a ranking of several layers needs the scores of this one in memory."""
+    fused = not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.full)
     return normalize != "none" or not fused
 
 
-def ranked(
+def rankable(
     network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
-) -> Ranked:
-    """What a ranking of several layers reads of one; mask: the weights that count."""
+) -> Rankable:
+    """Prepares a layer for a ranking of several layers; mask: the weights that count."""
     if stores_scores(criterion, layer, normalize):
         scores = comparable_scores(network, criterion, layer, normalize, mask)
         none = scores.new_empty(0, dtype=torch.float64)
-        return Ranked(scores, none, none)
+        return Rankable(scores, none, none)
     part = layer.roles[0].part
-    with _of(layer, network):
+    with in_layer(layer.name):
         weight = criterion.weight(network, layer)
-        found = criterion.factors(network, layer.roles[0]) if criterion.by_role else (None, None)
-        x = torch_args.weight(network.function, part.of(weight), part.groups, part.transposed)
-        into, out = _on(weight, found)
-        into, out = torch_args.given_norms(
-            network.function, x, into, out, part.groups, part.transposed
-        )
+        norms = criterion.norms(network, layer.roles[0]) if criterion.by_role else (None, None)
+        x = torch_args.weight(part.of(weight), part.groups, part.transposed)
+        into, out = _on(weight, norms)
+        into, out = torch_args.given_norms(x, into, out, part.groups, part.transposed)
     rows, cols = (into, out) if part.transposed else (out, into)
-    return Ranked(x, rows, cols, part.groups)
+    return Rankable(x, rows, cols, part.groups)
 
 
 def global_masks(
     network: Network,
     layers: Sequence[Layer],
-    found: Sequence[Ranked],
+    rankables: Sequence[Rankable],
     keep: int,
     masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Masks of the keep best weights of all layers as one ranking, layers in order."""
-    function = network.function
-    kinds = [str(score_dtype(x.x.dtype)) for x in found]
-    check.one_of_a_kind(function, "dtype", kinds)
-    check.one_of_a_kind(function, "device", [str(x.x.device) for x in found])
+    """Selects the best weights of all layers, keep in total, in one ranking; layers in order."""
+    dtypes = [str(score_dtype(item.x.dtype)) for item in rankables]
+    check.one_of_a_kind("dtype", dtypes)
+    check.one_of_a_kind("device", [str(item.x.device) for item in rankables])
     eligible = []
     if masks:
         given = [masks.get(layer.name) for layer in layers]
         eligible = [
-            torch.ones(x.x.shape, dtype=torch.bool, device=x.x.device)
+            torch.ones(item.x.shape, dtype=torch.bool, device=item.x.device)
             if mask is None
-            else mask.reshape(x.x.shape).contiguous()
-            for x, mask in zip(found, given, strict=True)
+            else mask.reshape(item.x.shape).contiguous()
+            for item, mask in zip(rankables, given, strict=True)
         ]
-    lists = ([x.x for x in found], [x.rows for x in found], [x.cols for x in found])
-    groups = [x.groups for x in found]
-    with _of_one(layers, network):
-        kept = schema.call(function, schema.global_mask, *lists, groups, keep, eligible, True)
+    weights = [item.x for item in rankables]
+    rows, cols = [item.rows for item in rankables], [item.cols for item in rankables]
+    groups = [item.groups for item in rankables]
+    with _in_one_of(layers):
+        kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, eligible, True)
     return {layer.name: mask.reshape(layer.shape) for layer, mask in zip(layers, kept, strict=True)}
 
 
 @contextmanager
-def _of_one(layers: Sequence[Layer], network: Network) -> Iterator[None]:
-    """Errors about w[3] name the fourth layer."""
+def _in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
+    """Replaces w[i] in errors with the name of layer i."""
     try:
         yield
-    except ValueError as error:
-        place = re.search(r" in w\[(\d+)\],", str(error))
-        if place is None:
-            raise
-        with _of(layers[int(place[1])], network):
-            raise ValueError(str(error).replace(place[0], " in w,")) from None
+    except LapError as error:
+        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
+        if error.argument in names:
+            error.layer, error.argument = names[error.argument], "w"
+        raise
 
 
 def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
-    """Scores of one layer made comparable with other layers'; mask: the ones that count."""
+    """Makes a layer's scores comparable with those of other layers; mask: the ones that count."""
     if how == "none":
         return scores
-    left = scores.double()
+    masked = scores.double()
     if mask is not None:
-        left = left * mask
-    if left.numel() and math.isinf(left.max()):
-        raise ValueError(
-            f"normalize: expected finite scores for normalize={how!r}, got infinite ones: products "
-            "of a weight and norms beyond the range of their dtype. Convert the model to float64, or "
-            "scale its weights down."
+        masked = masked * mask
+    if masked.numel() and math.isinf(masked.max()):
+        raise LapValueError(
+            f"finite scores for normalize={how!r}",
+            "infinite ones: products of a weight and norms beyond the range of their dtype",
+            "Convert the model to float64, or scale its weights down.",
         )
     if how == "norm":
-        width = left.shape[-1] if left.dim() else 1
-        return over(left, math.sqrt(math.fsum(row_energies(left, width))))
-    return lamp(left)
+        width = masked.shape[-1] if masked.dim() else 1
+        return over(masked, math.sqrt(math.fsum(row_squared_norms(masked, width))))
+    return lamp(masked)
 
 
-def row_energies(scores: Tensor, width: int) -> list[float]:
-    """Sum of squares of every width scores in C order: the same bits for any run of whole rows."""
+def row_squared_norms(scores: Tensor, width: int) -> list[float]:
+    """Sums the squares of each row of width scores: the same bits for any chunk of whole rows."""
     if scores.numel() == 0:
         return []
-    return schema.row_energy(scores.reshape(-1, width), False, "scores").tolist()
+    return schema.row_squared_norms(scores.reshape(-1, width), False, "scores").tolist()
 
 
 def over(scores: Tensor, size: float) -> Tensor:
-    """The scores over the norm of all of their layer's, float64."""
-    left = scores.double()
-    return left / size if size > 0 else left
+    """Divides scores by size, the norm of all scores of their layer, in float64."""
+    scores = scores.double()
+    return scores / size if size > 0 else scores
 
 
 def lamp(scores: Tensor) -> Tensor:
-    """Layer-adaptive magnitudes, float64: each square over the sum of all that are not smaller.
+    """Computes layer-adaptive magnitudes, float64: each square over the sum of those not smaller.
 
         lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j
 
-    Ranked by (score, lower index first), so that of equal scores the lower index is the larger.
-    The largest is 1: no layer is emptied before the others.
+    Of equal scores, the one with the lower index is ranked above and so has the larger result.
+    The largest result is 1, so that no layer is emptied before the others.
     """
     flat = scores.double().flatten()
     size = flat.max() if flat.numel() else flat.new_zeros(())
@@ -309,5 +292,5 @@ def lamp(scores: Tensor) -> Tensor:
     return result.reshape(scores.shape)
 
 
-def _on(weight: Tensor, factors: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.to(weight.device) for x in factors)
+def _on(weight: Tensor, norms: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.to(weight.device) for x in norms)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Reports that people look at: one self-contained HTML page, and pictures for papers.
+"""Reports about a pruning: a self-contained HTML page, and plots for papers.
 
-facts.py measures, page.py and charts.py draw the page, plots.py draws with matplotlib.
+facts.py measures, gather.py measures all layers, page.py and charts.py write the page, and plots.py
+draws with matplotlib.
 """
 
 from lap_ext.report.facts import Facts, Histogram, LayerFacts, Measure

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The pictures of a page: bars in a table's cells and histograms, as HTML and inline SVG.
+"""The charts of a page: bars in the cells of a table, and histograms, as HTML and inline SVG.
 
-Colors come from the page's style sheet, so that they follow a dark scheme and a printer.
+Colors come from the style sheet of the page, so that they follow a dark color scheme and printing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SUFFIXES = ("", "k", "M", "G", "T")
 
 
 def number(x: float) -> str:
-    """A number in a few characters.
+    """Writes a number in a few characters.
 
     Example:
         >>> number(0), number(950), number(12_345), number(7.24e9), number(0.00123)
@@ -28,7 +28,7 @@ def number(x: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share with two digits, never rounded to all or nothing.
+    """Writes a share in per cent, with two digits, never rounded to 0 or 100.
 
     Example:
         >>> percent(0.9), percent(1.0), percent(0.99999), percent(0.00001)
@@ -42,7 +42,7 @@ def percent(share: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of 1000.
+    """Writes a number of bytes, in powers of 1000.
 
     Example:
         >>> size(12), size(1_530_000), size(13.5e9)
@@ -54,7 +54,7 @@ def size(count: float) -> str:
 
 
 def bar(share: float, kind: str, text: str | None = None) -> str:
-    """A cell's content: the number, and a bar of that share below it."""
+    """Writes the content of a cell: the number, and a bar of that share below it."""
     width = f"{100 * min(1.0, max(0.0, share)):.2f}%"
     label = percent(share) if text is None else escape(text)
     return (
@@ -64,29 +64,29 @@ def bar(share: float, kind: str, text: str | None = None) -> str:
 
 
 def histogram(
-    found: Histogram,
+    counts: Histogram,
     what: str,
     threshold: float | None = None,
     width: int = 320,
     height: int = 150,
 ) -> str:
-    """Kept on pruned weights by magnitude (or score), with a line where the cut is."""
-    edges, kept, pruned = binned(found)
+    """Draws kept above pruned weights by magnitude or score, with a line at the threshold."""
+    edges, kept, pruned = binned(counts)
     if not edges:
         return '<p class="quiet">no weight but zeros</p>'
     top, base, left = 18, height - 22, 2
     wide = (width - 2 * left) / len(kept)
     most = max(k + p for k, p in zip(kept, pruned, strict=True))
     parts = []
-    for place, (k, p) in enumerate(zip(kept, pruned, strict=True)):
-        x, y = left + place * wide, float(base)
+    for index, (k, p) in enumerate(zip(kept, pruned, strict=True)):
+        x, y = left + index * wide, float(base)
         for count, kind in ((p, "pruned"), (k, "kept")):
             if count:
                 tall = count / most * (base - top)
                 y -= tall
                 parts.append(
-                    f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" width="{max(wide - 0.6, 0.4):.2f}"'
-                    f' height="{tall:.2f}"/>'
+                    f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" '
+                    f'width="{max(wide - 0.6, 0.4):.2f}" height="{tall:.2f}"/>'
                 )
     parts.append(f'<line class="axis" x1="0" y1="{base}" x2="{width}" y2="{base}"/>')
     low, scale = math.log2(edges[0]), wide * STEPS
@@ -102,7 +102,7 @@ def histogram(
             f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{_power(power)}</text>'
         )
     if threshold is not None and edges[0] <= threshold <= edges[-1]:
-        parts += _cut(at(threshold), threshold, width, top, base)
+        parts += _threshold_line(at(threshold), threshold, width, top, base)
     label = f"{what}: {sum(kept):,} kept, {sum(pruned):,} pruned"
     if threshold is not None:
         label += f", lowest kept {threshold:.3g}"
@@ -112,26 +112,26 @@ def histogram(
     )
 
 
-def _cut(x: float, threshold: float, width: int, top: int, base: int) -> list[str]:
-    """The line of the lowest kept score, with its value on the side that has room."""
+def _threshold_line(x: float, threshold: float, width: int, top: int, base: int) -> list[str]:
+    """Draws the line of the lowest kept score, with its value on the side that has space."""
     right = x < width * 0.6
     near, anchor = (x + 4, "start") if right else (x - 4, "end")
     return [
-        f'<line class="cut" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{base}"/>',
-        f'<text class="cutlabel" x="{near:.1f}" y="{top - 6}" text-anchor="{anchor}">'
+        f'<line class="threshold" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{base}"/>',
+        f'<text class="threshold-label" x="{near:.1f}" y="{top - 6}" text-anchor="{anchor}">'
         f"lowest kept {threshold:.3g}</text>",
     ]
 
 
 def _ticks(low: float, high: float) -> list[int]:
-    """Powers of ten between two values, every one or every second, ... so that four or so are left."""
+    """Chooses powers of ten between two values: every n-th, so that about four remain."""
     powers = list(range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1))
     step = math.ceil(len(powers) / 5) or 1
     return powers[::step]
 
 
 def _power(power: int) -> str:
-    """A power of ten as a tick's label.
+    """Writes a power of ten as the label of a tick.
 
     Example:
         >>> [_power(p) for p in (-5, -2, 0, 1, 4)]

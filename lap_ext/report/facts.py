@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What a report tells: one pass over the weights of each layer, piece by piece. The pages only draw.
+"""Measures the facts of a report, in one pass over the chunks of each layer's weight.
 
     kept mass        sum of w^2 over kept weights / over all
     dead rows        rows of the pruned weight as a matrix [rows, columns, *window], all zero
     dead columns     the same for columns, of each group by itself
     distribution     weights per quarter octave of |w| (or of the score), kept and pruned
 
-A piece is some rows of a layer, so a layer larger than memory can be measured.
+A chunk is some rows of a layer, so that a layer larger than memory can be measured.
 """
 
 from __future__ import annotations
@@ -23,22 +23,29 @@ from torch import Tensor
 STEPS = 4  # bins an octave
 _LAST = 1024 * STEPS - 1  # the bin of the largest double
 _UP = 600  # a denormal double times 2^600 is normal, and exact
-_CHUNK = 1 << 15  # values whose bins are counted together: they stay in the cache
-_PIECE = 1 << 22  # weights measured at once: 32 MB in float64
+_BATCH = 1 << 15  # values whose bins are counted together: they stay in the cache
+_CHUNK = 1 << 22  # weights measured at once: 32 MB in float64
 
 
 @dataclass
 class Histogram:
     """Counts of positive values by bin; bin b holds 2^(b / STEPS) <= value < 2^((b + 1) / STEPS).
 
-    Zeros are counted apart: they have no place on a logarithmic axis. Infinity counts as the largest
-    number. lowest: the least value that is kept; None where none is.
+    Zeros are counted separately: they have no bin on a logarithmic axis. Infinity counts as the
+    largest number.
+
+    Attributes:
+        kept: bin -> number of kept values.
+        pruned: bin -> number of pruned values.
+        zeros_kept: number of zeros that are kept.
+        zeros_pruned: number of zeros that are pruned.
+        lowest: the smallest value that is kept, or None.
 
     Example:
         >>> import torch
-        >>> found = Histogram()
-        >>> found.add(torch.tensor([0., 1., 1.1, 2.]), torch.tensor([False, False, True, True]))
-        >>> dict(found.kept), dict(found.pruned), found.zeros_pruned, round(found.lowest, 2)
+        >>> counts = Histogram()
+        >>> counts.add(torch.tensor([0., 1., 1.1, 2.]), torch.tensor([False, False, True, True]))
+        >>> dict(counts.kept), dict(counts.pruned), counts.zeros_pruned, round(counts.lowest, 2)
         ({0: 1, 4: 1}, {0: 1}, 1, 1.1)
     """
 
@@ -52,20 +59,20 @@ class Histogram:
         """Counts values >= 0 (any shape) and whether each is kept."""
         counts: dict[int, Tensor] = {}
         flat = values.reshape(-1), kept.reshape(-1)
-        for some, chosen in zip(*(x.split(_CHUNK) for x in flat), strict=True):
-            _count(some if some.dtype == torch.float32 else some.double(), chosen, counts)
+        for batch, chosen in zip(*(x.split(_BATCH) for x in flat), strict=True):
+            _count(batch if batch.dtype == torch.float32 else batch.double(), chosen, counts)
             if int(chosen.count_nonzero()):
-                self._lower(float(torch.where(chosen, some, torch.inf).min()))
-        for shift, found in counts.items():
-            self.zeros_pruned += int(found[0, 0])
-            self.zeros_kept += int(found[0, 1])
-            for counter, column in ((self.pruned, found[1:, 0]), (self.kept, found[1:, 1])):
-                places = column.nonzero().flatten()
-                for place, count in zip(places.tolist(), column[places].tolist(), strict=True):
-                    counter[min(place + 1 + shift, _LAST)] += count
+                self._lower(float(torch.where(chosen, batch, torch.inf).min()))
+        for shift, table in counts.items():
+            self.zeros_pruned += int(table[0, 0])
+            self.zeros_kept += int(table[0, 1])
+            for counter, column in ((self.pruned, table[1:, 0]), (self.kept, table[1:, 1])):
+                bins = column.nonzero().flatten()
+                for index, count in zip(bins.tolist(), column[bins].tolist(), strict=True):
+                    counter[min(index + 1 + shift, _LAST)] += count
 
     def update(self, other: Histogram) -> None:
-        """Adds the counts of another."""
+        """Adds the counts of another histogram."""
         self.kept.update(other.kept)
         self.pruned.update(other.pruned)
         self.zeros_kept += other.zeros_kept
@@ -74,14 +81,14 @@ class Histogram:
             self._lower(other.lowest)
 
     def to_json(self) -> list[Any]:
-        """The counts as JSON can hold them; `of_json` has them back."""
+        """Converts the counts to JSON; `of_json` reads them."""
         counts = [sorted(self.kept.items()), sorted(self.pruned.items())]
         return [*counts, self.zeros_kept, self.zeros_pruned, self.lowest]
 
     @classmethod
-    def of_json(cls, found: Sequence[Any]) -> Histogram:
-        """What `to_json` gave."""
-        kept, pruned, *others = found
+    def of_json(cls, counts: Sequence[Any]) -> Histogram:
+        """Reads what `to_json` returned."""
+        kept, pruned, *others = counts
         return cls(Counter(dict(kept)), Counter(dict(pruned)), *others)
 
     def _lower(self, value: float) -> None:
@@ -91,8 +98,9 @@ class Histogram:
 def _count(values: Tensor, kept: Tensor, counts: dict[int, Tensor], up: int = 0) -> None:
     """Adds values times 2^up to counts: shift of bins -> (pruned, kept) by bin, int64 [bins, 2].
 
-    The bin is read from a number's bits: STEPS times its exponent, and one for each fourth root of 2,
-    4 or 8 that its mantissa has reached. Zeros are in bin 0, which no normal number has.
+    The bin is computed from the bits of a number: STEPS times its exponent, plus one for each
+    fourth root of 2, 4 and 8 that its mantissa reaches. Zeros are in bin 0, which no normal number
+    has.
     """
     single = values.dtype == torch.float32
     bits, mantissa = (values.view(torch.int32), 23) if single else (values.view(torch.int64), 52)
@@ -118,7 +126,7 @@ def _count(values: Tensor, kept: Tensor, counts: dict[int, Tensor], up: int = 0)
 
 @dataclass
 class LayerFacts:
-    """One layer, before and after."""
+    """One layer, before and after the pruning."""
 
     name: str
     kind: str
@@ -138,29 +146,29 @@ class LayerFacts:
 
     @property
     def threshold(self) -> float | None:
-        """The lowest score kept; None where no score is known, or none is kept."""
+        """Returns the lowest score that is kept; None without scores, or if none is kept."""
         return None if self.scores is None else self.scores.lowest
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed."""
+        """Computes the fraction of the weights that is removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
     @property
     def mass(self) -> float:
-        """The share of the sum of squares that is kept; 1 where there is none."""
+        """Computes the share of the sum of squares that is kept; 1 if the sum is 0."""
         return self.square_kept / self.square_total if self.square_total else 1.0
 
 
 @dataclass
 class Facts:
-    """All that a report shows."""
+    """The facts that a report shows."""
 
     title: str
     criterion: str
     layers: Sequence[LayerFacts]
-    asked: Mapping[str, str] = field(default_factory=dict)  # option -> value, as the user gave them
-    others: Sequence[str] = ()  # parameters that are never pruned
+    options: Mapping[str, str] = field(default_factory=dict)  # of the pruning, as texts
+    others: Sequence[str] = ()  # parameters that are not of layers and never pruned
     stops: Sequence[str] = ()  # where the trace stopped
     bytes_before: int | None = None
     bytes_after: int | None = None
@@ -169,44 +177,44 @@ class Facts:
 
     @property
     def kept(self) -> int:
-        """Weights kept, of the layers that were pruned."""
+        """Counts the kept weights of the pruned layers."""
         return sum(layer.kept for layer in self.layers)
 
     @property
     def total(self) -> int:
-        """Weights of the layers that were pruned."""
+        """Counts all weights of the pruned layers."""
         return sum(layer.total for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed of the weights of these layers."""
+        """Computes the fraction of these weights that is removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
     @property
     def mass(self) -> float:
-        """The share of the sum of squares of these layers that is kept."""
-        every = math.fsum(layer.square_total for layer in self.layers)
-        return math.fsum(layer.square_kept for layer in self.layers) / every if every else 1.0
+        """Computes the share of the sum of squares of the pruned layers that is kept."""
+        total = math.fsum(layer.square_total for layer in self.layers)
+        return math.fsum(layer.square_kept for layer in self.layers) / total if total else 1.0
 
     def distribution(self) -> Histogram:
-        """The magnitudes of all layers together."""
-        found = Histogram()
+        """Adds up the magnitudes of all layers."""
+        counts = Histogram()
         for layer in self.layers:
-            found.update(layer.weights)
-        return found
+            counts.update(layer.weights)
+        return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures without the distributions, for JSON."""
+        """Converts the figures, without the distributions, for JSON."""
         names = "name kind shape kept total sparsity mass rows dead_rows columns dead_columns"
         rows = [{name: getattr(layer, name) for name in names.split()} for layer in self.layers]
         return {"mass": self.mass, "layers": rows}
 
 
 class Measure:
-    """Gathers the facts of one layer from pieces of whole rows, in order.
+    """Measures the facts of one layer from chunks of complete rows, in order.
 
     Args:
-        facts: the layer, whose figures this sets.
+        facts: of the layer, which this fills in.
         matrix: the weight as [rows, columns, *window], a reshape of it; None: as its shape is.
         groups: of a convolution or of experts: the rows are split between them.
 
@@ -234,20 +242,20 @@ class Measure:
 
     @property
     def step(self) -> int:
-        """Weights of the rows that are measured at once."""
+        """Computes how many weights are measured at once: complete rows."""
         row = max(1, math.prod(self.inner))
-        return row * max(1, _PIECE // row)
+        return row * max(1, _CHUNK // row)
 
     def add(self, weight: Tensor, kept: Tensor, scores: Tensor | None = None) -> None:
-        """Counts the next rows, in any shape; scores: what ranked them."""
-        every = [weight, kept] if scores is None else [weight, kept, scores]
-        flat = [x.detach().reshape(-1) for x in every]
+        """Measures the next rows, in any shape; scores: what ranked them."""
+        tensors = [weight, kept] if scores is None else [weight, kept, scores]
+        flat = [x.detach().reshape(-1) for x in tensors]
         for start in range(0, weight.numel(), self.step):
-            parts = [x[start : start + self.step].cpu().reshape(-1, *self.inner) for x in flat]
-            self._add(parts[0], parts[1], parts[2] if scores is not None else None)
+            rows = [x[start : start + self.step].cpu().reshape(-1, *self.inner) for x in flat]
+            self._add(rows[0], rows[1], rows[2] if scores is not None else None)
 
     def finish(self) -> None:
-        """Writes what only all rows together tell."""
+        """Sets the facts that depend on all rows together."""
         self.facts.columns = self.alive.numel()
         self.facts.dead_columns = int((~self.alive).sum())
 
@@ -277,16 +285,16 @@ class Measure:
 def binned(
     histogram: Histogram, tail: float = 0.003, octaves: int = 24
 ) -> tuple[list[float], list[int], list[int]]:
-    """Edges (one more than bins), kept and pruned counts, for a picture.
+    """Computes edges (one more than bins), kept and pruned counts, for a chart.
 
-    The smallest values, that share of all and what lies so many octaves below the largest, are in
-    the first bin.
+    The first bin also holds the smallest values: the share tail of all, and those more than so many
+    octaves below the largest.
 
     Example:
         >>> import torch
-        >>> found = Histogram()
-        >>> found.add(torch.tensor([1., 1.1, 2.]), torch.tensor([False, True, True]))
-        >>> edges, kept, pruned = binned(found)
+        >>> counts = Histogram()
+        >>> counts.add(torch.tensor([1., 1.1, 2.]), torch.tensor([False, True, True]))
+        >>> edges, kept, pruned = binned(counts)
         >>> [round(edge, 2) for edge in edges], kept, pruned
         ([1.0, 1.19, 1.41, 1.68, 2.0, 2.38], [1, 0, 0, 0, 1], [1, 0, 0, 0, 0])
     """
@@ -294,18 +302,18 @@ def binned(
     if not both:
         return [], [], []
     low, high, left = min(both), max(both), tail * both.total()
-    for place in sorted(both):
-        low, left = place, left - both[place]
+    for index in sorted(both):
+        low, left = index, left - both[index]
         if left < 0:
             break
     low = max(low, high - STEPS * octaves + 1)
     bins = range(low, high + 1)
 
     def counts(counter: Counter[int]) -> list[int]:
-        found = [counter[place] for place in bins]
-        found[0] += sum(count for place, count in counter.items() if place < low)
-        return found
+        binned_counts = [counter[index] for index in bins]
+        binned_counts[0] += sum(count for index, count in counter.items() if index < low)
+        return binned_counts
 
     largest = 1024 - 2.0**-40  # a power of 2 that is finite
-    edges = [2.0 ** min(place / STEPS, largest) for place in range(low, high + 2)]
+    edges = [2.0 ** min(index / STEPS, largest) for index in range(low, high + 2)]
     return edges, counts(histogram.kept), counts(histogram.pruned)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The facts of a report, measured layer by layer from chunks of weights, wherever they are."""
+"""Gathers the facts of a report, layer by layer, from chunks of weights in memory or in files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class LayerWeights:
     """The weights of one layer, before and after.
 
     Attributes:
-        facts: the layer, whose figures are still to be measured.
+        facts: of the layer, which `gather` fills in.
         matrix: the weight as [rows, columns, *window].
         groups: of a convolution or of experts.
-        itemsize: bytes of a weight where it is stored.
+        itemsize: bytes of a stored weight.
         copies: how often it is stored.
-        chunks: gives all weights in order, in chunks of at most so many.
+        chunks: yields all weights in order, in chunks of at most so many.
     """
 
     facts: LayerFacts
@@ -37,7 +37,7 @@ class LayerWeights:
 
     @property
     def saved(self) -> int:
-        """Bytes that a sparse format saves: those of the pruned weights, less one bit a weight."""
+        """Computes the bytes that a sparse format saves: pruned weights, less one bit a weight."""
         facts = self.facts
         pruned = (facts.total - facts.kept) * self.itemsize
         return self.copies * (pruned - (facts.total + 7) // 8)
@@ -46,10 +46,10 @@ class LayerWeights:
 def gather(
     facts: Facts, layers: Iterable[LayerWeights], on_read: Callable[[str, int], Any]
 ) -> Facts:
-    """Measures all layers, and fills in what follows from them.
+    """Measures all layers, and completes the facts.
 
     Args:
-        facts: about all of the pruning.
+        facts: of the pruning.
         layers: in the order of the network.
         on_read: called with a layer's name and bytes, after each chunk that is measured.
 
@@ -61,21 +61,21 @@ def gather(
         >>> weights = torch.tensor([[3., 1.]]), torch.tensor([[True, False]]), None
         >>> layer = LayerWeights(LayerFacts("fc", "linear", (1, 2)), (1, 2), 1, 4, 1,
         ...                      lambda most: iter([weights]))
-        >>> found = gather(Facts("net", "lookahead", [], bytes_before=8), [layer], print)
+        >>> facts = gather(Facts("net", "lookahead", [], bytes_before=8), [layer], print)
         fc 8
-        >>> found.kept, found.mass, found.bytes_sparse       # 9 / 10; 8 - 4 + 1
+        >>> facts.kept, facts.mass, facts.bytes_sparse       # 9 / 10; 8 - 4 + 1
         (1, 0.9, 5)
     """
-    found, saved = [], 0
+    rows, saved = [], 0
     for layer in layers:
         measure = Measure(layer.facts, layer.matrix, layer.groups)
         for weights, kept, scores in layer.chunks(measure.step):
             measure.add(weights, kept, scores)
             on_read(layer.facts.name, weights.nbytes)
         measure.finish()
-        found.append(layer.facts)
+        rows.append(layer.facts)
         saved += layer.saved
-    facts.layers = found
+    facts.layers = rows
     if facts.bytes_before is not None:
         facts.bytes_sparse = facts.bytes_before - saved
     return facts

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One self-contained HTML page about a pruning. It draws what facts.py has measured, no more.
+"""One self-contained HTML page about a pruning, drawn from what facts.py has measured.
 
-No script, no font, no request: the page can be mailed, archived and read without a network.
+It has no script, no font and no request: it can be mailed, archived and read without a network.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lap_ext.report.charts import bar, histogram, number, percent, size
 from lap_ext.report.facts import Facts, LayerFacts
 from lap_ext.report.style import STYLE
 
-_SHOWN = 24  # distributions of layers before the rest is folded away
+_SHOWN = 24  # distributions of layers; the others are collapsed
 
 
 def write(path: str | os.PathLike[str], facts: Facts) -> None:
-    """Writes the page: the old file or the new one is at path, never a part."""
+    """Writes the page atomically: path has the old file or the complete new one."""
     with replacing(path) as file:
         file.write(html(facts).encode())
 
 
 def html(facts: Facts) -> str:
-    """The page as a string."""
+    """Returns the page as a string."""
     body = [
         _header(facts),
         "<main>",
@@ -60,10 +60,10 @@ def _header(facts: Facts) -> str:
         f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
         for name, value, note in cards
     )
-    asked = ", ".join(f"{escape(k)} <code>{escape(v)}</code>" for k, v in facts.asked.items())
-    asked = f'<p class="quiet">{asked}</p>' if asked else ""
+    options = ", ".join(f"{escape(k)} <code>{escape(v)}</code>" for k, v in facts.options.items())
+    options = f'<p class="quiet">{options}</p>' if options else ""
     return (
-        f"<header><h1>Pruning of {escape(facts.title)}</h1>{asked}"
+        f"<header><h1>Pruning of {escape(facts.title)}</h1>{options}"
         f'<dl class="cards">{tiles}</dl></header>'
     )
 
@@ -91,7 +91,7 @@ def _layers(facts: Facts) -> str:
 
 def _distributions(facts: Facts) -> str:
     scored = any(layer.scores for layer in facts.layers)
-    cut = '<li><span class="swatch cut"></span>lowest score kept</li>' if scored else ""
+    lowest = '<li><span class="swatch threshold"></span>lowest score kept</li>' if scored else ""
     what = "score" if scored else "|weight|"
     figures = []
     for layer in facts.layers:
@@ -106,38 +106,40 @@ def _distributions(facts: Facts) -> str:
             f"<details><summary>{len(figures) - _SHOWN} more layers</summary>"
             f'<div class="grid">{"".join(figures[_SHOWN:])}</div></details>'
         )
-    whole = histogram(facts.distribution(), "all layers, |weight|", width=1000, height=220)
+    together = histogram(facts.distribution(), "all layers, |weight|", width=1000, height=220)
     explained = (
-        "Scores decide: all below a layer's line (or, with one ranking over all layers, the common "
-        "one) are pruned."
+        "Weights with a score below the line of their layer (with one ranking over all layers, the "
+        "common line) are pruned."
         if scored
-        else "Where kept and pruned overlap, the score chose otherwise than the magnitude would have."
+        else "Where kept and pruned weights overlap, the score ranks them differently from the "
+        "magnitude."
     )
     return (
         "<h2>Distributions</h2>"
-        '<p class="quiet">How many weights have which size, on a logarithmic axis; the '
-        "smallest 0.3 % are in the first bar.</p>"
+        '<p class="quiet">The number of weights by magnitude, on a logarithmic axis; the smallest '
+        "0.3 % are in the first bar.</p>"
         f'<ul class="legend"><li><span class="swatch kept"></span>kept</li>'
-        f'<li><span class="swatch pruned"></span>pruned</li>{cut}</ul>'
-        f'<figure class="wide"><h3>|weight|, all layers</h3>{whole}</figure>'
-        f'<h2>{"Scores" if scored else "|weight|"} by layer</h2><p class="quiet">{explained}</p>{grid}'
+        f'<li><span class="swatch pruned"></span>pruned</li>{lowest}</ul>'
+        f'<figure class="wide"><h3>|weight|, all layers</h3>{together}</figure>'
+        f"<h2>{'Scores' if scored else '|weight|'} by layer</h2>"
+        f'<p class="quiet">{explained}</p>{grid}'
     )
 
 
 def _dead(facts: Facts) -> str:
     title = "<h2>Dead channels</h2>"
-    found = [layer for layer in facts.layers if layer.dead_rows or layer.dead_columns]
-    if not found:
+    dead = [layer for layer in facts.layers if layer.dead_rows or layer.dead_columns]
+    if not dead:
         return f"{title}<p>None: no row and no column of a pruned weight is all zero.</p>"
     rows = [
         f'<tr><th scope="row">{escape(layer.name)}</th>'
         f'<td class="barred">{_dead_bar(layer.dead_rows, layer.rows)}</td>'
         f'<td class="barred">{_dead_bar(layer.dead_columns, layer.columns)}</td></tr>'
-        for layer in found
+        for layer in dead
     ]
     return (
         f'{title}<p class="quiet">Rows and columns of a weight that are all zero: '
-        "they could be removed and the result would stay the same, but for biases.</p>"
+        "apart from biases, removing them would not change the output.</p>"
         + _table(("layer", "rows", "columns"), rows)
     )
 
@@ -155,12 +157,12 @@ def _topology(facts: Facts) -> str:
     notes = ""
     if facts.others:
         names = ", ".join(f"<code>{escape(name)}</code>" for name in facts.others)
-        notes += f"<p>No layers, never pruned: {names}.</p>"
+        notes += f"<p>Not layers, never pruned: {names}.</p>"
     for stop in facts.stops:
         notes += f'<p class="alarm">The trace stopped: {escape(stop)}</p>'
     return (
-        '<h2>What the topology saw</h2><p class="quiet">The layers whose weights meet each layer '
-        "across a channel: lookahead scores read their norms.</p>"
+        '<h2>Topology</h2><p class="quiet">The layers that share a channel with each layer: '
+        "lookahead scores use the norms of their weights.</p>"
         + _table(("layer", "fed by", "read by"), rows)
         + notes
     )
@@ -183,13 +185,13 @@ def _sizes(facts: Facts) -> str:
     ]
     return (
         '<h2>Size on disk</h2><p class="quiet">A pruned checkpoint stores its zeros, so that every '
-        "tool still reads it; the last line is what a sparse format would need.</p>"
+        "tool can read it; the last row is the size in a sparse format.</p>"
         + _table(("", "size", "#exactly"), cells)
     )
 
 
 def _table(head: Sequence[str], rows: Iterable[str], foot: str = "") -> str:
-    """A table; a column whose head begins with # holds numbers."""
+    """Writes a table; a column whose head begins with # holds numbers."""
     cells = "".join(
         f'<th scope="col"{" class=num" if name.startswith("#") else ""}>{name.lstrip("#")}</th>'
         for name in head

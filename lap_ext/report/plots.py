@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The report's pictures through matplotlib, for notebooks and papers (pip install "lap_ext[plot]")."""
+"""The plots of a report, by matplotlib (pip install "lap_ext[plot]"), for notebooks and papers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lap_ext._files import replacing
+from lap_ext.errors import LapImportError, LapValueError
 from lap_ext.report.facts import STEPS, Facts, Histogram, binned
 
 _KEPT, _PRUNED, _MASS = "#1b6ca8", "#e08a3c", "#2a8f78"
@@ -18,7 +19,7 @@ _NAMED = 60  # layers whose names can still be read on an axis
 
 
 class Row(Protocol):
-    """A layer's counts: a row of a PruneResult, or LayerFacts."""
+    """The counts of a layer: a row of a PruneResult, or LayerFacts."""
 
     name: str
     kept: int
@@ -29,14 +30,14 @@ class Row(Protocol):
 
 
 def layers(rows: Sequence[Any], title: str = "") -> Any:
-    """A figure of each layer's sparsity and weights; kept mass too, where rows know it.
+    """Draws the sparsity and the weights of each layer, or the kept mass, where rows have it.
 
     Args:
-        rows: what `PruneResult.layers` or `Facts.layers` hold (see `Row`).
+        rows: `PruneResult.layers` or `Facts.layers` (see `Row`).
         title: above the figure.
 
     Returns:
-        A matplotlib Figure, which a notebook shows.
+        A matplotlib Figure, which a notebook displays.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -46,21 +47,23 @@ def layers(rows: Sequence[Any], title: str = "") -> Any:
     height = max(1.6, 0.24 * min(len(rows), _NAMED) + 1.2)
     figure = figure_of(figsize=(9, height), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    places = range(len(rows))
-    left.barh(places, [100 * row.sparsity for row in rows], color=_PRUNED, height=0.7)
+    positions = range(len(rows))
+    left.barh(positions, [100 * row.sparsity for row in rows], color=_PRUNED, height=0.7)
     left.set_xlim(0, 100)
     left.set_xlabel("sparsity (%)")
     if mass:
-        right.barh(places, [100 * row.mass for row in rows], color=_MASS, height=0.7)
+        right.barh(positions, [100 * row.mass for row in rows], color=_MASS, height=0.7)
         right.set_xlim(0, 100)
         right.set_xlabel("kept mass (% of the sum of squares)")
     else:
-        right.barh(places, [row.total for row in rows], color="0.88", height=0.7, label="removed")
-        right.barh(places, [row.kept for row in rows], color=_KEPT, height=0.7, label="kept")
+        right.barh(
+            positions, [row.total for row in rows], color="0.88", height=0.7, label="removed"
+        )
+        right.barh(positions, [row.kept for row in rows], color=_KEPT, height=0.7, label="kept")
         right.set_xlabel("weights")
         right.legend(frameon=False, fontsize=8)
     if len(rows) <= _NAMED:
-        left.set_yticks(places, [row.name for row in rows], fontsize=8)
+        left.set_yticks(positions, [row.name for row in rows], fontsize=8)
     else:
         left.set_ylabel("layer")
     left.invert_yaxis()
@@ -71,7 +74,7 @@ def layers(rows: Sequence[Any], title: str = "") -> Any:
 
 
 def distributions(facts: Facts, most: int = 24) -> Any:
-    """A figure of the distribution of each layer's scores (or magnitudes), at most so many layers."""
+    """Draws the distributions of the scores (or magnitudes) of at most so many layers."""
     figure_of = _matplotlib()
     shown = list(facts.layers)[:most]
     columns = min(3, max(1, len(shown)))
@@ -94,21 +97,26 @@ def distributions(facts: Facts, most: int = 24) -> Any:
 
 
 def save(path: str | os.PathLike[str], figure: Any) -> None:
-    """Writes a figure in the format of the name (.png, .pdf, .svg): all of it or nothing."""
+    """Writes a figure atomically, in the format that the suffix names (.png, .pdf, .svg)."""
     with replacing(path) as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
 
 
 def check(path: Path) -> None:
-    """ModuleNotFoundError without matplotlib, ValueError for a format that it does not write."""
+    """Checks that matplotlib is installed and writes the format that the suffix names.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: it does not write this format.
+    """
     formats = _matplotlib()().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in formats:
         known = ", ".join(f".{name}" for name in ("png", "pdf", "svg"))
-        raise ValueError(f"plot: expected a name that ends in {known}, got {str(path)!r}.")
+        raise LapValueError(f"a name that ends in {known}", repr(str(path)))
 
 
-def _bars(panel: Any, found: Histogram) -> None:
-    edges, kept, pruned = binned(found)
+def _bars(panel: Any, counts: Histogram) -> None:
+    edges, kept, pruned = binned(counts)
     if not edges:
         return
     widths = [high - low for low, high in pairwise(edges)]
@@ -127,20 +135,21 @@ def _plain(*panels: Any) -> None:
 
 
 def _matplotlib() -> Any:
-    """Matplotlib's Figure, without pyplot: no window, no state that a program shares."""
+    """Imports the Figure of matplotlib, without pyplot: no window, no global state."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise ModuleNotFoundError(
-            "plot: expected the matplotlib package (it draws), got none. "
-            'Run: pip install "lap_ext[plot]"',
+        raise LapImportError(
+            "the matplotlib package (it draws)",
+            "none",
+            'Run: pip install "lap_ext[plot]".',
             name="matplotlib",
         ) from None
 
     class Picture(Figure):
-        """A figure that a notebook shows, though pyplot does not know it."""
+        """A figure that a notebook displays, though pyplot does not know it."""
 
         def _repr_png_(self) -> bytes:
             buffer = BytesIO()

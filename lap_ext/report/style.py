@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The style sheet of the page: a light and a dark scheme, a printer's, no font or file from outside.
+"""The style sheet of the page: light, dark and printed; it loads no font and no file.
 
-Blue is kept, orange is pruned (told apart with every kind of color vision); text has a contrast of
-4.5 : 1 or more on its ground.
+Blue is kept, orange is pruned (distinguishable with every kind of color vision); text has a
+contrast of at least 4.5 : 1 to its background.
 """
 
 STYLE = """
@@ -44,15 +44,21 @@ code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .panel { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 caption { text-align: left; padding: 10px 14px 2px; color: var(--quiet); font-size: 13px; }
-th, td { text-align: left; padding: 7px 14px; border-top: 1px solid var(--line); vertical-align: top; }
-thead th { border-top: 0; color: var(--quiet); font-weight: 600; font-size: 13px; white-space: nowrap; }
+th, td {
+  text-align: left; padding: 7px 14px; border-top: 1px solid var(--line); vertical-align: top;
+}
+thead th {
+  border-top: 0; color: var(--quiet); font-weight: 600; font-size: 13px; white-space: nowrap;
+}
 tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 9em; }
 td { overflow-wrap: break-word; }
 tfoot th, tfoot td { border-top: 2px solid var(--line); font-weight: 600; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.barred { min-width: 150px; width: 19%; font-variant-numeric: tabular-nums; }
 .value { display: block; white-space: nowrap; }
-.track { display: block; height: 7px; border-radius: 4px; background: var(--track); overflow: hidden; }
+.track {
+  display: block; height: 7px; border-radius: 4px; background: var(--track); overflow: hidden;
+}
 .fill { display: block; height: 100%; border-radius: 4px; }
 .fill.pruned { background: var(--pruned); }
 .fill.kept { background: var(--kept); }
@@ -66,15 +72,15 @@ svg text { fill: var(--quiet); font: 10.5px system-ui, -apple-system, "Segoe UI"
 svg .kept { fill: var(--kept); }
 svg .pruned { fill: var(--pruned); }
 svg .axis { stroke: var(--quiet); stroke-width: 1; opacity: 0.6; }
-svg .cut { stroke: var(--ink); stroke-width: 1.4; stroke-dasharray: 4 3; }
-svg .cutlabel { fill: var(--ink); }
+svg .threshold { stroke: var(--ink); stroke-width: 1.4; stroke-dasharray: 4 3; }
+svg .threshold-label { fill: var(--ink); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 0 12px; }
 .legend { display: flex; gap: 18px; flex-wrap: wrap; margin: 8px 0 0; padding: 0; list-style: none;
   color: var(--quiet); font-size: 13px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
 .swatch.kept { background: var(--kept); }
 .swatch.pruned { background: var(--pruned); }
-.swatch.cut { height: 0; width: 16px; border-radius: 0; border-top: 2px dashed var(--ink);
+.swatch.threshold { height: 0; width: 16px; border-radius: 0; border-top: 2px dashed var(--ink);
   vertical-align: middle; }
 .alarm { color: var(--alarm); font-weight: 600; }
 summary { cursor: pointer; margin: 14px 0 0; color: var(--quiet); }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One operation of the traced graph: its name, its arguments by those of its schema, its shapes."""
+"""One operation of the traced graph: its name, its arguments by name, the shapes of its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lap_ext.topology.value import Value
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an ATen operation, nodes replaced by what is known of their results."""
+    """A call of an ATen operation, with nodes replaced by what is known of their results."""
 
     node: fx.Node
     name: str  # "conv2d" of aten.conv2d.default; an in-place one without its underscore
@@ -28,7 +28,7 @@ class Call:
         return self.arguments[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An argument that not every overload has."""
+        """Returns an argument that not every overload has."""
         return self.arguments.get(name, default)
 
     @property
@@ -44,19 +44,19 @@ class Call:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of all results."""
-        found = self.node.meta.get("val")
-        several = found if isinstance(found, (list, tuple)) else [found]
-        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in several]
+        outcome = self.node.meta.get("val")
+        results = outcome if isinstance(outcome, (list, tuple)) else [outcome]
+        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in results]
 
     @property
     def operation(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         plain = isinstance(self.target, FunctionType)
         return self.name if plain else str(self.target)
 
 
 def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
-    """An argument of a node, however nested, with the function on every leaf; plain lists."""
+    """Applies a function to every leaf of a nested argument; all sequences become plain ones."""
     if isinstance(x, (list, tuple)):
         items = [mapped(item, function) for item in x]
         return tuple(items) if isinstance(x, tuple) else items
@@ -74,7 +74,7 @@ def _values(x: Any) -> Iterator[Value]:
 
 
 def operation_name(node: fx.Node) -> str:
-    """The operation of a node: "conv2d" of aten.conv2d.default, "relu" of aten.relu_.default."""
+    """Returns a node's operation: "conv2d" of aten.conv2d.default, "relu" of aten.relu_.default."""
     schema = getattr(node.target, "_schema", None)
     plain = getattr(node.target, "__name__", str(node.target))
     name = plain if schema is None else str(schema.name).rpartition("::")[2]
@@ -82,26 +82,26 @@ def operation_name(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that a node belongs to; empty: the model itself."""
+    """Returns the path of a node's innermost module; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(list(stack.values())) if path), "")
 
 
 def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call of a node; args and kwargs as they are known."""
+    """Returns the call of a node; args and kwargs as they are known."""
     target: Any = node.target
     schema = getattr(target, "_schema", None)
     arguments: dict[str, Any] = {}
     if schema is not None:
-        for place, argument in enumerate(schema.arguments):
+        for index, argument in enumerate(schema.arguments):
             if argument.is_out:  # written over, not read
                 continue
-            if place < len(args):
-                arguments[argument.name] = args[place]
+            if index < len(args):
+                arguments[argument.name] = args[index]
             elif argument.name in kwargs:
                 arguments[argument.name] = kwargs[argument.name]
             else:
                 arguments[argument.name] = argument.default_value
-    else:  # torch.cond and its like: no rule knows them, but what feeds them counts
+    else:  # torch.cond and the like: no rule knows them, but their inputs count
         arguments = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
     return Call(node, operation_name(node), target, arguments, args, kwargs)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""All channels of a network, numbered from 1, and from which channels each one is made.
+"""All channels of a network, numbered from 1, and the channels that each one is computed from.
 
-A space is a run of channels that were born together: the outputs of a weighted layer, the model's
-input, or the result of an operation that joins, scales or reduces channels. Arcs lead from each
-channel of a made space to its parents, with the factor on the way:
+A channel group holds channels that one operation creates: the outputs of a weighted layer, the
+model's input, or the result of an operation that joins, scales or reduces channels. Channel edges
+lead from each created channel to its parents, with the factor between them:
 
-    energy of a channel = sum over arcs of weight * scale^2 * energy of the parent
+    squared norm of a channel = sum over edges of weight * scale^2 * squared norm of the parent
 
-Parents are numbered before their children, so one sweep up or down the list settles everything;
-a loop can only close through a weighted layer, where one hop ends.
+Parents are numbered before their children, so that one pass up or down the list is enough. A loop
+can only close through a weighted layer, where one hop ends.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 from lap_ext.topology.static import Scale
 
 Trail = tuple[str, ...]
-_BASE = 1 << 40  # more than there are labels: (child, label) is one int64 key
+_BASE = 1 << 40  # more than there are channel ids: (child, id) is one int64 key
 
 
 @dataclass(frozen=True)
-class Arcs:
+class ChannelEdges:
     """Children and parents, pair by pair, and the factor between them."""
 
-    child: Tensor  # int64 [n], place within the space
-    parent: Tensor  # int64 [n], label
-    trail: Trail = ()  # operations passed between them
+    child: Tensor  # int64 [n], index within the group
+    parent: Tensor  # int64 [n], channel id
+    trail: Trail = ()  # operations between them
     scale: Scale | None = None
     entry: Tensor | None = None  # int64 [n]: entry of the flattened scale
     weight: Tensor | None = None  # float64 [n]; None: 1
@@ -40,7 +40,7 @@ class Arcs:
     def squared(
         self, tensors: Mapping[str, Tensor], known: dict[int, Any], batch_norm: bool = True
     ) -> Tensor | None:
-        """Weight * scale^2 of each arc, float64 [n]; None: ones.
+        """Returns weight * scale^2 of each edge, float64 [n]; None: ones.
 
         Args:
             tensors: the model's parameters and buffers by name.
@@ -56,8 +56,8 @@ class Arcs:
 
 
 @dataclass(frozen=True)
-class Space:
-    """Channels first, first + 1, ... of one origin.
+class ChannelGroup:
+    """Channels first, first + 1, ... that one operation creates.
 
     kind: role (a weighted layer's output), input, boundary, zero (padded), batch_norm, scale,
     number (a scalar multiple), position (times a constant that changes with the position), softmax,
@@ -68,84 +68,85 @@ class Space:
     size: int
     kind: str
     name: str  # of the layer, the input or the operation
-    arcs: list[Arcs] = field(default_factory=list)
+    edges: list[ChannelEdges] = field(default_factory=list)
 
     @property
-    def labels(self) -> Tensor:
+    def ids(self) -> Tensor:
         """Its channels, int64 [size]."""
         return torch.arange(self.first, self.first + self.size)
 
 
 class Channels:
-    """The spaces in order of birth."""
+    """The channel groups in the order in which they were created."""
 
     def __init__(self) -> None:
-        self.size = 1  # label 0 is no channel
-        self.spaces: list[Space] = []
-        self._roots = torch.zeros(1024, dtype=torch.int64)  # of each label; doubled when full
-        self._places = torch.full((1024,), -1, dtype=torch.int64)
-        self._members: dict[int, Tensor] = {}  # place of a "reduce" space -> keys of its arcs
+        self.size = 1  # id 0 is no channel
+        self.groups: list[ChannelGroup] = []
+        self._roots = torch.zeros(1024, dtype=torch.int64)  # of each id; doubled when full
+        self._group_indices = torch.full((1024,), -1, dtype=torch.int64)
+        self._members: dict[int, Tensor] = {}  # index of a "reduce" group -> keys of its edges
 
     def add(
         self,
         size: int,
         kind: str,
         name: str,
-        arcs: list[Arcs] | None = None,
+        edges: list[ChannelEdges] | None = None,
         roots: Tensor | None = None,
-    ) -> Space:
-        """A new space; roots: the channels that these are multiples of by a number."""
-        space = Space(self.size, size, kind, name, arcs or [])
+    ) -> ChannelGroup:
+        """Creates a group; roots: the channels that these are multiples of by a number."""
+        group = ChannelGroup(self.size, size, kind, name, edges or [])
         end = self.size + size
         while end > self._roots.numel():
             self._roots = torch.cat([self._roots, torch.zeros_like(self._roots)])
-            self._places = torch.cat([self._places, torch.full_like(self._places, -1)])
-        self._roots[self.size : end] = space.labels if roots is None else roots
-        self._places[self.size : end] = len(self.spaces)
-        self.spaces.append(space)
+            missing = torch.full_like(self._group_indices, -1)
+            self._group_indices = torch.cat([self._group_indices, missing])
+        self._roots[self.size : end] = group.ids if roots is None else roots
+        self._group_indices[self.size : end] = len(self.groups)
+        self.groups.append(group)
         self.size = end
-        return space
+        return group
 
     def zero(self) -> int:
-        """The channel that is always zero."""
-        for space in self.spaces:
-            if space.kind == "zero":
-                return space.first
+        """Returns the channel that is always zero."""
+        for group in self.groups:
+            if group.kind == "zero":
+                return group.first
         return self.add(1, "zero", "zero").first
 
-    def root(self, labels: Tensor) -> Tensor:
-        """The channel that each one is a multiple of by a number: itself for most."""
-        return self._roots[labels]
+    def root(self, ids: Tensor) -> Tensor:
+        """Returns the channel that each one is a multiple of by a number: itself for most."""
+        return self._roots[ids]
 
-    def place(self, labels: Tensor) -> Tensor:
-        """The place in spaces of each label; -1 for label 0."""
-        return self._places[labels]
+    def group_index(self, ids: Tensor) -> Tensor:
+        """Returns the index in groups of each channel's group; -1 for id 0."""
+        return self._group_indices[ids]
 
-    def of_kind(self, labels: Tensor, *kinds: str) -> Tensor:
-        """Whether each label was born in a space of one of these kinds."""
-        places = self.place(labels)
-        result = torch.zeros(labels.shape, dtype=torch.bool)
-        for place in torch.unique(places).tolist():
-            if place >= 0 and self.spaces[place].kind in kinds:
-                result |= places == place
+    def of_kind(self, ids: Tensor, *kinds: str) -> Tensor:
+        """Tells for each channel whether its group is of one of these kinds."""
+        indices = self.group_index(ids)
+        result = torch.zeros(ids.shape, dtype=torch.bool)
+        for index in torch.unique(indices).tolist():
+            if index >= 0 and self.groups[index].kind in kinds:
+                result |= indices == index
         return result
 
-    def sum_of(self, child: Tensor, labels: Tensor) -> None:
-        """The space born last sums these channels, pair by pair, though its arcs are to others."""
-        self._members[len(self.spaces) - 1] = child * _BASE + self.root(labels)
+    def sum_of(self, child: Tensor, ids: Tensor) -> None:
+        """Notes that the newest group sums these channels, pair by pair, whatever its edges say."""
+        self._members[len(self.groups) - 1] = child * _BASE + self.root(ids)
 
-    def is_parent(self, labels: Tensor, of: Tensor) -> Tensor:
-        """Pair by pair, whether a label is among the parents of a channel of kind "reduce"."""
-        result = torch.zeros(labels.shape, dtype=torch.bool)
-        places = self.place(of)
-        for place in torch.unique(places).tolist():
-            space = self.spaces[place]
-            if place < 0 or space.kind != "reduce":
+    def is_parent(self, ids: Tensor, of: Tensor) -> Tensor:
+        """Tells pair by pair whether a channel is a parent of a channel of kind "reduce"."""
+        result = torch.zeros(ids.shape, dtype=torch.bool)
+        indices = self.group_index(of)
+        for index in torch.unique(indices).tolist():
+            group = self.groups[index]
+            if index < 0 or group.kind != "reduce":
                 continue
-            if place not in self._members:
-                keys = [arcs.child * _BASE + self.root(arcs.parent) for arcs in space.arcs]
-                self._members[place] = torch.cat(keys)
-            here = places == place
-            keys_here = (of[here] - space.first) * _BASE + self.root(labels[here])
-            result[here] = torch.isin(keys_here, self._members[place])
+            if index not in self._members:
+                members = [edges.child * _BASE + self.root(edges.parent) for edges in group.edges]
+                self._members[index] = torch.cat(members)
+            mask = indices == index
+            keys = (of[mask] - group.first) * _BASE + self.root(ids[mask])
+            result[mask] = torch.isin(keys, self._members[index])
         return result

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Edges between layers, for people and for tests: found by walking the channel graph one hop.
+"""Edges between layers, for people and for tests: one hop through the channel graph.
 
-Scores do not need them (propagate.py sweeps the graph at once); that both agree is tested.
+Scores do not need them (propagate.py passes over the full graph at once); a test checks that both
+agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lap_ext.ops.reference.common import exact_sqrt
-from lap_ext.topology.channels import Arcs, Space, Trail
+from lap_ext.topology.channels import ChannelEdges, ChannelGroup, Trail
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 from lap_ext.topology.value import merged
@@ -29,12 +30,12 @@ class Edge:
     Attributes:
         name: the neighbor's layer name; "input", "output" or the operation where a trace stopped.
         kind: "layer", "input", "output", "boundary" or "coupled" (q and k of an attention).
-        here: channel of this layer, pair by pair, int64 [n]; of the whole weight where roles use
+        here: channel of this layer, pair by pair, int64 [n]; of the full weight where roles use
             parts of it.
         there: channel of the neighbor, pair by pair, int64 [n].
-        scale: factor on the way, pair by pair, float64 [n] (batch norm, norm weight, layer scale;
-            with the squared weights of a mean it is their root); None: ones.
-        via: operations passed on the way, each once; where ways have met, those of all of them.
+        scale: factor along the path, pair by pair, float64 [n] (batch norm, norm weight, layer
+            scale; with the squared weights of a mean it is their root); None: ones.
+        via: operations along the path, each once; where paths meet, those of all of them.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Edge:
 
     @property
     def how(self) -> str:
-        """How channels correspond, in parentheses behind a name; empty if one to one or all to all."""
+        """The channel map in parentheses, to follow a name; empty if one to one or all to all."""
         return "" if self.channel_map in ("same", "all") else f" ({self.channel_map})"
 
     @property
     def channel_map(self) -> str:
-        """How channels correspond, in a word: "same", "offset 64", "repeat 4", "permuted", ..."""
+        """The channel map in a word: "same", "offset +64", "repeat 4", "permuted", ..."""
         here, there = self.here, self.there
         if self.kind in ("input", "output", "boundary"):
             return "all"
@@ -71,26 +72,30 @@ class Edge:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Pairs on their way: channel of the layer, label reached, squared factor, operations."""
+    """Pairs along a path: channel of the layer, channel id reached, squared factor, operations."""
 
     here: Tensor
-    label: Tensor
+    reached: Tensor
     factor: Tensor
     via: Trail
 
+    def taken(self, index: Tensor) -> _Walk:
+        """Returns some of the pairs, in a given order."""
+        return _Walk(self.here[index], self.reached[index], self.factor[index], self.via)
 
-class _Facts:
-    """The model's weights of now, for the factors of arcs."""
+
+class _Factors:
+    """The factors of channel edges, computed from the model's weights as they are now."""
 
     def __init__(self, tensors: Mapping[str, Tensor], batch_norm: bool) -> None:
         self.tensors = tensors
         self.batch_norm = batch_norm
         self.known: dict[int, Any] = {}  # static values of this pass
 
-    def squared(self, arcs: Arcs) -> Tensor:
-        """The squared factor of each arc, float64."""
-        found = arcs.squared(self.tensors, self.known, self.batch_norm)
-        return torch.ones(arcs.child.shape, dtype=torch.float64) if found is None else found
+    def squared(self, edges: ChannelEdges) -> Tensor:
+        """Returns the squared factor of each edge, float64."""
+        factor = edges.squared(self.tensors, self.known, self.batch_norm)
+        return torch.ones(edges.child.shape, dtype=torch.float64) if factor is None else factor
 
 
 def producers(
@@ -104,25 +109,14 @@ def producers(
         tensors: the model's parameters and buffers by name, for the scales.
         batch_norm: whether batch norms are among the scales.
     """
-    index, labels = role.inputs
-    facts = _Facts(tensors, batch_norm)
-    here = index + role.part.first[0]
-    start = _Walk(here, labels, torch.ones(index.shape).double(), role.trail)
-    pending = list(_by_place(graph, start))
-    found = []
-    while pending:
-        place = max(place for place, _ in pending)
-        walk = _together([w for p, w in pending if p == place])
-        pending = [(p, w) for p, w in pending if p != place]
-        space = graph.channels.spaces[place]
-        if space.kind in _SOURCES:
-            there = graph.channel(space, walk.label)
-            found.append(_edge(space.name, _kind(space), walk, there))
-            continue
-        for arcs in space.arcs:
-            step = _up(walk, space, arcs, facts)
-            pending += _by_place(graph, step)
-    return _merged(found[::-1])
+    channel, ids = role.inputs
+    here = channel + role.part.first[0]
+    start = _Walk(here, ids, torch.ones(ids.shape).double(), role.trail)
+    edges = [
+        _edge(group.name, _kind(group), walk, graph.channel(group, walk.reached))
+        for group, walk in _sources(graph, start, _Factors(tensors, batch_norm))
+    ]
+    return _merged(edges[::-1])
 
 
 def consumers(
@@ -136,124 +130,128 @@ def consumers(
         tensors: the model's parameters and buffers by name, for the scales.
         batch_norm: whether batch norms are among the scales.
     """
-    labels = role.out.labels
-    facts = _Facts(tensors, batch_norm)
+    ids = role.out.ids
+    factors = _Factors(tensors, batch_norm)
     here = torch.arange(role.out.size) + role.part.first[1]
-    start = _Walk(here, labels, torch.ones(labels.shape).double(), ())
-    pending = list(_by_place(graph, start))
-    found: list[Edge] = []
+    start = _Walk(here, ids, torch.ones(ids.shape).double(), ())
+    pending = list(_by_group(graph, start))
+    edges: list[Edge] = []
     while pending:
-        place = min(place for place, _ in pending)
-        walk = _together([w for p, w in pending if p == place])
-        pending = [(p, w) for p, w in pending if p != place]
-        found += _read(graph, place, walk, facts)
-        for child_place, arcs in graph.below.get(place, []):
-            step = _down(walk, graph.channels.spaces[child_place], arcs, facts)
-            pending += [(child_place, step)] if step.here.numel() else []
-    return _merged(found)
+        index = min(index for index, _ in pending)
+        walk = _together([w for i, w in pending if i == index])
+        pending = [(i, w) for i, w in pending if i != index]
+        edges += _read(graph, index, walk, factors)
+        for child, channel_edges in graph.children.get(index, []):
+            step = _down(walk, graph.channels.groups[child], channel_edges, factors)
+            pending += [(child, step)] if step.here.numel() else []
+    return _merged(edges)
 
 
-def _merged(found: list[Edge]) -> list[Edge]:
-    """One edge a neighbor and kind, though its channels were born in different places."""
+def _sources(graph: Graph, start: _Walk, factors: _Factors) -> Iterator[tuple[ChannelGroup, _Walk]]:
+    """Walks up to the layers, inputs and boundaries that channels come from, the newest first."""
+    pending = list(_by_group(graph, start))
+    while pending:
+        index = max(index for index, _ in pending)
+        walk = _together([w for i, w in pending if i == index])
+        pending = [(i, w) for i, w in pending if i != index]
+        group = graph.channels.groups[index]
+        if group.kind in _SOURCES:
+            yield group, walk
+            continue
+        for edges in group.edges:
+            pending += _by_group(graph, _up(walk, group, edges, factors))
+
+
+def _merged(edges: list[Edge]) -> list[Edge]:
+    """Merges the edges to the same neighbor and kind, whichever groups their channels are of."""
     groups: dict[tuple[str, str], list[Edge]] = {}
-    for edge in found:
+    for edge in edges:
         groups.setdefault((edge.name, edge.kind), []).append(edge)
     result = []
-    for (name, kind), parts in groups.items():
+    for (name, kind), group in groups.items():
         scale = None
-        if any(edge.scale is not None for edge in parts):
-            ones = [e.here.new_ones(e.here.shape, dtype=torch.float64) for e in parts]
-            scale = torch.cat([one if e.scale is None else e.scale
-                               for e, one in zip(parts, ones, strict=True)])  # fmt: skip
-        here, there = torch.cat([e.here for e in parts]), torch.cat([e.there for e in parts])
+        if any(edge.scale is not None for edge in group):
+            ones = [e.here.new_ones(e.here.shape, dtype=torch.float64) for e in group]
+            scale = torch.cat(
+                [one if e.scale is None else e.scale for e, one in zip(group, ones, strict=True)]
+            )
+        here, there = torch.cat([e.here for e in group]), torch.cat([e.there for e in group])
         here, there, scale = _distinct(here, there, scale)
-        result.append(Edge(name, kind, here, there, scale, merged(*(e.via for e in parts))))
+        result.append(Edge(name, kind, here, there, scale, merged(*(e.via for e in group))))
     return result
 
 
 def _distinct(
     here: Tensor, there: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pairs that occur several times once, their squared scales added."""
+    """Keeps each pair once; adds the squared scales of pairs that occur several times."""
     base = int(there.max()) + 1
-    keys, place = torch.unique(here * base + there, return_inverse=True)
+    keys, index = torch.unique(here * base + there, return_inverse=True)
     if keys.numel() == here.numel():
         return here, there, scale
     squares = torch.ones(here.shape).double() if scale is None else scale.square()
-    total = torch.zeros(keys.shape, dtype=torch.float64).index_add_(0, place, squares)
+    total = torch.zeros(keys.shape, dtype=torch.float64).index_add_(0, index, squares)
     return keys // base, keys % base, exact_sqrt(total)
 
 
-def _read(graph: Graph, place: int, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
-    """The layers, couplings and ends that the channels of a walk reach here."""
-    for reader in graph.readers.get(place, []):
-        a, b = _matches(walk.label, reader.inputs[1])
+def _read(graph: Graph, index: int, walk: _Walk, factors: _Factors) -> Iterator[Edge]:
+    """Finds the layers, couplings and ends that the channels of a walk reach in this group."""
+    for reader in graph.readers.get(index, []):
+        a, b = _matches(walk.reached, reader.inputs[1])
         if a.numel():
-            met = _Walk(walk.here[a], walk.label[a], walk.factor[a], merged(walk.via, reader.trail))
+            met = replace(walk.taken(a), via=merged(walk.via, reader.trail))
             there = reader.inputs[0][b] + reader.part.first[0]
             yield _edge(reader.layer, "layer", met, there)
-    for mine, other in graph.coupled.get(place, []):
-        a, b = _matches(walk.label, mine)
+    for own, other in graph.coupled.get(index, []):
+        a, b = _matches(walk.reached, own)
         if a.numel():
-            met = _Walk(walk.here[a], other[b], walk.factor[a], walk.via)
-            yield from _coupled(graph, met, facts)
-    for labels, name in graph.ended.get(place, []):
-        a, _ = _matches(walk.label, labels)
+            met = replace(walk.taken(a), reached=other[b])
+            for group, source in _sources(graph, met, factors):
+                there = graph.channel(group, source.reached)
+                yield _edge(group.name, "coupled", source, there)
+    for ids, name in graph.ended.get(index, []):
+        a, _ = _matches(walk.reached, ids)
         if a.numel():
-            met = _Walk(walk.here[a], walk.label[a], walk.factor[a], walk.via)
-            yield _edge(name, "output" if name == "output" else "boundary", met, walk.here[a])
+            met = walk.taken(a)
+            yield _edge(name, "output" if name == "output" else "boundary", met, met.here)
 
 
-def _coupled(graph: Graph, walk: _Walk, facts: _Facts) -> Iterator[Edge]:
-    """What the channels that those of a walk are multiplied with come from."""
-    pending = list(_by_place(graph, walk))
-    while pending:
-        place = max(place for place, _ in pending)
-        part = _together([w for p, w in pending if p == place])
-        pending = [(p, w) for p, w in pending if p != place]
-        space = graph.channels.spaces[place]
-        if space.kind in _SOURCES:
-            there = graph.channel(space, part.label)
-            yield _edge(space.name, "coupled", part, there)
-            continue
-        for arcs in space.arcs:
-            pending += _by_place(graph, _up(part, space, arcs, facts))
+def _up(walk: _Walk, group: ChannelGroup, edges: ChannelEdges, factors: _Factors) -> _Walk:
+    a, b = _matches(walk.reached - group.first, edges.child)
+    factor = walk.factor[a] * factors.squared(edges)[b]
+    return _Walk(
+        walk.here[a], edges.parent[b], factor, merged(edges.trail, (group.name,), walk.via)
+    )
 
 
-def _up(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
-    a, b = _matches(walk.label - space.first, arcs.child)
-    factor = walk.factor[a] * facts.squared(arcs)[b]
-    return _Walk(walk.here[a], arcs.parent[b], factor, merged(arcs.trail, (space.name,), walk.via))
+def _down(walk: _Walk, group: ChannelGroup, edges: ChannelEdges, factors: _Factors) -> _Walk:
+    a, b = _matches(walk.reached, edges.parent)
+    factor = walk.factor[a] * factors.squared(edges)[b]
+    via = merged(walk.via, edges.trail, (group.name,))
+    return _Walk(walk.here[a], edges.child[b] + group.first, factor, via)
 
 
-def _down(walk: _Walk, space: Space, arcs: Arcs, facts: _Facts) -> _Walk:
-    a, b = _matches(walk.label, arcs.parent)
-    factor = walk.factor[a] * facts.squared(arcs)[b]
-    via = merged(walk.via, arcs.trail, (space.name,))
-    return _Walk(walk.here[a], arcs.child[b] + space.first, factor, via)
-
-
-def _by_place(graph: Graph, walk: _Walk) -> Iterator[tuple[int, _Walk]]:
-    places = graph.channels.place(walk.label)
-    for place in torch.unique(places).tolist():
-        here = places == place
-        yield place, _Walk(walk.here[here], walk.label[here], walk.factor[here], walk.via)
+def _by_group(graph: Graph, walk: _Walk) -> Iterator[tuple[int, _Walk]]:
+    """Splits a walk by the channel groups that it has reached."""
+    indices = graph.channels.group_index(walk.reached)
+    for index in torch.unique(indices).tolist():
+        yield index, walk.taken(indices == index)
 
 
 def _together(walks: list[_Walk]) -> _Walk:
-    """Walks that have met; equal pairs add their squared factors."""
+    """Joins walks that meet; equal pairs add their squared factors."""
     if len(walks) == 1:
         return walks[0]
-    here, label = torch.cat([w.here for w in walks]), torch.cat([w.label for w in walks])
-    base = int(label.max()) + 1
-    keys, place = torch.unique(here * base + label, return_inverse=True)
+    here, reached = torch.cat([w.here for w in walks]), torch.cat([w.reached for w in walks])
+    base = int(reached.max()) + 1
+    keys, index = torch.unique(here * base + reached, return_inverse=True)
     factor = torch.zeros(keys.shape, dtype=torch.float64)
-    factor.index_add_(0, place, torch.cat([w.factor for w in walks]))
+    factor.index_add_(0, index, torch.cat([w.factor for w in walks]))
     return _Walk(keys // base, keys % base, factor, merged(*(w.via for w in walks)))
 
 
 def _matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """All (place in a, place in b) with equal values."""
+    """Finds all (index in a, index in b) with equal values."""
     order = torch.argsort(b, stable=True)
     sorted_b = b[order].contiguous()
     first = torch.searchsorted(sorted_b, a.contiguous())
@@ -263,8 +261,8 @@ def _matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return left, order[start + torch.arange(left.numel())]
 
 
-def _kind(space: Space) -> str:
-    return "layer" if space.kind == "role" else space.kind
+def _kind(group: ChannelGroup) -> str:
+    return "layer" if group.kind == "role" else group.kind
 
 
 def _edge(name: str, kind: str, walk: _Walk, there: Tensor) -> Edge:

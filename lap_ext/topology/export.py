@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lap_ext.errors import TopologyError
+from lap_ext.errors import LapTypeError, TopologyError
 
-# Calls of a sub-graph that run as if it stood in place of the call.
+# Calls of a subgraph that are followed as if its operations stood in place of the call.
 INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"}
 _WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
 _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squeeze", "expand",
@@ -29,20 +29,15 @@ _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squee
           "unflatten", "view_as", "diagonal", "swapaxes", "movedim"}  # fmt: skip
 
 
-def export(
-    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None
-) -> ExportedProgram:
-    """The graph of model(*example_inputs, **kwargs) in evaluation mode.
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    """Exports the graph of model(*args, **kwargs) in evaluation mode.
 
     A model that takes use_cache (transformers' language models) gets use_cache=False: a cache is
-    no output that a layer should be kept for.
+    not an output that layers feed.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"trace: expected model to be a torch.nn.Module, got {type(model).__name__}."
-        )
-    args = arguments(example_inputs)
-    named = dict(kwargs or {})
+        raise LapTypeError("model to be a torch.nn.Module", type(model).__name__)
+    named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
     with evaluating(model), _quiet():
@@ -52,30 +47,38 @@ def export(
                 program = program.run_decompositions({})
         except Exception as error:
             raise TopologyError(
-                "trace: expected a model that torch.export can follow with these example_inputs, "
-                f"got {type(error).__name__}: {_first_line(error)} Pass inputs that the model "
-                "accepts (kwargs= for named ones); wrap a model that returns something else than "
-                "tensors, or whose path depends on the values of its inputs."
+                "a model that torch.export can follow with these example_inputs",
+                f"{type(error).__name__}: {_first_line(error)}",
+                "Pass inputs that the model accepts (a dict for named ones). Wrap a model that "
+                "returns something other than tensors, or whose path depends on the values of its "
+                "inputs.",
             ) from error
     return program
 
 
-def arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """Positional arguments: a tensor alone is one."""
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Splits inputs into (positional, named) arguments of a forward; a tensor alone is one.
+
+    Example:
+        >>> arguments((1, 2)), arguments({"x": 1}), arguments(3)
+        (((1, 2), {}), ((), {'x': 1}), ((3,), {}))
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs)
-    return () if example_inputs is None else (example_inputs,)
+        return tuple(example_inputs), {}
+    return (() if example_inputs is None else (example_inputs,)), {}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, also under the second names of those that are shared."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
-    return found
+    """Returns parameters and buffers by name, shared ones under each of their names."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> the first one of the same parameter."""
+    """Maps every name of a parameter to the first name of the same parameter."""
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(p), name)
@@ -84,22 +87,22 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 
 def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:
-    """(kind, name, constant) of each input of the graph, in order.
+    """Lists (kind, name, constant) of each input of the graph, in order.
 
     kind: "parameter", "buffer", "constant" or "input".
     """
-    found: list[tuple[str, str, Any]] = []
+    inputs: list[tuple[str, str, Any]] = []
     for spec in program.graph_signature.input_specs:
         target = spec.target or ""
         if spec.kind is InputKind.PARAMETER:
-            found.append(("parameter", target, None))
+            inputs.append(("parameter", target, None))
         elif spec.kind is InputKind.BUFFER:
-            found.append(("buffer", target, None))
+            inputs.append(("buffer", target, None))
         elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ):
-            found.append(("constant", target, program.constants.get(target)))
+            inputs.append(("constant", target, program.constants.get(target)))
         else:
-            found.append(("input", getattr(spec.arg, "name", target), None))
-    return found
+            inputs.append(("input", getattr(spec.arg, "name", target), None))
+    return inputs
 
 
 @contextmanager
@@ -121,7 +124,7 @@ def _quiet() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with warnings.catch_warnings(), torch.no_grad():  # chunks may be written
+        with warnings.catch_warnings(), torch.no_grad():  # outputs of chunk may be written
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -129,7 +132,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _writes_into_views(program: ExportedProgram) -> bool:
-    """Whether a part of a tensor, or a tensor that is seen in parts, is written in place.
+    """Whether a view of a tensor, or a tensor that has views, is written in place.
 
     The graph must then be made functional.
     """
@@ -157,4 +160,4 @@ def _is_view(node: fx.Node) -> bool:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0][:300]
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    return text.removesuffix(".")

@@ -9,22 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lap_ext.topology.channels import Arcs, Channels, Space
+from lap_ext.topology.channels import ChannelEdges, ChannelGroup, Channels
 from lap_ext.topology.roles import Role
 
 
 class Graph:
-    """What a trace has found, indexed by the spaces that are read.
+    """The result of a trace, indexed by the channel groups that are read.
 
     Attributes:
-        channels: all channels, and from which ones each is made.
+        channels: all channels, and the channels that each one is computed from.
         roles: the uses of the weights, in the order of the network.
         couplings: channels that are each other's neighbors (q and k of an attention), pair by pair.
         ends: channels that leave the network, and the name of what they leave by.
-        below: place of a space -> (place, arcs) of those that are made of it.
-        readers: place of a space -> the roles that read it.
-        coupled: place of a space -> (channels there, the channels that they are coupled with).
-        ended: place of a space -> (channels, name) of what ends there.
+        children: index of a group -> (index, edges) of the groups that are computed from it.
+        readers: index of a group -> the roles that read it.
+        coupled: index of a group -> (its channels, the channels that they are coupled with).
+        ended: index of a group -> (channels, name) of what ends there.
         norms: role -> the batch norm that alone reads its outputs, where there is one.
     """
 
@@ -39,55 +39,57 @@ class Graph:
         self.roles = roles
         self.couplings = couplings
         self.ends = ends
-        self.below: dict[int, list[tuple[int, Arcs]]] = {}
-        for place, space in enumerate(channels.spaces):
-            for arcs in space.arcs:
-                for above in self._places(arcs.parent):
-                    self.below.setdefault(above, []).append((place, arcs))
+        self.children: dict[int, list[tuple[int, ChannelEdges]]] = {}
+        for index, group in enumerate(channels.groups):
+            for edges in group.edges:
+                for parent in self._group_indices(edges.parent):
+                    self.children.setdefault(parent, []).append((index, edges))
         self.readers: dict[int, list[Role]] = {}
         for role in roles:
-            for above in self._places(role.inputs[1]):
-                self.readers.setdefault(above, []).append(role)
+            for index in self._group_indices(role.inputs[1]):
+                self.readers.setdefault(index, []).append(role)
         self.coupled: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for left, right in couplings:
-            for mine, other in ((left, right), (right, left)):
-                for above in self._places(mine):
-                    self.coupled.setdefault(above, []).append((mine, other))
+            for own, other in ((left, right), (right, left)):
+                for index in self._group_indices(own):
+                    self.coupled.setdefault(index, []).append((own, other))
         self.ended: dict[int, list[tuple[Tensor, str]]] = {}
-        for labels, name in ends:
-            for above in self._places(labels):
-                self.ended.setdefault(above, []).append((labels, name))
-        self._made = {role.out.first: role for role in roles}
+        for ids, name in ends:
+            for index in self._group_indices(ids):
+                self.ended.setdefault(index, []).append((ids, name))
+        self._by_output = {role.out.first: role for role in roles}
         norms = {role: self._only_norm(role) for role in roles}
         self.norms = {role: norm for role, norm in norms.items() if norm is not None}
 
-    def channel(self, space: Space, labels: Tensor) -> Tensor:
-        """Channels of a source as its layer counts them."""
-        role = self._made.get(space.first)
-        return labels - space.first + (0 if role is None else role.part.first[1])
+    def channel(self, group: ChannelGroup, ids: Tensor) -> Tensor:
+        """Returns the channels of a source as its layer counts them."""
+        role = self._by_output.get(group.first)
+        return ids - group.first + (0 if role is None else role.part.first[1])
 
-    def read_by(self, place: int) -> list[Role]:
-        """The roles that read channels made of those of a space, itself included."""
-        found, seen, queue = [], set(), [place]
+    def read_by(self, index: int) -> list[Role]:
+        """Lists the roles that read a group's channels or channels that are computed from them."""
+        roles: list[Role] = []
+        seen, queue = set(), [index]
         while queue:
             at = queue.pop()
             if at not in seen:
                 seen.add(at)
-                found += self.readers.get(at, [])
-                queue += [below for below, _ in self.below.get(at, [])]
-        return found
+                roles += self.readers.get(at, [])
+                queue += [child for child, _ in self.children.get(at, [])]
+        return roles
 
-    def _places(self, labels: Tensor) -> list[int]:
-        """The places of the spaces that these channels belong to."""
-        return torch.unique(self.channels.place(labels)).tolist()
+    def _group_indices(self, ids: Tensor) -> list[int]:
+        """Lists the indices of the groups that these channels belong to."""
+        return torch.unique(self.channels.group_index(ids)).tolist()
 
-    def _only_norm(self, role: Role) -> Space | None:
-        """The batch norm that reads a role's channels and that nothing else does; or None."""
-        place = int(self.channels.place(role.out.labels[:1])) if role.out.size else -1
-        below = self.below.get(place, [])
-        read = place in self.readers or place in self.coupled or place in self.ended
-        if len(below) != 1 or read:
+    def _only_norm(self, role: Role) -> ChannelGroup | None:
+        """Returns the batch norm that reads a role's channels if nothing else does; else None."""
+        index = int(self.channels.group_index(role.out.ids[:1])) if role.out.size else -1
+        children = self.children.get(index, [])
+        read = index in self.readers or index in self.coupled or index in self.ended
+        if len(children) != 1 or read:
             return None
-        space = self.channels.spaces[below[0][0]]
-        whole = torch.equal(torch.unique(below[0][1].parent), role.out.labels)
-        return space if space.kind == "batch_norm" and whole else None
+        child, edges = children[0]
+        group = self.channels.groups[child]
+        reads_all = torch.equal(torch.unique(edges.parent), role.out.ids)
+        return group if group.kind == "batch_norm" and reads_all else None

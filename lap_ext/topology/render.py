@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Layers and their neighbors for people: a table, and a graph for Graphviz."""
+"""Layers and their neighbors for people: a table as text and HTML, a graph for Graphviz."""
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lap_ext._text import columns, some
+from lap_ext._text import columns, html_table, some
 from lap_ext.topology.edges import Edge
 
 _MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
@@ -24,19 +25,31 @@ class Row(NamedTuple):
 
 
 def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
-    """One row a layer: name, kind, shape, what feeds it, what reads it.
+    """Writes one row per layer: name, kind, shape, what feeds it, what reads it.
 
-    "..mlp.up" is a neighbor whose name begins as the layer's own does, by two parts or more.
+    "..mlp.up" is a neighbor whose name shares its first two parts or more with the layer's own.
     """
-    rows = [("layer", "kind", "shape", "fed by", "read by")]
+    return "\n".join([columns(_rows(layers)), *_notes(others, stops)])
+
+
+def html_of(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
+    """Writes the rows of `table` in HTML, for notebooks."""
+    notes = [f"<p>{html.escape(note)}</p>" for note in _notes(others, stops)]
+    return "".join([html_table(_rows(layers)), *notes])
+
+
+def _rows(layers: Sequence[Row]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("layer", "kind", "shape", "fed by", "read by")]
     for layer in layers:
         shape = "x".join(map(str, layer.shape))
         around = (_list(layer.name, layer.prev), _list(layer.name, layer.next))
         rows.append((layer.name, layer.kind, shape, *around))
-    lines = [columns(rows)]
-    if others:
-        lines.append(f"no layers, never pruned: {', '.join(others)}")
-    return "\n".join([*lines, *(f"stopped at: {text}" for text in stops)])
+    return rows
+
+
+def _notes(others: Sequence[str], stops: Sequence[str]) -> list[str]:
+    notes = [f"no layers, never pruned: {', '.join(others)}"] if others else []
+    return [*notes, *(f"stopped at: {text}" for text in stops)]
 
 
 def _list(name: str, edges: list[Edge]) -> str:
@@ -51,7 +64,7 @@ def _list(name: str, edges: list[Edge]) -> str:
 
 
 def _short(name: str, row: str) -> str:
-    """A name without the parts that it begins with as the row's does, if there are several."""
+    """Drops the first parts that a name shares with the row's, if there are several."""
     parts = name.split(".")
     both = itertools.takewhile(
         lambda pair: pair[0] == pair[1], zip(parts, row.split("."), strict=False)
@@ -63,7 +76,7 @@ def _short(name: str, row: str) -> str:
 def dot(layers: Sequence[Row]) -> str:
     """Draws an arrow from every producer to every consumer, labeled with the channel map."""
     lines = ["digraph topology {", "  rankdir=LR; node [shape=box, fontname=Helvetica];"]
-    names = {layer.name: f"n{place}" for place, layer in enumerate(layers)}
+    names = {layer.name: f"n{index}" for index, layer in enumerate(layers)}
     for layer in layers:
         shape = "x".join(map(str, layer.shape))
         label = f"{_escaped(layer.name)}\\n{layer.kind} {shape}"
@@ -87,8 +100,9 @@ def dot(layers: Sequence[Row]) -> str:
                 lines.append(f"  {own} -> {other} [style=dotted, dir=none];")
             elif edge.kind in ("output", "boundary"):
                 lines.append(f"  {own} -> {node(edge.name, inside=False)};")
-    lines += [f'  {node} [label="{_escaped(name)}", shape=ellipse];'
-              for name, node in outside.items()]  # fmt: skip
+    lines += [
+        f'  {node} [label="{_escaped(name)}", shape=ellipse];' for name, node in outside.items()
+    ]
     return "\n".join([*lines, "}"])
 
 

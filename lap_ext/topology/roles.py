@@ -3,8 +3,8 @@
 
     out[o] = sum over i of w[o, i] x[i]
 
-A layer has one role for each use: two for a weight tied between an embedding and a head, one a call
-for a module called twice, one a projection for a packed weight that is used in parts.
+A layer has one role for each use: two for a weight tied between an embedding and a head, one per
+call for a module called twice, one per projection for a packed weight that is used in parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lap_ext.topology.channels import Space, Trail
+from lap_ext.topology.channels import ChannelGroup, Trail
 from lap_ext.topology.value import WeightView
 
 
@@ -22,8 +22,8 @@ from lap_ext.topology.value import WeightView
 class Part:
     """A parameter seen as a matrix of channels, [rows, cols, *window], and the block that is used.
 
-    Rows are outputs and columns inputs; transposed: the other way round. With groups, row r meets
-    the columns of its group only: column c of group g is channel g * cols + c.
+    Rows are outputs and columns are inputs; transposed: the other way round. With groups, a row
+    meets only the columns of its group: column c of group g is channel g * cols + c.
     """
 
     shape: tuple[int, ...]  # [rows, cols, *window], a reshape of the parameter
@@ -33,12 +33,12 @@ class Part:
     cols: tuple[int, int] | None = None
 
     @property
-    def whole(self) -> bool:
-        """Whether all of the parameter is used."""
+    def full(self) -> bool:
+        """Whether the full parameter is used."""
         return self.rows is None and self.cols is None
 
     def of(self, weight: Tensor) -> Tensor:
-        """The block of a parameter, [rows, cols, *window]: a view where strides allow."""
+        """Returns the block of a parameter, [rows, cols, *window]: a view where strides allow."""
         matrix = weight.reshape(self.shape)
         if self.rows is not None:
             matrix = matrix[self.rows[0] : self.rows[1]]
@@ -61,7 +61,7 @@ class Part:
 
     @property
     def first(self) -> tuple[int, int]:
-        """The places of the block's first input and output channel in the whole parameter."""
+        """The indices of the block's first input and output channel in the full parameter."""
         row, col = (side[0] if side else 0 for side in (self.rows, self.cols))
         return (row, col) if self.transposed else (col, row)
 
@@ -75,19 +75,19 @@ class Role:
     kind: str
     part: Part
     node: fx.Node
-    inputs: tuple[Tensor, Tensor]  # (input channel, label) pairs that occur
-    out: Space
+    inputs: tuple[Tensor, Tensor]  # (input channel, channel id) pairs that occur
+    out: ChannelGroup
     trail: Trail = ()  # operations just before it
-    # Where statistics of activations look: x is the input, in the order of the tensors among the
-    # node's arguments (-1: inside a fused layer). Channels lie along in_dims of x and out_dims of
-    # the result, group first; a dimension less than the part has groups: all groups read alike.
+    # For statistics of activations: x is the index of the input among the tensors of the node's
+    # arguments (-1: inside a fused layer). Channels lie along in_dims of x and out_dims of the
+    # result, group first; without a dimension for the part's groups, all groups read the same.
     x: int = -1
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
 
 
 def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:
-    """The part of a parameter of shape full that a matrix view [A, B] shows; None if not a block.
+    """Finds the part of a parameter of shape full that a view [A, B] shows; None if not a block.
 
     A is the output dimension (the input's when transposed): rows of the parameter, or its columns
     where the view is a transpose.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Values that depend on parameters, buffers and constants alone, kept as expressions.
 
-A scale on an edge (the weight of a norm, a layer scale, 1 + w, exp(w)) is such an expression: it is
-computed when scores are, from the model's weights of that moment.
+A scale on an edge (the weight of a norm, a layer scale, 1 + w, exp(w)) is such an expression. It is
+computed whenever scores are, from the model's weights at that moment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Static:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Any:
-        """The value now.
+        """Computes the value from the current tensors.
 
         Args:
             tensors: the model's parameters and buffers by name.
@@ -72,16 +72,16 @@ class Scale:
     number: float = 1.0
 
     def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Tensor:
-        """All entries now, float64 on the CPU, flat; NaN for parameters without values (meta)."""
+        """Computes all entries, float64 on the CPU, flat; NaN for parameters on the meta device."""
         if self.kind == "number":
             return torch.tensor([self.number], dtype=torch.float64)
-        found = [None if x is None else _on_cpu(x.value(tensors, known)) for x in self.sources]
+        values = [None if x is None else _on_cpu(x.value(tensors, known)) for x in self.sources]
         if self.kind == "batch_norm":
-            gamma, variance = found
+            gamma, variance = values
             assert variance is not None
             deviation = exact_sqrt(variance + self.eps)
             return 1.0 / deviation if gamma is None else gamma / deviation
-        (factor,) = found
+        (factor,) = values
         assert factor is not None
         return 1.0 / factor if self.inverse else factor
 

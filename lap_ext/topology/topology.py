@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Topology and Layer: a traced model as its user sees it."""
+"""Topology and Layer: a traced model as users see it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ from lap_ext.topology.roles import Role
 class Layer:
     """One weight of the model and its roles in the network.
 
-    name: the parameter's name without ".weight"; parameter: its full name. kind: linear, conv2d,
-    conv_transpose2d, embedding, lstm, ... of its first role.
+    Attributes:
+        name: the parameter's name without ".weight".
+        parameter: the parameter's full name.
+        kind: of its first role: linear, conv2d, conv_transpose2d, embedding, lstm, ...
+        shape: of the parameter.
+        roles: its uses in the network, in order.
+        topology: of the model.
     """
 
     name: str
@@ -33,39 +38,40 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as the model has it now."""
+        """The model's current parameter."""
         return self.topology.model.get_parameter(self.parameter)
 
     @property
     def groups(self) -> int:
-        """Groups of a grouped or depthwise convolution, experts of a batched weight."""
+        """The number of groups of a convolution, or of experts of a batched weight."""
         return self.roles[0].part.groups
 
     @property
     def prev(self) -> list[Edge]:
-        """What feeds it: one edge per producer and role."""
+        """The edges to what feeds it: one per producer and role."""
         graph, tensors = self.topology.graph, self.topology.tensors()
         return [edge for role in self.roles for edge in edges.producers(graph, role, tensors)]
 
     @property
     def next(self) -> list[Edge]:
-        """What reads it: one edge per consumer and role."""
+        """The edges to what reads it: one per consumer and role."""
         graph, tensors = self.topology.graph, self.topology.tensors()
         return [edge for role in self.roles for edge in edges.consumers(graph, role, tensors)]
 
 
 class Topology:
-    """Who feeds whom in a model, channel by channel. Made by `trace`; print it for a table.
+    """The layer graph of a model, channel by channel, as `trace` returns it; print it for a table.
 
     Attributes:
         layers: name -> Layer, in the order in which the network uses them.
         model: the model that was traced.
         roles: the uses of all weights, in the order of the network.
         graph: the channels between the layers (see graph.py).
-        neighbors: what the user has said of the neighbors of some layers.
-        others: parameters of two dimensions or more that are no layer (a position embedding that is
-            added, a class token, a table of biases): they are never pruned.
-        stops: operations at which the trace stopped, in words; empty unless unknown="stop".
+        neighbors: the neighbors that the user gave for some layers.
+        others: parameters of two dimensions or more that are not layers (a position embedding that
+            is added, a class token, a table of biases): they are never pruned.
+        stops: operations at which the trace stopped, a sentence each; empty unless
+            on_unsupported="cut".
 
     Example:
         >>> import torch, lap_ext
@@ -104,7 +110,7 @@ class Topology:
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's parameters and buffers as they are now."""
+        """Returns the model's current parameters and buffers by name."""
         return named_tensors(self.model)
 
     def __str__(self) -> str:
@@ -113,8 +119,11 @@ class Topology:
     def __repr__(self) -> str:
         return f"Topology({len(self.layers)} layers, {self.graph.channels.size - 1} channels)"
 
+    def _repr_html_(self) -> str:
+        return render.html_of(self._rows(), self.others, self.stops)
+
     def to_dot(self) -> str:
-        """The graph in Graphviz's language: layers as nodes, arrows from producers to consumers."""
+        """Returns the graph in Graphviz's language, with arrows from producers to consumers."""
         return render.dot(self._rows())
 
     def _rows(self) -> list[render.Row]:

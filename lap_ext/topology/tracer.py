@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Walks a traced graph once, in order, and follows the channels through every operation.
+"""Follows the channels through every operation of a traced graph, once and in order.
 
-What an operation does to channels is a rule: a function of the tracer and the call, registered
-here by the names of ATen operations (rules/). Here: values that depend on parameters alone, calls
-into sub-graphs, writes in place, and what happens where a rule is missing.
+What an operation does to channels is a rule: a function of the tracer and the call, registered by
+the names of ATen operations (rules/). This module handles the rest: values that depend on
+parameters alone, calls of subgraphs, in-place writes, and operations without a rule.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static
 from lap_ext.topology.value import Value, WeightView, plain
 
-# Operations after which a weight is still the weight: its view goes on, unchanged.
+# Operations after which a weight is still the same view of its parameter.
 _SAME = {"to", "_to_copy", "contiguous", "clone", "detach", "alias"}
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
           "numpy_T", "mT", "unsqueeze", "squeeze", "select", "slice", "narrow", "split", "chunk",
@@ -38,30 +38,30 @@ _WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "
 
 
 class Tracer:
-    """The state of one trace: channels, roles, and what ends or meets where."""
+    """The state of one trace: channels, roles, couplings and ends."""
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
         first: Mapping[str, str],
-        unknown: str,
+        on_unsupported: str,
         known: set[str],
     ) -> None:
         self.tensors = tensors
         self.first = first  # any name of a parameter -> its first one
-        self.policy = unknown  # "error" or "stop"
-        self.known = known  # layers whose neighbors the user names
+        self.on_unsupported = on_unsupported
+        self.known = known  # layers whose neighbors the user gives
         self.channels = Channels()
         self.roles: list[Role] = []
         self.couplings: list[tuple[Tensor, Tensor]] = []  # channels that are each other's neighbors
         self.ends: list[tuple[Tensor, str]] = []  # channels that leave: outputs and boundaries
-        self.stops: list[str] = []  # operations where the trace stopped, in words
-        self.routes: dict[int, Any] = {}  # space of routed channels -> what picked their experts
-        self.choices: dict[int, tuple[Tensor, int]] = {}  # space of a top-k -> from what, which dim
-        self.skipped: list[int] = []  # spaces behind operations that only the user's layers feed
+        self.stops: list[str] = []  # operations at which the trace stopped, a sentence each
+        self.routes: dict[int, Any] = {}  # index of a routed group -> what picked its experts
+        self.choices: dict[int, tuple[Tensor, int]] = {}  # group of a top-k -> its input's ids, dim
+        self.skipped: list[int] = []  # groups after operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
-        """The results of a graph for what is known of its placeholders."""
+        """Returns the results of a graph for what is known of its placeholders."""
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         result: Any = None
@@ -77,10 +77,10 @@ class Tracer:
         return result
 
     def _attribute(self, module: fx.GraphModule, name: str) -> Any:
-        found: Any = operator.attrgetter(name)(module)
-        if isinstance(found, Tensor):
-            return plain(tuple(found.shape), Static(tensor=found.detach()))
-        return found
+        attribute: Any = operator.attrgetter(name)(module)
+        if isinstance(attribute, Tensor):
+            return plain(tuple(attribute.shape), Static(tensor=attribute.detach()))
+        return attribute
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         def known(x: Any) -> Any:
@@ -97,8 +97,8 @@ class Tracer:
         try:
             result = self._result(call)
         except GuardOnDataDependentSymNode:
-            sources = [x.labels.flatten() for x in call.values]
-            raise TopologyError(_describe_sizes(call, self.layers_of(torch.cat(sources)))) from None
+            sources = [x.ids.flatten() for x in call.values]
+            raise _unknown_sizes(call, self.layers_of(torch.cat(sources))) from None
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])
@@ -117,23 +117,23 @@ class Tracer:
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
         if routed is not None and not weighted:
             return routed if call.name in _SAME else self.unknown(call)
-        found = _RULES.get(call.name)
-        return self.unknown(call) if found is None else found(self, call)
+        function = _RULES.get(call.name)
+        return self.unknown(call) if function is None else function(self, call)
 
     def _static(self, call: Call) -> Any:
-        """An operation on parameters, buffers and constants alone: kept as an expression."""
+        """Keeps an operation on parameters, buffers and constants alone as an expression."""
         args, kwargs = mapped((call.args, call.kwargs), _to_static)
         trainable = any(x.static is not None and x.static.trainable for x in call.values)
-        made = Static(trainable, None, None, call.target, args, tuple(kwargs.items()))
+        expression = Static(trainable, None, None, call.target, args, tuple(kwargs.items()))
         views = self._views(call)
         if isinstance(call.node.meta["val"], Tensor):
             view = views[0] if views else None
-            return Value(call.shape, plain(call.shape).labels, made, view)
+            return Value(call.shape, plain(call.shape).ids, expression, view)
         items = []
-        for place, size in enumerate(call.shapes):
-            item = Static(trainable, None, None, operator.getitem, (made, place))
-            view = views[place] if views else None
-            items.append(Value(size, plain(size).labels, item, view))
+        for index, size in enumerate(call.shapes):
+            item = Static(trainable, None, None, operator.getitem, (expression, index))
+            view = views[index] if views else None
+            items.append(Value(size, plain(size).ids, item, view))
         return items
 
     def _views(self, call: Call) -> list[WeightView] | None:
@@ -154,67 +154,72 @@ class Tracer:
         return [WeightView(source.parameter, part) for part in parts]
 
     def full_shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
+        """Returns the shape of a parameter."""
         return tuple(self.tensors[parameter].shape)
 
     def constant(self, value: Value) -> Tensor | None:
-        """What a tensor always is; None: it depends on inputs or parameters, or has no values."""
+        """Returns a constant; None: it depends on inputs or parameters, or is a meta tensor."""
         if value.static is None or value.static.trainable:
             return None
-        found: Tensor = value.static.value(self.tensors, {})
-        return None if found.is_meta else found.to("cpu")
+        constant: Tensor = value.static.value(self.tensors, {})
+        return None if constant.is_meta else constant.to("cpu")
 
     def end(self, value: Value, name: str) -> None:
-        """The channels of a value leave the network here: factor 1."""
-        labels = torch.unique(value.labels)
-        if bool((labels != 0).any()):
-            self.ends.append((labels[labels != 0], name))
+        """Notes that the channels of a value leave the network here: factor 1."""
+        ids = torch.unique(value.ids)
+        if bool((ids != 0).any()):
+            self.ends.append((ids[ids != 0], name))
 
     def unknown(self, call: Call) -> Any:
-        """An operation that is not understood: an error, or a boundary where the user said so."""
+        """Handles an operation that is not understood: raises, or makes it a boundary.
+
+        It is a boundary with on_unsupported="cut", and where the user gives the neighbors of all
+        layers that feed it.
+        """
         sources = [x for x in call.values if x.has_channels]
         if not sources and not any(_is_weight(x) for x in call.values):
             return _each(call, [plain(shape) for shape in call.shapes])
-        labels = [x.labels.flatten() for x in sources] or [torch.zeros(1, dtype=torch.int64)]
-        feeding = self.layers_of(torch.cat(labels))
-        asked = bool(feeding) and set(feeding) <= self.known
-        computed = call.name in _WEIGHTED and any(_is_computed(x) for x in call.values)
-        text = _describe_weight(call) if computed else _describe(call, feeding)
-        if self.policy != "stop" and not asked:
-            raise TopologyError(text)
-        if not asked:
-            self.stops.append(text)
+        ids = [x.ids.flatten() for x in sources] or [torch.zeros(1, dtype=torch.int64)]
+        feeding = self.layers_of(torch.cat(ids))
+        neighbors_given = bool(feeding) and set(feeding) <= self.known
+        if not neighbors_given:
+            computed = call.name in _WEIGHTED and any(_is_computed(x) for x in call.values)
+            error = _computed_weight(call) if computed else _unsupported(call, feeding)
+            if self.on_unsupported != "cut":
+                raise error
+            self.stops.append(str(error))
         for x in sources:
             self.end(x, call.name)
-        space = self.channels.add(1, "boundary", call.name)
-        if asked:
-            self.skipped.append(len(self.channels.spaces) - 1)
-        results = []
-        for shape in call.shapes:
-            made = space.labels.reshape([1] * len(shape))
-            results.append(Value(shape, made, trail=(call.name,)))
+        group = self.channels.add(1, "boundary", call.name)
+        if neighbors_given:
+            self.skipped.append(len(self.channels.groups) - 1)
+        results = [
+            Value(shape, group.ids.reshape([1] * len(shape)), trail=(call.name,))
+            for shape in call.shapes
+        ]
         return _each(call, results)
 
-    def layers_of(self, labels: Tensor) -> list[str]:
-        """The layers that these channels come from, in order."""
+    def layers_of(self, ids: Tensor) -> list[str]:
+        """Lists the layers that these channels come from, in order."""
         seen: set[int] = set()
-        queue = [
-            place for place in torch.unique(self.channels.place(labels)).tolist() if place >= 0
-        ]
         names: set[str] = set()
+        queue = self._group_indices(ids)
         while queue:
-            place = queue.pop()
-            if place in seen:
+            index = queue.pop()
+            if index in seen:
                 continue
-            seen.add(place)
-            space = self.channels.spaces[place]
-            if space.kind == "role":
-                names.add(space.name)
-            for arcs in space.arcs:
-                places = torch.unique(self.channels.place(arcs.parent)).tolist()
-                queue += [p for p in places if p >= 0]
+            seen.add(index)
+            group = self.channels.groups[index]
+            if group.kind == "role":
+                names.add(group.name)
+            for edges in group.edges:
+                queue += self._group_indices(edges.parent)
         order = list(dict.fromkeys(role.layer for role in self.roles))
         return [name for name in order if name in names]
+
+    def _group_indices(self, ids: Tensor) -> list[int]:
+        """Lists the indices of the groups that these channels belong to."""
+        return [i for i in torch.unique(self.channels.group_index(ids)).tolist() if i >= 0]
 
 
 Result: TypeAlias = Value | list[Any] | None
@@ -234,62 +239,69 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _describe(call: Call, feeding: list[str]) -> str:
+def _unsupported(call: Call, feeding: list[str]) -> TopologyError:
     """The error for an operation that is not understood."""
-    verb = "feed" if len(feeding) > 1 else "feeds"
-    around = ""
+    neighbors = ""
     if feeding:
-        around = (
-            f"neighbors={{{feeding[0]!r}: (previous, next), ...}} for the layers around it, or "
-        )
-    return (
-        f"trace: {_listed(feeding)} {verb} {call.operation}{_where(call)}, which lap_ext cannot "
-        f'follow. Pass {around}unknown="stop" to count it as a boundary (factor 1).'
+        around = f"{{{feeding[0]!r}: (previous, next), ...}}"
+        neighbors = f"neighbors={around} for the layers around it, or "
+    return TopologyError(
+        "operations that lap_ext can follow",
+        f"{_described(call)}, fed by {_listed(feeding)}",
+        f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1).',
     )
 
 
-def _describe_sizes(call: Call, feeding: list[str]) -> str:
-    """The error for a result that has as many elements as the data says."""
-    of = f" of what {_listed(feeding)} made" if feeding else ""
-    return (
-        "trace: expected sizes that do not depend on the values of the inputs, got "
-        f"{call.operation}{of}{_where(call)}, whose result has as many elements as the data says. "
-        "Use a mask in place of a selection."
+def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:
+    """The error for a result whose number of elements depends on the data."""
+    return TopologyError(
+        "sizes that do not depend on the values of the inputs",
+        f"{_described(call)}, fed by {_listed(feeding)}, whose result has as many elements as the "
+        "data selects",
+        "Use a mask instead of a selection.",
     )
+
+
+def _computed_weight(call: Call) -> TopologyError:
+    """The error for a layer whose weight is not a parameter but computed from some."""
+    return TopologyError(
+        f"a weight that is a parameter in {_described(call)}",
+        "one that is computed (weight norm, spectral norm, torch.nn.utils.prune)",
+        "Make it permanent first: torch.nn.utils.parametrize.remove_parametrizations, "
+        "torch.nn.utils.prune.remove.",
+    )
+
+
+def _described(call: Call) -> str:
+    path = module_path(call.node)
+    return f"{call.operation} in module {path!r}" if path else call.operation
 
 
 def _listed(feeding: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in feeding[:3]) + (", ..." if len(feeding) > 3 else "")
-    return f"layer{'s' if len(feeding) > 1 else ''} {shown}" if feeding else "the model's input"
-
-
-def _describe_weight(call: Call) -> str:
-    """The error for a layer whose weight is not a parameter but computed from some."""
-    return (
-        f"trace: expected a weight that is a parameter in {call.operation}{_where(call)}, got one "
-        "that is computed (weight norm, spectral norm, torch.nn.utils.prune). Make it permanent "
-        "first: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove."
-    )
-
-
-def _where(call: Call) -> str:
-    path = module_path(call.node)
-    return f" in module '{path}'" if path else ""
+    """Enumerates the layers that feed an operation."""
+    if not feeding:
+        return "the model's input"
+    if len(feeding) == 1:
+        return f"layer {feeding[0]!r}"
+    first, last = [repr(name) for name in feeding[:3]], f"{len(feeding) - 3} more"
+    if len(feeding) <= 3:
+        last = first.pop()
+    return f"layers {', '.join(first)} and {last}"
 
 
 def _is_computed(x: Value) -> bool:
-    """Whether x is made of parameters, and not as a view of one."""
+    """Whether x is computed from parameters, and is not a view of one."""
     return x.view is None and x.static is not None and x.static.trainable and len(x.shape) > 1
 
 
 def _is_weight(x: Value) -> bool:
-    """Whether x is, or is made of, a parameter of two dimensions or more."""
+    """Whether x is, or is computed from, a parameter of two dimensions or more."""
     return x.view.meta.dim() > 1 if x.view is not None else _is_computed(x)
 
 
 def _each(call: Call, results: list[Value]) -> Any:
-    found = call.node.meta.get("val")
-    return results if isinstance(found, (list, tuple)) else results[0]
+    outcome = call.node.meta.get("val")
+    return results if isinstance(outcome, (list, tuple)) else results[0]
 
 
 def _to_static(x: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""trace: a model and example inputs to its Topology."""
+"""The function `trace`: from a model and example inputs to its topology."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
-from lap_ext.errors import TopologyError
-from lap_ext.topology.export import export, first_names, named_tensors, placeholders
+from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling
+from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
+from lap_ext.topology.export import arguments, export, first_names, named_tensors, placeholders
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.static import Static
 from lap_ext.topology.topology import Topology
@@ -20,46 +21,46 @@ from lap_ext.topology.tracer import Tracer
 from lap_ext.topology.value import Value, WeightView, meta_like, plain
 
 
+@calling("trace")
 def trace(
     model: nn.Module,
-    example_inputs: Any,
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None,
     *,
     neighbors: Mapping[str, Any] | None = None,
-    unknown: str = "error",
+    on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
-    """Finds, for every weight of a model, which channels of which layers feed it and read it.
+    """Traces a model: which channels of which layers feed each weight, and which read it.
 
-    Channels are followed through the graph of torch.export (no computation, nothing is changed),
-    not through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
-    attention. One hop: the neighbors of a layer are the next weighted layers on the way. Several
+    Channels are followed through the graph of torch.export (nothing is computed or changed), not
+    through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
+    attention. Neighbors are one hop away: the next weighted layers along the path. Several
     producers or consumers of a channel add as sums of squares.
 
     Nonlinear operations are linearized: activations have gain 1, a product is d(ab) = da + db.
-    Where data selects (a maximum, top-k, sort, gather or index over channels, the experts of a
-    token), every candidate counts as selected; a constant mask, index or matrix counts as it is.
-    The weights that a softmax over positions gives end there, and queries and keys are each other's
-    neighbors. A layer over positions (a token mixer) meets every channel at both ends, and all of
-    them count: one factor for the whole layer, larger than those of layers over channels in a
+    Where data selects (max, top-k, sort, gather, an index over channels, the experts of a token),
+    every candidate counts as selected; a constant mask, index or matrix counts as it is. A softmax
+    over positions makes attention weights: channels end there, and queries and keys are each
+    other's neighbors. A layer over positions (a token mixer) meets every channel at both ends, and
+    all of them count: the layer has one factor, larger than those of layers over channels in a
     global ranking.
 
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.
-        example_inputs: a tensor, or a tuple of the positional arguments. Small ones will do.
-        kwargs: named arguments of the model's forward.
-        neighbors: layer name -> (previous, next) as `lap_ext.score` takes them, with layer names
-            also allowed for weights: they replace what the trace finds, and an operation that only
-            such layers feed is no error.
-        unknown: what to do at an operation that is not understood. "error" raises; "stop" counts it
-            as a boundary (factor 1 on both sides) and lists it in a warning.
+        example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or
+            a dict of named ones. Small ones suffice. None: forward takes no arguments.
+        neighbors: layer name -> (previous, next) as in `lap_ext.score`, with layer names also
+            allowed for weights. They replace the result of the trace for these layers, and an
+            operation that only such layers feed is not an error.
+        on_unsupported: what to do at an operation that is not understood. "raise" raises; "cut"
+            counts it as a boundary (factor 1 on both sides) and lists it in a warning.
 
     Returns:
-        The topology: `.layers[name]` with `.prev` and `.next`; print it for a table.
+        The topology: `.layers[name]` with `.prev` and `.next`. Print it for a table.
 
     Raises:
         TopologyError: an operation is not understood, or torch.export cannot follow the model.
         TypeError: model is not a module.
-        ValueError: unknown or neighbors are not as above.
+        ValueError: on_unsupported or neighbors are not as described.
 
     Example:
         >>> import torch, lap_ext
@@ -68,10 +69,16 @@ def trace(
         >>> [edge.name for edge in topology.layers["0"].next]
         ['2']
     """
-    if unknown not in ("error", "stop"):
-        raise ValueError(f'trace: expected unknown="error" or "stop", got {unknown!r}.')
-    program = export(model, example_inputs, kwargs)
-    tracer = Tracer(named_tensors(model), first_names(model), unknown, set(neighbors or {}))
+    one_of("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    if isinstance(example_inputs, Topology):
+        raise LapTypeError(
+            "{argument} to be what the model's forward takes",
+            "a Topology",
+            "Pass it as topology=, where that is a parameter.",
+            argument="example_inputs",
+        )
+    program = export(model, *arguments(example_inputs))
+    tracer = Tracer(named_tensors(model), first_names(model), on_unsupported, set(neighbors or {}))
     inputs = [
         _bound(tracer, kind, name, constant, node.meta.get("val"))
         for (kind, name, constant), node in zip(
@@ -87,62 +94,59 @@ def trace(
     topology = Topology(model, graph, neighbors or {}, tracer.stops)
     _check_neighbors(topology, tracer.skipped)
     if topology.stops:
-        warnings.warn("\n".join(topology.stops), stacklevel=2)
+        warnings.warn("\n".join(topology.stops), stacklevel=3)
     return topology
 
 
 def _check_neighbors(topology: Topology, skipped: list[int]) -> None:
     """Raises unless the user's neighbors name layers and cover all that read what was skipped.
 
-    skipped: places of the spaces behind operations that only the user's layers feed.
+    skipped: indices of the channel groups after operations that only the user's layers feed.
     """
     for name, given in topology.neighbors.items():
         if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise ValueError(
-                f"trace: expected neighbors[{name!r}] to be (previous, next), got "
-                f"{type(given).__name__}."
-            )
+            raise LapValueError(f"neighbors[{name!r}] to be (previous, next)", type(given).__name__)
         names = [name, *(x for side in given for x in _names(side))]
         for wrong in (x for x in names if x not in topology.layers):
             hint = did_you_mean(layer_name(wrong), topology.layers)
-            text = f"trace: expected neighbors to name layers of the model, got {wrong!r}. {hint}"
-            raise ValueError(text.rstrip())
-    for place in skipped:
-        for role in topology.graph.read_by(place):
+            raise LapValueError("neighbors to name layers of the model", repr(wrong), hint)
+    for index in skipped:
+        for role in topology.graph.read_by(index):
             if role.layer not in topology.neighbors:
-                space = topology.graph.channels.spaces[place]
+                operation = topology.graph.channels.groups[index].name
                 raise TopologyError(
-                    f"trace: layer {role.layer!r} reads what {space.name} has made, which lap_ext "
-                    f"cannot follow. Pass neighbors={{{role.layer!r}: (previous, next), ...}} for "
-                    "it too."
+                    f"neighbors for layer {role.layer!r} too (it reads the result of {operation}, "
+                    "which lap_ext cannot follow)",
+                    "none",
+                    f"Pass neighbors={{{role.layer!r}: (previous, next), ...}}.",
                 )
 
 
 def _names(side: Any) -> list[str]:
-    """Layer names among the neighbors on one side."""
+    """Lists the layer names among the neighbors on one side."""
     if isinstance(side, str):
         return [side]
     return [x for item in side for x in _names(item)] if isinstance(side, (list, tuple)) else []
 
 
 def _bound(tracer: Tracer, kind: str, name: str, constant: Any, fake: Any) -> Any:
-    """What is known of an input of the graph."""
+    """Returns what is known of an input of the graph."""
     if not isinstance(fake, Tensor):
         return constant if constant is not None else fake
     shape = tuple(map(int, fake.shape))
     if kind == "parameter":
         name = tracer.first[name]
         view = WeightView(name, meta_like(fake))
-        return Value(shape, plain(shape).labels, Static(True, name), view)
+        return Value(shape, plain(shape).ids, Static(True, name), view)
     if kind == "buffer":
         return plain(shape, Static(False, name))
     if kind == "constant":
         return plain(shape, Static(tensor=constant))
     if not fake.is_floating_point():
         return plain(shape)
-    width = shape[1] if len(shape) == 2 else 1  # of [batch, features] it is known what a channel is
-    space = tracer.channels.add(width, "input", name)
-    return Value(shape, space.labels.reshape([1, width] if len(shape) == 2 else [1] * len(shape)))
+    width = shape[1] if len(shape) == 2 else 1  # [batch, features]: a column is a channel
+    group = tracer.channels.add(width, "input", name)
+    return Value(shape, group.ids.reshape([1, width] if len(shape) == 2 else [1] * len(shape)))
 
 
 def _tensors(x: Any) -> list[Value]:

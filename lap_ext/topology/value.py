@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.channels import Trail
 from lap_ext.topology.static import Static
 
@@ -20,8 +20,8 @@ _LONGEST_TRAIL = 12
 class WeightView:
     """A view of one parameter, as a meta tensor: sizes, strides and offset say which part.
 
-    routed: what has picked entries of its first dimension, such as the experts of tokens: an index
-    that data makes; meta is the parameter before that.
+    routed: the data-dependent index that has picked entries of its first dimension, such as the
+    experts of tokens; meta is the parameter before that.
     """
 
     parameter: str
@@ -34,26 +34,26 @@ class Value:
     """A tensor of the traced graph."""
 
     shape: tuple[int, ...]
-    labels: Tensor  # int64, of the tensor's rank (labels.py)
+    ids: Tensor  # int64, of the tensor's rank (channel_ids.py)
     static: Static | None = None  # it depends on parameters, buffers and constants alone
-    view: WeightView | None = None  # static, and nothing but a view of a parameter
-    trail: Trail = ()  # operations since its channels were born
-    terms: tuple[Value, ...] = ()  # what it is the sum of, each with channels of its own
-    choice: int | None = None  # of the indices of a top-k: the space of the channels chosen with it
+    view: WeightView | None = None  # static, and only a view of a parameter
+    trail: Trail = ()  # operations since its channels were created
+    terms: tuple[Value, ...] = ()  # its summands, each with its own channels
+    choice: int | None = None  # of a top-k's indices: the index of the group that it created
 
     @property
     def has_channels(self) -> bool:
         """Whether any element belongs to a channel."""
-        return bool((self.labels != 0).any())
+        return bool((self.ids != 0).any())
 
-    def passed(self, name: str, shape: tuple[int, ...], labels: Tensor) -> Value:
-        """The same channels after an operation that only moves or maps them."""
+    def passed(self, name: str, shape: tuple[int, ...], ids: Tensor) -> Value:
+        """Returns the same channels after an operation that only moves or maps them."""
         trail = self.trail if self.trail[-1:] == (name,) else (*self.trail, name)
-        same = labels is self.labels and shape == self.shape
+        same = ids is self.ids and shape == self.shape
         return replace(
             self,
             shape=shape,
-            labels=labels,
+            ids=ids,
             trail=trail[-_LONGEST_TRAIL:],
             static=None,
             view=None,
@@ -62,15 +62,15 @@ class Value:
 
 
 def plain(shape: tuple[int, ...], static: Static | None = None) -> Value:
-    """A tensor without channels."""
-    return Value(shape, lab.none(len(shape)), static)
+    """Returns a tensor without channels."""
+    return Value(shape, channel_ids.none(len(shape)), static)
 
 
 def merged(*trails: Trail) -> Trail:
-    """One trail for the result of several values."""
+    """Merges the trails of several values into one."""
     return tuple(dict.fromkeys(name for trail in trails for name in trail))[-_LONGEST_TRAIL:]
 
 
 def meta_like(tensor: Tensor) -> Tensor:
-    """A contiguous meta tensor of the same shape: an index map that costs no memory."""
+    """Returns a contiguous meta tensor of the same shape: an index map that costs no memory."""
     return torch.empty(tensor.shape, dtype=torch.float32, device="meta")

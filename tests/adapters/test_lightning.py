@@ -18,7 +18,7 @@ import lap_ext
 from tests.helpers import masked_network as cases
 from tests.helpers.processes import run_python, two_processes
 
-pytest.importorskip("lightning", reason="the host of this adapter")
+pytest.importorskip("lightning", reason="the framework of this adapter")
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks, loggers, strategies
@@ -120,12 +120,14 @@ def test_two_optimizers_by_hand(kind: str) -> None:
         assert model.norms == [kept] * 10
 
 
-@pytest.mark.parametrize("how", ["compiled", "bf16", "own example"])
+@pytest.mark.parametrize("how", ["compiled", "bf16", "own example", "topology"])
 def test_other_ways_to_train(how: str) -> None:
     model: Any = Net()
     given: dict[str, Any] = {"example_inputs": {"x": EXAMPLE}}
     if how == "own example":
         model.example_input_array, given = EXAMPLE, {}
+    if how == "topology":
+        given = {"topology": lap_ext.trace(model, EXAMPLE)}
     pruning = PruningCallback(schedule=lap_ext.one_shot(0.7, at=2), scope="global", **given)
     trainer = trainer_of(pruning, precision="bf16-mixed" if how == "bf16" else None)
     trainer.fit(torch.compile(model, backend="eager") if how == "compiled" else model, Batches())
@@ -179,12 +181,16 @@ def test_refused() -> None:
         PruningCallback()
     with pytest.raises(TypeError, match=r"expected masks alone .nothing is scored., got criterion"):
         PruningCallback(masks, criterion="magnitude")
+    with pytest.raises(TypeError, match=r"got rounds, example_inputs too. Leave them out."):
+        PruningCallback(masks, rounds=2, example_inputs=EXAMPLE)
     with pytest.raises(TypeError, match=r"Net has no example_input_array. Pass a small batch"):
         trainer_of(PruningCallback(schedule=schedule)).fit(model, batches)
     with pytest.raises(ValueError, match="the model has no such parameter"):
         trainer_of(PruningCallback({"conv": masks["net.conv"]})).fit(model, batches)
-    with pytest.raises(TypeError, match="expected no sparsity"):
-        wrong = PruningCallback(schedule=schedule, example_inputs=EXAMPLE, sparsity=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sparsity'"):
+        PruningCallback(schedule=schedule, example_inputs=EXAMPLE, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"PruningCallback: expected scope to be 'layer' or 'glob"):
+        wrong = PruningCallback(schedule=schedule, example_inputs=EXAMPLE, scope="all")
         trainer_of(wrong).fit(model, batches)
     for kind in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         strategy = object.__new__(type("Mine", (getattr(strategies, kind),), {}))
@@ -222,7 +228,7 @@ import lap_ext.adapters.lightning
 """
 
 
-def test_without_its_host() -> None:
+def test_without_its_framework() -> None:
     """pytorch_lightning alone will do; without either it says so."""
     pytest.importorskip("pytorch_lightning")
     run = run_python(ALONE)
@@ -256,17 +262,17 @@ def test_trainer_of_the_other_name() -> None:
     assert state[pruning.state_key]["step"] == 3
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, directory: str) -> None:
     """One of two processes, each with its own half of the data."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # required, not used
     torch.manual_seed(0)
     model = Net()
     schedule = lap_ext.cubic(0.8, start=1, end=7, every=3)
     criterion = "lookback" if rank else "lookahead"  # the masks are those of the first process
     pruning = PruningCallback(schedule=schedule, example_inputs=EXAMPLE, criterion=criterion)
     ddp = strategies.DDPStrategy(process_group_backend="gloo")
-    trainer = trainer_of(pruning, checkpoints(Path(folder)), strategy=ddp, devices=2)
+    trainer = trainer_of(pruning, checkpoints(Path(directory)), strategy=ddp, devices=2)
     seen = []
     model.register_full_backward_hook(lambda *_: seen.append(type(trainer.model)))
     trainer.fit(model, Batches(10, start=10 * rank))

@@ -13,7 +13,7 @@ import torch
 import lap_ext
 from tests.helpers import masked_network as cases
 
-pytest.importorskip("lightning", reason="the host of this adapter")
+pytest.importorskip("lightning", reason="the framework of this adapter")
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
@@ -41,17 +41,17 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     def new() -> PruningCallback:
         return PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
 
-    whole = new()
-    trainer_of(whole, checkpoints(tmp_path), max_epochs=4).fit(model, batches)
+    uninterrupted = new()
+    trainer_of(uninterrupted, checkpoints(tmp_path), max_epochs=4).fit(model, batches)
     second = tmp_path / "epoch=1-sparsity=0.7.ckpt"  # ModelCheckpoint saw what had been logged
     saved = load_masks(second)
-    assert 0.5 < saved.sparsity < whole.sparsity
-    assert load_masks(tmp_path / "epoch=3-sparsity=0.8.ckpt") == whole.masks
+    assert 0.5 < saved.sparsity < uninterrupted.sparsity
+    assert load_masks(tmp_path / "epoch=3-sparsity=0.8.ckpt") == uninterrupted.masks
     again = new()
     trainer = trainer_of(again, checkpoints(tmp_path), max_epochs=4)
     trainer.fit(start, batches, ckpt_path=second)
     cases.check_equal(model, start)
-    assert again.masks == whole.masks and again.result is not None
+    assert again.masks == uninterrupted.masks and again.result is not None
     assert len(watched(trainer)) == 10
     # a checkpoint that is only looked at comes with its masks, too
     trainer.test(start, batches, ckpt_path=second, verbose=False)
@@ -75,9 +75,9 @@ def test_further_fit_of_a_trainer_goes_on() -> None:
     between = pruning.masks
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, batches)
-    whole = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
-    trainer_of(whole, max_epochs=2).fit(other, batches)
-    assert between.sparsity < 0.8 and pruning.masks == whole.masks
+    uninterrupted = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+    trainer_of(uninterrupted, max_epochs=2).fit(other, batches)
+    assert between.sparsity < 0.8 and pruning.masks == uninterrupted.masks
     trainer.fit_loop.max_epochs = 3
     with pytest.raises(
         ValueError, match=r"got the callback's own, which prunes weights of 'net.co"

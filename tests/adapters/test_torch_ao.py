@@ -67,6 +67,17 @@ def test_one_step(options: dict[str, Any]) -> None:
     cases.check_zero(model, expected)
 
 
+def test_a_ready_trace_and_named_inputs() -> None:
+    model = cases.net()
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    sparsifier = LookaheadSparsifier(None, 0.75, topology=lap_ext.trace(model, EXAMPLE))
+    named = LookaheadSparsifier({"input": EXAMPLE}, 0.75)
+    for each, net in ((sparsifier, model), (named, other)):
+        each.prepare(net, None)
+        each.step()
+    assert sparsifier.masks == named.masks == lap_ext.prune(plain, EXAMPLE, 0.75).masks
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_only_the_tensors_of_config(scope: str) -> None:
     """Each to its own level; what is not named is a neighbor and no more."""
@@ -248,13 +259,13 @@ def wrong_scope(model: nn.Module) -> None:
     prepared(model, scope="both")
 
 
-def own_option(model: nn.Module) -> None:
-    prepared(model, exclude=["fc1"])
+def example_and_topology(model: nn.Module) -> None:
+    prepared(model, topology=lap_ext.trace(model, EXAMPLE))
 
 
 def others_topology(model: nn.Module) -> None:
     other = cases.net()
-    LookaheadSparsifier(lap_ext.trace(other, EXAMPLE)).prepare(model, None)
+    LookaheadSparsifier(None, topology=lap_ext.trace(other, EXAMPLE)).prepare(model, None)
 
 
 REFUSED: list[tuple[Callable[[nn.Module], None], type[Exception], str]] = [
@@ -262,7 +273,7 @@ REFUSED: list[tuple[Callable[[nn.Module], None], type[Exception], str]] = [
     (tensor_twice, ValueError, "expected each tensor once, got 'fc1.weight' again."),
     (tied, ValueError, "got '6.weight', which is tied. Leave it out of config."),
     (wrong_scope, ValueError, "expected scope to be 'layer' or 'global', got 'both'."),
-    (own_option, TypeError, "LookaheadSparsifier: expected no exclude (config says which tensors"),
+    (example_and_topology, TypeError, "LookaheadSparsifier.prepare: expected topology alone (the"),
     (others_topology, ValueError, "expected the topology of this model, got another's."),
 ]
 
@@ -287,8 +298,11 @@ def test_before_prepare() -> None:
             act()
 
 
-def test_without_its_host() -> None:
-    code = "import sys, torch; sys.modules['torch.ao.pruning'] = None; import lap_ext.adapters.torch_ao"
+def test_without_its_framework() -> None:
+    code = (
+        "import sys, torch; sys.modules['torch.ao.pruning'] = None; "
+        "import lap_ext.adapters.torch_ao"
+    )
     run = run_python(code)
     assert run.returncode == 1
     assert "expected a torch with torch.ao.pruning, got torch" in run.stderr.splitlines()[-1]

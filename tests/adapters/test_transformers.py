@@ -23,9 +23,9 @@ from tests.helpers import masked_network as cases
 from tests.helpers.processes import run_python, two_processes
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-transformers = pytest.importorskip("transformers", reason="the host of this adapter")
+transformers = pytest.importorskip("transformers", reason="the framework of this adapter")
 
-import lap_ext.adapters.transformers as host  # noqa: E402 (after the skip)
+import lap_ext.adapters.transformers as adapter  # noqa: E402 (after the skip)
 from lap_ext.adapters.transformers import MASKS_NAME, PruningCallback  # noqa: E402
 
 RATE = 0.05
@@ -55,7 +55,7 @@ def dataset(count: int = 48) -> list[dict[str, Any]]:
     return [{"x": x, "labels": i % 3} for i, x in enumerate(pictures)]
 
 
-def arguments(folder: Path, **given: Any) -> Any:
+def arguments(directory: Path, **given: Any) -> Any:
     usual: dict[str, Any] = {
         "max_steps": 10,
         "per_device_train_batch_size": 4,
@@ -71,11 +71,11 @@ def arguments(folder: Path, **given: Any) -> Any:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return transformers.TrainingArguments(str(folder), **(usual | given))
+    return transformers.TrainingArguments(str(directory), **(usual | given))
 
 
 class Watch(transformers.TrainerCallback):
-    """Looks at the model after each step: pruned weights are +0.0."""
+    """Checks the model after each step: pruned weights are +0.0."""
 
     def __init__(self, pruning: PruningCallback) -> None:
         self.pruning = pruning
@@ -97,19 +97,19 @@ def trainer(model: nn.Module, args: Any, pruning: PruningCallback, **given: Any)
 def written_out(
     model: nn.Module, schedule: Any, masks: Any = None, *, accumulate: int = 1
 ) -> tuple[lap_ext.Masks, list[float]]:
-    """The same training by hand: (masks, norms of the gradients of what is left)."""
+    """Trains in the same way by hand: (masks, norms of the gradients of what is left)."""
     plain = {"params": [p for n, p in model.named_parameters() if "bias" in n], "weight_decay": 0.0}
     decayed = {"params": [p for n, p in model.named_parameters() if "bias" not in n]}
     optimizer = torch.optim.AdamW([decayed, plain], RATE, weight_decay=0.1)
     data = dataset()
 
-    def loss(place: int) -> Tensor:
-        rows = data[place * 4 % 48 : place * 4 % 48 + 4]
+    def loss(index: int) -> Tensor:
+        rows = data[index * 4 % 48 : index * 4 % 48 + 4]
         x, labels = torch.stack([r["x"] for r in rows]), torch.tensor([r["labels"] for r in rows])
         return model(x, labels)["loss"]
 
     steps = [
-        [partial(loss, step * accumulate + part) for part in range(accumulate)]
+        [partial(loss, step * accumulate + batch) for batch in range(accumulate)]
         for step in range(10)
     ]
     return cases.by_hand(model, optimizer, steps, schedule, masks, example=EXAMPLE, clip=0.05)
@@ -166,20 +166,20 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
         return PruningCallback(schedule=schedule, example_inputs=EXAMPLE, **given)
 
     args = arguments(tmp_path / "run", save_strategy="steps", save_steps=5)
-    whole = new()
-    trainer(model, args, whole).train()
+    uninterrupted = new()
+    trainer(model, args, uninterrupted).train()
     checkpoint = tmp_path / "run" / "checkpoint-5"
     saved = lap_ext.Masks.load(checkpoint / MASKS_NAME)
-    assert 0.5 < saved.sparsity < whole.sparsity
+    assert 0.5 < saved.sparsity < uninterrupted.sparsity
     last = lap_ext.Masks.load(tmp_path / "run" / "checkpoint-10" / MASKS_NAME, model)
-    assert last == whole.masks
+    assert last == uninterrupted.masks
     again = new()
     if moved:
         checkpoint = Path(shutil.move(checkpoint, tmp_path / "elsewhere"))
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises(OSError) as caught:
             trainer(copy.deepcopy(start), args, again).train(resume_from_checkpoint=str(checkpoint))
         assert str(caught.value).startswith(
-            "PruningCallback: expected masks.safetensors in the checkpoint of step 5 (the schedule"
+            "PruningCallback: expected masks.safetensors in the checkpoint of step 5 (to continue"
         )
         again = new(resume_from=tmp_path / "run" / "checkpoint-10")
         with pytest.raises(ValueError, match=r"which prunes weights of 'net.conv' that are not"):
@@ -188,7 +188,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
     run = trainer(start, args, again)
     run.train(resume_from_checkpoint=str(checkpoint))
     cases.check_equal(model, start)
-    assert again.masks == whole.masks
+    assert again.masks == uninterrupted.masks
     assert len(run.callback_handler.callbacks[-2].sparsities) == 5
 
 
@@ -243,6 +243,19 @@ def test_models_of_transformers(tmp_path: Path, kind: str) -> None:
     assert masks == pruning.masks
 
 
+@pytest.mark.parametrize("example", ["tensor", "tuple", "named"])
+def test_inputs_without_a_cache(example: str) -> None:
+    """Positional inputs of a model with a cache become named ones, beside use_cache=False."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **ids))
+    x = torch.tensor([[3, 4]])
+    given: Any = {"tensor": x, "tuple": (x, torch.ones(1, 2)), "named": {"input_ids": x}}[example]
+    inputs = adapter.inputs_of(model, given)
+    assert inputs["use_cache"] is False and inputs["input_ids"] is x
+    assert ("attention_mask" in inputs) == (example == "tuple")
+    assert adapter.inputs_of(Net(), given) is not None
+
+
 def test_refused(tmp_path: Path) -> None:
     masks = {"net.conv": torch.ones(4, 1, 3, 3) == 1}
     schedule = lap_ext.one_shot(0.5)
@@ -265,16 +278,18 @@ def test_refused(tmp_path: Path) -> None:
         trainer(model, args, PruningCallback(schedule=schedule)).train()
     with pytest.raises(ValueError, match="the model has no such parameter"):
         trainer(model, args, PruningCallback({"conv": masks["net.conv"]})).train()
-    with pytest.raises(TypeError, match="expected no sparsity"):
-        wrong = PruningCallback(schedule=schedule, example_inputs=EXAMPLE, sparsity=0.5)
-        trainer(model, args, wrong).train()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sparsity'"):
+        PruningCallback(schedule=schedule, example_inputs=EXAMPLE, sparsity=0.5)
+    with pytest.raises(TypeError, match=r"PruningCallback: expected topology alone .*got example"):
+        both = {"example_inputs": EXAMPLE, "topology": lap_ext.trace(model, EXAMPLE)}
+        trainer(model, args, PruningCallback(schedule=schedule, **both)).train()
     args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="expected whole parameters in each process"):
         PruningCallback(masks).on_train_begin(args, None, None, model=model, optimizer=None)
 
 
 @pytest.mark.parametrize(
-    ("host", "text"),
+    ("module", "text"),
     [
         (
             "None",
@@ -283,25 +298,25 @@ def test_refused(tmp_path: Path) -> None:
         ("Old", "expected transformers 5 or later (its callbacks have on_optimizer_step)"),
     ],
 )
-def test_without_its_host(host: str, text: str) -> None:
+def test_without_its_framework(module: str, text: str) -> None:
     code = (
         "import sys, types; Old = types.ModuleType('transformers'); "
         "Old.TrainerCallback = Old.PreTrainedModel = type('X', (), {}); "
-        f"sys.modules['transformers'] = {host}; import lap_ext.adapters.transformers"
+        f"sys.modules['transformers'] = {module}; import lap_ext.adapters.transformers"
     )
     run = run_python(code)
     assert run.returncode == 1 and text in run.stderr.splitlines()[-1]
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, directory: str) -> None:
     """One of two processes, each with its own half of the data."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # required, not used
     torch.manual_seed(0)
     model = Net()
     schedule = lap_ext.cubic(0.8, start=1, end=7, every=3)
     pruning = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
-    args = arguments(Path(folder), save_strategy="steps", save_steps=5, ddp_backend="gloo")
+    args = arguments(Path(directory), save_strategy="steps", save_steps=5, ddp_backend="gloo")
     assert args.world_size == 2
     run = trainer(model, args, pruning)
     run.train()
@@ -314,7 +329,7 @@ def worker(rank: int, folder: str) -> None:
     with pytest.raises(
         RuntimeError, match=r"got others for odd \(running statistics of batch norms"
     ):
-        host._check_agreed(
+        adapter._check_agreed(
             lap_ext.Masks({"even": torch.tensor([True]), "odd": torch.tensor([rank == 0])})
         )
 

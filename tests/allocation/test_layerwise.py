@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much each layer gives: cases worked by hand, exact totals, and the errors by their text."""
+"""Layer-wise sparsity: cases worked by hand, exact totals, and the errors by their text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lap_ext import allocation
-from lap_ext.allocation import Allocation, er, erk, of, paper, per_layer, uniform, uniform_plus
+from lap_ext.allocation import Allocation, compounded, er, erk, of, per_layer, uniform, uniform_plus
 from lap_ext.ops import check
 
 SOLVED = (er, erk, uniform_plus)
@@ -26,7 +26,7 @@ dims = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
     st.tuples(st.integers(0, 30)),
 )
-models = st.lists(dims, max_size=6).map(lambda found: {f"l{i}": d for i, d in enumerate(found)})
+models = st.lists(dims, max_size=6).map(lambda layers: {f"l{i}": d for i, d in enumerate(layers)})
 sparsities = st.one_of(
     st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]),
     st.floats(0, 1),
@@ -34,9 +34,9 @@ sparsities = st.one_of(
 )
 
 
-def kept(found: Allocation, shapes: Shapes) -> dict[str, int]:
+def kept(allocated: Allocation, shapes: Shapes) -> dict[str, int]:
     """What it keeps, once it is known to be possible."""
-    keeps = found.keeps(shapes)
+    keeps = allocated.keeps(shapes)
     assert list(keeps) == list(shapes)
     for name, count in keeps.items():
         assert type(count) is int
@@ -82,7 +82,7 @@ def test_uniform_plus(shapes: Shapes, sparsity: float) -> None:
 @given(shapes=models, sparsity=sparsities)
 def test_uniform_rounds_each_layer(shapes: Shapes, sparsity: float) -> None:
     for name, count in kept(uniform(sparsity), shapes).items():
-        assert count == check.keep_count("mask", sparsity, None, math.prod(shapes[name]))
+        assert count == check.keep_count(sparsity, None, math.prod(shapes[name]))
 
 
 @pytest.mark.parametrize("kind", [er, erk, uniform], ids=lambda kind: kind.__name__)
@@ -106,7 +106,7 @@ def test_more_sparsity_keeps_no_more(
 @pytest.mark.parametrize("kind", [er, erk], ids=lambda kind: kind.__name__)
 @given(shapes=models, sparsity=sparsities)
 def test_shares_follow_the_density(kind: type[er], shapes: Shapes, sparsity: float) -> None:
-    """One factor fits all layers that are not dense: keep / weight, up to the rounding."""
+    """One scale fits all layers that are not dense: keep / weight, up to the rounding."""
     keeps = kept(kind(sparsity), shapes)
     low, high = Fraction(0), Fraction(10**9)
     for name, shape in shapes.items():
@@ -114,7 +114,7 @@ def test_shares_follow_the_density(kind: type[er], shapes: Shapes, sparsity: flo
         if not size:
             continue
         window = math.prod(shape[2:])
-        density = Fraction(sum(shape), size)  # times the size, per unit of the factor
+        density = Fraction(sum(shape), size)  # times the size, per unit of the scale
         if kind is er:
             density = Fraction(sum(shape[:2]) * window, size)
         weight = density * size
@@ -156,26 +156,26 @@ def test_uniform_plus_by_hand() -> None:
 
 def test_the_papers_ratios_on_its_net() -> None:
     """1,147,000 weights; 6.36 % are left after 4 rounds."""
-    keeps = paper([0.5, 0.5, 0.5, 0.5, 0.25], 4).keeps(MLP)
+    keeps = compounded([0.5, 0.5, 0.5, 0.5, 0.25], 4).keeps(MLP)
     # 392000 / 16, 250000 / 16 (x3), 5000 * 81 / 256 = 1582.03
     assert list(keeps.values()) == [24500, 15625, 15625, 15625, 1582]
-    by_name = paper({"4": 0.25, "*": 0.5}, 4)
+    by_name = compounded({"4": 0.25, "*": 0.5}, 4)
     assert by_name.keeps(MLP) == keeps
-    assert paper({"4": 0.25}, 0).keeps(MLP) == {name: math.prod(x) for name, x in MLP.items()}
+    assert compounded({"4": 0.25}, 0).keeps(MLP) == {name: math.prod(x) for name, x in MLP.items()}
 
 
-@given(step=st.integers(0, 30), ratio=st.floats(0, 1))
-def test_paper_is_exact(step: int, ratio: float) -> None:
+@given(times=st.integers(0, 30), ratio=st.floats(0, 1))
+def test_compounded_is_exact(times: int, ratio: float) -> None:
     n = 1_000_003
-    left = (1 - Fraction(ratio)) ** step * n
-    assert paper([ratio], step).keeps({"l": (n,)}) == {"l": math.floor(left + Fraction(1, 2))}
+    left = (1 - Fraction(ratio)) ** times * n
+    assert compounded([ratio], times).keeps({"l": (n,)}) == {"l": math.floor(left + Fraction(1, 2))}
 
 
 def test_patterns() -> None:
     shapes = {"a.conv1": (10, 10), "a.conv2": (10, 10), "b.conv1": (10, 10), "odd[0]": (10, 10)}
-    found = per_layer({"a.conv2": 0.1, "a.*": 0.2, "*.conv1": 0.3, "odd[0]": 0.4})
+    patterns = per_layer({"a.conv2": 0.1, "a.*": 0.2, "*.conv1": 0.3, "odd[0]": 0.4})
     # b.conv1 only is left for the third; a name is a pattern for itself, brackets or not
-    assert list(found.keeps(shapes).values()) == [80, 90, 70, 60]
+    assert list(patterns.keeps(shapes).values()) == [80, 90, 70, 60]
     assert list(per_layer({"a*": 1.0}).keeps(shapes).values()) == [0, 0, 100, 100]
     assert per_layer({}).keeps({"x": (3,)}) == {"x": 3}
 
@@ -197,9 +197,9 @@ def test_of() -> None:
          " Did you mean 0.90?"),
         (lambda: erk(-0.1), "erk: expected 0 <= sparsity <= 1 (the fraction removed), got -0.1."),
         (lambda: er(math.nan), "er: expected 0 <= sparsity <= 1 (the fraction removed), got nan."),
-        (lambda: of({"fc": 2.0}), "prune, pattern 'fc': expected 0 <= sparsity <= 1"),
+        (lambda: of({"fc": 2.0}), "per_layer: expected 0 <= sparsity['fc'] <= 1"),
         (lambda: of({"fc3": 0.5}).keeps({"fc1": (2, 2), "conv": (1, 1)}),
-         "prune: expected a pattern that names a layer, got 'fc3'. Did you mean 'fc1'?"),
+         "per_layer: expected a pattern that names a layer, got 'fc3'. Did you mean 'fc1'?"),
         (lambda: per_layer({"layer*": 0.5}).keeps({"0": (2, 2), "2": (2, 2)}),
          "per_layer: expected a pattern that names a layer, got 'layer*'. The layers are 0, 2."),
         (lambda: per_layer({"x": 0.5}).keeps({}), "got 'x'. There are no layers."),
@@ -211,11 +211,11 @@ def test_of() -> None:
          "stays dense, the last layer keeps a fifth), got 0.95, which leaves 4."),
         (lambda: uniform_plus(0.5, last="fc2").keeps({"fc": (2, 2)}),
          "uniform_plus: expected last that names a layer, got 'fc2'. Did you mean 'fc'?"),
-        (lambda: paper([0.5], 2).keeps({"a": (2,), "b": (2,)}),
-         "paper: expected one ratio for each of the 2 layers (a, b), got 1."),
-        (lambda: paper([0.5], -1), "paper: expected step to be a whole number >= 0"),
-        (lambda: paper([15], 1), "paper: expected 0 <= sparsity <= 1 (the fraction removed), got "
-         "15. Did you mean 0.15?"),
+        (lambda: compounded([0.5], 2).keeps({"a": (2,), "b": (2,)}),
+         "compounded: expected one ratio for each of the 2 layers (a, b), got 1."),
+        (lambda: compounded([0.5], -1), "compounded: expected times to be a whole number >= 0"),
+        (lambda: compounded([15], 1),
+         "compounded: expected 0 <= ratio <= 1 (the fraction removed), got 15. Did you mean 0.15?"),
     ],
 )  # fmt: skip
 def test_errors(call: object, text: str) -> None:
@@ -227,11 +227,11 @@ def test_errors(call: object, text: str) -> None:
 @pytest.mark.parametrize("given", [True, "0.9", None, [0.9], erk])
 def test_other_types(given: object) -> None:
     name = "erk" if given is erk else type(given).__name__
-    with pytest.raises(TypeError, match=rf"threshold: expected sparsity to be .* got {name}\."):
-        of(given, "threshold")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"^expected sparsity to be .* got {name}\."):
+        of(given)  # type: ignore[arg-type]
 
 
 def test_repr_is_the_call() -> None:
-    for found in (uniform(0.5), erk(0.9), uniform_plus(0.5, first="a"), paper([0.5], 3)):
-        assert eval(repr(found), vars(allocation)) == found
+    for made in (uniform(0.5), erk(0.9), uniform_plus(0.5, first="a"), compounded([0.5], 3)):
+        assert eval(repr(made), vars(allocation)) == made
     assert repr(erk(0.9)) == "erk(sparsity=0.9)"

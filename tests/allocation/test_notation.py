@@ -26,8 +26,8 @@ PAIRS: list[tuple[list[str], Any]] = [
 
 @pytest.mark.parametrize(("texts", "sparsity"), PAIRS, ids=str)
 def test_there_and_back(texts: list[str], sparsity: Any) -> None:
-    found = notation.of_texts(texts)
-    assert found == sparsity and type(found) is type(sparsity)
+    result = notation.of_texts(texts)
+    assert result == sparsity and type(result) is type(sparsity)
     assert notation.text_of(sparsity) == ", ".join(texts)
 
 
@@ -36,26 +36,29 @@ def test_there_and_back(texts: list[str], sparsity: Any) -> None:
     [
         (
             ["90%"],
-            "expected it to be a number (the fraction removed), got '90%'. Did you mean 0.9?",
+            "expected sparsity to be a number (the fraction removed), got '90%'. Did you mean 0.9?",
         ),
-        (["half"], "expected it to be a number (the fraction removed), got 'half'."),
-        (["fc=half"], "expected it to be a number (the fraction removed), got 'half'."),
+        (["half"], "expected sparsity to be a number (the fraction removed), got 'half'."),
+        (["fc=half"], "expected sparsity to be a number (the fraction removed), got 'half'."),
         (
             ["er_k:0.9"],
-            "expected it 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, uniform_plu",
+            "expected sparsity 0.9, 'PATTERN=0.9' or erk:0.9, er:0.9, uniform:0.9, uniform_plu",
         ),
-        (["0.5", "0.9"], "expected one it, or several of the form 'PATTERN=0.9', got '0.5'."),
+        (["0.5", "0.9"], "expected one sparsity, or several of the form 'PATTERN=0.9', got '0.5'."),
         (["erk:90"], "erk: expected 0 <= sparsity <= 1"),
     ],
     ids=str,
 )
 def test_mistakes(texts: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
-        notation.of_texts(texts, "it")
+        notation.of_texts(texts)
 
 
 def test_sparsities_without_a_notation() -> None:
     assert notation.text_of(Fraction(1, 2)) == "1/2"
-    assert notation.text_of(lap_ext.paper([0.5], 2)) == "paper(ratios=[0.5], step=2)"
+    assert (
+        notation.text_of(lap_ext.allocation.compounded([0.5], 2))
+        == "compounded(ratios=[0.5], times=2)"
+    )
     named = lap_ext.uniform_plus(0.9, last="fc")
     assert notation.text_of(named) == str(named)

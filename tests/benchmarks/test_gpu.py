@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """python -m benchmarks.gpu without a GPU: its arithmetic, and a rehearsal.
 
-The rehearsal runs the code of every step on small CPU tensors, so that the first run on a GPU does not
-fail for a typing error.
+The rehearsal runs the code of every step on small CPU tensors, so that the first run on a GPU does
+not fail for a typing error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from benchmarks import checks
 from benchmarks.gpu import (
     __main__,
+    baselines,
     bits,
     counters,
     device,
@@ -29,7 +30,6 @@ from benchmarks.gpu import (
     one_call,
     ptxas,
     report,
-    rivals,
     steps,
 )
 from tests.helpers.gpu_runs import CPU, GPU, Saved
@@ -43,13 +43,19 @@ def test_floors_of_the_table() -> None:
     assert floors.floor_bytes("score", n, 4) == 8 * n
     assert floors.floor_bytes("mask", n, 4) == floors.floor_bytes("topk_mask", n, 4) == 5 * n
     assert floors.floor_bytes("prune_", n, 4) == 9 * n
-    assert floors.floor_bytes("factors", n, 4, neighbors=3 * n) == 12 * n
+    assert floors.floor_bytes("neighbor_norms", n, 4, neighbors=3 * n) == 12 * n
     # bfloat16: half the bytes of w; scores and masks keep theirs
     assert floors.floor_bytes("score", n, 2) == (2 + 4) * n
     assert floors.floor_bytes("mask", n, 2) == (2 + 1) * n
     assert floors.floor_bytes("prune_", n, 2) == (2 + 2 + 1) * n
     wanted = {target.call: target.multiple for target in floors.TARGETS}
-    assert wanted == {"score": 1.15, "mask": 1.4, "prune_": 1.4, "factors": 1.25, "topk_mask": 1.5}
+    assert wanted == {
+        "score": 1.15,
+        "mask": 1.4,
+        "prune_": 1.4,
+        "neighbor_norms": 1.25,
+        "topk_mask": 1.5,
+    }
 
 
 def test_verdicts() -> None:
@@ -88,10 +94,11 @@ def test_bytes_that_move_are_at_least_the_floor() -> None:
     for target in floors.TARGETS:
         for kept in (0.5, 0.1, 0.01):
             for item in (2, 4):
-                neighbors = 2 << 28 if target is floors.FACTORS else 0
+                neighbors = 2 << 28 if target is floors.NORMS else 0
                 least = floors.least_multiple(target.call, 1 << 28, item, kept, 1 << 15, neighbors)
                 assert 1 <= least < 2, (target.call, kept, item)
-    # every weight dropped: written whole, read never; every weight kept: nothing but the mask is read
+    # every weight dropped: written whole, read never; every weight kept: nothing but the mask is
+    # read
     assert floors.zeroing(1000, 4, 0.0) == floors.Phase("zero", 1000, 4000)
     assert floors.zeroing(1000, 4, 1.0) == floors.Phase("zero", 1000, 0)
 
@@ -129,7 +136,7 @@ def test_a_copy_of_each_size_is_timed_once() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they are loaded")
-@pytest.mark.parametrize("module", [limit, kernels, rivals, huge, bits])
+@pytest.mark.parametrize("module", [limit, kernels, baselines, huge, bits])
 def test_what_measures_kernels_requires_them(module: Any) -> None:
     with pytest.raises(checks.WrongResultError, match="CUDA kernels not loaded"):
         module.run(GPU, 60, Saved())
@@ -215,7 +222,7 @@ def test_rehearsed_kernels() -> None:
     saved = Saved()
     kernels.run(CPU, 60, saved)
     assert {name.split()[0] for name in saved["calls"]} == {
-        *("score", "mask", "prune_", "factors", "topk_mask")
+        *("score", "mask", "prune_", "neighbor_norms", "topk_mask")
     }
     table = saved["calls"]["mask 0.9 float32 64x96"]
     assert table["lap_ext::mask"][0] == 1 and table[report.SPAN][1] >= table["lap_ext::mask"][1] > 0
@@ -245,12 +252,17 @@ def test_kernels_of_a_profile() -> None:
 
 
 NCU = """==PROF== Connected to process 7
-"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Description"
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit",\
+"Metric Value","Rule Name","Rule Description"
 "0","7","void lap::cuda::scan_kernel<float>(Source)","SOL","DRAM Throughput","%","91.50","",""
 "0","7","void lap::cuda::scan_kernel<float>(Source)","SOL","Duration","usecond","1,234.5","",""
-"0","7","void lap::cuda::scan_kernel<float>(Source)","SOL","Compute (SM) Throughput","%","40.25","",""
-"0","7","void lap::cuda::scan_kernel<float>(Source)","Warp","","","","CPIStall","On average, each warp of this workload spends 5.9 cycles being stalled waiting for a scoreboard dependency on a L1TEX (local, global) operation. Find it."
-"0","7","void lap::cuda::scan_kernel<float>(Source)","Warp","","","","CPIStall","On average, each warp spends 2.0 cycles being stalled due to not being selected."
+"0","7","void lap::cuda::scan_kernel<float>(Source)","SOL",\
+"Compute (SM) Throughput","%","40.25","",""
+"0","7","void lap::cuda::scan_kernel<float>(Source)","Warp","","","",\
+"CPIStall","On average, each warp of this workload spends 5.9 cycles being stalled waiting for a \
+scoreboard dependency on a L1TEX (local, global) operation. Find it."
+"0","7","void lap::cuda::scan_kernel<float>(Source)","Warp","","","",\
+"CPIStall","On average, each warp spends 2.0 cycles being stalled due to not being selected."
 "0","7","void lap::cuda::scan_kernel<float>(Source)","Occ","Achieved Occupancy","%","37","",""
 "1","7","void lap::cuda::finish_kernel(Source)","SOL","Duration","ns","4500","",""
 """
@@ -280,16 +292,16 @@ def test_rehearsed_counters() -> None:
         counters.run(CPU, 40, Saved())
 
 
-def test_rehearsed_rivals() -> None:
+def test_rehearsed_baselines() -> None:
     rows: list[dict[str, Any]] = []
     timer = CPU.timer(0.0)
-    rivals.eager(CPU, timer, rows.append)
-    rivals.unstructured(CPU, timer, rows.append)
-    rivals.issue_75599(CPU, timer, rows.append)
-    rivals.issue_77049(CPU, rows.append)
+    baselines.eager(CPU, timer, rows.append)
+    baselines.unstructured(CPU, timer, rows.append)
+    baselines.issue_75599(CPU, timer, rows.append)
+    baselines.issue_77049(CPU, rows.append)
     with pytest.raises(steps.NotRunError, match="no GPU"):
-        rivals.radix_sort(CPU, timer, rows.append)
-    text = report.summary({"steps": {"rivals": {"findings": {"rows": rows}}}})
+        baselines.radix_sort(CPU, timer, rows.append)
+    text = report.summary({"steps": {"baselines": {"findings": {"rows": rows}}}})
     assert "faster than eager score + topk" in text and "peak memory of sort" in text
 
 

@@ -34,7 +34,7 @@ def test_which_steps_run_at_the_same_time() -> None:
     first, together, *timed = [[step.name for step in g] for g in steps.groups(prebuilt)]
     assert first == ["driver", "loaded"]
     assert together[0] == "bits" and together[-1] == "huge" and len(together) == 11
-    assert timed == [["limit"], ["kernels"], ["rivals"], ["counters"]]
+    assert timed == [["limit"], ["kernels"], ["baselines"], ["counters"]]
     assert __main__.chosen(["build"], prebuilt=True) == []
     names = [step.name for step in __main__.chosen(["sanitizer", "hostile-float16"], True)]
     assert names == ["hostile-float16", *(f"sanitizer-{tool}" for tool in sanitize.TOOLS)]

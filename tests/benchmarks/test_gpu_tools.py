@@ -101,15 +101,17 @@ def test_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = driver.compile_command(Path("nvcc"), "90-real", Path("lap.a"), Path("driver"))
     assert "--generate-code=arch=compute_90,code=sm_90" in command and command[-1] == "lap.a"
     command = cub.compile_command(Path("nvcc"), "90-real", Path("cub.so"))
-    assert command[-1].endswith("cub_rival.cu") and Path(command[-1]).exists()
+    assert command[-1].endswith("cub_baseline.cu") and Path(command[-1]).exists()
     assert driver.SOURCE.exists()
     with pytest.raises(steps.NotRunError, match="no GPU"):
         driver.run(CPU, 60, Saved())
     for name, archs in (("native-a", "80-real;90-real"), ("native-b", "100-real")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "liblap_cuda.a").touch()
-        (folder / "CMakeCache.txt").write_text(f"X:BOOL=ON\nCMAKE_CUDA_ARCHITECTURES:Y={archs}\n")
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "liblap_cuda.a").touch()
+        (directory / "CMakeCache.txt").write_text(
+            f"X:BOOL=ON\nCMAKE_CUDA_ARCHITECTURES:Y={archs}\n"
+        )
     monkeypatch.setattr(driver, "NATIVE", tmp_path)
     assert driver.core_library("90-real") == tmp_path / "native-a" / "liblap_cuda.a"
     assert driver.core_library("120-real") is None
@@ -154,7 +156,7 @@ def test_what_to_take_along(
     assert prepare.main(["--arch", "100-real"]) == 0
     told = capsys.readouterr()
     assert "2.00 MB  _C.abi3.so" in told.out and "4.00 MB  in all\ncommit abc" in told.out
-    assert "without cub's rival: no cub" in told.err
+    assert "without cub's baseline: no cub" in told.err
     found = prepare.prepared()
     assert found is not None and found["architecture"] == "100-real" and found["current"]
     monkeypatch.setattr(ptxas, "sources_digest", lambda: "other")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The paper's experiment: its densities, fair comparisons, and runs that go on where they stopped."""
+"""The paper's experiment: densities, fair comparisons, runs that go on where they stopped."""
 
 from __future__ import annotations
 

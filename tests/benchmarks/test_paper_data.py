@@ -70,7 +70,7 @@ def test_shifted_is_a_crop_of_the_padded_image() -> None:
 
 
 def test_missing_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: torch.device) -> None:
-    with pytest.raises(data.MissingDataError, match="mnist needs --data, the folder"):
+    with pytest.raises(data.MissingDataError, match="mnist needs --data, the directory"):
         data.load("mnist", None, cpu)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(data.MissingDataError, match="pip install torchvision"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reports of ptxas -v: parsed from recorded lines, and the committed one says that nothing spills."""
+"""Reports of ptxas -v: parsed from recorded lines; in the committed one nothing spills."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ ptxas info    : Compile time = 232.580 ms
 ptxas info    : Compiling entry function '{FINISH}' for 'sm_90'
 ptxas info    : Function properties for {FINISH}
     192 bytes stack frame, 364 bytes spill stores, 720 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 8512 bytes smem, 632 bytes cmem[0], 64 bytes cmem[2]
+ptxas info    : Used 128 registers, used 1 barriers, 8512 bytes smem, \
+632 bytes cmem[0], 64 bytes cmem[2]
 """
 
 

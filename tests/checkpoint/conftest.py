@@ -12,5 +12,5 @@ from tests.helpers.checkpoints import network, write
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    """The folder of network()."""
+    """The checkpoint directory of network()."""
     return write(tmp_path / "dense", network().state_dict())

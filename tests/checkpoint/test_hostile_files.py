@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Folders that are damaged, foreign or made to deceive: one error each, before anything is written."""
+"""Checkpoints that are damaged, foreign or hostile: one error each, before anything is written."""
 
 from __future__ import annotations
 
@@ -23,89 +23,89 @@ INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def truncated(folder: Path) -> None:
-    data = (folder / SECOND).read_bytes()
-    (folder / SECOND).write_bytes(data[:-1])
+def truncated(directory: Path) -> None:
+    data = (directory / SECOND).read_bytes()
+    (directory / SECOND).write_bytes(data[:-1])
 
 
-def longer(folder: Path) -> None:
-    with (folder / SECOND).open("ab") as file:
+def longer(directory: Path) -> None:
+    with (directory / SECOND).open("ab") as file:
         file.write(b"x")
 
 
-def huge_header(folder: Path) -> None:
-    data = (folder / SECOND).read_bytes()
-    (folder / SECOND).write_bytes((1 << 62).to_bytes(8, "little") + data[8:])
+def huge_header(directory: Path) -> None:
+    data = (directory / SECOND).read_bytes()
+    (directory / SECOND).write_bytes((1 << 62).to_bytes(8, "little") + data[8:])
 
 
-def pickled(folder: Path) -> None:
-    torch.save(network().state_dict(), folder / SECOND)
+def pickled(directory: Path) -> None:
+    torch.save(network().state_dict(), directory / SECOND)
 
 
 def header(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        data = (folder / SECOND).read_bytes()
+    def apply(directory: Path) -> None:
+        data = (directory / SECOND).read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         text = change(data[8:end].decode())
         text = text if isinstance(text, bytes) else text.encode()
-        (folder / SECOND).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+        (directory / SECOND).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
     return apply
 
 
 def table(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        found = json.loads((folder / INDEX).read_text())
-        text = change(found)
-        (folder / INDEX).write_text(text if isinstance(text, str) else json.dumps(found))
+    def apply(directory: Path) -> None:
+        index = json.loads((directory / INDEX).read_text())
+        text = change(index)
+        (directory / INDEX).write_text(text if isinstance(text, str) else json.dumps(index))
 
     return apply
 
 
 def twice(text: str) -> str:
     """The same name two times, at two places."""
-    found = json.loads(text)
-    name = next(x for x in found if x != "__metadata__")
-    return text.rstrip()[:-1] + f', "{name}": {json.dumps(found[name])}}}'
+    entries = json.loads(text)
+    name = next(x for x in entries if x != "__metadata__")
+    return text.rstrip()[:-1] + f', "{name}": {json.dumps(entries[name])}}}'
 
 
-def swap(folder: Path) -> None:
-    shutil.move(folder / SECOND, folder / "x")
-    shutil.move(folder / FIRST, folder / SECOND)
-    shutil.move(folder / "x", folder / FIRST)
+def swap(directory: Path) -> None:
+    shutil.move(directory / SECOND, directory / "x")
+    shutil.move(directory / FIRST, directory / SECOND)
+    shutil.move(directory / "x", directory / FIRST)
 
 
 def renamed(old: str, new: str) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
+    def apply(directory: Path) -> None:
         state = {
             n.replace(old, new): x
             for f in (FIRST, SECOND)
-            for n, x in load_file(folder / f).items()
+            for n, x in load_file(directory / f).items()
         }
-        (folder / INDEX).unlink()
+        (directory / INDEX).unlink()
         for file in (FIRST, SECOND):
-            (folder / file).unlink()
-        save_file(state, folder / "model.safetensors")
+            (directory / file).unlink()
+        save_file(state, directory / "model.safetensors")
 
     return apply
 
 
-def reshaped(folder: Path) -> None:
-    state = load_file(folder / SECOND)
+def reshaped(directory: Path) -> None:
+    state = load_file(directory / SECOND)
     name = next(n for n, x in state.items() if x.dim() == 2)
-    save_file(state | {name: state[name].t().contiguous()}, folder / SECOND)
+    save_file(state | {name: state[name].t().contiguous()}, directory / SECOND)
 
 
-def other_dtype(folder: Path) -> None:
-    state = load_file(folder / SECOND)
-    save_file({n: x.to(torch.float8_e5m2) for n, x in state.items()}, folder / SECOND)
+def other_dtype(directory: Path) -> None:
+    state = load_file(directory / SECOND)
+    save_file({n: x.to(torch.float8_e5m2) for n, x in state.items()}, directory / SECOND)
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no_folder": (shutil.rmtree, "expected a folder with a checkpoint"),
+    "no_directory": (shutil.rmtree, "expected a checkpoint directory"),
     "no_shard": (lambda f: (f / SECOND).unlink(), f"expected all files that '{INDEX}' names"),
     "no_index": (lambda f: (f / INDEX).unlink(), "expected model.safetensors or"),
-    "shard_is_folder": (
+    "shard_is_directory": (
         lambda f: ((f / SECOND).unlink(), (f / SECOND).mkdir()),
         "expected a file 'model-00002",
     ),
@@ -113,16 +113,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: ((f / SECOND).unlink(), os.mkfifo(f / SECOND)),
         "expected a file 'model-00002",
     ),
-    "truncated": (truncated, "expected a whole safetensors file 'model-00002"),
-    "longer": (longer, "expected a whole safetensors file 'model-00002"),
-    "empty": (lambda f: (f / SECOND).write_bytes(b""), "expected a whole safetensors file"),
-    "huge_header": (huge_header, "expected a whole safetensors file"),
-    "pickle": (pickled, "expected a whole safetensors file"),
-    "no_json": (header(lambda x: x.replace("{", "[")), "expected a whole safetensors file"),
-    "not_utf8": (header(lambda x: b"\xff" + x.encode()), "expected a whole safetensors file"),
-    "offsets": (header(lambda x: x.replace('"data_offsets":[0', '"data_offsets":[4')), "whole"),
-    "shape": (header(lambda x: x.replace('"shape":[', '"shape":[2,')), "whole safetensors file"),
-    "twice": (header(twice), "(one entry a tensor|to have a JSON header|whole)"),
+    "truncated": (truncated, "expected a complete safetensors file 'model-00002"),
+    "longer": (longer, "expected a complete safetensors file 'model-00002"),
+    "empty": (lambda f: (f / SECOND).write_bytes(b""), "expected a complete safetensors file"),
+    "huge_header": (huge_header, "expected a complete safetensors file"),
+    "pickle": (pickled, "expected a complete safetensors file"),
+    "no_json": (header(lambda x: x.replace("{", "[")), "expected a complete safetensors file"),
+    "not_utf8": (header(lambda x: b"\xff" + x.encode()), "expected a complete safetensors file"),
+    "offsets": (header(lambda x: x.replace('"data_offsets":[0', '"data_offsets":[4')), "complete"),
+    "shape": (header(lambda x: x.replace('"shape":[', '"shape":[2,')), "complete safetensors file"),
+    "twice": (header(twice), "(one entry a tensor|to have a JSON header|complete)"),
     "index_no_json": (table(lambda x: "{"), f"expected '{INDEX}' to be JSON"),
     "index_deep": (table(lambda x: "[" * 100_000), f"expected '{INDEX}' to be JSON"),
     "index_list": (table(lambda x: "[]"), "with a weight_map"),
@@ -139,7 +139,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index_more": (table(lambda x: x["weight_map"].update(more=FIRST)), "expected 'more' in"),
     "index_less": (table(lambda x: x["weight_map"].__delitem__("5.bias")), "expected '5.bias' of"),
     "index_swapped": (swap, "as 'model.safetensors.index.json' says, got it in"),
-    "name": (renamed("3.weight", "3.wait"), "'3.weight' in .* got none, and '3.wait' that the model"),
+    "name": (renamed("3.weight", "3.wait"), "'3.weight' in .* got none, and '3.wait' that the"),
     "scale": (renamed("1.weight", "1.gain"), "'1.weight' in .* got none, and '1.gain'"),
     "wrong_shape": (reshaped, r"with the shape of '.\.weight' in the model"),
 }  # fmt: skip
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite(
     source = write(tmp_path / "dense", net.state_dict())
     with pytest.raises(
         ValueError,
-        match=r"finite weights in layer .3., got 1 non-finite values from flat index 1055 on",
+        match=r"finite weights in layer .3., got 1 non-finite values, the first at flat index 1055",
     ):
         prune(source, tmp_path / "out", scope=scope, criterion=criterion)
     assert {p.name for p in tmp_path.iterdir()} == {"dense"}
@@ -186,10 +186,11 @@ def test_options(dense: Path, tmp_path: Path) -> None:
     for options, text in (
         ({"scope": "model"}, "scope to be 'layer' or 'global'"),
         ({"normalize": "l2"}, "normalize to be 'none', 'norm' or 'lamp'"),
-        ({"bn": "maybe"}, "bn to be"),
+        ({"batch_norm": "maybe"}, "batch_norm to be"),
         ({"criterion": "wanda"}, "a criterion that reads weights only"),
         ({"criterion": lambda layer: layer.weight}, "a criterion that reads weights only"),
         ({"exclude": ["nothing"]}, "exclude patterns that name a layer"),
+        ({"layers": "nothing"}, "layers patterns that name a layer"),
         ({"sparsity": 1.5}, "0 <= sparsity <= 1"),
         ({"sparsity": {"x": 0.5}}, "a pattern that names a layer"),
         ({"memory": "4 buckets"}, 'memory such as "4GB"'),
@@ -206,7 +207,7 @@ def test_options(dense: Path, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"dense"}
 
 
-def test_out_is_its_own_place(dense: Path, tmp_path: Path) -> None:
+def test_out_is_a_directory_of_its_own(dense: Path, tmp_path: Path) -> None:
     for out, text in (
         (dense, "out not to exist"),
         (dense / "out", "out outside of"),
@@ -217,12 +218,12 @@ def test_out_is_its_own_place(dense: Path, tmp_path: Path) -> None:
             prune(dense, out)
     (tmp_path / "out").mkdir()
     prune(dense, tmp_path / "out")  # empty: taken
-    with pytest.raises(ValueError, match="out not to exist, or to be an empty folder"):
+    with pytest.raises(ValueError, match="out not to exist, or to be an empty directory"):
         prune(dense, tmp_path / "out")
 
 
 def test_links(tmp_path: Path) -> None:
-    """Shards that are links, as in a hub's cache, come out as files; an out that is a link stays one."""
+    """Shards that are links, as in a hub's cache, become files; an out that is a link stays one."""
     blobs = write(tmp_path / "blobs", network().state_dict())
     (tmp_path / "dense").mkdir()
     for path in blobs.iterdir():
@@ -264,13 +265,13 @@ def test_a_layer_without_weights(normalize: str, tmp_path: Path) -> None:
     assert got.masks == want.masks and list(got.layers) == list(want.layers)
 
 
-def test_a_strange_folder_in_the_way_is_not_removed(dense: Path, tmp_path: Path) -> None:
-    place = tmp_path / ".out.lap_ext"
-    place.mkdir()
-    (place / "thesis.txt").write_text("years of work")
+def test_a_foreign_directory_in_the_way_is_not_removed(dense: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".out.lap_ext"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"nothing but an earlier run's files .* got thesis.txt"):
         prune(dense, tmp_path / "out")
-    assert (place / "thesis.txt").read_text() == "years of work"
+    assert (work / "thesis.txt").read_text() == "years of work"
 
 
 def test_copies_of_a_tied_weight_that_differ(tmp_path: Path) -> None:

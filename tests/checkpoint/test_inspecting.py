@@ -18,9 +18,9 @@ from lap_ext.topology import Edge
 from tests.helpers.checkpoints import INPUTS, change, network, saved, write
 
 
-def inspect(folder: Path, **options: Any) -> checkpoint.Inspection:
-    """checkpoint.inspect of network()."""
-    return checkpoint.inspect(folder, **{"model": network(), "example_inputs": INPUTS} | options)
+def inspect(directory: Path, **options: Any) -> checkpoint.Inspection:
+    """Runs checkpoint.inspect on network()."""
+    return checkpoint.inspect(directory, **{"model": network(), "example_inputs": INPUTS} | options)
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 24])
@@ -28,24 +28,24 @@ def test_rows(dense: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(reading, "CHUNK", chunk)
     change(dense, "0.weight", lambda weight: weight[:3].fill_(0.0))
     change(dense, "3.weight", lambda weight: weight[-1, -2:].fill_(-0.0))
-    found = inspect(dense)
+    result = inspect(dense)
     rows = [
         (x.name, x.kind, x.shape, x.dtype, x.weights, x.zeros, x.fed_by, x.read_by)
-        for x in found.layers
+        for x in result.layers
     ]
     assert rows == [
         ("0", "linear", (150, 6), "float32", 900, 18, "input", "3"),
         ("3", "linear", (70, 150), "float32", 10500, 2, "0", "5"),
         ("5", "linear", (9, 70), "float32", 630, 0, "3", "output"),
     ]
-    assert found.layers[0].sparsity == 0.02
-    assert (found.weights, found.zeros) == (12030, 20)
-    assert found.bytes == sum(path.stat().st_size for path in dense.glob("*.safetensors"))
-    assert str(found).splitlines()[2].split() == [
+    assert result.layers[0].sparsity == 0.02
+    assert (result.weights, result.zeros) == (12030, 20)
+    assert result.bytes == sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    assert str(result).splitlines()[2].split() == [
         "0", "linear", "150x6", "900", "2.00%", "input", "3"
     ]  # fmt: skip
-    assert str(found).splitlines()[-2].split() == ["all", "12,030", "0.17%"]
-    assert str(found).splitlines()[-1] == f"{found.bytes:,} bytes"
+    assert str(result).splitlines()[-2].split() == ["all", "12,030", "0.17%"]
+    assert str(result).splitlines()[-1] == f"{result.bytes:,} bytes"
 
 
 def test_for_json(dense: Path) -> None:
@@ -59,13 +59,13 @@ def test_for_json(dense: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hf_llama_sdpa", "hf_gpt2_sdpa", "hf_qwen3_moe"])
 def test_a_checkpoint_and_its_module_have_the_same_rows(name: str, tmp_path: Path) -> None:
-    model, args, kwargs = saved(name, tmp_path / "dense")
+    model, inputs = saved(name, tmp_path / "dense")
     if name == "hf_qwen3_moe":
         model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
-    found = checkpoint.inspect(tmp_path / "dense")
-    expected = inspect_model(lap_ext.trace(model, args, kwargs))
-    assert found.layers == expected.layers
-    assert list(found.topology.others) == list(expected.topology.others)
+    result = checkpoint.inspect(tmp_path / "dense")
+    expected = inspect_model(lap_ext.trace(model, inputs))
+    assert result.layers == expected.layers
+    assert list(result.topology.others) == list(expected.topology.others)
     assert expected.bytes == sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
 
 
@@ -82,16 +82,18 @@ def test_others_and_stops_are_told(tmp_path: Path) -> None:
     source, inputs = write(tmp_path / "dense", Net().state_dict()), torch.ones(3, 3)
     with pytest.raises(lap_ext.TopologyError):
         inspect(source, model=Net(), example_inputs=inputs)
-    with pytest.warns(UserWarning, match="cannot follow"):
+    with pytest.warns(UserWarning, match="lap_ext can follow"):
         both = (
-            inspect(source, model=Net(), example_inputs=inputs, unknown="stop"),
-            inspect_model(lap_ext.trace(Net(), inputs, unknown="stop")),
+            inspect(source, model=Net(), example_inputs=inputs, on_unsupported="cut"),
+            inspect_model(lap_ext.trace(Net(), inputs, on_unsupported="cut")),
         )
-    for found in both:
-        assert list(found.topology.others) == ["table"] and len(found.topology.stops) == 1
-        assert "no layers, never pruned: table" in str(found)
-        assert f"stopped at: {found.topology.stops[0]}" in str(found)
-        assert found.to_dict()["stops"] == list(found.topology.stops)
+    for result in both:
+        assert list(result.topology.others) == ["table"] and len(result.topology.stops) == 1
+        assert "no layers, never pruned: table" in str(result)
+        assert f"stopped at: {result.topology.stops[0]}" in str(result)
+        assert result._repr_html_().startswith("<table>")
+        assert "<p>no layers, never pruned: table</p>" in result._repr_html_()
+        assert result.to_dict()["stops"] == list(result.topology.stops)
 
 
 def test_names_of_neighbors() -> None:
@@ -118,7 +120,7 @@ def test_progress_adds_up(dense: Path) -> None:
 
 
 def test_mistakes_name_this_function(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^checkpoint.inspect: expected a folder with a checkpoi"):
+    with pytest.raises(ValueError, match=r"^checkpoint.inspect: expected a checkpoint directory"):
         inspect(tmp_path / "no")
     with pytest.raises(ValueError, match=r"^checkpoint.inspect: expected example_inputs"):
         inspect(dense, example_inputs=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""normalize="lamp" of a folder: the result in memory, however few scores can be sorted at a time."""
+"""normalize="lamp" of a checkpoint: the result in memory, however few scores are sorted at once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tests.helpers.checkpoints import INPUTS, check_same, network, prune, saved,
 LAMP: dict[str, Any] = {"scope": "global", "normalize": "lamp"}
 
 
-def narrow(patch: pytest.MonkeyPatch, room: int, few: int, run: int | None = None) -> None:
-    """Room for so few scores to sort and candidates; chunks and marks that small layers have too."""
+def narrow(patch: pytest.MonkeyPatch, capacity: int, few: int, chunk: int | None = None) -> None:
+    """Limits the scores to sort and the candidates; small layers get several chunks and marks."""
     real = plan.limits
 
     def limits(*given: Any) -> Any:
-        found = real(*given)
-        runs = found.run if run is None else dict.fromkeys(found.run, run)
-        return replace(found, sorted=few, room=room, run=runs, masked_whole=frozenset())
+        result = real(*given)
+        chunks = result.chunk if chunk is None else dict.fromkeys(result.chunk, chunk)
+        none: frozenset[str] = frozenset()
+        return replace(result, sorted=few, candidates=capacity, chunk=chunks, masked_full=none)
 
     patch.setattr(plan, "limits", limits)
     patch.setattr(ranking, "CHUNK", 64)
@@ -35,7 +36,7 @@ def narrow(patch: pytest.MonkeyPatch, room: int, few: int, run: int | None = Non
 
 
 def same(source: Path, out: Path, net: nn.Module, sparsity: float, **options: Any) -> None:
-    """The folder's masks are those of the model in memory."""
+    """Checks that the checkpoint's masks are those of the model in memory."""
     inputs = INPUTS.to(next(net.parameters()).dtype)
     mine = {"model": net, "example_inputs": inputs} | LAMP | options
     got = prune(source, out, sparsity, **mine)
@@ -44,14 +45,14 @@ def same(source: Path, out: Path, net: nn.Module, sparsity: float, **options: An
     assert got.masks == want.masks
 
 
-@pytest.mark.parametrize("few, room", [(1, 1), (100, 40), (900, 10**6), (10**6, 3)])
+@pytest.mark.parametrize("few, capacity", [(1, 1), (100, 40), (900, 10**6), (10**6, 3)])
 def test_few_scores_at_a_time(
-    few: int, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: int, capacity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net: nn.Module = network()
     if few == 1:  # each score is a reading of its own
         net = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.ReLU(), nn.Linear(9, 5))
-    narrow(monkeypatch, room, few)
+    narrow(monkeypatch, capacity, few)
     source = write(tmp_path / "dense", net.state_dict())
     for sparsity in (0.3, 0.9):
         same(source, tmp_path / f"{sparsity}", net, sparsity)
@@ -70,7 +71,7 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_ties_and_zeros(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three values: runs of equal scores are longer than what can be sorted; zeros are kept too."""
+    """Three values: more scores are equal than can be sorted; zeros are kept too."""
     net = network(dtype)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -94,38 +95,38 @@ def test_a_sample_that_misleads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             same(source, tmp_path / f"{factor}", net, 0.5)
 
 
-def test_marks_save_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A walk goes on behind its marks: what lies before is neither sorted nor counted anew."""
+def test_marks_save_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk continues at its marks: what comes before is neither sorted nor counted again."""
     net = network()
     narrow(monkeypatch, 20, 10**6)
-    found: list[int] = []
+    counts: list[int] = []
     real = lamp._Walk._next
 
     def counted(self: Any, scores: Any, before: Any) -> Any:
-        found.append(scores.numel())
+        counts.append(scores.numel())
         return real(self, scores, before)
 
     monkeypatch.setattr(lamp._Walk, "_next", counted)
     source = write(tmp_path / "dense", net.state_dict())
     same(source, tmp_path / "out", net, 0.5)
-    assert sum(found) < 0.75 * sum(x.numel() for x in net.parameters() if x.dim() == 2)
+    assert sum(counts) < 0.75 * sum(x.numel() for x in net.parameters() if x.dim() == 2)
 
 
 def test_experts_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of one layer in several tensors; a weight with two roles."""
+    """A layer in slices of several tensors; a weight with two roles."""
     for name in ("hf_qwen3_moe", "hf_qwen2"):
-        model, args, kwargs = saved(name, tmp_path / name)
+        model, inputs = saved(name, tmp_path / name)
         with monkeypatch.context() as patch:
             narrow(patch, 50, 300)
             got = checkpoint.prune(tmp_path / name, tmp_path / f"{name} out", 0.7, **LAMP)
         if name == "hf_qwen3_moe":
             model.set_experts_implementation("batched_mm")  # as the zoo has it
-        want = lap_ext.prune(model, args, 0.7, kwargs=kwargs, **LAMP)
+        want = lap_ext.prune(model, inputs, 0.7, **LAMP)
         check_same(tmp_path / f"{name} out", got, model, want)
 
 
 def test_the_walk_has_the_bits_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All LAMP scores of a layer, sorted, of both ways; marks in between change nothing."""
+    """All LAMP scores of a layer, sorted, computed both ways; marks change nothing."""
     net, walks = network(), []
     narrow(monkeypatch, 10**6, 700)
     real = lamp._Walk.__init__
@@ -159,7 +160,7 @@ def test_scores_that_leave_the_range(tmp_path: Path) -> None:
         net[5].weight.mul_(1e30)
     source = write(tmp_path / "dense", net.state_dict())
     for normalize in ("norm", "lamp"):
-        with pytest.raises(ValueError, match=r"checkpoint.prune: expected .* layer '3'"):
+        with pytest.raises(ValueError, match=r"^checkpoint.prune, layer '3': expected .*finite"):
             prune(source, tmp_path / "out", 0.5, scope="global", normalize=normalize, model=net)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
@@ -174,5 +175,5 @@ def test_squares_that_underflow(tmp_path: Path) -> None:
     net[0].weight.data = weight.view(6, 6)
     source = write(tmp_path / "dense", net.state_dict(), shards=1)
     same(source, tmp_path / "two", net, 34 / 36, criterion="magnitude")
-    with pytest.raises(ValueError, match="LAMP scores that tell the weights of layer '0' apart"):
+    with pytest.raises(ValueError, match="layer '0': expected LAMP scores that distinguish"):
         same(source, tmp_path / "out", net, 0.5, criterion="magnitude")

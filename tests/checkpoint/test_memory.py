@@ -12,6 +12,7 @@ import torch
 import lap_ext
 from lap_ext.checkpoint import memory
 from lap_ext.checkpoint.files import MASKS
+from lap_ext.errors import LapValueError
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
 from tests.helpers.processes import run_python
 
@@ -25,21 +26,22 @@ def test_parsed() -> None:
     ):  # fmt: skip
         assert memory.parsed(text) == count
     for text in ("", "GB", "4PB", "-4GB", "4GB5", "0MB"):
-        with pytest.raises(ValueError, match="expected memory"):
+        with pytest.raises(LapValueError, match="expected memory") as caught:
             memory.parsed(text)
+        assert caught.value.text("--{}".format).startswith("expected --memory ")
 
 
 def test_what_does_not_fit_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     source = write(tmp_path / "dense", network().state_dict())
     few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few))
-    with pytest.raises(ValueError, match=r"a row of layer '3' and the factors .*, got [\d,]+\.$"):
+    with pytest.raises(ValueError, match=r"a row of layer '3' and the norms .*, got [\d,]+\.$"):
         prune(source, tmp_path / "out", memory=few - 1)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
     prune(source, tmp_path / "out", memory=few)
 
 
 CASES = [
-    (200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "bn='fold'"),
+    (200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "batch_norm='fold'"),
     (40, "scope='global', normalize='lamp'"), (200, "scope='global', normalize='lamp'"),
     (400, "count_scores=True"), (20, "scope='global', count_scores=True"),
 ]  # fmt: skip

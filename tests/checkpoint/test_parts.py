@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The parts of checkpoint.prune by themselves: cuts, masks in files, energies and scores of runs."""
+"""The parts of checkpoint.prune: thresholds, masks in files, squared norms and scores of chunks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.checkpoint import ranking
-from lap_ext.checkpoint.energies import FileNetwork
 from lap_ext.checkpoint.files import Entry
 from lap_ext.checkpoint.layer_scores import LayerScores, row_length
+from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
 from lap_ext.checkpoint.writing import MaskFile, pack_into
 from lap_ext.criteria import Lookahead
@@ -29,31 +29,31 @@ from lap_ext.topology.roles import Part
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
 from tests.helpers.parameters import each_dtype
 
-# --- rank ---------------------------------------------------------------------------------------------
+# --- rank -----------------------------------------------------------------------------------------
 
 
-def cut_masks(
-    parts: list[Tensor], keep: int, interval: tuple[int, int], room: int, step: int = 7
+def threshold_masks(
+    slices: list[Tensor], keep: int, interval: tuple[int, int], capacity: int, step: int = 7
 ) -> list[Tensor]:
-    """Masks by a cut, keys coming step at a time."""
+    """Makes masks by a threshold, of keys that come step at a time."""
 
-    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+    def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
         del low, high
-        for place, part in enumerate(parts):
-            for run in part.split(step):
-                yield place, ranking.keys_of(run)
+        for index, x in enumerate(slices):
+            for chunk in x.split(step):
+                yield index, ranking.keys_of(chunk)
 
-    sizes, dtype = [part.numel() for part in parts], parts[0].dtype
-    found = ranking.cut(sweep, sizes, keep, interval, dtype, room)
+    sizes, dtype = [x.numel() for x in slices], slices[0].dtype
+    threshold = ranking.threshold(read_keys, sizes, keep, interval, dtype, capacity)
     masks = []
-    for part, share in zip(parts, found.ties, strict=True):
+    for x, share in zip(slices, threshold.ties, strict=True):
         flags, ties = [], share
-        for run in part.split(step):
-            mask, taken = ranking.mask_of(ranking.keys_of(run), found.key, ties)
+        for chunk in x.split(step):
+            mask, taken = ranking.mask_of(ranking.keys_of(chunk), threshold.key, ties)
             ties -= taken
             flags.append(mask)
         masks.append(torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool))
-    assert [int(mask.sum()) for mask in masks] == list(found.kept)
+    assert [int(mask.sum()) for mask in masks] == list(threshold.kept)
     return masks
 
 
@@ -67,28 +67,32 @@ values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.0000001, 2.0, 3.5, 1e30, float
     st.sampled_from([0, 1, 5, 1000]),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_cuts_are_those_of_topk_mask(
-    scores: list[list[float]], keep: int, ends: tuple[float, float], room: int, dtype: torch.dtype
+def test_thresholds_are_those_of_topk_mask(
+    scores: list[list[float]],
+    keep: int,
+    ends: tuple[float, float],
+    capacity: int,
+    dtype: torch.dtype,
 ) -> None:
     """Whatever the interval at the start, and whatever is held."""
-    parts = [torch.tensor(x, dtype=dtype) for x in scores]
+    slices = [torch.tensor(x, dtype=dtype) for x in scores]
     low, high = sorted(int(ranking.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
-    want = lap_ext.topk_mask(parts, keep)
-    for got, mask in zip(cut_masks(parts, keep, (low, high), room), want, strict=True):
+    want = lap_ext.topk_mask(slices, keep)
+    for got, mask in zip(threshold_masks(slices, keep, (low, high), capacity), want, strict=True):
         assert torch.equal(got, mask)
 
 
-@pytest.mark.parametrize("room", [0, 100, 10**6])
+@pytest.mark.parametrize("capacity", [0, 100, 10**6])
 @pytest.mark.parametrize("keep", [1, 999, 30_000, 59_999])
-def test_cuts_of_many_keys(keep: int, room: int) -> None:
-    parts = [torch.rand(20_000).square(), torch.rand(30_000).round(decimals=2), torch.rand(10_000)]
-    sample = torch.cat(parts)[::31].double()
+def test_thresholds_of_many_keys(keep: int, capacity: int) -> None:
+    slices = [torch.rand(20_000).square(), torch.rand(30_000).round(decimals=2), torch.rand(10_000)]
+    sample = torch.cat(slices)[::31].double()
     interval = ranking.bracket(sample, keep, 60_000, torch.float32)
     assert interval[0] <= interval[1]
-    want = lap_ext.topk_mask(parts, keep)
+    want = lap_ext.topk_mask(slices, keep)
     for start in (interval, (0, ranking.largest(torch.float32))):
-        for got, mask in zip(cut_masks(parts, keep, start, room, 997), want, strict=True):
-            assert torch.equal(got, mask)
+        masks = threshold_masks(slices, keep, start, capacity, 997)
+        assert all(map(torch.equal, masks, want)) and len(masks) == len(want)
 
 
 def test_a_good_sample_needs_one_pass() -> None:
@@ -96,33 +100,35 @@ def test_a_good_sample_needs_one_pass() -> None:
     interval = ranking.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
     passes = []
 
-    def sweep(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+    def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
         assert (low, high) == interval
         passes.append(1)
         yield 0, ranking.keys_of(scores)
 
-    found = ranking.cut(sweep, [100_000], 50_000, interval, torch.float32, room=10_000)
+    threshold = ranking.threshold(
+        read_keys, [100_000], 50_000, interval, torch.float32, capacity=10_000
+    )
     assert len(passes) == 1
-    assert found.kept == (50_000,)
+    assert threshold.kept == (50_000,)
 
 
 @pytest.mark.parametrize("keys", [[5], [0, 0, 0], [7, 7, 7, 8], list(range(1000)), [0, 1 << 30]])
-@pytest.mark.parametrize("room", [1, 2, 100])
-def test_intervals_hold_all_keys_once(keys: list[int], room: int) -> None:
-    """From the highest on; as many as there is room for, or those of one bin."""
-    found = ranking.Pass(1, 0, ranking.largest(torch.float32), room)
-    found.add(0, torch.tensor(keys, dtype=torch.int32))
-    parts, width = list(found.intervals()), 1 << found.shift
-    counts = [sum(low <= key <= high for key in keys) for low, high in parts]
+@pytest.mark.parametrize("capacity", [1, 2, 100])
+def test_intervals_hold_all_keys_once(keys: list[int], capacity: int) -> None:
+    """From the highest on; as many as fit the capacity, or those of one bin."""
+    counted = ranking.Pass(1, 0, ranking.largest(torch.float32), capacity)
+    counted.add(0, torch.tensor(keys, dtype=torch.int32))
+    ranges, width = list(counted.intervals()), 1 << counted.shift
+    counts = [sum(low <= key <= high for key in keys) for low, high in ranges]
     assert sum(counts) == len(keys)
-    assert parts == sorted(parts, reverse=True)
+    assert ranges == sorted(ranges, reverse=True)
     assert all(
-        n <= room or high - low < width for n, (low, high) in zip(counts, parts, strict=True)
+        n <= capacity or high - low < width for n, (low, high) in zip(counts, ranges, strict=True)
     )
-    assert all(above[0] > high for above, (_, high) in itertools.pairwise(parts))
+    assert all(above[0] > high for above, (_, high) in itertools.pairwise(ranges))
 
 
-# --- masks --------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64, 1000, 2**18 + 11])
@@ -133,8 +139,8 @@ def test_pack_into(n: int) -> None:
     assert torch.equal(packed, pack(mask))
 
 
-def test_runs_of_masks_in_any_order(tmp_path: Path) -> None:
-    """Runs that begin and end inside a byte, and a run that is written twice."""
+def test_chunks_of_masks_in_any_order(tmp_path: Path) -> None:
+    """Chunks that begin and end inside a byte, and a chunk that is written twice."""
     masks = {"a": torch.rand(5, 7) < 0.5, "b": torch.rand(3) < 0.5, "c": torch.rand(2, 50) < 0.5}
     file = MaskFile(tmp_path, {name: tuple(mask.shape) for name, mask in masks.items()})
     assert not file.complete
@@ -150,7 +156,7 @@ def test_runs_of_masks_in_any_order(tmp_path: Path) -> None:
     assert lap_ext.Masks.load(file.path) == lap_ext.Masks(masks)
 
 
-# --- runs of rows -------------------------------------------------------------------------------------
+# --- chunks of rows -------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -183,8 +189,8 @@ def traced(dtype: torch.dtype) -> tuple[nn.Module, lap_ext.Topology]:
     return model, lap_ext.trace(model, torch.zeros(1, 6, dtype=torch.int64))
 
 
-def runs(weight: Tensor, width: int, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Elements of a weight in runs of rows; the tensor is overwritten in between, as a buffer is."""
+def chunks(weight: Tensor, width: int, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Gives a weight in chunks of rows; each is overwritten before the next, as a buffer is."""
     buffer = torch.empty(0)
     for first in range(0, weight.numel(), rows * width):
         buffer.fill_(float("nan"))
@@ -194,30 +200,30 @@ def runs(weight: Tensor, width: int, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 @each_dtype
 @pytest.mark.parametrize("rows", [1, 100, 1000])
-@pytest.mark.parametrize("bn", ["paper", "fold"])
-def test_energies_and_scores_of_runs(bn: str, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batch_norm", ["edge", "fold"])
+def test_squared_norms_and_scores_of_chunks(batch_norm: str, rows: int, dtype: torch.dtype) -> None:
     model, topology = traced(dtype)
     assert {"embed", "packed", "conv", "back", "part"} == set(topology.layers)
     assert len(topology.layers["embed"].roles) == 2
-    whole, pieces = Network(topology, bn), FileNetwork(topology, bn)
+    full, streamed = Network(topology, batch_norm), FileNetwork(topology, batch_norm)
     for layer in topology.layers.values():
-        pieces.measure_runs(layer, runs(layer.weight, row_length(layer), rows))
+        streamed.measure_chunks(layer, chunks(layer.weight, row_length(layer), rows))
     for role in topology.roles:
-        for got, want in zip(pieces.factors(role), whole.factors(role), strict=True):
+        for got, want in zip(streamed.norms(role), full.norms(role), strict=True):
             assert torch.equal(got, want), role.layer
-    want_scores = lap_ext.scores(model, topology, bn=bn)
+    want_scores = lap_ext.scores(model, topology=topology, batch_norm=batch_norm)
     for layer in topology.layers.values():
-        scores = LayerScores(pieces, Lookahead(), layer)
-        weights = runs(layer.weight, row_length(layer), rows)
-        found = torch.cat([scores.of(weight, first) for first, weight in weights])
-        assert torch.equal(found, want_scores[layer.name].flatten()), layer.name
-        position = torch.arange(0, found.numel(), 3)
-        near = scores.at(layer.weight.detach().flatten()[position], position)
-        assert torch.allclose(near, found[position].double(), rtol=1e-5)
+        scores = LayerScores(streamed, Lookahead(), layer)
+        weights = chunks(layer.weight, row_length(layer), rows)
+        got_scores = torch.cat([scores.of(weight, first) for first, weight in weights])
+        assert torch.equal(got_scores, want_scores[layer.name].flatten()), layer.name
+        index = torch.arange(0, got_scores.numel(), 3)
+        near = scores.at(layer.weight.detach().flatten()[index], index)
+        assert torch.allclose(near, got_scores[index].double(), rtol=1e-5)
 
 
 def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
-    """Factors so far apart that float32 products vanish: the fused mask tells them apart, so do runs."""
+    """Norms so far apart that float32 products vanish: the fused mask and chunks rank alike."""
     net = network()
     with torch.no_grad():
         net[3].weight.mul_(torch.logspace(0, -36, 150))
@@ -229,10 +235,10 @@ def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
     assert got.masks == lap_ext.prune(net, INPUTS, 0.2).masks
 
 
-# --- places beyond 2^31 and 2^32: files with holes, so that nothing of that size is written --------------
+# --- offsets beyond 2^31 and 2^32: files with holes, so that little is written --------
 
 
-def test_masks_far_behind(tmp_path: Path) -> None:
+def test_masks_at_large_offsets(tmp_path: Path) -> None:
     """The bits of weight 2^33 + 5 and those around it, in a file of a gigabyte of nothing."""
     count = (1 << 33) + 100
     file, first = MaskFile(tmp_path, {"big": (1, count), "next": (3,)}), (1 << 33) + 5
@@ -243,15 +249,15 @@ def test_masks_far_behind(tmp_path: Path) -> None:
     file.close()
     with BitMasks(file.path) as masks:
         assert (
-            masks.part("big", first - 3, 8).tolist()
+            masks.chunk("big", first - 3, 8).tolist()
             == [False] * 3 + [True, False, True] + [False] * 2
         )
-        assert not masks.part("big", first - (1 << 32) - 3, 8).any()
-        assert masks.whole("next").tolist() == [True, True, False]
+        assert not masks.chunk("big", first - (1 << 32) - 3, 8).any()
+        assert masks.mask("next").tolist() == [True, True, False]
 
 
-def test_weights_far_behind(tmp_path: Path) -> None:
-    """Runs of rows around elements 2^31 and 2^32, whose factors are those of their rows."""
+def test_weights_at_large_offsets(tmp_path: Path) -> None:
+    """Chunks of rows around elements 2^31 and 2^32, with the norms of their rows."""
     rows, width = (1 << 20) + 2, 4096
     entry = Entry("w", "model.safetensors", "BF16", (rows, width), 80, 2 * rows * width)
     with (tmp_path / entry.shard).open("wb") as file:
@@ -263,14 +269,14 @@ def test_weights_far_behind(tmp_path: Path) -> None:
     source, buffer = Source(tmp_path), Buffer()
     scores = LayerScores.__new__(LayerScores)
     scores.how, scores._given = "plain", None
-    factors = torch.arange(rows, dtype=torch.float64)
-    scores._parts = [(Part((rows, width)), factors, None)]
+    norms = torch.arange(rows, dtype=torch.float64)
+    scores._parts = [(Part((rows, width)), norms, None)]
     for row in (1 << 19, 1 << 20):
         first = row * width
         assert first in (1 << 31, 1 << 32)
         source.fill(entry, 2 * first, buffer.view(4 * width))
-        run = buffer.tensor(2 * width, torch.bfloat16)
-        assert run[:2].tolist() == [row / 1024] * 2 and not run[2:].any()
-        assert scores._of(run, first)[:2].tolist() == [row / 1024 * row] * 2
-        near = scores.at(run[1:3], torch.tensor([first + 1, first + width]))
+        chunk = buffer.tensor(2 * width, torch.bfloat16)
+        assert chunk[:2].tolist() == [row / 1024] * 2 and not chunk[2:].any()
+        assert scores._of(chunk, first)[:2].tolist() == [row / 1024 * row] * 2
+        near = scores.at(chunk[1:3], torch.tensor([first + 1, first + width]))
         assert near.tolist() == [row / 1024 * row, 0.0]

@@ -115,7 +115,7 @@ def test_ties(criterion: str, scope: str, tmp_path: Path) -> None:
 def test_a_slow_disk(
     scope: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written behind is not overwritten by what is read ahead."""
+    """What is written in the background is not overwritten by what is read ahead."""
     sizes, extra = (6, 150, 70, 60, 9), {"1.copied": torch.rand(100)}
     net = nn.Sequential(*[nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)])
     real = shards.Writer._finish
@@ -143,33 +143,33 @@ NAMES = ["hf_llama_sdpa", "hf_qwen2", "hf_gpt2_sdpa", "hf_bert_mlm", "hf_gemma",
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers(name: str, scope: str, tmp_path: Path) -> None:
     """Llama, tied Qwen, GPT-2 ([I, O] weights), BERT, Gemma (a scale that is in no file), T5."""
-    model, args, kwargs = saved(name, tmp_path / "dense")
+    model, inputs = saved(name, tmp_path / "dense")
     source, out = tmp_path / "dense", tmp_path / "out"
     assert len(list(source.glob("*.safetensors"))) > 1
     few = least_memory(lambda few: checkpoint.prune(source, out, 0.7, scope=scope, memory=few))
     got = checkpoint.prune(source, out, 0.7, scope=scope, memory=few)
-    want = lap_ext.prune(model, args, 0.7, kwargs=kwargs, scope=scope)
+    want = lap_ext.prune(model, inputs, 0.7, scope=scope)
     check_same(out, got, model, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, args, kwargs = saved("hf_qwen2", tmp_path / "dense", dtype)
+    model, inputs = saved("hf_qwen2", tmp_path / "dense", dtype)
     got = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.7)
-    check_same(tmp_path / "out", got, model, lap_ext.prune(model, args, 0.7, kwargs=kwargs))
+    check_same(tmp_path / "out", got, model, lap_ext.prune(model, inputs, 0.7))
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_experts_that_are_stored_one_by_one(scope: str, tmp_path: Path) -> None:
     """transformers joins the gate and up projections of all experts into one parameter."""
-    model, args, kwargs = saved("hf_qwen3_moe", tmp_path / "dense")
+    model, inputs = saved("hf_qwen3_moe", tmp_path / "dense")
     source, out = tmp_path / "dense", tmp_path / "out"
     names = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     assert "model.layers.0.mlp.experts.2.gate_proj.weight" in names
     got = checkpoint.prune(source, out, 0.7, scope=scope)
     assert "model.layers.0.mlp.experts.gate_up_proj" in got.masks
     model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
-    check_same(out, got, model, lap_ext.prune(model, args, 0.7, kwargs=kwargs, scope=scope))
+    check_same(out, got, model, lap_ext.prune(model, inputs, 0.7, scope=scope))
 
 
 @pytest.mark.parametrize("memory", ["4GB", "least"])
@@ -185,13 +185,13 @@ def test_batch_norms_are_read_from_the_files(memory: str, tmp_path: Path) -> Non
     source = write(tmp_path / "dense", net.state_dict())
     with torch.device("meta"):
         twin = nn.Sequential(*[type(x)(**arguments(x)) for x in net])
-    options = {"model": twin, "example_inputs": torch.zeros(1, 3, 6, 6), "bn": "fold"}
+    options = {"model": twin, "example_inputs": torch.zeros(1, 3, 6, 6), "batch_norm": "fold"}
     if memory == "least":
         memory = str(
             least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **options))
         )
     got = prune(source, tmp_path / "out", memory=memory, **options)
-    want = lap_ext.prune(net.eval(), torch.zeros(1, 3, 6, 6), 0.6, bn="fold")
+    want = lap_ext.prune(net.eval(), torch.zeros(1, 3, 6, 6), 0.6, batch_norm="fold")
     assert got.masks == want.masks
 
 
@@ -224,7 +224,7 @@ def test_every_file_is_there_and_the_rest_is_as_it_was(dense: Path, tmp_path: Pa
 def test_weights_in_other_formats_come_along_with_a_warning(dense: Path, tmp_path: Path) -> None:
     (dense / "pytorch_model.bin").write_bytes(bytes(2_000_000))
     (dense / "training_args.bin").write_bytes(bytes(2_000))
-    with pytest.warns(UserWarning, match=r"prune: pytorch_model.bin may hold the weights too"):
+    with pytest.warns(UserWarning, match=r"^These files may hold .* unpruned: pytorch_model.bin"):
         prune(dense, tmp_path / "out")
     assert (tmp_path / "out" / "pytorch_model.bin").stat().st_size == 2_000_000
 
@@ -242,7 +242,7 @@ def test_tensors_of_other_dtypes_are_copied(tmp_path: Path) -> None:
 
 def test_masks_file(dense: Path, tmp_path: Path) -> None:
     got = prune(dense, tmp_path / "out")
-    assert got.folder == tmp_path / "out"
+    assert got.directory == tmp_path / "out"
     assert got.masks_file == tmp_path / "out" / "lap_ext_masks.safetensors"
     loaded = lap_ext.Masks.load(got.masks_file)
     assert loaded == got.masks
@@ -256,7 +256,14 @@ def test_masks_file(dense: Path, tmp_path: Path) -> None:
     assert list(without.layers) == list(got.layers)
 
 
-def test_a_pruned_folder_can_be_pruned_again(dense: Path, tmp_path: Path) -> None:
+def test_layers_and_exclude(dense: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layers": ["3", "5"], "exclude": "5"}
+    got = prune(dense, tmp_path / "out", **options)
+    assert got.masks == lap_ext.prune(network(), INPUTS, 0.6, **options).masks
+    assert list(got.masks) == ["3"] and got._repr_html_().startswith("<table>")
+
+
+def test_a_pruned_checkpoint_can_be_pruned_again(dense: Path, tmp_path: Path) -> None:
     prune(dense, tmp_path / "once", 0.3)
     again = prune(tmp_path / "once", tmp_path / "twice", 0.6)
     assert again.masks_file is not None
@@ -279,12 +286,12 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
 
 def test_the_prefix_of_a_base_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    model, args, kwargs = saved("hf_gpt2_sdpa", tmp_path / "full")
+    model, inputs = saved("hf_gpt2_sdpa", tmp_path / "full")
     model.transformer.save_pretrained(tmp_path / "dense")  # "h.0..." for "transformer.h.0..."
     config = tmp_path / "dense" / "config.json"
     config.write_text(config.read_text().replace("GPT2Model", "GPT2LMHeadModel"))
     got = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.7)
-    assert got.masks == lap_ext.prune(model, args, 0.7, kwargs=kwargs).masks
+    assert got.masks == lap_ext.prune(model, inputs, 0.7).masks
 
 
 def test_progress_adds_up(dense: Path, tmp_path: Path) -> None:

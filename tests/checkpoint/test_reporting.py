@@ -23,20 +23,22 @@ def in_memory(sparsity: Any = 0.6, **more: Any) -> Facts:
     """The facts of network() pruned in memory, with its scores."""
     net = network()
     topology = lap_ext.trace(net, INPUTS)
-    result = lap_ext.prune(net, topology, sparsity, apply=False)
-    return model_facts(topology, result, lap_ext.scores(net, topology), title="net", **more)
+    result = lap_ext.prune(net, None, sparsity, topology=topology, apply=False)
+    return model_facts(
+        topology, result, lap_ext.scores(net, topology=topology), title="net", **more
+    )
 
 
 @pytest.mark.parametrize("rows", [1 << 22, 300])
 def test_a_checkpoint_and_its_module_have_the_same_facts(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr(facts, "_PIECE", rows)
+    monkeypatch.setattr(facts, "_CHUNK", rows)
     result = prune(dense, tmp_path / "out", count_scores=True)
-    found = checkpoint_facts(dense, result, asked={"scope": "layer"}, **GIVEN)
-    expected = in_memory(asked={"scope": "layer"})
-    assert len(found.layers) == 3
-    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+    measured = checkpoint_facts(dense, result, options={"scope": "layer"}, **GIVEN)
+    expected = in_memory(options={"scope": "layer"})
+    assert len(measured.layers) == 3
+    for mine, theirs in zip(measured.layers, expected.layers, strict=True):
         assert (mine.square_kept, mine.square_total) == (
             pytest.approx(theirs.square_kept, rel=1e-12),
             pytest.approx(theirs.square_total, rel=1e-12),
@@ -46,20 +48,20 @@ def test_a_checkpoint_and_its_module_have_the_same_facts(
             k: v for k, v in vars(theirs).items() if k not in others
         }
         assert mine.scores is not None and mine.threshold is not None
-    assert (found.criterion, found.asked, found.version) == (
+    assert (measured.criterion, measured.options, measured.version) == (
         expected.criterion, {"scope": "layer"}, lap_ext.__version__
     )  # fmt: skip
-    assert (found.title, expected.title) == (str(dense), "net")
+    assert (measured.title, expected.title) == (str(dense), "net")
 
 
 def test_sizes(dense: Path, tmp_path: Path) -> None:
     result = prune(dense, tmp_path / "out", 0.75)
-    found = checkpoint_facts(dense, result, **GIVEN)
+    measured = checkpoint_facts(dense, result, **GIVEN)
     size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
-    assert found.bytes_before == found.bytes_after == size
+    assert measured.bytes_before == measured.bytes_after == size
     pruned = sum(row.total - row.kept for row in result.layers)
     bits = sum((row.total + 7) // 8 for row in result.layers)
-    assert found.bytes_sparse == size - 4 * pruned + bits
+    assert measured.bytes_sparse == size - 4 * pruned + bits
     memory = in_memory(0.75)
     assert memory.bytes_before == memory.bytes_after == 4 * sum(
         x.numel() for x in network().parameters()
@@ -73,9 +75,9 @@ def test_a_weight_that_is_stored_twice_saves_twice(tmp_path: Path) -> None:
     twice = {f"{name}.weight": net[0].weight.detach().clone() for name in "02"}
     source = write(tmp_path / "dense", twice)
     result = prune(source, tmp_path / "out", 0.5, model=net)
-    found = checkpoint_facts(source, result, model=net, example_inputs=INPUTS)
-    assert found.bytes_before is not None
-    assert found.bytes_sparse == found.bytes_before - 2 * (18 * 4 - 5)
+    measured = checkpoint_facts(source, result, model=net, example_inputs=INPUTS)
+    assert measured.bytes_before is not None
+    assert measured.bytes_sparse == measured.bytes_before - 2 * (18 * 4 - 5)
 
 
 def test_masks_must_be_saved(dense: Path, tmp_path: Path) -> None:
@@ -99,5 +101,6 @@ def test_progress_adds_up(dense: Path, tmp_path: Path) -> None:
 def test_the_module_is_left_alone() -> None:
     net, before = network(), network().state_dict()
     topology = lap_ext.trace(net, INPUTS)
-    model_facts(topology, lap_ext.prune(net, topology, 0.5, apply=False), {}, title="net")
+    result = lap_ext.prune(net, None, 0.5, topology=topology, apply=False)
+    model_facts(topology, result, {}, title="net")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

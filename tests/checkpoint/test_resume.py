@@ -31,8 +31,10 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "dense", network().state_dict(), SHARDS)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def stopping(step: str, count: int, error: BaseException) -> Callable[[Progress], None]:
@@ -54,25 +56,25 @@ def stopping(step: str, count: int, error: BaseException) -> Callable[[Progress]
 def test_a_stopped_run_goes_on(
     scope: str, step: str, count: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = prune(source, tmp_path / "whole", scope=scope)
+    full = prune(source, tmp_path / "full", scope=scope)
     with pytest.raises(KeyboardInterrupt):
         stop = stopping(step, count, KeyboardInterrupt())
         prune(source, tmp_path / "out", scope=scope, on_progress=stop)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lap_ext", "dense", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lap_ext", "dense", "full"]
     before = facts(tmp_path)
     monkeypatch.setattr(reading.Source, "fill", counted(reading.Source.fill, read := []))
     seen: list[Progress] = []
     again = prune(source, tmp_path / "out", scope=scope, on_progress=seen.append)
-    assert list(again.layers) == list(whole.layers)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out", "whole"]
+    assert list(again.layers) == list(full.layers)
+    assert contents(tmp_path / "out") == contents(tmp_path / "full")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "full", "out"]
     assert not {name for name, _ in read} & set(before["done"])
     assert ("measure" in {x.step for x in seen}) == (step == "measure")
     assert seen[-1].done == seen[-1].total
 
 
-def facts(folder: Path) -> Any:
-    return json.loads((folder / ".out.lap_ext" / "state.json").read_text())["facts"]
+def facts(directory: Path) -> Any:
+    return json.loads((directory / ".out.lap_ext" / "state.json").read_text())["facts"]
 
 
 def counted(real: Callable[..., None], read: list[tuple[str, int]]) -> Callable[..., None]:
@@ -98,27 +100,27 @@ def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> 
 
 
 CHANGES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "sparsity": lambda folder: {"sparsity": 0.5},
-    "scope": lambda folder: {"scope": "global"},
-    "criterion": lambda folder: {"criterion": "magnitude"},
-    "touched": lambda folder: os.utime(folder / f"model-00001-of-0000{SHARDS}.safetensors") or {},
-    "resume": lambda folder: {"resume": False},
-    "shard_lost": lambda folder: lost(folder, "model-00001*") or {},
-    "masks_lost": lambda folder: lost(folder, "lap_ext_masks*") or {},
-    "state_damaged": lambda folder: state(folder, lambda text: text[:-5]) or {},
-    "energies_lost": lambda folder: (
-        (folder.parent / ".out.lap_ext" / "energies.safetensors").write_bytes(b"x") and {}
+    "sparsity": lambda path: {"sparsity": 0.5},
+    "scope": lambda path: {"scope": "global"},
+    "criterion": lambda path: {"criterion": "magnitude"},
+    "touched": lambda path: os.utime(path / f"model-00001-of-0000{SHARDS}.safetensors") or {},
+    "resume": lambda path: {"resume": False},
+    "shard_lost": lambda path: lost(path, "model-00001*") or {},
+    "masks_lost": lambda path: lost(path, "lap_ext_masks*") or {},
+    "state_damaged": lambda path: state(path, lambda text: text[:-5]) or {},
+    "squared_norms_lost": lambda path: (
+        (path.parent / ".out.lap_ext" / "squared norms.safetensors").write_bytes(b"x") and {}
     ),
 }
 
 
-def lost(folder: Path, pattern: str) -> None:
-    (path,) = (folder.parent / ".out.lap_ext" / "files").glob(pattern)
+def lost(directory: Path, pattern: str) -> None:
+    (path,) = (directory.parent / ".out.lap_ext" / "files").glob(pattern)
     path.unlink()
 
 
-def state(folder: Path, change: Callable[[str], str]) -> None:
-    path = folder.parent / ".out.lap_ext" / "state.json"
+def state(directory: Path, change: Callable[[str], str]) -> None:
+    path = directory.parent / ".out.lap_ext" / "state.json"
     path.write_text(change(path.read_text()))
 
 
@@ -130,8 +132,8 @@ def test_another_task_starts_anew(name: str, source: Path, tmp_path: Path) -> No
     assert facts(tmp_path)["done"]
     options = {"sparsity": 0.6} | (CHANGES[name](source) or {})
     prune(source, tmp_path / "out", **options)
-    prune(source, tmp_path / "whole", **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    prune(source, tmp_path / "full", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "full")
 
 
 def test_without_resume_nothing_is_left(source: Path, tmp_path: Path) -> None:
@@ -152,16 +154,16 @@ def test_files_that_change_meanwhile(source: Path, tmp_path: Path) -> None:
 
 
 def test_files_that_become_shorter_meanwhile(source: Path, tmp_path: Path) -> None:
-    def cut(progress: Progress) -> None:
+    def shorten(progress: Progress) -> None:
         os.truncate(source / f"model-0000{SHARDS}-of-0000{SHARDS}.safetensors", 400)
 
     with pytest.raises(ValueError, match="as it was at the start, got a shorter file"):
-        prune(source, tmp_path / "out", on_progress=cut)
+        prune(source, tmp_path / "out", on_progress=shorten)
 
 
 def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of a shard: not even a finally runs."""
-    prune(source, tmp_path / "whole")
+    prune(source, tmp_path / "full")
     code = f"""
         import os, signal
         from pathlib import Path
@@ -178,7 +180,7 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     assert facts(tmp_path)["done"]
     prune(source, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "full")
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -196,36 +198,36 @@ def test_a_disk_without_room_is_told_before(
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("place", ["header", "layer", "copied", "masks", "others", "state"])
+@pytest.mark.parametrize("where", ["header", "layer", "copied", "masks", "others", "state"])
 def test_a_disk_that_becomes_full(
-    place: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = [True]
     with monkeypatch.context() as patched:
-        fill_up(patched, place, full)
-        with pytest.raises(OSError, match=r"expected room on the disk of .* Free some and") as e:
+        fill_up(patched, where, full)
+        with pytest.raises(OSError, match=r"expected space on the disk of .*, got none. Free") as e:
             prune(source, tmp_path / "out")
     assert e.value.errno == errno.ENOSPC
     assert not (tmp_path / "out").exists()
     prune(source, tmp_path / "out")
-    prune(source, tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    prune(source, tmp_path / "full")
+    assert contents(tmp_path / "out") == contents(tmp_path / "full")
 
 
-def fill_up(monkeypatch: pytest.MonkeyPatch, place: str, full: list[bool]) -> None:
+def fill_up(monkeypatch: pytest.MonkeyPatch, where: str, full: list[bool]) -> None:
     """Makes the system's calls fail where a real disk would: at the second shard, or at the end."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if place == "masks":
+    if where == "masks":
         monkeypatch.setattr(os, "pwrite", fail)
-    elif place == "others":
+    elif where == "others":
         monkeypatch.setattr(shutil, "copy2", fail)
-    elif place == "state":
+    elif where == "state":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        real, calls = shards.ShardFile.write, [{"header": 1, "layer": 2, "copied": 3}[place]]
+        real, calls = shards.ShardFile.write, [{"header": 1, "layer": 2, "copied": 3}[where]]
 
         def write(self: Any, data: Any) -> None:
             calls[0] -= 1
@@ -243,24 +245,24 @@ class Failing:
 
 
 def test_one_run_at_a_time(source: Path, tmp_path: Path) -> None:
-    place = tmp_path / ".out.lap_ext"
-    place.mkdir()
-    with (place / "lock").open("w") as file:
+    work = tmp_path / ".out.lap_ext"
+    work.mkdir()
+    with (work / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="expected one run at a time that writes"):
+        with pytest.raises(OSError, match="expected one process at a time that writes"):
             prune(source, tmp_path / "out")
     prune(source, tmp_path / "out")
 
 
-def test_energies_are_taken_from_an_interrupted_run(source: Path, tmp_path: Path) -> None:
-    """Other ones in their place give another result: the weights are not measured again."""
+def test_squared_norms_are_taken_from_an_interrupted_run(source: Path, tmp_path: Path) -> None:
+    """Other ones in their where give another result: the weights are not measured again."""
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "out", on_progress=stopping("write", 1, KeyboardInterrupt()))
-    path = tmp_path / ".out.lap_ext" / "energies.safetensors"
-    energies: dict[str, Tensor] = load_file(path)
-    save_file({name: torch.rand_like(x) for name, x in energies.items()}, path)
+    path = tmp_path / ".out.lap_ext" / "squared norms.safetensors"
+    squared_norms: dict[str, Tensor] = load_file(path)
+    save_file({name: torch.rand_like(x) for name, x in squared_norms.items()}, path)
     prune(source, tmp_path / "out")
-    prune(source, tmp_path / "whole")
-    assert contents(tmp_path / "out") != contents(tmp_path / "whole")
+    prune(source, tmp_path / "full")
+    assert contents(tmp_path / "out") != contents(tmp_path / "full")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""count_scores: the scores of a folder in bins, as lap_ext.scores has them, without another reading."""
+"""count_scores: scores of a checkpoint in bins, those of lap_ext.scores, without reading again."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def wanted(model: nn.Module, inputs: Any, masks: Any, **options: Any) -> dict[st
         options["normalize"] = "none"
     options.pop("scope", None)
     scores = lap_ext.scores(model, inputs, **options)
-    found = {name: Histogram() for name in masks}
-    for name, histogram in found.items():
+    histograms = {name: Histogram() for name in masks}
+    for name, histogram in histograms.items():
         histogram.add(scores[name], masks[name])
-    return found
+    return histograms
 
 
 @pytest.mark.parametrize("memory", ["4GB", "least"])
@@ -57,7 +57,7 @@ def test_counts_are_those_of_scores_in_memory(name: str, memory: str, tmp_path: 
     for layer, counts in want.items():
         assert got.scores[layer] == counts, layer
     assert {row.name: row.kept for row in got.layers} == {
-        name: found.kept.total() + found.zeros_kept for name, found in got.scores.items()
+        name: counts.kept.total() + counts.zeros_kept for name, counts in got.scores.items()
     }
 
 
@@ -71,10 +71,10 @@ def test_a_tied_weight_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_experts_in_many_tensors_and_shards(tmp_path: Path) -> None:
-    model, args, kwargs = saved("hf_qwen3_moe", tmp_path / "dense")
+    model, inputs = saved("hf_qwen3_moe", tmp_path / "dense")
     got = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.7, count_scores=True)
     model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
-    scores = lap_ext.scores(model, args, kwargs=kwargs)
+    scores = lap_ext.scores(model, inputs)
     for name, counts in got.scores.items():
         want = Histogram()
         want.add(scores[name], got.masks[name])
@@ -102,7 +102,7 @@ def test_nothing_is_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_counts_of_a_run_that_was_stopped(count: int, tmp_path: Path) -> None:
     """Also where a finished shard is lost: no weight is counted twice."""
     source = write(tmp_path / "dense", network().state_dict(), 3)
-    whole = prune(source, tmp_path / "whole", count_scores=True)
+    full = prune(source, tmp_path / "full", count_scores=True)
     left = [count]
 
     def stop(progress: checkpoint.Progress) -> None:
@@ -116,4 +116,4 @@ def test_counts_of_a_run_that_was_stopped(count: int, tmp_path: Path) -> None:
     done = json.loads((work / "state.json").read_text())["facts"]["done"]
     if done and count % 2:
         (work / "files" / done[0]).unlink()
-    assert prune(source, tmp_path / "out", count_scores=True).scores == whole.scores
+    assert prune(source, tmp_path / "out", count_scores=True).scores == full.scores

@@ -32,25 +32,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lookback": {"criterion": "lookback"},
     "lookforward": {"criterion": "lookforward", "normalize": "lamp"},
     "random": {"criterion": lap_ext.criteria.Random(3)},
+    "layers": {"layers": ["3", "5"], "exclude": "5"},
     "exclude": {"exclude": ["3"]},
-    "fold": {"bn": "fold"},
+    "fold": {"batch_norm": "fold"},
 }
 
 
-def scores(folder: Path, **options: Any) -> checkpoint.ScoreStream:
-    """checkpoint.scores of network()."""
-    return checkpoint.scores(folder, **{"model": network(), "example_inputs": INPUTS} | options)
+def scores(directory: Path, **options: Any) -> checkpoint.ScoreStream:
+    """Runs checkpoint.scores on network()."""
+    return checkpoint.scores(directory, **{"model": network(), "example_inputs": INPUTS} | options)
 
 
-def collected(found: checkpoint.ScoreStream) -> dict[str, Tensor]:
-    return {layer.name: values for layer, values in found}
+def collected(stream: checkpoint.ScoreStream) -> dict[str, Tensor]:
+    return {layer.name: values for layer, values in stream}
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def same(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same names in the same order, dtypes and bits."""
-    assert list(found) == list(expected)
+    assert list(result) == list(expected)
     for name, values in expected.items():
-        assert found[name].dtype == values.dtype and torch.equal(found[name], values), name
+        assert result[name].dtype == values.dtype and torch.equal(result[name], values), name
 
 
 def quantile(values: list[float], tenths: float) -> float:
@@ -64,12 +65,12 @@ def quantile(values: list[float], tenths: float) -> float:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_scores_are_those_in_memory(name: str, dense: Path) -> None:
-    found = scores(dense, **OPTIONS[name])
+    result = scores(dense, **OPTIONS[name])
     expected = lap_ext.scores(network(), INPUTS, **OPTIONS[name])
-    assert [layer.name for layer in found.layers] == list(expected)
-    assert list(found.dtypes) == [values.dtype for values in expected.values()]
-    same(collected(found), expected)
-    same(collected(found), expected)  # each iteration is a pass of its own
+    assert [layer.name for layer in result.layers] == list(expected)
+    assert list(result.dtypes) == [values.dtype for values in expected.values()]
+    same(collected(result), expected)
+    same(collected(result), expected)  # each iteration is a pass of its own
 
 
 @each_dtype
@@ -77,8 +78,8 @@ def test_scores_are_those_in_memory(name: str, dense: Path) -> None:
 def test_dtypes(dtype: torch.dtype, normalize: str, tmp_path: Path) -> None:
     net, inputs = network(dtype), INPUTS.to(dtype)
     source = write(tmp_path / "dense", net.state_dict())
-    found = scores(source, model=net, example_inputs=inputs, normalize=normalize)
-    same(collected(found), lap_ext.scores(net, inputs, normalize=normalize))
+    result = scores(source, model=net, example_inputs=inputs, normalize=normalize)
+    same(collected(result), lap_ext.scores(net, inputs, normalize=normalize))
 
 
 @pytest.mark.parametrize(
@@ -93,12 +94,12 @@ def test_dtypes(dtype: torch.dtype, normalize: str, tmp_path: Path) -> None:
 )
 def test_transformers(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Layers, tied embeddings, and experts that are stored one by one."""
-    model, args, kwargs = saved(name, tmp_path / "dense")
+    model, inputs = saved(name, tmp_path / "dense")
     if name == "hf_qwen3_moe":
         model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
     before = {path: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
-    found = collected(checkpoint.scores(tmp_path / "dense", **options))
-    same(found, lap_ext.scores(model, args, kwargs=kwargs, **options))
+    result = collected(checkpoint.scores(tmp_path / "dense", **options))
+    same(result, lap_ext.scores(model, inputs, **options))
     assert {path: path.read_bytes() for path in (tmp_path / "dense").iterdir()} == before
 
 
@@ -108,7 +109,7 @@ def test_norms_are_read_where_they_are_needed(dense: Path, monkeypatch: pytest.M
 
 
 def test_one_layer_is_in_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is computed before it is asked for."""
+    """Nothing is computed before it is requested."""
     scored: list[str] = []
     real = passes.scorer
 
@@ -117,10 +118,10 @@ def test_one_layer_is_in_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) ->
         return real(task, layer, how)
 
     monkeypatch.setattr(passes, "scorer", noted)
-    found = scores(dense)
+    result = scores(dense)
     assert scored == []
-    for place, (layer, _) in enumerate(found):
-        assert scored == [x.name for x in found.layers[: place + 1]] and scored[-1] == layer.name
+    for index, (layer, _) in enumerate(result):
+        assert scored == [x.name for x in result.layers[: index + 1]] and scored[-1] == layer.name
 
 
 def test_small_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +145,12 @@ def test_small_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError,
         match=rf"^checkpoint.scores: expected memory of more than {needed:,} bytes \(all scores of "
-        r"layer '3' are in memory at a time, and a part of its weights\), got 60,000.",
+        r"layer '3' are in memory at a time, and a chunk of its weights\), got 60,000.",
     ):
         scores(dense, memory=60_000)
-    found = collected(scores(dense, memory=100_000))
+    result = collected(scores(dense, memory=100_000))
     assert max(counts) < 150 * 70 and len(counts) > 5
-    same(found, lap_ext.scores(network(), INPUTS))
+    same(result, lap_ext.scores(network(), INPUTS))
 
 
 def test_progress_adds_up(dense: Path) -> None:
@@ -171,6 +172,7 @@ def test_progress_adds_up(dense: Path) -> None:
         ({"normalize": "all"}, "checkpoint.scores: expected normalize to be 'none', 'norm'"),
         ({"memory": "much"}, "checkpoint.scores: expected memory such as"),
         ({"exclude": "x*"}, "checkpoint.scores: expected exclude patterns that name a layer"),
+        ({"layers": "x*"}, "checkpoint.scores: expected layers patterns that name a layer"),
         ({"example_inputs": None}, "checkpoint.scores: expected example_inputs with model"),
     ],
     ids=str,
@@ -184,9 +186,9 @@ def test_mistakes_name_this_function(options: dict[str, Any], said: str, dense: 
 
 def test_damaged_checkpoints(dense: Path) -> None:
     change(dense, "3.weight", lambda weight: weight[0, 0].fill_(torch.nan))
-    found = scores(dense)  # no weight is read yet
+    result = scores(dense)  # no weight is read yet
     with pytest.raises(ValueError, match=r"^checkpoint.scores: expected finite .* in layer '3'"):
-        collected(found)
+        collected(result)
     os.truncate(dense / "model-00002-of-00002.safetensors", 3000)
     with pytest.raises(ValueError, match=r"^checkpoint.scores: .* Download it again"):
         scores(dense)
@@ -204,7 +206,7 @@ def test_figures(dense: Path, normalize: str) -> None:
         values = expected[row.name].double().flatten().tolist()
         names = {"min": 1e-9, "10%": 1, "median": 5, "90%": 9, "max": 10}
         assert row.quantiles == {name: quantile(values, tenths) for name, tenths in names.items()}
-        assert row.energy == pytest.approx(math.fsum(x * x for x in values), rel=1e-12)
+        assert row.squared_norm == pytest.approx(math.fsum(x * x for x in values), rel=1e-12)
         assert (row.weights, row.zeros) == (len(values), values.count(0.0))
         assert row.dtype == str(expected[row.name].dtype).removeprefix("torch.")
 
@@ -212,38 +214,43 @@ def test_figures(dense: Path, normalize: str) -> None:
 def test_figures_of_a_layer_without_weights_and_of_infinite_scores() -> None:
     layer: Any = type("Layer", (), {"name": "no", "kind": "linear", "shape": (0, 3)})
     row = figures(layer, torch.zeros(0, 3))
-    assert (row.quantiles["median"], row.energy, row.weights) == (None, 0.0, 0)
+    assert (row.quantiles["median"], row.squared_norm, row.weights) == (None, 0.0, 0)
     table = str(checkpoint.ScoreTable([row]))
     assert table.splitlines()[2].split() == ["no", "0x3", "0", "0.00%", "0"]
     row = figures(layer, torch.tensor([[1.0, math.inf]]))
-    assert (row.quantiles["max"], row.energy) == (math.inf, math.inf)
+    assert (row.quantiles["max"], row.squared_norm) == (math.inf, math.inf)
+    assert '<td style="text-align:right">inf</td>' in checkpoint.ScoreTable([row])._repr_html_()
     told = row.to_dict()
-    assert (told["quantiles"]["max"], told["quantiles"]["min"], told["energy"]) == ("inf", 1, "inf")
+    assert (told["quantiles"]["max"], told["quantiles"]["min"], told["squared_norm"]) == (
+        "inf",
+        1,
+        "inf",
+    )
 
 
 # --- the file -------------------------------------------------------------------------------------
 
 
 def test_save(dense: Path, tmp_path: Path) -> None:
-    found = scores(dense, criterion="lookback", normalize="norm", bn="off")
-    table = found.save(tmp_path / "s")
-    same(load_file(tmp_path / "s"), collected(found))
-    assert table == found.table()
+    result = scores(dense, criterion="lookback", normalize="norm", batch_norm="ignore")
+    table = result.save(tmp_path / "s")
+    same(load_file(tmp_path / "s"), collected(result))
+    assert table == result.table()
     head = int.from_bytes((tmp_path / "s").read_bytes()[:8], "little")
     assert head % 8 == 0  # the tensors are aligned
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {
             "lap_ext": lap_ext.__version__, "criterion": "lookback", "normalize": "norm",
-            "bn": "off",
+            "batch_norm": "ignore",
         }  # fmt: skip
 
 
 def test_save_scores_of_a_module(tmp_path: Path) -> None:
     net = network()
     topology = lap_ext.trace(net, INPUTS)
-    expected = lap_ext.scores(net, topology)
-    found = checkpoint.ScoreStream.of_model(topology, expected, {"criterion": "lookahead"})
-    found.save(tmp_path / "s")
+    expected = lap_ext.scores(net, topology=topology)
+    result = checkpoint.ScoreStream.of_model(topology, expected, {"criterion": "lookahead"})
+    result.save(tmp_path / "s")
     same(load_file(tmp_path / "s"), expected)
 
 
@@ -251,23 +258,23 @@ def test_a_name_that_the_file_cannot_hold(tmp_path: Path) -> None:
     net = nn.Module()
     net.register_module("__metadata__", nn.Linear(2, 2))
     layer: Any = type("Layer", (), {"name": "__metadata__", "shape": (2, 2)})
-    found = checkpoint.ScoreStream([layer], [torch.float32], lambda: iter([torch.ones(2, 2)]), {})
+    result = checkpoint.ScoreStream([layer], [torch.float32], lambda: iter([torch.ones(2, 2)]), {})
     with pytest.raises(ValueError, match="layer names that a safetensors file can hold"):
-        found.save(tmp_path / "s")
+        result.save(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_save_makes_a_new_file_elsewhere(dense: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in dense.iterdir()}
-    found = scores(dense)
+    result = scores(dense)
     for path, kind, said in (
-        (dense / "tokenizer.json", FileExistsError, "save: expected path to be a new file, got"),
+        (dense / "tokenizer.json", OSError, "save: expected path to be a new file, got"),
         (dense / "s", ValueError, "save: expected path outside of"),
         (dense / ".." / "dense" / "s", ValueError, "save: expected path outside of"),
-        (tmp_path / "no" / "s", FileNotFoundError, "No such folder"),
+        (tmp_path / "no" / "s", OSError, "save: expected path in a directory that exists, got"),
     ):
         with pytest.raises(kind, match=said):
-            found.save(path)
+            result.save(path)
     assert {path: path.read_bytes() for path in dense.iterdir()} == before
     assert list(tmp_path.iterdir()) == [dense]
 

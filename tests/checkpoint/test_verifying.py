@@ -19,14 +19,14 @@ from lap_ext import checkpoint
 from lap_ext.checkpoint import reading, record
 from tests.helpers.checkpoints import change, network, prune, saved, write
 
-ASKED = {"sparsity": ["0.5"], "scope": "layer"}
+OPTIONS = {"sparsity": ["0.5"], "scope": "layer"}
 
 
 @pytest.fixture
 def pruned(dense: Path, tmp_path: Path) -> Path:
-    """The folder of network(), pruned by half, with a record."""
+    """The checkpoint of network(), pruned by half, with a record."""
     out = tmp_path / "out"
-    record.write(out, ASKED, prune(dense, out, 0.5))
+    record.write(out, OPTIONS, prune(dense, out, 0.5))
     return out
 
 
@@ -44,6 +44,9 @@ def test_all_is_well(dense: Path, pruned: Path) -> None:
     ]
     assert verdict.sparsity == 0.5
     assert "every kept weight has its original's bits" in str(verdict)
+    assert (
+        verdict._repr_html_().startswith("<table>") and "tensors compared" in verdict._repr_html_()
+    )
     told = verdict.to_dict()
     assert told["ok"] and told["findings"] == [] and told["layers"][0]["name"] == "0"
     assert (told["kept"], told["total"], told["sparsity"]) == (verdict.kept, verdict.total, 0.5)
@@ -113,13 +116,14 @@ def test_counts(dense: Path, pruned: Path) -> None:
         (0.75, "0.75"),
         ({"5": 0.75, "*": 0.5}, "5=0.75, *=0.5"),
         (lap_ext.erk(0.9), "erk:0.9"),
-        (lap_ext.paper([0.1, 0.2, 0.3], 1), "paper(ratios=[0.1, 0.2, 0.3], step=1)"),
+        (
+            lap_ext.allocation.compounded([0.1, 0.2, 0.3], 1),
+            "compounded(ratios=[0.1, 0.2, 0.3], times=1)",
+        ),
     ],
     ids=str,
 )
-def test_a_sparsity_that_was_not_asked_for(
-    dense: Path, pruned: Path, sparsity: Any, text: str
-) -> None:
+def test_another_sparsity(dense: Path, pruned: Path, sparsity: Any, text: str) -> None:
     keeps = lap_ext.allocation.of(sparsity).keeps({"0": (150, 6), "3": (70, 150), "5": (9, 70)})
     assert problems(checkpoint.verify(pruned, dense, sparsity=sparsity)) == {
         (name, f"{count} weights are kept, a sparsity of {text} keeps {keeps[name]}")
@@ -155,7 +159,7 @@ def test_damaged_records(dense: Path, pruned: Path, text: str) -> None:
 
 
 def test_a_sparsity_needs_no_record_of_one(dense: Path, pruned: Path) -> None:
-    """The recorded counts still count where what was asked is lost and a sparsity is given."""
+    """The recorded counts are checked where the options are lost and a sparsity is given."""
     path = pruned / "lap_ext.json"
     counts = [
         {"name": row.name, "kept": row.kept, "total": row.total}
@@ -175,14 +179,18 @@ def test_a_wrong_sparsity_is_told_before_anything_is_read(tmp_path: Path) -> Non
         checkpoint.verify(tmp_path / "none", tmp_path / "none", sparsity=1.5)
 
 
-def test_the_record_has_everything_that_was_asked(dense: Path, tmp_path: Path) -> None:
+def test_the_record_has_all_options(dense: Path, tmp_path: Path) -> None:
     result = prune(dense, tmp_path / "out", lap_ext.erk(0.5))
-    record.write(tmp_path / "out", {"sparsity": ["erk:0.5"], "scope": "layer", "bn": "off"}, result)
+    record.write(
+        tmp_path / "out",
+        {"sparsity": ["erk:0.5"], "scope": "layer", "batch_norm": "ignore"},
+        result,
+    )
     facts = json.loads((tmp_path / "out" / "lap_ext.json").read_text())
-    assert facts["lap_ext"] == lap_ext.__version__ and facts["asked"]["bn"] == "off"
-    found = record.read(tmp_path / "out")
-    assert found is not None and found.wanted() == (lap_ext.erk(0.5), "layer")
-    assert found.counts == {row.name: (row.kept, row.total) for row in result.layers}
+    assert facts["lap_ext"] == lap_ext.__version__ and facts["asked"]["batch_norm"] == "ignore"
+    recorded = record.read(tmp_path / "out")
+    assert recorded is not None and recorded.wanted() == (lap_ext.erk(0.5), "layer")
+    assert recorded.counts == {row.name: (row.kept, row.total) for row in result.layers}
     assert record.read(dense) is None
 
 
@@ -249,7 +257,7 @@ def test_files(dense: Path, tmp_path: Path) -> None:
     save_file(load_file(next(dense.glob("*00001*"))), tmp_path / "part.safetensors")
     assert checkpoint.verify(next(dense.glob("*00001*")), tmp_path / "part.safetensors").ok
     for path in (tmp_path / "no", tmp_path / "w.pt"):
-        with pytest.raises(ValueError, match=r"^checkpoint.verify: expected a folder"):
+        with pytest.raises(ValueError, match=r"^checkpoint.verify: expected a checkpoint dir"):
             checkpoint.verify(dense, path)
     os.truncate(tmp_path / "part.safetensors", 100)
     with pytest.raises(ValueError, match=r"^checkpoint.verify: .* Download it again"):
@@ -258,7 +266,7 @@ def test_files(dense: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hf_gpt2_sdpa", "hf_qwen3_moe"])
 def test_tied_weights_and_experts(name: str, tmp_path: Path) -> None:
-    """The model of config.json knows which tensors are pieces or copies of a layer."""
+    """The model of config.json knows which tensors are slices or copies of a layer."""
     saved(name, tmp_path / "dense")
     result = checkpoint.prune(tmp_path / "dense", tmp_path / "out", 0.5)
     verdict = checkpoint.verify(tmp_path / "out", tmp_path / "dense", sparsity=0.5)

@@ -14,27 +14,27 @@ from tests.helpers.command_line import FACTORY, Run
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama, in shards, and gpt2, with tied embeddings, as save_pretrained writes them."""
-    transformers = pytest.importorskip("transformers", reason="transformers makes the folders")
-    place = tmp_path_factory.mktemp("folders")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama, in shards, and GPT-2, with tied embeddings, as save_pretrained writes them."""
+    transformers = pytest.importorskip("transformers", reason="transformers makes the checkpoints")
+    directory = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     llama = transformers.LlamaConfig(
         vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(llama).save_pretrained(place / "llama", max_shard_size="12KB")
+    transformers.LlamaForCausalLM(llama).save_pretrained(directory / "llama", max_shard_size="12KB")
     gpt2 = transformers.GPT2Config(
         vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    transformers.GPT2LMHeadModel(gpt2).save_pretrained(place / "gpt2")
-    return place
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(directory / "gpt2")
+    return directory
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs lap-ext in an empty folder with a module `nets` in it: status, stdout, stderr."""
+    """Runs lap-ext in a directory with only a module `nets`: status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.delitem(sys.modules, "nets", raising=False)

@@ -28,14 +28,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_standard_shapes(run: Run) -> None:
     status, out, error = run("bench", "--json", "--sparsity", "0.5")
-    told = json.loads(out)
+    shown = json.loads(out)
     assert (status, error) == (0, "")
-    assert [(x["shape"], x["layers"]) for x in told["cases"]] == [([6, 5], 1), ([4, 3, 2, 2], 1)]
-    assert (told["sparsity"], told["device"], told["left_out"]) == (0.5, "cpu", 0)
-    assert told["lap_ext"]["version"] == lap_ext.__version__
-    for case in told["cases"]:
-        assert [x["name"] for x in case["rivals"]] == ["topk", "kthvalue", "sort"]
-        for x in case["rivals"]:
+    assert [(x["shape"], x["layers"]) for x in shown["cases"]] == [([6, 5], 1), ([4, 3, 2, 2], 1)]
+    assert (shown["sparsity"], shown["device"], shown["left_out"]) == (0.5, "cpu", 0)
+    assert shown["lap_ext"]["version"] == lap_ext.__version__
+    for case in shown["cases"]:
+        assert [x["name"] for x in case["baselines"]] == ["topk", "kthvalue", "sort"]
+        for x in case["baselines"]:
             assert x["pairs"] == 3 and 0 < x["q1"] <= x["ratio"] <= x["q3"]
             assert min(x["seconds"], x["lap_ext_seconds"]) > 0
 
@@ -43,7 +43,7 @@ def test_standard_shapes(run: Run) -> None:
 def test_table(run: Run) -> None:
     status, out, _ = run("bench")
     lines = out.splitlines()
-    assert status == 0 and "sparsity 0.9 on cpu" in out and "neither is known to be faster" in out
+    assert status == 0 and "sparsity 0.9 on cpu" in out and "neither is measurably faster" in out
     rows = [line for line in lines if " topk " in line]
     assert [row.split()[:3] for row in rows] == [
         ["6x5", "float32", "topk"], ["4x3x2x2", "float32", "topk"]
@@ -51,31 +51,33 @@ def test_table(run: Run) -> None:
 
 
 def test_shapes_of_a_factory(run: Run) -> None:
-    told = json.loads(run("bench", "nets:net", "--json")[1])
-    assert [(x["shape"], x["dtype"]) for x in told["cases"]] == [
+    shown = json.loads(run("bench", "nets:net", "--json")[1])
+    assert [(x["shape"], x["dtype"]) for x in shown["cases"]] == [
         ([16, 8], "float32"), ([4, 16], "float32")
     ]  # fmt: skip
 
 
-def test_shapes_of_a_folder(run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with the most weights together first; what is left out is told."""
+def test_shapes_of_a_directory(
+    run: Run, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with the most weights together first; what is left out is reported."""
     monkeypatch.setattr(bench, "_MOST_SHAPES", 3)
     monkeypatch.setattr(bench, "_MOST_WEIGHTS", 767)
-    told = json.loads(run("bench", folders / "llama", "--json")[1])
-    assert [(x["shape"], x["layers"]) for x in told["cases"]] == [
+    shown = json.loads(run("bench", checkpoints / "llama", "--json")[1])
+    assert [(x["shape"], x["layers"]) for x in shown["cases"]] == [
         ([24, 16], 2), ([16, 16], 2), ([16, 24], 1)
     ]  # fmt: skip
-    assert told["left_out"] == 2  # 48x16, which is too large, and 8x16
-    assert "2 more shapes of the model were left out." in run("bench", folders / "llama")[1]
+    assert shown["left_out"] == 2  # 48x16, which is too large, and 8x16
+    assert "2 more shapes of the model were left out." in run("bench", checkpoints / "llama")[1]
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(60, 50), (20, 30, 3, 3), (8, 1, 3)])
-def test_rivals_keep_the_same(shape: tuple[int, ...], kind: torch.dtype) -> None:
+def test_baselines_keep_the_same(shape: tuple[int, ...], kind: torch.dtype) -> None:
     """But for a few at the threshold, where norms in float32 decide."""
     progress = bench.Progress(show=False)
-    found = bench._measured(shape, kind, CPU, 0.7, progress)
-    assert [x.differ for x in found] == [0, 0, 0]
+    baselines = bench._measured(shape, kind, CPU, 0.7, progress)
+    assert [x.differ for x in baselines] == [0, 0, 0]
     assert progress.done == 3 * torch.Size(shape).numel()
 
 
@@ -90,7 +92,7 @@ def test_wrong_results_end_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         bench._difference("x", mine, torch.tensor([True, False, False]), scores)
 
 
-def test_a_rival_that_is_wrong_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_baseline_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lowest = {"topk": lambda scores, keep: bench._topk(-scores, keep)}
     monkeypatch.setattr(bench, "_SELECT", lowest)
     assert "lap_ext.mask and topk keep different weights" in one_line(run("bench"))
@@ -113,9 +115,9 @@ def test_pairs_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench, "Timer", Timer)
     monkeypatch.setattr(bench, "_SELECT", {"sort": bench._sort})
-    (found,) = bench._measured((6, 5), torch.float32, CPU, 0.5, bench.Progress(show=False))
-    assert (found.ratio, found.q1, found.q3, found.pairs) == (3.0, 2.0, 3.5, 3)
-    assert (found.lap_ext_seconds, found.seconds) == (2.0, 4.0)
+    (baseline,) = bench._measured((6, 5), torch.float32, CPU, 0.5, bench.Progress(show=False))
+    assert (baseline.ratio, baseline.q1, baseline.q3, baseline.pairs) == (3.0, 2.0, 3.5, 3)
+    assert (baseline.lap_ext_seconds, baseline.seconds) == (2.0, 4.0)
     assert order == ["other", "ours", "ours", "other", "other", "ours"]
 
 
@@ -124,10 +126,10 @@ def test_extra_memory() -> None:
     def call() -> Tensor:
         return torch.ones(1 << 24, dtype=torch.uint8) + 1  # 16 MB, twice
 
-    found = bench._extra(call, CPU)
-    if found is None:
+    extra = bench._extra_memory(call, CPU)
+    if extra is None:
         pytest.skip("the peak of this process cannot be set back")
-    assert 30e6 < found < 60e6
+    assert 30e6 < extra < 60e6
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_extra_memory() -> None:
         (["--sparsity", "nan"], "expected 0 <= --sparsity < 1, got nan."),
         (["--device", "gpu"], "expected --device to be one that torch has, got 'gpu'"),
         (["--device", "cuda:99"], "cuda:99"),
-        (["--input", "1x8"], "expected a MODEL with --checkpoint or --input, got none."),
+        (["--input", "1x8"], "expected a MODEL with --input, got none."),
     ],
 )
 def test_mistakes(run: Run, argv: list[str], said: str) -> None:

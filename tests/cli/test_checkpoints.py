@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""lap-ext prune, verify and inspect on small Hugging Face folders, sharded and tied; bad folders."""
+"""lap-ext prune, verify and inspect on small checkpoints, sharded and tied, and on damaged ones."""
 
 from __future__ import annotations
 
@@ -19,100 +19,99 @@ from tests.helpers.command_line import Run, one_line
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_folder_pruned_reported_verified(
-    run: Run, folders: Path, name: str, tmp_path: Path
-) -> None:
-    original = folders / name
+def test_pruned_reported_verified(run: Run, checkpoints: Path, name: str, tmp_path: Path) -> None:
+    original = checkpoints / name
     before = {path.name: path.read_bytes() for path in original.iterdir()}
     status, out, _ = run(
         "prune", original, "--sparsity", 0.75, "--out", "out", "--report", "out.html", "--json"
     )
-    told = json.loads(out)
+    shown = json.loads(out)
     assert status == 0
-    assert told["asked"]["sparsity"] == ["0.75"]
-    for row in told["layers"]:
+    assert shown["asked"]["sparsity"] == ["0.75"]
+    for row in shown["layers"]:
         assert row["kept"] == (row["total"] + 2) // 4
     assert {path.name: path.read_bytes() for path in original.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "out", "out.html"}
     page = (tmp_path / "out.html").read_text()
-    assert all(row["name"] in page for row in told["layers"])
-    assert "lowest score kept" in page and page.count("lowest kept") >= len(told["layers"])
-    measured = {row["name"]: row for row in told["measured"]["layers"]}
+    assert all(row["name"] in page for row in shown["layers"])
+    assert "lowest score kept" in page and page.count("lowest kept") >= len(shown["layers"])
+    measured = {row["name"]: row for row in shown["measured"]["layers"]}
     assert {n: (m["kept"], m["total"]) for n, m in measured.items()} == {
-        row["name"]: (row["kept"], row["total"]) for row in told["layers"]
+        row["name"]: (row["kept"], row["total"]) for row in shown["layers"]
     }
     assert all(0.25 < row["mass"] < 1 for row in measured.values())
     status, out, _ = run("verify", "out", original, "--json")
     verdict = json.loads(out)
     assert (status, verdict["findings"]) == (0, [])
-    assert verdict["kept"] == told["kept"] and verdict["masks"]
+    assert verdict["kept"] == shown["kept"] and verdict["masks"]
     status, out, _ = run("inspect", "out", "--json")
     rows = json.loads(out)["layers"]
     assert status == 0
     assert {r["name"]: r["weights"] - r["zeros"] for r in rows} == {
-        r["name"]: r["kept"] for r in told["layers"]
+        r["name"]: r["kept"] for r in shown["layers"]
     }
 
 
-def test_folder_equals_the_library(run: Run, folders: Path, tmp_path: Path) -> None:
+def test_equals_the_library(run: Run, checkpoints: Path, tmp_path: Path) -> None:
     """The command passes its options on."""
-    run("prune", folders / "llama", "--sparsity", "0.6", "--scope", "global", "--criterion",
-        "magnitude", "--exclude", "lm_*", "--memory", "1GB", "--out", "a")  # fmt: skip
-    checkpoint.prune(folders / "llama", tmp_path / "b", 0.6, scope="global",
-                     criterion="magnitude", exclude=["lm_*"])  # fmt: skip
+    run("prune", checkpoints / "llama", "--sparsity", "0.6", "--scope", "global", "--criterion",
+        "magnitude", "--layers", "model.*", "--exclude", "*.k_proj", "--memory", "1GB",
+        "--out", "a")  # fmt: skip
+    checkpoint.prune(checkpoints / "llama", tmp_path / "b", 0.6, scope="global",
+                     criterion="magnitude", layers=["model.*"], exclude=["*.k_proj"])  # fmt: skip
     shards = sorted(tmp_path.glob("b/*.safetensors"))
     assert len(shards) > 2
     for path in shards:
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
-    status, out, _ = run("verify", "a", folders / "llama")
+    status, out, _ = run("verify", "a", checkpoints / "llama")
     assert status == 0 and "every kept weight has its original's bits" in out
 
 
 @pytest.fixture
-def pruned(run: Run, folders: Path, tmp_path: Path) -> Path:
-    assert run("prune", folders / "llama", "--sparsity", "0.5", "--out", "out")[0] == 0
+def pruned(run: Run, checkpoints: Path, tmp_path: Path) -> Path:
+    assert run("prune", checkpoints / "llama", "--sparsity", "0.5", "--out", "out")[0] == 0
     return tmp_path / "out"
 
 
-def test_verify_finds_what_was_changed(run: Run, folders: Path, pruned: Path) -> None:
+def test_verify_finds_what_was_changed(run: Run, checkpoints: Path, pruned: Path) -> None:
     change(pruned, "model.norm.weight", lambda weight: weight[3].fill_(7))
-    status, out, error = run("verify", pruned, folders / "llama")
+    status, out, error = run("verify", pruned, checkpoints / "llama")
     assert (status, error) == (1, "")
     assert "model.norm.weight: 1 elements differ from the original\n1 findings in" in out
-    status, out, _ = run("verify", pruned, folders / "llama", "--json")
-    told = json.loads(out)
-    assert status == 1 and not told["ok"]
-    assert told["findings"] == [
+    status, out, _ = run("verify", pruned, checkpoints / "llama", "--json")
+    shown = json.loads(out)
+    assert status == 1 and not shown["ok"]
+    assert shown["findings"] == [
         {
             "tensor": "model.norm.weight",
             "problem": "1 elements differ from the original",
             "count": 1,
         }
     ]
-    assert list(told) == [
+    assert list(shown) == [
         "ok", "findings", "tensors", "masks", "kept", "total", "sparsity", "layers"
     ]  # fmt: skip
 
 
-def test_verify_sparsity(run: Run, folders: Path, pruned: Path) -> None:
-    """As it is recorded, or as it is asked for."""
-    assert run("verify", pruned, folders / "llama")[0] == 0
-    assert run("verify", pruned, folders / "llama", "--sparsity", "0.5")[0] == 0
-    status, out, _ = run("verify", pruned, folders / "llama", "--sparsity", "lm_head=0.75")
+def test_verify_sparsity(run: Run, checkpoints: Path, pruned: Path) -> None:
+    """As recorded, or as the option says."""
+    assert run("verify", pruned, checkpoints / "llama")[0] == 0
+    assert run("verify", pruned, checkpoints / "llama", "--sparsity", "0.5")[0] == 0
+    status, out, _ = run("verify", pruned, checkpoints / "llama", "--sparsity", "lm_head=0.75")
     assert status == 1
     assert "lm_head: 384 weights are kept, a sparsity of lm_head=0.75 keeps 192" in out
-    command = "verify", pruned, folders / "llama", "--sparsity", "0.5", "--scope", "global"
+    command = "verify", pruned, checkpoints / "llama", "--sparsity", "0.5", "--scope", "global"
     assert run(*command)[0] == 0
-    line = one_line(run("verify", pruned, folders / "llama", "--sparsity", "half"))
+    line = one_line(run("verify", pruned, checkpoints / "llama", "--sparsity", "half"))
     assert "expected --sparsity to be a number (the fraction removed), got 'half'." in line
 
 
-def test_verify_damaged_files(run: Run, folders: Path, pruned: Path) -> None:
+def test_verify_damaged_files(run: Run, checkpoints: Path, pruned: Path) -> None:
     (pruned / "lap_ext.json").write_text('{"layers": [3]}')
-    status, out, _ = run("verify", pruned, folders / "llama")
+    status, out, _ = run("verify", pruned, checkpoints / "llama")
     assert status == 1 and "lap_ext.json: it is damaged" in out
     os.truncate(pruned / "lap_ext_masks.safetensors", 20)
-    line = one_line(run("verify", pruned, folders / "llama"))
+    line = one_line(run("verify", pruned, checkpoints / "llama"))
     assert line.startswith("lap-ext verify: expected a file written by Masks.save")
 
 
@@ -128,20 +127,20 @@ def test_verify_damaged_files(run: Run, folders: Path, pruned: Path) -> None:
     ],
     ids=["truncated", "missing", "hostile", "no config", "damaged config", "nan"],
 )
-def test_bad_folders(
-    run: Run, folders: Path, tmp_path: Path, harm: Callable[[Path], object], said: str
+def test_bad_checkpoints(
+    run: Run, checkpoints: Path, tmp_path: Path, harm: Callable[[Path], object], said: str
 ) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "bad")
+    shutil.copytree(checkpoints / "llama", tmp_path / "bad")
     harm(tmp_path / "bad")
     line = one_line(run("prune", "bad", "--sparsity", "0.5", "--out", "out"))
     assert said in line
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "bad"}
 
 
-def test_interrupted_folder_goes_on(
-    run: Run, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_pruning_resumes(
+    run: Run, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = "prune", folders / "llama", "--sparsity", "0.5", "--out", "out"
+    command = "prune", checkpoints / "llama", "--sparsity", "0.5", "--out", "out"
 
     def stop(self: output.Progress, facts: checkpoint.Progress) -> None:
         if facts.step == "write":
@@ -150,8 +149,8 @@ def test_interrupted_folder_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(output.Progress, "follow", stop)
         status, _, error = run(*command)
-    assert status == 130 and "the same command goes on" in error
+    assert status == 130 and "Run the same command again to resume" in error
     assert not (tmp_path / "out").exists()
     assert run(*command)[0] == 0
-    assert run("verify", "out", folders / "llama")[0] == 0
+    assert run("verify", "out", checkpoints / "llama")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "out"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import lap_ext
 from lap_ext import checkpoint
-from lap_ext.cli import models, output, parser, verbs
+from lap_ext.cli import commands, models, output, parser
 from tests.helpers.command_line import Run, dense, one_line
 
 ROOT = Path(__file__).parents[2]
@@ -73,12 +73,18 @@ def test_inspect_factory(run: Run) -> None:
         (["nets:broken"], "RuntimeError: no luck at all. Run it with --debug"),
         (["nets:bare"], "expected example inputs"),
         (["nets:bare", "--input", "1x"], "expected --input such as 1x3x224x224"),
-        (["nets:net", "--checkpoint", "no.safetensors"], "No such file (no.safetensors)"),
+        (
+            ["nets:net", "--checkpoint", "no.safetensors"],
+            "expected --checkpoint to be a file that exists, got 'no.safetensors'",
+        ),
         (["nets:net", "--checkpoint", "w.pth"], "expected --checkpoint to be a safetensors file"),
-        (["nets:net", "--checkpoint", "nets.py"], "expected a whole safetensors file"),
-        (["nowhere"], "and no such folder"),
+        (
+            ["nets:net", "--checkpoint", "nets.py"],
+            "expected --checkpoint to be a complete safetensors file",
+        ),
+        (["nowhere"], "and no such directory"),
         (["model.pt2"], "No such file or directory (model.pt2)"),
-        (["model.bin"], "can run any code when it is loaded"),
+        (["model.bin"], "can execute any code when it is loaded"),
         (["model.safetensors"], "does not say how its weights are connected"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -89,11 +95,11 @@ def test_bad_models(run: Run, tmp_path: Path, argv: list[str], said: str) -> Non
 
 
 def test_checkpoint_must_fit_strictly(run: Run, tmp_path: Path) -> None:
-    whole = dense()
+    weights = dense()
     for file, tensors, said in (
-        ("less", {k: v for k, v in whole.items() if k != "2.bias"}, "a file that lacks 2.bias."),
-        ("more", whole | {"x": torch.ones(1)}, "a file that has besides x."),
-        ("other", whole | {"2.bias": torch.ones(5)}, "size mismatch for 2.bias"),
+        ("less", {k: v for k, v in weights.items() if k != "2.bias"}, "which lacks 2.bias."),
+        ("more", weights | {"x": torch.ones(1)}, "which also has x."),
+        ("other", weights | {"2.bias": torch.ones(5)}, "size mismatch for 2.bias"),
     ):
         save_file(tensors, tmp_path / file)
         line = one_line(run("inspect", "nets:net", "--checkpoint", file))
@@ -109,10 +115,10 @@ def test_pickles_are_never_loaded(run: Run, tmp_path: Path) -> None:
 
     for name in ("m.pt2", "m.bin", "m.safetensors", "w.safetensors"):
         (tmp_path / name).write_bytes(pickle.dumps(Trap()))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    (tmp_path / "folder/pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    for argv in (["m.pt2"], ["m.bin"], ["m.safetensors"], ["folder"],
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "directory/pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    for argv in (["m.pt2"], ["m.bin"], ["m.safetensors"], ["directory"],
                  ["nets:net", "--checkpoint", "w.safetensors"]):  # fmt: skip
         one_line(run("inspect", *argv))
     one_line(run("verify", "w.safetensors", "m.safetensors"))
@@ -128,7 +134,7 @@ def test_out_must_be_new(run: Run, tmp_path: Path) -> None:
     assert run("prune", "nets:net", "--sparsity", "0.5", "--out", "out")[0] == 0  # empty: fine
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     line = one_line(run("prune", "nets:net", "--sparsity", "0.9", "--out", "out"))
-    assert "expected --out to be a new folder, got 'out'" in line
+    assert "expected --out to be a new directory, got 'out'" in line
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -179,10 +185,10 @@ def test_full_disk_under_the_weights(
 
 def test_warnings_are_lines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def warned(options: object) -> int:
-        warnings.warn("prune: one\nline", stacklevel=1)
+        warnings.warn("one\nline", stacklevel=1)
         return 0
 
-    monkeypatch.setitem(verbs.VERBS, "info", warned)  # type: ignore[arg-type]
+    monkeypatch.setitem(commands.COMMANDS, "info", warned)  # type: ignore[arg-type]
     shown = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -191,7 +197,7 @@ def test_warnings_are_lines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_of_a_factory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of the work on a module is told, the long ones with how much there is to do."""
+    """Each step of the work on a module is reported, the long ones with their total."""
     seen: list[tuple[str, int]] = []
     step, follow = output.Progress.step, output.Progress.follow
 
@@ -215,7 +221,7 @@ def test_progress_of_a_factory(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         seen.clear()
         assert run(argv[0], "nets:net", *argv[1:])[0] == 0
         texts = [
-            text for place, (text, _) in enumerate(seen) if not place or text != seen[place - 1][0]
+            text for index, (text, _) in enumerate(seen) if not index or text != seen[index - 1][0]
         ]
         assert sorted(texts) == sorted(steps)
         assert all(total for text, total in seen if text in ("measure", "rank", "count zeros"))
@@ -233,11 +239,14 @@ def test_sigterm_cleans_up(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--report", "no/out.html"], "No such folder (no)"),
+        (
+            ["--report", "no/out.html"],
+            "expected --report in a directory that exists, got 'no/out.html'",
+        ),
         (["--plot", "out.gifs"], "expected a name that ends in .png"),
-        (["--memory", "4GB"], "expected --memory with a folder only"),
+        (["--memory", "4GB"], "expected --memory with a checkpoint directory only"),
         (["--sparsity", "0.5"], "expected one --sparsity, or several of the form"),
-        (["--exclude", "conv*"], "expected exclude patterns that name a layer"),
+        (["--exclude", "conv*"], "expected --exclude patterns that name a layer"),
     ],
 )
 def test_mistakes_before_the_work(run: Run, option: list[str], said: str) -> None:
@@ -248,8 +257,8 @@ def test_mistakes_before_the_work(run: Run, option: list[str], said: str) -> Non
     ("given", "said"),
     [
         ("90%", "got '90%'. Did you mean 0.9?"),
-        ("90", "expected 0 <= sparsity <= 1"),
-        ("nan", "expected 0 <= sparsity <= 1"),
+        ("90", "expected 0 <= --sparsity <= 1"),
+        ("nan", "expected 0 <= --sparsity <= 1"),
         ("half", "got 'half'."),
         ("er_k:0.9", "got 'er_k:0.9'"),
         ("fc=0.5", "names a layer, got 'fc'"),
@@ -271,8 +280,8 @@ def test_wrong_usage_is_one_line(run: Run, argv: list[str]) -> None:
 
 def test_help_and_version(run: Run) -> None:
     assert run("--version")[:2] == (0, f"lap_ext {lap_ext.__version__}\n")
-    for verb in verbs.VERBS:
-        status, out, _ = run(verb, "--help")
+    for name in commands.COMMANDS:
+        status, out, _ = run(name, "--help")
         assert status == 0 and "--json" in out
 
 
@@ -316,7 +325,7 @@ def test_completion_scripts(run: Run, tmp_path: Path) -> None:
     assert completed("verify nets") == ["nets.py"]
     assert completed("prune ne") == ["nets.py"]
     assert completed("prune x --out ne") == ["nets.py"]
-    assert completed("inspect --un") == ["--unknown"]
+    assert completed("inspect --on") == ["--on-unsupported"]
 
 
 def test_completion_without_shtab(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +343,7 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         for second in range(1, 31):
             now[0] = second
             progress.advance(2)
-            progress.tell()
+            progress.refresh()
     assert stream.getvalue().splitlines() == [
         "read: 20%, 40 s left", "read: 40%, 30 s left", "read: 60%, 20 s left"
     ]  # fmt: skip
@@ -352,7 +361,7 @@ def test_time_left_counts_from_where_the_work_began(monkeypatch: pytest.MonkeyPa
             now[0] = second
             progress.follow(checkpoint.Progress(step, "fc", done, 100))
             if done in (40, 50):
-                progress.tell()
+                progress.refresh()
     assert stream.getvalue().splitlines() == ["measure: 40%, 15 s left", "score: 50%, 10 s left"]
 
 
@@ -368,7 +377,7 @@ def test_many_short_steps_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
             progress.follow(
                 lap_ext.progress.Progress("rank", f"layer{second // 2}", 4, 8 + second // 2)
             )
-            progress.tell()
+            progress.refresh()
     assert stream.getvalue().splitlines() == ["rank ...", "rank ..."]
 
 
@@ -386,7 +395,7 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.step("read [1]", 100)
         now[0] = 2.0
         progress.advance(50)
-        progress.tell()
+        progress.refresh()
     assert "read [1]" in stream.getvalue() and "50%" in stream.getvalue()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""lap-ext on torch.export programs: the same results as on the module, and nothing in a file runs."""
+"""lap-ext on torch.export programs: the same results as on the module; no code in a file runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_program_of_another_torch(run: Run, saved: Path, tmp_path: Path) -> No
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     line = one_line((done.returncode, done.stdout, done.stderr))
-    assert "is of a torch that torch" in line
+    assert "by a version that torch" in line
     assert run("inspect", "new.pt2")[0] == 2
 
 
@@ -93,6 +93,24 @@ def test_inputs(run: Run, saved: Path, tmp_path: Path) -> None:
     assert run("inspect", bare, "--input", "3x3x4x4")[0] == 0
     line = one_line(run("inspect", saved, "--checkpoint", "w.safetensors"))
     assert "a program has its weights" in line
+
+
+def test_positional_and_named_inputs(run: Run, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return self.b(self.a(x).relu() * scale)
+
+    inputs = (torch.ones(2, 4),), {"scale": torch.ones(1)}
+    torch.export.save(torch.export.export(Scaled().eval(), *inputs), tmp_path / "net.pt2")
+    status, out, _ = run("prune", "net.pt2", "--sparsity", "0.5", "--out", "out", "--json")
+    assert status == 0 and json.loads(out)["kept"] == 9
+    exported, module = program.load(tmp_path / "out/model.pt2")
+    assert exported.example_inputs[1].keys() == {"scale"}
+    assert module(*inputs[0], **inputs[1]).shape == (2, 2)
 
 
 def test_guards_are_kept_and_never_run(saved: Path, tmp_path: Path) -> None:
@@ -179,7 +197,9 @@ HOSTILE: dict[str, tuple[Callable[[Records], object], str]] = {
     ),
     "pickled weight": (weights(lambda x: x.update(use_pickle=True)), "the pickled tensor"),
     "use_pickle is 1": (weights(lambda x: x.update(use_pickle=1)), "the pickled tensor"),
-    "old weights": (lambda r: r.update({"data/weights/model.pt": pickled({"w": Trap()})}), "record"),
+    "old weights": (
+        lambda r: r.update({"data/weights/model.pt": pickled({"w": Trap()})}), "record"
+    ),
     "old constants": (lambda r: r.update({"data/constants/model.pt": pickled(Trap())}), "record"),
     "object": (lambda r: r.update({"data/constants/opaque_obj_0": pickle.dumps(Trap())}), "record"),
     "object in the table": (
@@ -244,9 +264,15 @@ HOSTILE: dict[str, tuple[Callable[[Records], object], str]] = {
     "argument name": (
         model(lambda f: signature(f).update(forward_arg_names=[f"x={CODE}"])), "x=open"
     ),
-    "structure": (model(lambda f: signature(f).update(in_spec=SPEC % ('"os.system"', "null"))), "in_spec"),
+    "structure": (
+        model(lambda f: signature(f).update(in_spec=SPEC % ('"os.system"', "null"))), "in_spec"
+    ),
     "structure, names": (
-        model(lambda f: signature(f).update(out_spec=SPEC % ('"builtins.dict"', json.dumps(json.dumps([CODE]))))),
+        model(
+            lambda f: signature(f).update(
+                out_spec=SPEC % ('"builtins.dict"', json.dumps(json.dumps([CODE])))
+            )
+        ),
         "out_spec",
     ),
     "structure, enum": (
@@ -258,7 +284,11 @@ HOSTILE: dict[str, tuple[Callable[[Records], object], str]] = {
         "out_spec",
     ),
     "named tuples": (
-        model(lambda f: f["graph_module"].update(treespec_namedtuple_fields={"x": {"field_names": []}})),
+        model(
+            lambda f: f["graph_module"].update(
+                treespec_namedtuple_fields={"x": {"field_names": []}}
+            )
+        ),
         "'treespec_namedtuple_fields'",
     ),
 }  # fmt: skip
@@ -273,7 +303,7 @@ def test_hostile_programs(
     edit, said = HOSTILE[case]
     edited(saved, tmp_path / "bad.pt2", edit)
     monkeypatch.setattr(torch.export, "load", lambda file: pytest.fail("it was loaded"))
-    with pytest.raises(ValueError, match="expected a program in which nothing can run") as caught:
+    with pytest.raises(ValueError, match="expected a program that cannot execute code") as caught:
         program.load(Path("bad.pt2"))
     assert said in str(caught.value) and "write a factory" in str(caught.value)
     assert not (tmp_path / "sprung").exists()

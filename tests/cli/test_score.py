@@ -30,23 +30,23 @@ def test_factory(run: Run, tmp_path: Path, normalize: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     scores = lap_ext.scores(net, torch.zeros(1, 8), normalize=normalize)
-    found = load_file(tmp_path / "s")
-    assert list(found) == list(scores)
-    assert all(torch.equal(found[name], values) for name, values in scores.items())
-    told = json.loads(out)
+    saved = load_file(tmp_path / "s")
+    assert list(saved) == list(scores)
+    assert all(torch.equal(saved[name], values) for name, values in scores.items())
+    shown = json.loads(out)
     assert status == 0
-    assert list(told) == ["model", "criterion", "normalize", "bn", "out", "layers"]
-    assert (told["model"], told["out"]) == ("nets:net", "s")
-    row = told["layers"][0]
+    assert list(shown) == ["model", "criterion", "normalize", "batch_norm", "out", "layers"]
+    assert (shown["model"], shown["out"]) == ("nets:net", "s")
+    row = shown["layers"][0]
     assert list(row) == [
-        "name", "kind", "shape", "dtype", "weights", "zeros", "quantiles", "energy"
+        "name", "kind", "shape", "dtype", "weights", "zeros", "quantiles", "squared_norm"
     ]  # fmt: skip
     assert (row["name"], row["kind"], row["shape"], row["weights"]) == ("0", "linear", [16, 8], 128)
     assert row["quantiles"]["max"] == scores["0"].max()
 
 
 def test_table(run: Run, tmp_path: Path) -> None:
-    """3 -> 2 -> 1 with a dead unit: |w| times what is behind and before it."""
+    """3 -> 2 -> 1 with a dead unit: |w| times the neighbor norms."""
     (tmp_path / "hand.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def net():\n"
@@ -66,14 +66,22 @@ def test_table(run: Run, tmp_path: Path) -> None:
 
 def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
     run("score", "nets:net", "--criterion", "magnitude", "--exclude", "0", "--out", "s")
-    found = load_file(tmp_path / "s")
-    assert list(found) == ["2"]
-    assert torch.equal(found["2"], dense()["2.weight"].abs())
+    saved = load_file(tmp_path / "s")
+    assert list(saved) == ["2"]
+    assert torch.equal(saved["2"], dense()["2.weight"].abs())
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {
             "lap_ext": lap_ext.__version__, "criterion": "magnitude", "normalize": "none",
-            "bn": "paper",
+            "batch_norm": "edge",
         }  # fmt: skip
+
+
+def test_layers_are_chosen(run: Run, tmp_path: Path) -> None:
+    assert run("score", "nets:net", "--layers", "0", "--layers", "2", "--exclude", "2")[0] == 0
+    run("score", "nets:net", "--layers", "[01]", "--out", "s")
+    assert list(load_file(tmp_path / "s")) == ["0"]
+    line = one_line(run("score", "nets:net", "--layers", "fc*"))
+    assert "expected --layers patterns that name a layer, got 'fc*'" in line
 
 
 def test_infinite_scores(run: Run, tmp_path: Path) -> None:
@@ -89,28 +97,36 @@ def test_infinite_scores(run: Run, tmp_path: Path) -> None:
     assert run("score", "odd:net")[1].splitlines()[-1].split() == ["all", "4", "0.00%", "inf"]
 
 
-# --- folders --------------------------------------------------------------------------------------
+# --- checkpoint directories -----------------------------------------------------------------------
 
 
-def test_folder_equals_the_library(run: Run, folders: Path, tmp_path: Path) -> None:
+def test_equals_the_library(run: Run, checkpoints: Path, tmp_path: Path) -> None:
     """The command passes its options on."""
-    options = {"criterion": "lookback", "normalize": "norm", "exclude": "lm_*", "bn": "off"}
-    given = [part for key, value in options.items() for part in (f"--{key}", value)]
-    command = "score", folders / "llama", *given, "--memory", "1MB", "--out", "s", "--json"
+    options = {
+        "criterion": "lookback",
+        "normalize": "norm",
+        "layers": "*",
+        "exclude": "lm_*",
+        "batch_norm": "ignore",
+    }
+    given = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
+    command = "score", checkpoints / "llama", *given, "--memory", "1MB", "--out", "s", "--json"
     status, out, error = run(*command)
     assert (status, error) == (0, "")
-    table = checkpoint.scores(folders / "llama", memory="1MB", **options).save(tmp_path / "t")
+    table = checkpoint.scores(checkpoints / "llama", memory="1MB", **options).save(tmp_path / "t")
     assert (tmp_path / "s").read_bytes() == (tmp_path / "t").read_bytes()
     assert json.loads(out)["layers"] == table.to_dict()["layers"]
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "s", "t"}
 
 
-def test_small_memory(run: Run, folders: Path, tmp_path: Path) -> None:
+def test_small_memory(run: Run, checkpoints: Path, tmp_path: Path) -> None:
     """The messages have the option's word."""
-    line = one_line(run("score", folders / "llama", "--memory", "3KB", "--out", "t"))
+    line = one_line(run("score", checkpoints / "llama", "--memory", "3KB", "--out", "t"))
     assert line.startswith("lap-ext score: expected --memory of")
     assert "(a row of layer 'model.layers.0.mlp.down_proj'" in line and "got 3,000" in line
-    line = one_line(run("score", folders / "llama", "--memory", "45KB", "--normalize", "lamp"))
+    line = one_line(run("score", checkpoints / "llama", "--memory", "45KB", "--normalize", "lamp"))
     needed = 16 * 4 * 768
     assert line.startswith(f"lap-ext score: expected --memory of more than {needed:,} bytes (all ")
     assert "got 45,000" in line
@@ -120,8 +136,8 @@ def test_small_memory(run: Run, folders: Path, tmp_path: Path) -> None:
 # --- what can go wrong ----------------------------------------------------------------------------
 
 
-def test_out_is_a_new_file_elsewhere(run: Run, folders: Path, tmp_path: Path) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "llama")
+def test_out_is_a_new_file_elsewhere(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "llama")
     before = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
     shard = next(name for name in before if name.startswith("model-00001"))
     for out, said in (
@@ -129,7 +145,7 @@ def test_out_is_a_new_file_elsewhere(run: Run, folders: Path, tmp_path: Path) ->
         ("nets.py", "expected --out to be a new file, got 'nets.py'"),
         ("llama/s", "expected --out outside of 'llama', got 'llama/s'"),
         ("llama/../llama/s", "expected --out outside of 'llama'"),
-        ("no/s", "No such folder (no)"),
+        ("no/s", "expected --out in a directory that exists, got 'no/s'"),
     ):
         assert said in one_line(run("score", "llama", "--out", out))
     assert {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()} == before
@@ -155,7 +171,7 @@ def test_nothing_half_written(
 def test_a_file_that_appears_meanwhile(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told in the words of who finds it, and stays."""
+    """It stays, and the error is the library's."""
     real = lap_ext.scores
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -177,15 +193,17 @@ def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "on the disk of 's', got 100 that are free" in line
 
 
-def test_a_folder_has_no_checkpoint_option(run: Run, folders: Path) -> None:
-    for verb in ("score", "inspect", "bench"):
-        line = one_line(run(verb, folders / "llama", "--input", "1x3"))
-        assert "expected --checkpoint and --input with a factory only" in line
-    assert "--memory with a folder only" in one_line(run("score", "nets:net", "--memory", "1GB"))
+def test_a_directory_takes_no_input(run: Run, checkpoints: Path) -> None:
+    for name in ("score", "inspect", "bench"):
+        line = one_line(run(name, checkpoints / "llama", "--input", "1x3"))
+        assert "expected --input with a factory or a program only" in line
+    assert "--memory with a checkpoint directory only" in one_line(
+        run("score", "nets:net", "--memory", "1GB")
+    )
 
 
-def test_damaged_folder(run: Run, folders: Path, tmp_path: Path) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "bad")
+def test_damaged_checkpoint(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "bad")
     change(tmp_path / "bad", "lm_head.weight", lambda w: w[0, 0].fill_(torch.nan))
     assert "finite" in one_line(run("score", "bad", "--out", "s"))
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "bad"}

@@ -20,7 +20,7 @@ double squared(double x, double scale) {
 // The documented order, element by element.
 std::vector<double> naive_rows(const Tensor& x, int64_t rows, double scale) {
   const int64_t row_size = x.size / rows;
-  std::vector<double> energies;
+  std::vector<double> squared_norms;
   for (int64_t r = 0; r < rows; ++r) {
     double total = 0;
     for (int64_t begin = 0; begin < row_size; begin += 1024) {
@@ -33,18 +33,18 @@ std::vector<double> naive_rows(const Tensor& x, int64_t rows, double scale) {
       }
       total += lane[0];
     }
-    energies.push_back(total);
+    squared_norms.push_back(total);
   }
-  return energies;
+  return squared_norms;
 }
 
 std::vector<double> naive_cols(const Tensor& x, const Layout& shape, double scale) {
   const int64_t width = shape.cols * shape.window;
   const int64_t rows = shape.rows / shape.groups;
-  std::vector<double> energies;
+  std::vector<double> squared_norms;
   for (int64_t g = 0; g < shape.groups; ++g) {
     for (int64_t c = 0; c < shape.cols; ++c) {
-      double energy = 0;
+      double squared_norm = 0;
       for (int64_t k = 0; k < shape.window; ++k) {
         double total = 0;
         for (int64_t begin = 0; begin < rows; begin += 64) {
@@ -54,12 +54,12 @@ std::vector<double> naive_cols(const Tensor& x, const Layout& shape, double scal
           }
           total += sum;
         }
-        energy += total;
+        squared_norm += total;
       }
-      energies.push_back(energy);
+      squared_norms.push_back(squared_norm);
     }
   }
-  return energies;
+  return squared_norms;
 }
 
 Status status_of(Buffer& workspace) {
@@ -67,16 +67,16 @@ Status status_of(Buffer& workspace) {
 }
 
 template <typename Launch>
-std::vector<double> energies(int64_t count,
-                             size_t workspace_bytes,
-                             const Launch& launch,
-                             Status* status = nullptr) {
+std::vector<double> squared_norms(int64_t count,
+                                  size_t workspace_bytes,
+                                  const Launch& launch,
+                                  Status* status = nullptr) {
   Buffer workspace(workspace_bytes);
-  Buffer energy(count * sizeof(double));
-  CHECK(launch(energy.as<double>(), workspace.as()) == cudaSuccess);
+  Buffer squared_norm(count * sizeof(double));
+  CHECK(launch(squared_norm.as<double>(), workspace.as()) == cudaSuccess);
   if (status != nullptr) *status = status_of(workspace);
   std::vector<double> values;
-  for (int64_t i = 0; i < count; ++i) values.push_back(energy.at<double>(i));
+  for (int64_t i = 0; i < count; ++i) values.push_back(squared_norm.at<double>(i));
   return values;
 }
 
@@ -172,31 +172,32 @@ TEST_CASE("nothing is zeroed after a run that found something wrong") {
   CHECK(w[0] == 0);
 }
 
-TEST_CASE("row energies have the documented order of additions") {
+TEST_CASE("row squared_norms have the documented order of additions") {
   for (const DType dtype : cases::kDTypes) {
     for (const int64_t row_size : {1, 9, 31, 32, 33, 300, 1024, 1025, 3000}) {
       const int64_t rows = 5;
       Tensor x(dtype, cases::normal(rows * row_size, 7 + row_size), 1);
       const Weight shape = {x.data.as(), dtype, {rows, row_size, 1, 1}};
       const double scale = row_size == 33 ? 0x1p-3 : 1;
-      const auto found = energies(rows, row_energy_workspace(shape), [&](double* e, void* space) {
-        return launch_row_energy(shape, scale, true, e, space, nullptr);
-      });
+      const auto found =
+          squared_norms(rows, row_squared_norm_workspace(shape), [&](double* e, void* space) {
+            return launch_row_squared_norms(shape, scale, true, e, space, nullptr);
+          });
       CHECK(found == naive_rows(x, rows, scale));
     }
   }
 }
 
-TEST_CASE("column energies have the documented order of additions") {
+TEST_CASE("column squared_norms have the documented order of additions") {
   for (const DType dtype : cases::kDTypes) {
     for (const int64_t rows : {1, 5, 64, 65, 200}) {
       for (const int64_t window : {1, 9}) {
         const int64_t groups = rows % 5 == 0 ? 5 : 1;
         Tensor x(dtype, cases::normal(rows * 11 * window, rows), 1);
         const Weight shape = {x.data.as(), dtype, {rows, 11, window, groups}};
-        const auto found =
-            energies(groups * 11, col_energy_workspace(shape), [&](double* e, void* space) {
-              return launch_col_energy(shape, 1.0, true, e, space, nullptr);
+        const auto found = squared_norms(
+            groups * 11, col_squared_norm_workspace(shape), [&](double* e, void* space) {
+              return launch_col_squared_norms(shape, 1.0, true, e, space, nullptr);
             });
         CHECK(found == naive_cols(x, shape.layout, 1.0));
       }
@@ -204,14 +205,14 @@ TEST_CASE("column energies have the documented order of additions") {
   }
 }
 
-TEST_CASE("energies of nothing are zero") {
+TEST_CASE("squared_norms of nothing are zero") {
   const Weight rows = {nullptr, DType::f32, {3, 0, 1, 1}};
-  CHECK(energies(3, row_energy_workspace(rows), [&](double* e, void* space) {
-          return launch_row_energy(rows, 1, true, e, space, nullptr);
+  CHECK(squared_norms(3, row_squared_norm_workspace(rows), [&](double* e, void* space) {
+          return launch_row_squared_norms(rows, 1, true, e, space, nullptr);
         }) == std::vector<double>(3, 0.0));
   const Weight cols = {nullptr, DType::f32, {0, 4, 1, 1}};
-  CHECK(energies(4, col_energy_workspace(cols), [&](double* e, void* space) {
-          return launch_col_energy(cols, 1, true, e, space, nullptr);
+  CHECK(squared_norms(4, col_squared_norm_workspace(cols), [&](double* e, void* space) {
+          return launch_col_squared_norms(cols, 1, true, e, space, nullptr);
         }) == std::vector<double>(4, 0.0));
 }
 
@@ -222,19 +223,19 @@ TEST_CASE("non-finite weights are counted, the first one found") {
     Tensor x(dtype, values);
     const Weight shape = {x.data.as(), dtype, {40, 20, 3, 1}};
     Status row = {};
-    energies(
-        40, row_energy_workspace(shape),
+    squared_norms(
+        40, row_squared_norm_workspace(shape),
         [&](double* e, void* space) {
-          return launch_row_energy(shape, 1, true, e, space, nullptr);
+          return launch_row_squared_norms(shape, 1, true, e, space, nullptr);
         },
         &row);
     CHECK(row.bad_count == 4);
     CHECK(row.first() == 777);
     Status col = {};
-    energies(
-        20, col_energy_workspace(shape),
+    squared_norms(
+        20, col_squared_norm_workspace(shape),
         [&](double* e, void* space) {
-          return launch_col_energy(shape, 1, true, e, space, nullptr);
+          return launch_col_squared_norms(shape, 1, true, e, space, nullptr);
         },
         &col);
     CHECK(col.bad_count == 4);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Energies against their definition, bit by bit.
+// Squared norms against their definition, bit by bit.
 #include "../../csrc/cpu/norms.h"
 #include "../../csrc/math/sums.h"
 #include "doctest.h"
@@ -13,7 +13,7 @@ using layers::Layout;
 
 namespace {
 
-double row_energy(const double* x, int64_t n) {
+double row_squared_norms(const double* x, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += lap::kSegment) {
     double lane[lap::kLanes] = {};
@@ -28,7 +28,7 @@ double row_energy(const double* x, int64_t n) {
   return total;
 }
 
-double column_energy(const double* x, int64_t rows, int64_t stride) {
+double column_squared_norm(const double* x, int64_t rows, int64_t stride) {
   double total = 0;
   for (int64_t begin = 0; begin < rows; begin += lap::kSegmentRows) {
     double sum = 0;
@@ -40,21 +40,23 @@ double column_energy(const double* x, int64_t rows, int64_t stride) {
   return total;
 }
 
-// The energies of rows and of columns, each from a reading of its own.
-std::vector<double> energies_apart(const Strided& x, const Layout& layout, const Pool& pool) {
-  std::vector<double> energies(layout.rows + layout.channels(), -1.0);
-  lap::cpu::row_energy(x, layout.rows, 1.0, pool, energies.data());
-  lap::cpu::col_energy(x, layout, 1.0, pool, energies.data() + layout.rows);
-  return energies;
+// The squared norms of rows and of columns, each from a reading of its own.
+std::vector<double> squared_norms_apart(const Strided& x, const Layout& layout, const Pool& pool) {
+  std::vector<double> squared_norms(layout.rows + layout.channels(), -1.0);
+  lap::cpu::row_squared_norms(x, layout.rows, 1.0, pool, squared_norms.data());
+  lap::cpu::col_squared_norms(x, layout, 1.0, pool, squared_norms.data() + layout.rows);
+  return squared_norms;
 }
 
-// Both energies from one reading, bit by bit, with so many threads each time.
-void check_energies(const Strided& x, const Layout& layout, std::initializer_list<int> threads) {
-  const std::vector<double> right = energies_apart(x, layout, lap::cpu::std_thread_pool(3));
+// Both squared norms from one reading, bit by bit, with so many threads each time.
+void check_squared_norms(const Strided& x,
+                         const Layout& layout,
+                         std::initializer_list<int> threads) {
+  const std::vector<double> right = squared_norms_apart(x, layout, lap::cpu::std_thread_pool(3));
   for (const int workers : threads) {
     std::vector<double> got(right.size(), -2.0);
     const Pool pool = lap::cpu::std_thread_pool(workers);
-    lap::cpu::energies(x, layout, pool, got.data(), got.data() + layout.rows);
+    lap::cpu::squared_norms(x, layout, pool, got.data(), got.data() + layout.rows);
     CAPTURE(layout.rows);
     CAPTURE(layout.cols);
     CAPTURE(layout.window);
@@ -72,12 +74,12 @@ TEST_CASE("a 3-4-5 row") {
   const int64_t shape[] = {1, 2};
   const int64_t stride[] = {2, 1};
   REQUIRE(lap::make_strided(x, DType::f64, 2, shape, stride, &s));
-  double energy = 0;
-  lap::cpu::row_energy(s, 1, 1.0, lap::cpu::std_thread_pool(1), &energy);
-  CHECK(energy == 25);
+  double squared_norm = 0;
+  lap::cpu::row_squared_norms(s, 1, 1.0, lap::cpu::std_thread_pool(1), &squared_norm);
+  CHECK(squared_norm == 25);
 }
 
-TEST_CASE("energies in the documented order, for every dtype, layout and thread count") {
+TEST_CASE("squared_norms in the documented order, for every dtype, layout and thread count") {
   std::mt19937_64 random(1);
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
     for (const Layout& layout : {Layout{70, 33, 9, 1}, Layout{3, 5000, 1, 1}, Layout{200, 7, 4, 4},
@@ -89,28 +91,28 @@ TEST_CASE("energies in the documented order, for every dtype, layout and thread 
       for (const int threads : {1, 3}) {
         const Pool pool = lap::cpu::std_thread_pool(threads);
         std::vector<double> row(layout.rows);
-        lap::cpu::row_energy(x, layout.rows, 1.0, pool, row.data());
+        lap::cpu::row_squared_norms(x, layout.rows, 1.0, pool, row.data());
         for (int64_t r = 0; r < layout.rows; ++r) {
-          CHECK(row[r] == row_energy(&layer.w[r * width], width));
+          CHECK(row[r] == row_squared_norms(&layer.w[r * width], width));
         }
         std::vector<double> col(layout.groups * layout.cols);
-        lap::cpu::col_energy(x, layout, 1.0, pool, col.data());
+        lap::cpu::col_squared_norms(x, layout, 1.0, pool, col.data());
         for (int64_t c = 0; c < layout.groups * layout.cols; ++c) {
           const double* first =
               &layer.w[c / layout.cols * rows * width + c % layout.cols * layout.window];
-          double energy = 0;
+          double squared_norm = 0;
           for (int64_t k = 0; k < layout.window; ++k) {
-            energy += column_energy(first + k, rows, width);
+            squared_norm += column_squared_norm(first + k, rows, width);
           }
-          CHECK(col[c] == energy);
+          CHECK(col[c] == squared_norm);
         }
       }
-      check_energies(x, layout, {1, 3});
+      check_squared_norms(x, layout, {1, 3});
     }
   }
 }
 
-TEST_CASE("both energies from one reading: around the borders of tiles, groups and waves") {
+TEST_CASE("both squared_norms from one reading: around the borders of tiles, groups and waves") {
   std::mt19937_64 random(3);
   std::vector<Layout> layouts;
   for (const int64_t rows : {1, 3, 4, 5, 63, 64, 65, 68, 129, 200}) {
@@ -133,13 +135,13 @@ TEST_CASE("both energies from one reading: around the borders of tiles, groups a
       const int64_t shape[] = {layout.rows, layout.row_size()};
       const int64_t stride[] = {1, layout.rows};
       REQUIRE(lap::make_strided(layer.memory.data(), dtype, 2, shape, stride, &turned));
-      check_energies(layer.source(nullptr).x, layout, {1, 2, 3, 8});
-      check_energies(turned, layout, {1, 2, 3, 8});
+      check_squared_norms(layer.source(nullptr).x, layout, {1, 2, 3, 8});
+      check_squared_norms(turned, layout, {1, 2, 3, 8});
     }
   }
 }
 
-TEST_CASE("both energies from one reading: a wave that ends inside a group") {
+TEST_CASE("both squared_norms from one reading: a wave that ends inside a group") {
   const Layout layout = {90 * 65, 1496, 1, 90};  // 175 segments a wave, two a group
   std::vector<float> w(layout.rows * layout.row_size());
   for (size_t p = 0; p < w.size(); ++p) w[p] = static_cast<float>(p * 2654435761 % 4194301);
@@ -147,10 +149,10 @@ TEST_CASE("both energies from one reading: a wave that ends inside a group") {
   const int64_t size = static_cast<int64_t>(w.size());
   const int64_t one = 1;
   REQUIRE(lap::make_strided(w.data(), DType::f32, 1, &size, &one, &x));
-  check_energies(x, layout, {1, 2});
+  check_squared_norms(x, layout, {1, 2});
 }
 
-TEST_CASE("both energies from one reading: every exponent, denormals and infinity") {
+TEST_CASE("both squared_norms from one reading: every exponent, denormals and infinity") {
   constexpr int64_t kSize = 0x10000;  // every pattern of the upper 16 bits, but NaNs
   std::vector<uint64_t> memory(kSize);
   for (const DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
@@ -166,6 +168,6 @@ TEST_CASE("both energies from one reading: every exponent, denormals and infinit
     Strided x;
     const int64_t one = 1;
     REQUIRE(lap::make_strided(memory.data(), dtype, 1, &kSize, &one, &x));
-    check_energies(x, {64, 1024, 1, 1}, {1});
+    check_squared_norms(x, {64, 1024, 1, 1}, {1});
   }
 }

@@ -17,7 +17,6 @@ from lap_ext import criteria
 from lap_ext.criteria.statistics.activations import active_fractions, mean_squares
 from tests.helpers import paper_formulas as cases
 
-NAMES = {"function": "prune", "criterion": "wanda"}
 DATA_CRITERIA = ("wanda", "lookahead_act", "weight_gradient")
 
 
@@ -26,12 +25,12 @@ def traced(net: nn.Module, *shape: int) -> lap_ext.Topology:
 
 
 def squares(topology: lap_ext.Topology, data: Any) -> dict[str, Tensor]:
-    found = mean_squares(topology, data, **NAMES)
+    found = mean_squares(topology, data)
     return {role.layer: x for role, x in zip(topology.roles, found, strict=True)}
 
 
 def active(topology: lap_ext.Topology, data: Any) -> dict[str, Tensor | None]:
-    found = active_fractions(topology, data, **NAMES)
+    found = active_fractions(topology, data)
     return {role.layer: x for role, x in zip(topology.roles, found, strict=True)}
 
 
@@ -95,7 +94,7 @@ class TestWanda:
         data = [torch.randn(n, 4, 6) for n in (2, 3)]
         names = ("0", "2", "4")
         topology = traced(net, 4, 6)
-        score = lap_ext.scores(net, topology, criterion="wanda", data=data)
+        score = lap_ext.scores(net, topology=topology, criterion="wanda", data=data)
         for layer, x in cases.inputs_of(net, data, *names).items():
             root = x.square().mean((0, 2)).sqrt()
             weight = net.get_parameter(f"{layer}.weight").double().abs()
@@ -383,7 +382,7 @@ class TestData:
             lap_ext.prune(cases.mlp(), torch.ones(1, 5), 0.5, criterion="wanda", data=data)
 
     def test_batches_that_do_not_fit(self) -> None:
-        with pytest.raises(ValueError, match=r"^prune: expected batches of data that the model"):
+        with pytest.raises(ValueError, match=r"^expected batches of data that the model"):
             squares(traced(cases.mlp(), 5), [torch.ones(2, 6)])
 
     def test_another_way_through_the_model(self) -> None:

@@ -68,7 +68,7 @@ def test_experts_whose_rows_are_sorted_or_picked() -> None:
         topology = traced(name)
         names = list(inspect.signature(model.forward).parameters)
         batch = {**dict(zip(names, args, strict=False)), **kwargs}
-        means = mean_squares(topology, [batch], function="prune", criterion="wanda")
+        means = mean_squares(topology, [batch])
         experts = [
             x
             for role, x in zip(topology.roles, means, strict=True)
@@ -87,7 +87,7 @@ def test_inputs_are_those_of_the_calls(name: str) -> None:
     names = list(inspect.signature(model.forward).parameters)
     batch = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args
     measured: dict[str, list[Tensor]] = {}
-    found = mean_squares(topology, [batch], function="prune", criterion="wanda")
+    found = mean_squares(topology, [batch])
     for role, x in zip(topology.roles, found, strict=True):
         if role.kind != "embedding":  # the other use of a tied weight
             measured.setdefault(role.layer, []).append(x)

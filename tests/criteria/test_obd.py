@@ -21,7 +21,6 @@ from tests.helpers import paper_formulas as cases
 needs_backpack = pytest.mark.skipif(
     find_spec("backpack") is None, reason="the extra obd is not installed"
 )
-NAMES = {"function": "prune", "criterion": "obd"}
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -46,7 +45,7 @@ class Functional(nn.Module):
 
 def diagonals(net: nn.Module, data: Batches, curvature: str = "hessian") -> dict[str, Tensor]:
     topology = lap_ext.trace(net, data[0][0][:1])
-    return hessian_diagonals(topology, data, None, curvature, **NAMES)
+    return hessian_diagonals(topology, data, None, curvature)
 
 
 def by_autograd(net: nn.Module, data: Batches, name: str) -> Tensor:
@@ -246,7 +245,7 @@ def test_batches_of_one_size() -> None:
 def test_a_loss_that_has_no_second_order() -> None:
     criterion = criteria.OBD(loss=nn.L1Loss())
     data = [(torch.ones(2, 5), torch.ones(2, 3))]
-    with pytest.raises(ValueError, match=r"prune: .* differentiate twice, got: .*L1Loss"):
+    with pytest.raises(ValueError, match=r"prune: .* differentiate twice, got .*L1Loss"):
         lap_ext.prune(cases.mlp(), torch.ones(1, 5), 0.5, criterion=criterion, data=data)
 
 
@@ -258,5 +257,5 @@ def test_batches_are_pairs() -> None:
 
 def test_without_backpack(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "backpack", None)
-    with pytest.raises(ImportError, match=r"BackPACK for criterion 'obd' .* 'lap_ext\[obd\]'"):
+    with pytest.raises(ImportError, match=r"^prune: expected the package BackPACK.*lap_ext\[obd\]"):
         lap_ext.prune(cases.mlp(), torch.ones(1, 5), 0.5, criterion="obd", data=cases.rows(3))

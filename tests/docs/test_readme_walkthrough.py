@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", reason="the walk-through uses
 pytest.importorskip("accelerate", reason="Trainer uses accelerate")
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = README.partition("## From a folder to a fine-tuned one\n")[2].partition("\n## ")[0]
+SECTION = README.partition("## From a checkpoint to a fine-tuned one\n")[2].partition("\n## ")[0]
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -52,7 +52,8 @@ def make(folder: str, data: list[dict[str, Tensor]]) -> None:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     args = transformers.TrainingArguments(
-        "dense-run", max_steps=150, learning_rate=5e-3, per_device_train_batch_size=16, use_cpu=True,
+        "dense-run", max_steps=150, learning_rate=5e-3, per_device_train_batch_size=16,
+        use_cpu=True,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     transformers.Trainer(model, args, train_dataset=data).train()

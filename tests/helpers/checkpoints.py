@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small checkpoint folders, and the same models in memory."""
+"""Small checkpoint directories, and the same models in memory."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return net.to(dtype)
 
 
-def write(folder: Path, state: dict[str, Tensor], shards: int = 2) -> Path:
-    """A folder with the tensors in so many files, an index, and a file that is no weight."""
-    folder.mkdir()
+def write(directory: Path, state: dict[str, Tensor], shards: int = 2) -> Path:
+    """Writes the tensors to so many files, with an index and a file without weights."""
+    directory.mkdir()
     state = {name: x.contiguous() for name, x in state.items()}
-    (folder / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
     if shards == 1:
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        return folder
+        save_file(state, directory / "model.safetensors", {"format": "pt"})
+        return directory
     files = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
-    table = {name: files[place * shards // len(state)] for place, name in enumerate(state)}
+    table = {name: files[index * shards // len(state)] for index, name in enumerate(state)}
     for file in files:
-        part = {name: x for name, x in state.items() if table[name] == file}
-        save_file(part, folder / file, {"format": "pt"})
+        tensors = {name: x for name, x in state.items() if table[name] == file}
+        save_file(tensors, directory / file, {"format": "pt"})
     index = {"metadata": {"total_size": 1}, "weight_map": table}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
 
 
-def change(folder: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
+def change(directory: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
     """Edits a tensor in the files of a checkpoint."""
-    for path in folder.glob("model*.safetensors"):
+    for path in directory.glob("model*.safetensors"):
         tensors = load_file(path)
         if name in tensors:
             edit(tensors[name])
@@ -60,31 +60,31 @@ def change(folder: Path, name: str, edit: Callable[[torch.Tensor], object]) -> N
 
 
 def prune(source: Path, out: Path, sparsity: Any = 0.6, **options: Any) -> Any:
-    """checkpoint.prune of network()."""
+    """Runs checkpoint.prune on network()."""
     options = {"model": network(), "example_inputs": INPUTS} | options
     return checkpoint.prune(source, out, sparsity, **options)
 
 
 def least_memory(call: Callable[[int], Any]) -> int:
-    """The smallest budget that checkpoint.prune takes, as its error says."""
+    """Reads the smallest budget that checkpoint.prune takes from its error."""
     with pytest.raises(ValueError, match=r"memory of [\d,]+ bytes or more") as caught:
         call(1)
-    found = re.search(r"memory of ([\d,]+) bytes", str(caught.value))
-    assert found
-    return int(found[1].replace(",", ""))
+    match = re.search(r"memory of ([\d,]+) bytes", str(caught.value))
+    assert match
+    return int(match[1].replace(",", ""))
 
 
-def saved(name: str, folder: Path, dtype: torch.dtype | None = None, size: str = "2KB") -> Any:
-    """A model of the zoo's transformers, saved in shards: (model as it is loaded, args, kwargs)."""
+def saved(name: str, directory: Path, dtype: torch.dtype | None = None, size: str = "2KB") -> Any:
+    """Saves a model of the zoo's transformers in shards: (the model as it is loaded, inputs)."""
     pytest.importorskip("transformers")
     (entry,) = (entry for entry in zoo.HF if entry.name == name)
     model, args, kwargs = entry.make()
-    model.to(dtype or model.dtype).save_pretrained(folder, max_shard_size=size)
-    return type(model).from_pretrained(folder, dtype="auto").eval(), args, kwargs
+    model.to(dtype or model.dtype).save_pretrained(directory, max_shard_size=size)
+    return type(model).from_pretrained(directory, dtype="auto").eval(), args or kwargs
 
 
 def check_same(out: Path, got: Any, model: nn.Module, want: lap_ext.PruneResult) -> None:
-    """The checkpoint, its masks and its table are those of the model in memory."""
+    """Checks that a checkpoint, its masks and its table are those of the model in memory."""
     assert got.masks == want.masks
     assert list(got.layers) == list(want.layers)
     assert got.criterion == want.criterion
@@ -97,6 +97,6 @@ def check_same(out: Path, got: Any, model: nn.Module, want: lap_ext.PruneResult)
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of a tensor as integers: -0.0 is not 0.0."""
+    """Views the bits of a tensor as integers: -0.0 is not 0.0."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().contiguous().view(kinds[x.element_size()])

@@ -22,7 +22,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 def everything(w_prev: Tensor, w: Tensor, w_next: Tensor) -> list[Tensor]:
     """All results of a layer, with the weights after pruning."""
-    in_norm, out_norm = lap_ext.factors(w_prev, w, w_next)
+    in_norm, out_norm = lap_ext.neighbor_norms(w_prev, w, w_next)
     scores = lap_ext.score(w_prev, w, w_next)
     masks = [lap_ext.mask(w_prev, w, w_next, s) for s in (0.5, 0.9, 0.99)]
     lists = lap_ext.topk_mask([w_prev, scores, w_next], sparsity=0.8)

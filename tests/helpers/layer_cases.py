@@ -309,7 +309,7 @@ def _bits(pattern: Tensor) -> Tensor:
 
 
 def _crowd(n: int) -> Tensor:
-    """Nearly constant: the few thousand distinct values all lie in one block of positions."""
+    """Nearly constant: the few thousand distinct values all lie next to each other."""
     x = torch.full((n,), 0.5)
     start, count = n // 3, min(4096, n - n // 3)
     x[start : start + count] = torch.randperm(count) / 8192 + 0.25

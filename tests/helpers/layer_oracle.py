@@ -4,7 +4,7 @@
 exact rank    score s = round(|w| * c), c = round(round(in) * round(out)), with 24 bits (53 for
               float64) and an unbounded exponent, as (mantissa, exponent); sort by (s desc, index).
 float score   the same |w| * c, rounded once to a float with its bounded exponent.
-energies      plain Python loops in the documented order of summation; root: Python's, of each.
+squared norms plain Python loops in the documented order of summation; root: Python's, of each.
 operators     the three layers as one dense matrix product; zero weight(s); Frobenius norm of the
               change. A convolution is unrolled by applying it to the unit vectors.
 """
@@ -53,7 +53,7 @@ def expand_norms(
     groups: int,
     transposed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The factor of each weight: two arrays of `shape`."""
+    """Expands the norms to one per weight: two arrays of `shape`."""
     r, c, *_ = np.ogrid[tuple(slice(0, n) for n in shape)]
     per_group = max(shape[0] // groups, 1)
     across = (r // per_group) * shape[1] + c  # the channel on the other side
@@ -64,7 +64,7 @@ def expand_norms(
 def _operands(
     w: Tensor, in_norm: Tensor, out_norm: Tensor, groups: int, transposed: bool
 ) -> tuple[Exact, Exact]:
-    """|w| and the product of its two factors, both in the score's precision."""
+    """Returns |w| and the product of its two norms, both in the score's precision."""
     real = np.float64 if w.dtype == torch.float64 else np.float32
     ins, outs = expand_norms(
         tuple(w.shape), in_norm.cpu().numpy(), out_norm.cpu().numpy(), groups, transposed
@@ -94,9 +94,9 @@ def float_score(
         product = np.ldexp(a.m.astype(np.float64) * b.m, e)  # float32: exact in double
         value = np.ascontiguousarray(product.astype(real))
     if real == np.float64:  # a double denormal has been rounded twice
-        for place in zip(*np.nonzero((value < 2.0**-1021) & (a.m * b.m > 0)), strict=True):
-            exact = Fraction(a.m[place]) * Fraction(b.m[place])
-            value[place] = float(exact * Fraction(2) ** int(a.e[place] + b.e[place]))
+        for index in zip(*np.nonzero((value < 2.0**-1021) & (a.m * b.m > 0)), strict=True):
+            exact = Fraction(a.m[index]) * Fraction(b.m[index])
+            value[index] = float(exact * Fraction(2) ** int(a.e[index] + b.e[index]))
     return torch.from_numpy(value)
 
 
@@ -138,16 +138,16 @@ def keep_count(sparsity: float, n: int) -> int:
     return math.floor((1 - Fraction(sparsity)) * n + Fraction(1, 2))
 
 
-# ---- energies and roots, bit for bit ---------------------------------------------------------
+# ---- squared norms and roots, bit for bit ------------------------------------------------------
 def root(x: Tensor) -> Tensor:
     """IEEE 754's square root of every entry (torch's on a CPU may be one ulp off)."""
     entries = [math.sqrt(e) if e >= 0 else math.nan for e in x.flatten().tolist()]
     return torch.tensor(entries, dtype=x.dtype).view(x.shape)
 
 
-def row_energy(weight: Tensor) -> Tensor:
+def row_squared_norms(weight: Tensor) -> Tensor:
     """Squared norms of the rows of [R, *rest]: segments of 1024, 32 lanes, a tree, in order."""
-    energies = []
+    squared_norms = []
     for row in weight.detach().cpu().double().reshape(weight.shape[0], -1).tolist():
         total = 0.0
         for start in range(0, len(row), 1024):
@@ -158,18 +158,18 @@ def row_energy(weight: Tensor) -> Tensor:
                 for k in range(half):
                     lane[k] += lane[k + half]
             total += lane[0]
-        energies.append(total)
-    return torch.tensor(energies, dtype=torch.float64)
+        squared_norms.append(total)
+    return torch.tensor(squared_norms, dtype=torch.float64)
 
 
-def col_energy(weight: Tensor, groups: int = 1) -> Tensor:
+def col_squared_norms(weight: Tensor, groups: int = 1) -> Tensor:
     """Squared norms of the columns of [G*N, C, *K]: [G*C]; segments of 64 rows, then the window."""
     full = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).tolist()
-    rows, cols, energies = len(full) // groups, weight.shape[1], []
+    rows, cols, squared_norms = len(full) // groups, weight.shape[1], []
     window = weight.shape[2:].numel()
     for g in range(groups):
         for c in range(cols):
-            energy = 0.0
+            squared_norm = 0.0
             for k in range(window):
                 total = 0.0
                 for start in range(0, rows, 64):
@@ -178,9 +178,9 @@ def col_energy(weight: Tensor, groups: int = 1) -> Tensor:
                         x = full[g * rows + n][c][k]
                         segment += x * x
                     total += segment
-                energy += total
-            energies.append(energy)
-    return torch.tensor(energies, dtype=torch.float64)
+                squared_norm += total
+            squared_norms.append(squared_norm)
+    return torch.tensor(squared_norms, dtype=torch.float64)
 
 
 # ---- the definition: distortion of a product of three operators -------------------------------
@@ -252,8 +252,8 @@ def _whole_filters(nonzeros: Tensor, channels: int) -> Tensor:
     return (per == per.amax(dim=1, keepdim=True)).reshape(-1)
 
 
-def _places(layer: Layer, index: int, size: tuple[int, ...]) -> Tensor:
-    """Where the unrolled matrix holds weight number `index`."""
+def _positions(layer: Layer, index: int, size: tuple[int, ...]) -> Tensor:
+    """Tells where the unrolled matrix holds weight number `index`."""
     one_hot = torch.zeros(layer.weight.numel(), dtype=torch.float64)
     one_hot[index] = 1
     return unroll(layer._replace(weight=one_hot.reshape(layer.weight.shape)), size) != 0
@@ -270,20 +270,21 @@ def distortions(
     """||after @ (M - M with zeros) @ before||_F for every weight of the middle layer, w's shape.
 
     Zeroed is one entry of the unrolled M, away from the border of both neighbors (nan where the
-    grid has none), or, `everywhere`, all places of the weight: that equals the score where the
-    places reach orthogonal directions, as beside a flatten with pointwise or no neighbors.
+    grid has none), or, `everywhere`, all positions of the weight: that equals the score where
+    the positions reach orthogonal directions, as beside a flatten with pointwise or no neighbors.
     """
     middle = unroll(layer, size)
     inside = _whole_filters((after != 0).sum(0), channels[1])[:, None]
     inside = inside & _whole_filters((before != 0).sum(1), channels[0])[None, :]
-    whole = after @ middle @ before
+    product = after @ middle @ before
     result = torch.full((layer.weight.numel(),), math.nan, dtype=torch.float64)
     for index in range(layer.weight.numel()):
-        places = _places(layer, index, size)
+        positions = _positions(layer, index, size)
         if not everywhere:
-            places &= inside
-            places &= torch.arange(places.numel()).reshape(places.shape) == places.int().argmax()
-        if places.any():
-            changed = after @ middle.masked_fill(places, 0) @ before
-            result[index] = torch.linalg.norm(whole - changed)
+            positions &= inside
+            order = torch.arange(positions.numel()).reshape(positions.shape)
+            positions &= order == positions.int().argmax()
+        if positions.any():
+            changed = after @ middle.masked_fill(positions, 0) @ before
+            result[index] = torch.linalg.norm(product - changed)
     return result.reshape(layer.weight.shape)

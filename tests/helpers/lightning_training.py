@@ -68,7 +68,7 @@ class Batches:
 
 
 class Watch(callbacks.Callback):
-    """Looks at the module after each batch: pruned weights are +0.0."""
+    """Checks the module after each batch: pruned weights are +0.0."""
 
     def __init__(self, pruning: PruningCallback) -> None:
         self.pruning = pruning
@@ -99,7 +99,7 @@ def watched(trainer: Any) -> list[float]:
 def written_out(
     model: nn.Module, schedule: Callable[[int], Any], masks: Any = None, *, accumulate: int = 1
 ) -> tuple[lap_ext.Masks, list[float]]:
-    """The same training by hand: (masks, norms of the gradients of what is left)."""
+    """Trains in the same way by hand: (masks, norms of the gradients of what is left)."""
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1)
     batches = list(Batches())
 
@@ -119,6 +119,6 @@ def check_no_hooks(trainer: Any, model: nn.Module) -> None:
     assert not any(p._backward_hooks for p in model.parameters())
 
 
-def checkpoints(folder: Path) -> Any:
-    """One at the end of each epoch."""
-    return callbacks.ModelCheckpoint(folder, filename="{epoch}-{sparsity:.1f}", save_top_k=-1)
+def checkpoints(directory: Path) -> Any:
+    """Saves one at the end of each epoch."""
+    return callbacks.ModelCheckpoint(directory, filename="{epoch}-{sparsity:.1f}", save_top_k=-1)

@@ -83,7 +83,7 @@ def by_hand(
     example: Any,
     clip: float,
 ) -> tuple[Masks, list[float]]:
-    """A training written out, each step its losses: (masks, norms of the gradients of what is left)."""
+    """Trains by hand, each step its losses: (masks, norms of the gradients of weights left)."""
     masks = Masks({} if masks is None else masks)
     handle = masks.keep(model, optimizer) if masks else None
     norms = []
@@ -117,11 +117,11 @@ def multiplied(model: nn.Module, masks: Masks) -> nn.Module:
 
 def in_order(model: nn.Module) -> list[nn.Parameter]:
     """Weight before bias, as in the plain model: LBFGS adds products over all of them in order."""
-    found = []
+    parameters = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            found += [module.parametrizations.weight.original, module.bias]
-    return found
+            parameters += [module.parametrizations.weight.original, module.bias]
+    return parameters
 
 
 def check_zero(model: nn.Module, masks: Masks) -> None:

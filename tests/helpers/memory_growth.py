@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much memory a process takes more while it prunes a checkpoint directory, as the kernel counts it."""
+"""How much the memory of a process grows while it prunes a checkpoint, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,37 @@ def medium() -> nn.Module:
     """Its parameters are on the meta device."""
     with torch.device("meta"):
         return nn.Sequential(
-            nn.Linear(2048, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
+            nn.Linear(2048, 4096),
+            nn.BatchNorm1d(4096),
+            nn.ReLU(),
             nn.Linear(4096, 4096),
-        )  # fmt: skip
+            nn.ReLU(),
+            nn.Linear(4096, 4096),
+        )
 
 
-def grown(net: Any, folder: str, budget: int, **options: Any) -> int | None:
-    """Bytes that the process has grown by at most while it prunes, the trace taken off."""
+def grown(net: Any, directory: str, budget: int, **options: Any) -> int | None:
+    """Measures the most bytes that the process grows by while it prunes, without the trace."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     state = {name: torch.rand(x.shape) for name, x in net.state_dict().items() if x.dim()}
-    write(Path(folder) / "dense", state)
+    write(Path(directory) / "dense", state)
     del state
     small = network()
-    write(Path(folder) / "small", small.state_dict())
-    prune(Path(folder) / "small", Path(folder) / "warm", **options)  # imports, caches, threads
+    write(Path(directory) / "small", small.state_dict())
+    prune(Path(directory) / "small", Path(directory) / "warm", **options)  # imports, threads
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
     before = status("VmRSS")
     options |= {"model": net, "example_inputs": torch.zeros(1, 2048), "memory": budget}
-    prune(Path(folder) / "dense", Path(folder) / "out", **options)
+    prune(Path(directory) / "dense", Path(directory) / "out", **options)
     return status("VmHWM") - before
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

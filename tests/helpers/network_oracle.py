@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The definition of lookahead for a whole model, by brute force; this file never imports lap_ext.
+"""The definition of lookahead for a full model, by brute force; this file never imports lap_ext.
 
-    score(w)^2 = sum over the places of w of || next @ (M - M without w) @ prev ||_F^2
+    score(w)^2 = sum over the positions of w of || next @ (M - M without w) @ prev ||_F^2
 
-M is the layer's own operator, prev all that feeds it one hop back, next all that reads it one hop on.
+M is the layer's own operator, prev is everything that feeds it within one hop, and next is
+everything that reads it within one hop.
 The model itself is run, in float64. Each call of a weighted function (linear, convolutions,
-embedding) returns a fresh leaf instead of its result, so that autograd sees exactly the way from
+embedding) returns a fresh leaf instead of its result, so that autograd sees exactly the path from
 one weighted layer to the next and finds the neighbors by itself: nothing here knows a topology.
 
-    prev   [inputs of l, ...]   d(input of l)/d(output of p) @ M_p for each call p, side by side: the
-                                inputs of the producers are independent; and
+    prev   [inputs of l, ...]   d(input of l)/d(output of p) @ M_p for each call p, side by side
+                                (the inputs of the producers are independent), and
                                 d(input of l)/d(model's input) where a skip ends there.
     next   [..., outputs of l]  M_n @ d(input of n)/d(output of l) for each call n, stacked; and
                                 d(model's output)/d(output of l).
@@ -20,10 +21,11 @@ Conventions, where a model is not linear:
     a * b (GLU, SE)             linearized with both operands at 1: d(ab) = da + db. They count as
                                 independent even if one layer makes both: the mean of the squares
                                 over da + db and da - db.
-    softmax(q k)                q k is a bilinear form of the inputs of W_q and W_k: beside `next`, q has
-                                the rows d2(q k)/dq dk @ M_k, and k likewise. The softmax itself is a
-                                fixed mixing of positions: head h reads position t - h, so that
-                                heads that share a key or value reach it at different places.
+    softmax(q k)                q k is a bilinear form of the inputs of W_q and W_k: in addition to
+                                `next`, q has the rows d2(q k)/dq dk @ M_k, and k likewise. The
+                                softmax itself is a fixed mixing of positions: head h reads position
+                                t - h, so that heads that share a key or value reach it at different
+                                positions.
     several calls of a weight   (tied, or one module called twice) squares of the calls add
 
 A weight shared by many positions counts as one entry of the unrolled operator: only one output
@@ -83,7 +85,7 @@ class Call:
     """One call of a weighted function: y = apply(x, weight), without the bias."""
 
     name: str
-    weight: Tensor  # the whole parameter, though the call may use a view of it
+    weight: Tensor  # the full parameter, though the call may use a view of it
     apply: Callable[[Tensor, Tensor], Tensor]
     x: Tensor | None  # as it came; None: the tokens of the model, the size is `one_input`'s
     one_input: tuple[int, ...]  # the shape that `apply` takes
@@ -178,8 +180,8 @@ class Recorder(TorchFunctionMode):
 
     def affine(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """A norm that does not normalize. F.layer_norm's and F.rms_norm's weight is their third."""
-        place = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.instance_norm: 3}[func]
-        weight = args[place] if len(args) > place else kwargs.get("weight")
+        index = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.instance_norm: 3}[func]
+        weight = args[index] if len(args) > index else kwargs.get("weight")
         if weight is None:
             return args[0].clone()
         if func in (F.group_norm, F.instance_norm):
@@ -212,23 +214,23 @@ class Recorder(TorchFunctionMode):
 
 def jacobians(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """d y / d leaf as a matrix [y.numel(), leaf.numel()]; zeros where y does not depend on it."""
-    found: Any = [None] * len(leaves)
+    gradients: Any = [None] * len(leaves)
     if y.requires_grad and leaves:
         units = torch.eye(y.numel(), dtype=torch.float64).reshape(-1, *y.shape)
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             y, leaves, units, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
     return [
         torch.zeros(y.numel(), leaf.numel(), dtype=torch.float64)
         if rows is None
         else rows.flatten(1)
-        for leaf, rows in zip(leaves, found, strict=True)
+        for leaf, rows in zip(leaves, gradients, strict=True)
     ]
 
 
 @dataclass
 class Run:
-    """A model cut into its calls."""
+    """A model split into its calls."""
 
     calls: list[Call]
     inputs: list[Tensor]  # leaves
@@ -268,15 +270,15 @@ class Run:
                 parts += [(way @ op).T for way, op in zip(ways, self.operators, strict=True)]
         return [part for part in parts if part.any()]
 
-    def energies(self, layer: Call) -> Tensor:
+    def squared_norms(self, layer: Call) -> Tensor:
         """The squared score of every weight of one call."""
         before, after = self.prev(layer), self.next(layer)
-        whole = layer.operator()
+        full = layer.operator()
         result = torch.zeros(layer.weight.numel(), dtype=torch.float64)
         for index in range(layer.weight.numel()):
             without = layer.weight.flatten().clone()
             without[index] = 0
-            change = whole - layer.operator(without.reshape(layer.weight.shape))
+            change = full - layer.operator(without.reshape(layer.weight.shape))
             for o, i in change.nonzero().tolist():  # after @ this entry alone @ before
                 product = torch.outer(after[:, o] * change[o, i], before[i])
                 result[index] += product.square().sum()
@@ -334,7 +336,7 @@ def distortions(
     totals: dict[str, Tensor] = {}
     for run in runs:
         for call in run.calls:
-            totals[call.name] = totals.get(call.name, 0) + run.energies(call) / len(runs)
+            totals[call.name] = totals.get(call.name, 0) + run.squared_norms(call) / len(runs)
     return {name: total.sqrt() for name, total in totals.items()}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole models in one expression, and the check of their scores against the brute-force definition."""
+"""Models in one expression, and the check of their scores against the brute-force definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RTOL = 1e-11  # the brute force subtracts two operators: some 1e-15 of their siz
 
 
 class Net(nn.Module):
-    """Named layers and the function that runs them: a whole model in one expression."""
+    """Named layers and the function that runs them: a model in one expression."""
 
     def __init__(self, rule: Callable[..., Tensor], **layers: nn.Module | nn.Parameter):
         super().__init__()
@@ -44,7 +44,7 @@ def randomized(model: nn.Module) -> nn.Module:
 def check(model: nn.Module, *inputs: Tensor, **how: Any) -> None:
     """All scores of the model against the definition."""
     expected = distortions(randomized(model), inputs, **how)
-    got = lap_ext.scores(model, inputs, criterion="lookahead", bn="paper")
+    got = lap_ext.scores(model, inputs, criterion="lookahead", batch_norm="edge")
     assert set(got) == set(expected)
     for name, score in got.items():
         wrong = (score - expected[name]).abs() > RTOL * expected[name]

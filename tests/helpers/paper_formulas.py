@@ -29,18 +29,18 @@ class Link(NamedTuple):
     positions: int = 1  # inputs of the next layer that one channel becomes
 
 
-def lookahead(chain: Sequence[Link], place: int) -> Tensor:
+def lookahead(chain: Sequence[Link], number: int) -> Tensor:
     """Scores of one layer of a chain, float64, one weight at a time."""
-    link = chain[place]
+    link = chain[number]
     weight = link.weight.detach().double()
     result = torch.zeros_like(weight)
     for index in product(*map(range, weight.shape)):
         o, i = index[:2]
         square = float(weight[index]) ** 2
-        if place > 0:
-            square *= arriving(chain[place - 1], i // chain[place - 1].positions)
-        if place + 1 < len(chain):
-            square *= reading(link, chain[place + 1], o)
+        if number > 0:
+            square *= arriving(chain[number - 1], i // chain[number - 1].positions)
+        if number + 1 < len(chain):
+            square *= reading(link, chain[number + 1], o)
         result[index] = square**0.5
     return result
 
@@ -59,13 +59,13 @@ def reading(link: Link, following: Link, channel: int) -> float:
     total = 0.0
     first = channel * link.positions
     for n, column in product(range(len(following.weight)), range(first, first + link.positions)):
-        block = following.weight[n, column].detach().double().flatten()
-        total += entry(following.active, n) * sum(float(x) ** 2 for x in block)
+        column_weights = following.weight[n, column].detach().double().flatten()
+        total += entry(following.active, n) * sum(float(x) ** 2 for x in column_weights)
     return entry(link.active, channel) * entry(link.scale, channel) ** 2 * total
 
 
-def entry(x: Tensor | None, place: int) -> float:
-    return 1.0 if x is None else float(x[place])
+def entry(x: Tensor | None, index: int) -> float:
+    return 1.0 if x is None else float(x[index])
 
 
 def bn_scale(norm: Any) -> Tensor:
@@ -92,7 +92,7 @@ def conv_net() -> nn.Sequential:
 def conv_chain(net: nn.Sequential) -> list[Link]:
     """The chain of conv_net."""
     first, second = bn_scale(net[1]), bn_scale(net[4])
-    weights = [net[place].weight for place in (0, 3, 8, 10)]
+    weights = [net[index].weight for index in (0, 3, 8, 10)]
     return [
         Link(weights[0], first),
         Link(weights[1], second, positions=4),
@@ -138,10 +138,10 @@ def outputs_of(net: nn.Module, data: Sequence[Any], *layers: str) -> dict[str, T
 def _caught(
     net: nn.Module, data: Sequence[Any], layers: Sequence[str], pick: Callable[[Any, Any], Tensor]
 ) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    caught: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         net.get_submodule(name).register_forward_hook(
-            lambda _, given, result, name=name: found[name].append(pick(given, result).clone())
+            lambda _, given, result, name=name: caught[name].append(pick(given, result).clone())
         )
         for name in layers
     ]
@@ -154,21 +154,21 @@ def _caught(
         handle.remove()
     for module, training in modes.items():
         module.training = training
-    return {name: torch.cat(parts).double() for name, parts in found.items()}
+    return {name: torch.cat(batches).double() for name, batches in caught.items()}
 
 
 def fingerprint(model: nn.Module) -> list[Any]:
-    """All of a model that scoring could change, bit by bit, and the random states."""
-    found: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
+    """What scoring could change of a model, bit by bit, and the random states."""
+    state: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
     for name, x in model.state_dict().items():
-        found.append((name, id(model.state_dict(keep_vars=True)[name]), _bits(x)))
+        state.append((name, id(model.state_dict(keep_vars=True)[name]), _bits(x)))
     for name, p in model.named_parameters():
         gradient = None if p.grad is None else (id(p.grad), _bits(p.grad))
-        found.append((name, p.requires_grad, p.grad_fn, gradient))
+        state.append((name, p.requires_grad, p.grad_fn, gradient))
     for name, module in model.named_modules():
         hooks = [len(module._forward_hooks), len(module._backward_hooks)]
-        found.append((name, module.training, sorted(vars(module)), hooks))
-    return found
+        state.append((name, module.training, sorted(vars(module)), hooks))
+    return state
 
 
 def _bits(x: Tensor) -> bytes:

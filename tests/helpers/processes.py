@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Code in a fresh interpreter, and two processes of one training (over gloo, on this machine only)."""
+"""Code in a fresh interpreter, and two processes of one training (by gloo, on this machine)."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def _process(rank: int, work: Work, folder: str) -> None:
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # DistributedDataParallel still holds the group: its threads would now and then meet an interpreter
-    # that is being taken down, and abort (pytorch issues 179291 and 190489).
+    # DistributedDataParallel still holds the group: its threads would now and then meet an
+    # interpreter that is being taken down, and abort (pytorch issues 179291 and 190489).
     os._exit(0)

@@ -26,7 +26,7 @@ def traced(name: str) -> lap_ext.Topology:
     if name in HF:
         pytest.importorskip("transformers", minversion="5")
     model, args, kwargs = ENTRIES[name].make()
-    return lap_ext.trace(model, args, kwargs)
+    return lap_ext.trace(model, args or kwargs)
 
 
 def pairs(topology: lap_ext.Topology, layer: str, producer: str) -> list[tuple[int, int]]:
@@ -58,8 +58,8 @@ def followed(topology: lap_ext.Topology) -> dict[tuple[int, int], float]:
     result: dict[tuple[int, int], float] = {}
     for edge in edges:
         scale = torch.ones(edge.here.shape) if edge.scale is None else edge.scale
-        found = zip(edge.here.tolist(), edge.there.tolist(), scale.tolist(), strict=True)
-        result |= {(here, there): factor for here, there, factor in found if factor}
+        triples = zip(edge.here.tolist(), edge.there.tolist(), scale.tolist(), strict=True)
+        result |= {(here, there): factor for here, there, factor in triples if factor}
     return result
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small networks whose channels are pruned, and what Torch-Pruning takes out of them."""
+"""Small networks whose channels are pruned, and what Torch-Pruning removes from them."""
 
 from __future__ import annotations
 
@@ -162,15 +162,15 @@ def named(x: Any) -> str:
 def group_of(model: nn.Module, x: Any, root: str, idxs: list[int] | None = None) -> Any:
     graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
     module = model.get_submodule(root)
-    host = graph.get_pruner_of_module(module)
-    idxs = list(range(host.get_out_channels(module))) if idxs is None else idxs
-    return graph.get_pruning_group(module, host.prune_out_channels, idxs)
+    pruner = graph.get_pruner_of_module(module)
+    idxs = list(range(pruner.get_out_channels(module))) if idxs is None else idxs
+    return graph.get_pruning_group(module, pruner.prune_out_channels, idxs)
 
 
-def removed_energy(
+def removed_squared_norm(
     model: Model, x: Tensor, root: str, idxs: list[int], scores: dict[str, Tensor]
 ) -> float:
-    """Of the weights that Torch-Pruning takes out of a copy, found by a number in each of them."""
+    """Sums over the weights that Torch-Pruning removes from a copy, known by a number in each."""
     other = copy.deepcopy(model)
     first = 1
     for p in other.parameters():

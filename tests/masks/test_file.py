@@ -35,7 +35,7 @@ def metadata(shapes: Any, **changes: str) -> dict[str, str]:
     return {"lap_ext": "0.1.0", "format": "1", "layers": json.dumps(shapes), **changes}
 
 
-# --- what is written --------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def test_the_bytes(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ SHAPES = [(), (1,), (0,), (3, 0, 2), (7,), (8,), (9,), (2, 2, 2), (64,), (5, 3, 
 def test_every_shape(shape: tuple[int, ...], tmp_path: Path, device: str) -> None:
     masks = Masks({"x": (torch.rand(shape) < 0.5).to(device), "y": torch.rand(3) < 0.5})
     masks.save(tmp_path / "m")
-    found = Masks.load(tmp_path / "m")
-    assert found == masks and found["x"].device.type == "cpu" and found["x"].shape == shape
+    loaded = Masks.load(tmp_path / "m")
+    assert loaded == masks and loaded["x"].device.type == "cpu" and loaded["x"].shape == shape
 
 
 @given(st.lists(st.lists(st.booleans()), max_size=4))
@@ -114,8 +114,8 @@ def test_no_layers_and_any_names(tmp_path: Path) -> None:
         Masks({"层.é \n\"'": BITS, "": BITS, "a" * 1000: ~BITS, "lap_ext": BITS, "layers": BITS}),
     ):
         masks.save(tmp_path / "m")
-        found = Masks.load(tmp_path / "m")
-        assert found == masks and list(found) == list(masks)
+        loaded = Masks.load(tmp_path / "m")
+        assert loaded == masks and list(loaded) == list(masks)
 
 
 def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# --- an interrupted save, and where files go ----------------------------------------------------------
+# --- an interrupted save, and where files go ------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, MemoryError])
@@ -150,7 +150,7 @@ def test_an_interrupted_save_leaves_the_old_file(
 
 
 def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
-    """No clean-up runs: the part stays beside, the file is the old one."""
+    """No clean-up runs: a temporary file stays, the file is the old one."""
     masks = Masks({"a": BITS})
     masks.save(tmp_path / "m")
     script = f"""
@@ -164,8 +164,8 @@ def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert Masks.load(tmp_path / "m") == masks and len(list(tmp_path.iterdir())) == 2
 
 
-def test_who_reads_meanwhile_has_one_file_whole(tmp_path: Path) -> None:
-    """The old file is replaced, not written over."""
+def test_a_concurrent_reader_has_one_complete_file(tmp_path: Path) -> None:
+    """The old file is replaced, not overwritten."""
     Masks({"a": BITS}).save(tmp_path / "m")
     old = (tmp_path / "m").read_bytes()
     with (tmp_path / "m").open("rb") as reader:
@@ -203,7 +203,7 @@ def test_loaded_masks_do_not_hang_on_the_file(tmp_path: Path) -> None:
     assert masks.kept == 4
 
 
-# --- without other packages --------------------------------------------------------------------------
+# --- without other packages -----------------------------------------------------------------------
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         Masks.load(tmp_path / "m")
     assert str(caught.value) == (
         "Masks.load: expected the safetensors package (it reads the file), got none. "
-        "Run: pip install safetensors"
+        "Run: pip install safetensors."
     )
 
 
@@ -232,16 +232,16 @@ def test_without_numpy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# --- against a model ----------------------------------------------------------------------------------
+# --- against a model ------------------------------------------------------------------------------
 
 
 def test_load_for_a_model(tmp_path: Path, device: str) -> None:
     model = cases.net().to(device)
     masks = cases.random_masks(model)
     masks.save(tmp_path / "m")
-    found = Masks.load(tmp_path / "m", model)
-    assert found == masks and {m.device.type for m in found.values()} == {device}
-    found.apply(model)
+    loaded = Masks.load(tmp_path / "m", model)
+    assert loaded == masks and {m.device.type for m in loaded.values()} == {device}
+    loaded.apply(model)
     cases.check_zero(model.cpu(), masks)
     with torch.device("meta"):
         shell = cases.net()
@@ -258,10 +258,10 @@ def rename(model: nn.Sequential) -> None:
 
 
 MISFITS: list[tuple[Callable[[nn.Sequential], None], str]] = [
-    (change_shape, "got 1 that do not:\n  'fc1': mask [8, 64], parameter [9, 64]."),
+    (change_shape, "got 1 that do not. They are:\n  'fc1': mask [8, 64], parameter [9, 64]."),
     (
         rename,
-        "got 1 that do not:\n  'fc2': the model has no such parameter.\n"
+        "got 1 that do not. They are:\n  'fc2': the model has no such parameter.\n"
         "Layers of the model without a mask: last.",
     ),
 ]

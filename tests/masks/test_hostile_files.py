@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lap_ext.errors import LapValueError
 from lap_ext.masks import Masks
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])
@@ -127,7 +128,7 @@ def test_hostile_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError) as caught:
         Masks.load("m")
     message = str(caught.value)
-    assert type(caught.value) is ValueError and text in message and len(message) < 300
+    assert isinstance(caught.value, LapValueError) and text in message and len(message) < 300
     assert message.startswith("Masks.load: expected a file written by Masks.save, got 'm': ")
     assert not Path("exploded").exists()
 

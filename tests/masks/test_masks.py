@@ -25,7 +25,7 @@ def flags(*rows: str) -> Tensor:
     return torch.tensor([[sign == "#" for sign in row] for row in rows])
 
 
-# --- a mapping with counts --------------------------------------------------------------------------
+# --- a mapping with counts ------------------------------------------------------------------------
 
 
 def test_mapping_and_counts() -> None:
@@ -108,7 +108,7 @@ def test_refused(make: Callable[[], Any], kind: type[Exception], text: str) -> N
     assert str(caught.value).startswith("Masks: expected ") and text in str(caught.value)
 
 
-# --- apply: values ----------------------------------------------------------------------------------
+# --- apply: values --------------------------------------------------------------------------------
 
 
 @each_dtype

@@ -152,7 +152,7 @@ def test_a_users_module_beside_others() -> None:
     assert scaled.gate.tolist() == [[1.0], [0.0]] and scaled.module.weight[0, 0] == 0
 
 
-# --- apply: what is refused, and nothing has changed ------------------------------------------------
+# --- apply: what is refused, and nothing has changed ----------------------------------------------
 
 
 def expand(model: nn.Sequential) -> None:
@@ -243,10 +243,12 @@ def test_apply_and_keep_refuse(break_it: Callable[[nn.Sequential], None], text: 
     optimizer = torch.optim.SGD([*model.conv.parameters(), *model.fc1.parameters()], 0.1)
     break_it(model)
     before = model.conv.weight.clone()
-    for verb in ("apply", "keep"):
+    for method in ("apply", "keep"):
         with pytest.raises(ValueError) as caught:
-            masks.apply(model) if verb == "apply" else masks.keep(model, optimizer)
-        start = f"Masks.{verb}: expected masks that fit the model, got 1 that do not:\n  "
+            masks.apply(model) if method == "apply" else masks.keep(model, optimizer)
+        start = (
+            f"Masks.{method}: expected masks that fit the model, got 1 that do not. They are:\n  "
+        )
         assert str(caught.value).startswith(start + text), str(caught.value)
     assert torch.equal(model.conv.weight, before)
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
@@ -259,7 +261,9 @@ def test_all_that_does_not_fit_is_listed() -> None:
     with pytest.raises(ValueError) as caught:
         Masks(masks).apply(model)
     lines = str(caught.value).split("\n")
-    assert lines[0] == "Masks.apply: expected masks that fit the model, got 14 that do not:"
+    assert (
+        lines[0] == "Masks.apply: expected masks that fit the model, got 14 that do not. They are:"
+    )
     assert lines[1:4] == [
         "  '1': mask [1, 2], parameter [2, 2].",
         "  '2': mask [], parameter [2, 2].",
@@ -301,7 +305,7 @@ def test_sparse_gradients_are_refused_before_the_step() -> None:
     with pytest.raises(TypeError) as caught:
         optimizer.step()
     assert str(caught.value) == (
-        "Masks.keep: expected dense gradients, got layout torch.sparse_coo for '1'. "
+        "Masks.keep, layer '1': expected dense gradients, got layout torch.sparse_coo. "
         "An Embedding needs sparse=False."
     )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

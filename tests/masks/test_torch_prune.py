@@ -204,7 +204,7 @@ def test_remove_refuses() -> None:
     with pytest.raises(ValueError) as caught:
         wrong.remove(model)
     assert str(caught.value) == (
-        "Masks.remove: expected masks that fit the model, got 3 that do not:\n"
+        "Masks.remove: expected masks that fit the model, got 3 that do not. They are:\n"
         "  'conv': mask [1, 1, 3, 3], parameter [4, 1, 3, 3].\n"
         "  'fc1': not pruned with torch.nn.utils.prune.\n"
         "  'nowhere': not pruned with torch.nn.utils.prune."

@@ -71,7 +71,7 @@ def test_moments_built_up_before(name: str) -> None:
         check_moments(model, optimizer, masks)
         cases.train(model, optimizer, data[5:])
     cases.check_zero(model, masks)
-    if name != "adafactor":  # it sees norms of the whole weight: the others do not
+    if name != "adafactor":  # it sees norms of the full weight, the others do not
         cases.train(other, plain, data[5:])
         cases.check_agree(model, other, masks)
 
@@ -213,7 +213,7 @@ def test_resumes_from_a_dense_checkpoint() -> None:
     check_moments(model, optimizer, masks)
     moment = optimizer.state[model.fc1.weight]["exp_avg"]
     assert moment[masks["fc1"]].all() and int(optimizer.state[model.fc1.weight]["step"]) == 3
-    assert all(s["exp_avg"].all() for s in checkpoint["state"].values()), "the caller's is whole"
+    assert all(s["exp_avg"].all() for s in checkpoint["state"].values()), "the caller's is complete"
 
 
 def test_accumulation_and_missing_gradients() -> None:

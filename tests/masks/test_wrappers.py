@@ -164,13 +164,13 @@ def test_tied_weights() -> None:
     assert torch.equal(model[0].weight != 0, masks["2"])
 
 
-# --- several processes --------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, directory: str) -> None:
     """One of two processes that share each batch; the first writes what both have."""
     for buckets in (False, True):  # gradients of their own, or views of the buckets
-        state: dict[str, Any] = torch.load(f"{folder}/start.pt")
+        state: dict[str, Any] = torch.load(f"{directory}/start.pt")
         model, masks = cases.net(), Masks(state["masks"])
         model.load_state_dict(state["model"])
         parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=buckets)
@@ -184,7 +184,7 @@ def worker(rank: int, folder: str) -> None:
         torch.distributed.all_gather(every, flat)
         assert torch.equal(every[0], every[1]), "the processes stay one model"
         if rank == 0:
-            torch.save(model.state_dict(), f"{folder}/end-{buckets}.pt")
+            torch.save(model.state_dict(), f"{directory}/end-{buckets}.pt")
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_two_processes(tmp_path: Path) -> None:
             assert torch.allclose(end[name], parameter, rtol=1e-4, atol=1e-6), name
 
 
-# --- a GPU --------------------------------------------------------------------------------------------
+# --- a GPU ----------------------------------------------------------------------------------------
 
 
 # torch advises against capturable=True where a step is not captured

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """score == the change of the three-layer product when one weight is zeroed, by brute force.
 
-The layers are multiplied out as dense float64 matrices (tests/helpers/layer_oracle.py). For a convolution the weight is
-one entry of its unrolled matrix, away from the border. Beside a flatten, with pointwise or no
-layers around, the shared weight itself is zeroed everywhere.
+The layers are multiplied out as dense float64 matrices (tests/helpers/layer_oracle.py). For a
+convolution the weight is one entry of its unrolled matrix, away from the border. Beside a flatten,
+with pointwise or no layers around, the shared weight itself is zeroed everywhere.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Messages are part of the interface. When an error is raised, nothing has changed
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 import lap_ext
 from lap_ext import Neighbor
+from lap_ext.errors import LapError, LapValueError, calling, in_layer
+from lap_ext.ops import reference, schema
+from tests.helpers.parameters import needs_native
 
 NAN, INF = float("nan"), float("inf")
 
@@ -36,7 +40,7 @@ READ = "w_next.shape[1] == w.shape[0] (it reads w's outputs)"
 FRACTION = "expected 0 <= sparsity <= 1 (the fraction removed), got"
 ONE_OF = "expected either sparsity (the fraction removed) or keep (the number kept), got"
 
-# (call of lap_ext, kind of error, the whole message)
+# (call of lap_ext, kind of error, its full text)
 Case = tuple[Callable[[], Any], type[Exception], str]
 
 SHAPES: list[Case] = [
@@ -59,9 +63,9 @@ SHAPES: list[Case] = [
         "[4, 3], that is 5 and 3 channels. Check that w_prev[1] is the layer next to w.",
     ),
     (
-        lambda: lap_ext.factors(None, zeros(6, 2, 3), zeros(6, 1, 3)),
+        lambda: lap_ext.neighbor_norms(None, zeros(6, 2, 3), zeros(6, 1, 3)),
         ValueError,
-        f"factors: expected {READ}, got w_next [6, 1, 3] and w [6, 2, 3], that is 1 and 6 "
+        f"neighbor_norms: expected {READ}, got w_next [6, 1, 3] and w [6, 2, 3], that is 1 and 6 "
         "channels. A depthwise or grouped neighbor needs Neighbor(weight, groups=6).",
     ),
     (
@@ -109,14 +113,14 @@ SHAPES: list[Case] = [
         "score: expected w_prev.scale [3] (one entry per shared channel), got [2].",
     ),
     (
-        lambda: lap_ext.score_from_factors(W, torch.ones(4), None),
+        lambda: lap_ext.score_from_norms(W, torch.ones(4), None),
         ValueError,
-        "score_from_factors: expected in_norm [3] (one entry per input channel of w), got [4].",
+        "score_from_norms: expected in_norm [3] (one entry per input channel of w), got [4].",
     ),
     (
-        lambda: lap_ext.mask_from_factors(W, None, torch.ones(4, 1), 0.5),
+        lambda: lap_ext.mask_from_norms(W, None, torch.ones(4, 1), 0.5),
         ValueError,
-        "mask_from_factors: expected out_norm [4] (one entry per output channel of w), got [4, 1].",
+        "mask_from_norms: expected out_norm [4] (one entry per output channel of w), got [4, 1].",
     ),
     (
         lambda: lap_ext.mask(None, W, None, 0.5, mask=zeros(3, 4, dtype=torch.bool)),
@@ -187,7 +191,8 @@ TYPES: list[Case] = [
     (
         lambda: lap_ext.topk_mask([W], 3, mask=W > 0),
         TypeError,
-        "topk_mask: expected mask to be a list of bool masks, one per tensor of scores, got Tensor.",
+        "topk_mask: expected mask to be a list of bool masks, one per tensor of scores, got "
+        "Tensor.",
     ),
     (
         lambda: lap_ext.topk_mask([W, W.half()], 3),
@@ -244,9 +249,9 @@ AMOUNTS: list[Case] = [
         "mask: expected sparsity to be a number (the fraction removed), got str.",
     ),
     (
-        lambda: lap_ext.mask_from_factors(W, None, None, keep=-1),
+        lambda: lap_ext.mask_from_norms(W, None, None, keep=-1),
         ValueError,
-        "mask_from_factors: expected keep >= 0 (the number kept), got -1.",
+        "mask_from_norms: expected keep >= 0 (the number kept), got -1.",
     ),
     (
         lambda: lap_ext.topk_mask(W, 0.5),
@@ -267,7 +272,8 @@ AMOUNTS: list[Case] = [
     (
         lambda: lap_ext.kth_largest([W, W], 25),
         ValueError,
-        "kth_largest: expected 1 <= k <= 24 (k counts from the largest of all 24 scores), got k=25.",
+        "kth_largest: expected 1 <= k <= 24 (k counts from the largest of all 24 scores), got "
+        "k=25.",
     ),
     (
         lambda: lap_ext.kth_largest(W, 0),
@@ -301,9 +307,9 @@ DEVICES: list[Case] = [
         one_device("prune_", "w_next[1]"),
     ),
     (
-        lambda: lap_ext.score_from_factors(W, meta(torch.ones(3)), None),
+        lambda: lap_ext.score_from_norms(W, meta(torch.ones(3)), None),
         ValueError,
-        one_device("score_from_factors", "in_norm"),
+        one_device("score_from_norms", "in_norm"),
     ),
     (
         lambda: lap_ext.mask(None, W, None, 0.5, mask=meta(W > 0)),
@@ -318,14 +324,14 @@ DEVICES: list[Case] = [
     (
         lambda: lap_ext.topk_mask([W, meta(W)], 5),
         ValueError,
-        "topk_mask: expected all scores to share one device (they are ranked together), got cpu for "
-        "scores[0] and meta for scores[1]. Move or convert them first.",
+        "topk_mask: expected all scores to share one device (they are ranked together), got cpu "
+        "for scores[0] and meta for scores[1]. Move or convert them first.",
     ),
 ]
 
 
 def short(x: Any) -> str:
-    """The start of a message names its test; the call and the kind add nothing."""
+    """Names a test by the start of its message."""
     return x[:50].replace("expected ", "") if isinstance(x, str) else ""
 
 
@@ -334,4 +340,144 @@ def test_message(call: Callable[[], Any], kind: type[Exception], text: str) -> N
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == text
-    assert type(caught.value) is kind
+    assert isinstance(caught.value, LapError)
+
+
+# ---- what native kernels find, in parts ----------------------------------------------------------
+PARTS = ("expected", "got", "cure", "argument", "option")
+FAR = torch.logspace(-300, 300, 5, dtype=torch.float64)
+
+
+def spoiled(*shape: int) -> Tensor:
+    """Ones, with a NaN behind the first one."""
+    x = torch.ones(shape)
+    x.view(-1)[1] = NAN
+    return x
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x.to(torch.float64)
+
+
+# (operator, arguments) that the kernels themselves find wrong, on values
+WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "weights": ("score", (spoiled(4, 3), doubles(1, 1, 1), doubles(1, 1, 1, 1), 1, False, True)),
+    "norms": ("mask", (W, doubles(1, -2, 1), doubles(1, 1, 1, 1), 3, None, 1, False, True)),
+    "infinite norms": ("score", (W, doubles(1, 1, 1), doubles(1, INF, 1, 1), 1, False, True)),
+    "pruned weights": (
+        "prune_", (spoiled(4, 3), doubles(1, 1, 1), doubles(1, 1, 1, 1), 3, None, 1, False, True),
+    ),
+    "range": ("mask", (torch.ones(5, 5), FAR, FAR.clone(), 24, None, 1, False, True)),
+    "scores": ("topk_mask", ([spoiled(3, 3)], 2, [], True)),
+    "a list of scores": ("kth_largest", ([W, spoiled(3, 3)], 2, True)),
+    "rows": ("row_squared_norms", (doubled(W) * 1e200, True, "w_prev")),
+    "columns": ("col_squared_norms", (spoiled(4, 3), 1, True, "w_next[1]")),
+}  # fmt: skip
+
+
+def failure(call: Callable[..., Any], *args: Any) -> LapError:
+    """The error of a call."""
+    with pytest.raises(LapError) as caught:
+        call(*args)
+    return caught.value
+
+
+def parts(error: LapError) -> dict[str, Any]:
+    """What an error says, without who called."""
+    return {name: getattr(error, name) for name in PARTS}
+
+
+def errors_of(case: str) -> tuple[LapError, LapError]:
+    """The errors of an operator's kernel and of the reference."""
+    op, args = WRONG[case]
+    ours = failure(schema.call, getattr(schema, op), *args)
+    return ours, failure(getattr(reference, op), *args)
+
+
+def as_arrays(x: Any) -> Any:
+    if isinstance(x, list):
+        return [as_arrays(y) for y in x]
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_parts_are_those_of_the_reference(case: str) -> None:
+    native, plain = errors_of(case)
+    assert parts(native) == parts(plain) and type(native) is type(plain) is LapValueError
+    assert native.text(named=False) == plain.text(named=False)
+    with pytest.raises(LapValueError) as caught, calling("prune"):
+        schema.call(getattr(schema, WRONG[case][0]), *WRONG[case][1])
+    assert str(caught.value) == f"prune: {plain.text(named=False)}"
+
+
+@needs_native
+@pytest.mark.parametrize("case", WRONG)
+def test_parts_of_numpy_are_those_of_the_reference(case: str) -> None:
+    from lap_ext.ops import numpy_args
+
+    op, args = WRONG[case]
+    error = failure(getattr(numpy_args.kernels, op), *map(as_arrays, args))
+    plain = failure(getattr(reference, op), *args)
+    assert {**parts(error), "argument": error.argument or None} == parts(plain)
+    assert type(error) is LapValueError and error.text() == plain.text(named=False)
+
+
+def test_a_failure_of_an_earlier_call_is_not_a_later_ones() -> None:
+    """The library keeps its last failure; other errors after it stay what they are."""
+    earlier, _ = errors_of("weights")
+
+    def other(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        schema.call(other)
+    assert type(caught.value) is RuntimeError
+    with pytest.raises(ValueError, match=r"^mine$") as mine:
+        schema.call(lambda: (_ for _ in ()).throw(ValueError("mine")))
+    assert type(mine.value) is ValueError
+    later, plain = errors_of("scores")
+    assert parts(later) == parts(plain) != parts(earlier)
+    _, args = WRONG["weights"]
+    with pytest.raises((RuntimeError, TypeError)) as wrong:  # by torch, before the kernel
+        schema.call(schema.score, *args[:-1])
+    assert not isinstance(wrong.value, LapError)
+
+
+def test_an_error_is_its_threads() -> None:
+    """Two threads fail in turns; each gets its own parts."""
+    barrier = threading.Barrier(2, timeout=60)
+    told: dict[str, list[LapError]] = {"weights": [], "rows": []}
+
+    def fail(case: str) -> None:
+        for _ in range(20):
+            barrier.wait()
+            told[case].append(errors_of(case)[0])
+
+    workers = [threading.Thread(target=fail, args=(case,)) for case in told]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for case, errors in told.items():
+        assert len(errors) == 20
+        want = parts(failure(getattr(reference, WRONG[case][0]), *WRONG[case][1]))
+        assert all(parts(error) == want for error in errors)
+
+
+def test_a_failure_in_another_thread_is_not_this_ones() -> None:
+    worker = threading.Thread(target=lambda: errors_of("weights"))
+    worker.start()
+    worker.join()
+    native, plain = errors_of("range")
+    assert parts(native) == parts(plain)
+
+
+def test_layers_of_a_call() -> None:
+    """Inside of a model the layer stands for w, and the option that only tensors have is gone."""
+    op, args = WRONG["weights"]
+    with pytest.raises(LapValueError) as caught, calling("prune"), in_layer("fc1"):
+        schema.call(getattr(schema, op), *args)
+    assert str(caught.value) == (
+        "prune: expected finite weights in layer 'fc1', got 1 non-finite values, the first at flat "
+        "index 1. Repair them."
+    )

@@ -34,7 +34,7 @@ def check_mask(w: Tensor, ins: Tensor, outs: Tensor, device: str) -> None:
     """All sparsities against the oracle."""
     order = oracle.rank_order(oracle.exact_score(w, ins, outs))
     for keep in (1, w.numel() // 10, w.numel() // 2, w.numel() * 9 // 10, w.numel() - 1):
-        got = lap_ext.mask_from_factors(w.to(device), ins.to(device), outs.to(device), keep=keep)
+        got = lap_ext.mask_from_norms(w.to(device), ins.to(device), outs.to(device), keep=keep)
         assert torch.equal(got.cpu(), oracle.first_of(order, keep, w.shape)), keep
 
 
@@ -44,8 +44,8 @@ def test_power_of_two_in_the_norms(
     powers: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
     w, ins, outs = cases.random_layer(cases.Shape("", (67, 129)), dtype)
-    expected = lap_ext.mask_from_factors(w, ins, outs, 0.8)
-    got = lap_ext.mask_from_factors(
+    expected = lap_ext.mask_from_norms(w, ins, outs, 0.8)
+    got = lap_ext.mask_from_norms(
         w.to(device), ins.to(device) * 2.0 ** powers[0], outs.to(device) * 2.0 ** powers[1], 0.8
     )
     assert torch.equal(got.cpu(), expected)
@@ -56,11 +56,11 @@ def test_power_of_two_in_the_weights(power: int, device: str) -> None:
     """Weights of 8 bits stay exact down to denormals."""
     w = torch.randint(-255, 256, (50, 90)).float()
     ins, outs = torch.rand(90, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
-    expected = lap_ext.mask_from_factors(w, ins, outs, 0.7)
+    expected = lap_ext.mask_from_norms(w, ins, outs, 0.7)
     for norm_power in (-140, 0, 120):
         scaled = (w.double() * 2.0**power).float()
         assert torch.equal(scaled.double(), w.double() * 2.0**power)
-        got = lap_ext.mask_from_factors(
+        got = lap_ext.mask_from_norms(
             scaled.to(device), ins.to(device) * 2.0**norm_power, outs.to(device), 0.7
         )
         assert torch.equal(got.cpu(), expected), norm_power
@@ -79,7 +79,7 @@ def test_power_of_two_in_the_neighbors(neighbor_power: int, device: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("spread", [10, 40, 63, 100, 150, 200])
 def test_mixed_ranges(spread: int, dtype: torch.dtype, device: str) -> None:
-    """Products of factors from far below to far above what float32 holds, in one layer."""
+    """Products of norms from far below to far above what float32 holds, in one layer."""
     w = torch.randn(70, 110, dtype=torch.float64).to(dtype)
     check_mask(w, norms(110, spread), norms(70, spread), device)
 
@@ -103,9 +103,9 @@ def test_a_smaller_product_never_wins(device: str) -> None:
     ins = torch.full((2,), 2.0**-100, dtype=torch.float64, device=device)
     big = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     outs = torch.tensor([2.0**-100], dtype=torch.float64, device=device)
-    assert lap_ext.mask_from_factors(w, ins, outs, keep=1).tolist() == [[False, True]]
+    assert lap_ext.mask_from_norms(w, ins, outs, keep=1).tolist() == [[False, True]]
     outs = torch.tensor([2.0**-100, 1.0], dtype=torch.float64, device=device)
-    got = lap_ext.mask_from_factors(big, ins, outs, keep=3)
+    got = lap_ext.mask_from_norms(big, ins, outs, keep=3)
     assert got.tolist() == [[False, True], [True, True]]
 
 
@@ -114,7 +114,9 @@ def test_float16_tiny(device: str) -> None:
     w = (torch.arange(1, 41).view(5, 8) * 2.0**-24).half()
     w_prev = (torch.arange(1, 17).view(8, 2) * 2.0**-24).half()
     w_next = (torch.arange(1, 11).view(2, 5) * 2.0**-24).half()
-    ins, outs = map(oracle.root, (oracle.row_energy(w_prev), oracle.col_energy(w_next)))
+    ins, outs = map(
+        oracle.root, (oracle.row_squared_norms(w_prev), oracle.col_squared_norms(w_next))
+    )
     exact = oracle.exact_score(w, ins, outs)
     args = [x.to(device) for x in (w_prev, w, w_next)]
     assert torch.equal(lap_ext.score(*args).cpu(), oracle.float_score(w, ins, outs))
@@ -125,12 +127,12 @@ def test_float16_tiny(device: str) -> None:
 @each_dtype
 @pytest.mark.parametrize("powers", list(itertools.product([-200, -140, 0, 130], [-90, 0, 100])))
 def test_score_is_rounded_once(powers: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """Denormal, 0 or inf where the exact score lies there, even if a factor alone leaves."""
+    """Denormal, 0 or inf where the exact score lies there, even if a norm alone leaves it."""
     w, ins, outs = cases.random_layer(cases.Shape("", (33, 65)), dtype)
     ins, outs = ins * 2.0 ** powers[0], outs * 2.0 ** powers[1]
     if dtype == torch.float32:
         w = w * torch.pow(2.0, torch.randint(-100, 100, w.shape).float())
-    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    got = lap_ext.score_from_norms(w.to(device), ins.to(device), outs.to(device))
     assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
@@ -139,7 +141,7 @@ def test_denormal_scores(device: str) -> None:
     w = (0x3F800000 | torch.randint(0, 1 << 23, (64, 1024), dtype=torch.int32)).view(torch.float32)
     ins = torch.rand(1024, dtype=torch.float64) * 2.0**-130
     outs = 1 + torch.rand(64, dtype=torch.float64)
-    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    got = lap_ext.score_from_norms(w.to(device), ins.to(device), outs.to(device))
     assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
@@ -149,8 +151,8 @@ def test_float64_is_exact_or_an_error(device: str) -> None:
     check_mask(w, norms(30, 200), norms(20, 200), device)
     ins = torch.full((30,), 1e-300, dtype=torch.float64, device=device)
     ins[0] = 1e300
-    with pytest.raises(ValueError, match=r"^mask_from_factors: .*float64's range"):
-        lap_ext.mask_from_factors(w.to(device), ins, ins[:20].clone(), keep=590)
+    with pytest.raises(ValueError, match=r"^mask_from_norms: .*float64's range"):
+        lap_ext.mask_from_norms(w.to(device), ins, ins[:20].clone(), keep=590)
 
 
 @each_dtype
@@ -162,11 +164,11 @@ def test_no_error_where_nothing_is_ranked(dtype: torch.dtype, device: str) -> No
     outs = ins[:20].clone()
     eligible = torch.rand(20, 30, device=device) < 0.5
     count = int(eligible.sum())
-    assert not lap_ext.mask_from_factors(w, ins, outs, keep=0).any()
+    assert not lap_ext.mask_from_norms(w, ins, outs, keep=0).any()
     for keep in (600, 601):
-        assert lap_ext.mask_from_factors(w, ins, outs, keep=keep).all()
+        assert lap_ext.mask_from_norms(w, ins, outs, keep=keep).all()
     for keep in (count, count + 1, 600):
-        got = lap_ext.mask_from_factors(w, ins, outs, keep=keep, mask=eligible)
+        got = lap_ext.mask_from_norms(w, ins, outs, keep=keep, mask=eligible)
         assert torch.equal(got, eligible)
 
 
@@ -179,9 +181,7 @@ def test_exact_or_an_error(spread: int, dtype: torch.dtype, device: str) -> None
     order = oracle.rank_order(oracle.exact_score(w, ins, outs))
     for keep in (1, 100, 600, 1000, 1199):
         try:
-            got = lap_ext.mask_from_factors(
-                w.to(device), ins.to(device), outs.to(device), keep=keep
-            )
+            got = lap_ext.mask_from_norms(w.to(device), ins.to(device), outs.to(device), keep=keep)
         except ValueError as error:
             assert "float64's range" in str(error)
             assert spread > 210, "4 * 210 powers of two are less than float64 spans"
@@ -193,7 +193,7 @@ def test_float64_denormal_scores(device: str) -> None:
     w = torch.rand(8, 40, dtype=torch.float64) + 0.5
     ins = (torch.rand(40, dtype=torch.float64) + 0.5) * 2.0**-700
     outs = (torch.rand(8, dtype=torch.float64) + 0.5) * 2.0**-340
-    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    got = lap_ext.score_from_norms(w.to(device), ins.to(device), outs.to(device))
     expected = oracle.float_score(w, ins, outs)
     assert torch.equal(got.cpu(), expected) and 0 < expected.max() < 2.0**-1022
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One ranking over the weights of several layers: the masks are those of all their stored scores."""
+"""One ranking over the weights of several layers: the masks are those of all their scores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext.errors import calling
 from lap_ext.ops import schema
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,8 +83,9 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     w[1][1, 0] = torch.nan
     norms = [torch.ones(2, dtype=torch.float64)] * 2, [torch.ones(3, dtype=torch.float64)] * 2
     for keep in (0, 3, 12):
-        with pytest.raises(ValueError, match=r"^f: .* in w\[1\], got 1 .* at flat index 3\."):
-            schema.call("f", schema.global_mask, w, *norms, [1, 1], keep, [], True)
+        with pytest.raises(ValueError, match=r"^prune: .* in w\[1\], got 1 .* at flat index 3\."):
+            with calling("prune"):
+                schema.call(schema.global_mask, w, *norms, [1, 1], keep, [], True)
 
 
 def net() -> Any:
@@ -119,19 +121,19 @@ def test_no_score_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "global_mask", spied)
     model: Any = net()
     lap_ext.prune(model, torch.randn(2, 9), 0.5, scope="global", apply=False)
-    weights = [model[place].weight for place in (0, 2, 4)]
+    weights = [model[index].weight for index in (0, 2, 4)]
     assert read == [[(w.data_ptr(), w.shape[0]) for w in weights]]
 
 
 @pytest.mark.parametrize("normalize", ["norm", "lamp"])
 def test_infinite_scores_are_not_normalized(normalize: str) -> None:
-    """They would be not a number, or nothing, and their layer the first to go."""
+    """They would become NaN or zero, and their layer the first to be removed."""
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight.mul_(1e30)
         model[2].weight.mul_(1e20)
     options: dict[str, Any] = {"scope": "global", "normalize": normalize}
-    with pytest.raises(ValueError, match=r"^prune: expected finite scores .* \(layer '0'\)$"):
+    with pytest.raises(ValueError, match=r"^prune, layer '0': expected finite scores for "):
         lap_ext.prune(model, torch.ones(1, 4), 0.5, **options)
     assert lap_ext.prune(model.double(), torch.ones(1, 4).double(), 0.5, **options).kept == 16
 

@@ -47,16 +47,16 @@ TABLE: list[tuple[Any, int, int]] = [
 
 @pytest.mark.parametrize(("sparsity", "n", "kept"), TABLE, ids=str)
 def test_table(sparsity: Any, n: int, kept: int) -> None:
-    assert check.keep_count("mask", sparsity, None, n) == kept
+    assert check.keep_count(sparsity, None, n) == kept
 
 
 @pytest.mark.parametrize("n", [3, 10, 1000, 2**24 + 1, 2**31 + 1, 10**12 + 7, 2**60])
 def test_every_per_mille(n: int) -> None:
     for thousandth in range(1001):
         s = thousandth / 1000
-        assert check.keep_count("mask", s, None, n) == oracle.keep_count(s, n)
+        assert check.keep_count(s, None, n) == oracle.keep_count(s, n)
         exact = Fraction(thousandth, 1000)
-        assert check.keep_count("mask", exact, None, n) == oracle.keep_count(exact, n)
+        assert check.keep_count(exact, None, n) == oracle.keep_count(exact, n)
 
 
 def test_number_types() -> None:
@@ -74,7 +74,7 @@ def test_functions_agree() -> None:
     for sparsity in (0.0, 0.123, 0.5, 0.9, 0.999, 1.0):
         kept = oracle.keep_count(sparsity, 77)
         assert int(lap_ext.mask(None, w, None, sparsity).sum()) == kept
-        assert int(lap_ext.mask_from_factors(w, None, None, sparsity).sum()) == kept
+        assert int(lap_ext.mask_from_norms(w, None, None, sparsity).sum()) == kept
         assert int(lap_ext.prune_(None, w.clone(), None, sparsity).sum()) == kept
         assert int(lap_ext.topk_mask(w, sparsity=sparsity).sum()) == kept
         parts = lap_ext.topk_mask(list(w), sparsity=sparsity)

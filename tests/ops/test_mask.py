@@ -32,9 +32,7 @@ def check(w: Tensor, ins: Tensor, outs: Tensor, shape: cases.Shape, device: str)
     for layout in cases.layouts_of(w.dim()):
         laid = cases.LAYOUTS[layout](w.to(device))
         for keep in keeps(w.numel()):
-            got = lap_ext.mask_from_factors(
-                laid, ins.to(device), outs.to(device), keep=keep, **kinds
-            )
+            got = lap_ext.mask_from_norms(laid, ins.to(device), outs.to(device), keep=keep, **kinds)
             assert got.dtype == torch.bool and got.is_contiguous() and got.device == laid.device
             assert torch.equal(got.cpu(), oracle.rank_mask(exact, keep)), (layout, keep)
 
@@ -53,8 +51,8 @@ def test_worked_by_hand(device: str) -> None:
     rank = [(1, 1), (0, 0), (0, 1), (1, 0)]
     for keep in range(6):
         expected = torch.zeros(2, 2, dtype=torch.bool)
-        for place in rank[:keep]:
-            expected[place] = True
+        for index in rank[:keep]:
+            expected[index] = True
         assert torch.equal(lap_ext.mask(w_prev, w, w_next, keep=keep).cpu(), expected)
     assert lap_ext.mask(w_prev, w, w_next, 0.5).tolist() == [[True, False], [False, True]]
     assert lap_ext.mask(w_prev, w, w_next, sparsity=0.75).sum() == 1
@@ -72,7 +70,7 @@ def test_sizes_and_threads(threads: int, dtype: torch.dtype) -> None:
             exact = oracle.exact_score(w, ins, outs)
             order = oracle.rank_order(exact)
             for keep in keeps(n) if n < 5000 else (n // 10,):
-                got = lap_ext.mask_from_factors(w, ins, outs, keep=keep)
+                got = lap_ext.mask_from_norms(w, ins, outs, keep=keep)
                 assert torch.equal(got, oracle.first_of(order, keep, w.shape)), (w.shape, keep)
 
 
@@ -85,7 +83,7 @@ def test_hostile_data(name: str, dtype: torch.dtype, device: str) -> None:
         for norm in (ins, torch.ones_like(ins)):
             exact = oracle.exact_score(w, norm, outs)
             for sparsity in (0.5, 0.9):
-                got = lap_ext.mask_from_factors(
+                got = lap_ext.mask_from_norms(
                     w.to(device), norm.to(device), outs.to(device), sparsity
                 )
                 expected = oracle.rank_mask(exact, oracle.keep_count(sparsity, w.numel()))
@@ -100,7 +98,7 @@ def test_eligible(dtype: torch.dtype, device: str) -> None:
     for share in (0.0, 0.01, 0.5, 0.99, 1.0):
         eligible = torch.rand(w.shape) < share
         for keep in keeps(w.numel()):
-            got = lap_ext.mask_from_factors(
+            got = lap_ext.mask_from_norms(
                 w.to(device), ins.to(device), outs.to(device), keep=keep, mask=eligible.to(device)
             ).cpu()
             assert not (got & ~eligible).any()
@@ -116,7 +114,7 @@ def test_eligible_of_any_layout(device: str) -> None:
         laid = cases.LAYOUTS[w_layout](w.to(device))
         for name in ("transposed", "channels_last", "reversed_strides"):
             given = cases.LAYOUTS[name](eligible.to(device))
-            got = lap_ext.mask_from_factors(
+            got = lap_ext.mask_from_norms(
                 laid, ins.to(device), outs.to(device), keep=70, mask=given
             )
             assert torch.equal(got.cpu(), expected), (w_layout, name)
@@ -154,6 +152,6 @@ def test_large(shape: tuple[int, ...], sparsity: float, threads: int) -> None:
     torch.set_num_threads(threads)
     w, ins, outs, order = large(shape)
     expected = oracle.first_of(order, oracle.keep_count(sparsity, w.numel()), shape)
-    assert torch.equal(lap_ext.mask_from_factors(w, ins, outs, sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(w, ins, outs, sparsity), expected)
     last = cases.LAYOUTS["channels_last" if w.dim() == 4 else "transposed"](w)
-    assert torch.equal(lap_ext.mask_from_factors(last, ins, outs, sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(last, ins, outs, sparsity), expected)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Native == reference, bit for bit, op by op.
 
-Each op is called once through the dispatcher and once as its pure-PyTorch twin. (Both also meet the
-oracles elsewhere; here a difference names the op and not the layer.)
+Each op is called once through the dispatcher and once as its reference in plain PyTorch. (Both also
+meet the oracles elsewhere; here a difference names the op and not the layer.)
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ def moved(x: Any, device: str) -> Any:
 
 
 def both(op: str, device: str, *args: Any) -> None:
-    """The native kernel on the device against the twin on the CPU."""
+    """The native kernel on the device against the reference on the CPU."""
     native = getattr(OPS, op)(*moved(list(args), device))
-    twin = getattr(reference, op)(*args)
-    one_by_one = (
-        [(native, twin)] if isinstance(twin, Tensor) else list(zip(native, twin, strict=True))
-    )
-    for got, expected in one_by_one:
+    plain = getattr(reference, op)(*args)
+    pairs = [(native, plain)] if isinstance(plain, Tensor) else zip(native, plain, strict=True)
+    for got, expected in pairs:
         assert got.dtype == expected.dtype and got.shape == expected.shape
         assert got.is_contiguous()
         assert torch.equal(got.cpu(), expected), op
@@ -43,12 +41,12 @@ def both(op: str, device: str, *args: Any) -> None:
 
 @each_dtype
 @SHAPE_IDS
-def test_energies(shape: cases.Shape, dtype: torch.dtype, device: str) -> None:
+def test_squared_norms(shape: cases.Shape, dtype: torch.dtype, device: str) -> None:
     w, *_ = cases.random_layer(shape, dtype)
     for layout in cases.layouts_of(w.dim()):
         laid = cases.LAYOUTS[layout](w)
-        both("row_energy", device, laid, True, "w_prev")
-        both("col_energy", device, laid, shape.groups, True, "w_next")
+        both("row_squared_norms", device, laid, True, "w_prev")
+        both("col_squared_norms", device, laid, shape.groups, True, "w_next")
 
 
 @each_dtype
@@ -82,7 +80,7 @@ def test_hostile_data(name: str, threads: int) -> None:
 
 @each_dtype
 def test_not_finite_and_unchecked(dtype: torch.dtype, device: str) -> None:
-    """check_finite=False: NaN and inf rank by their bits without the sign, as in the twin."""
+    """check_finite=False: NaN and inf rank by their bits without the sign, as in the reference."""
     w = torch.randn(33, 65, dtype=torch.float64).to(dtype)
     w[3, 4:7], w[20, 1], w[32, 64] = float("inf"), -float("inf"), float("nan")
     ins, outs = torch.rand(65, dtype=torch.float64), torch.rand(33, dtype=torch.float64) + 0.1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The native library is loaded; without it the other tests would compare a twin with itself.
+"""The native library is loaded; without it the other tests would compare the reference with itself.
 
 LAP_EXT_BUILD=pure or LAP_EXT_NATIVE=0 say that the fallback is wanted; only then does this skip.
 """
@@ -19,7 +19,15 @@ from tests.helpers.processes import run_python
 
 PACKAGE = Path(lap_ext.__file__).parent
 LEVELS = ("baseline", "v3", "v4")
-OPS = ["row_energy", "col_energy", "score", "mask", "prune_", "topk_mask", "kth_largest"]
+OPS = [
+    "row_squared_norms",
+    "col_squared_norms",
+    "score",
+    "mask",
+    "prune_",
+    "topk_mask",
+    "kth_largest",
+]
 
 
 @needs_native

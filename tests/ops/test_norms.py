@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""factors: the sums of squares are added in the documented order, bit for bit.
+"""neighbor_norms: the sums of squares are added in the documented order, bit for bit.
 
-in_norm = sqrt(row energy of a plain producer), out_norm = sqrt(column energy of a plain consumer);
+in_norm = sqrt(row squared norm of a plain producer),
+out_norm = sqrt(column squared norm of a plain consumer);
 a transposed convolution swaps the two. The oracle adds in plain Python loops.
 """
 
@@ -30,7 +31,7 @@ def as_producer(weight: Tensor, **kwargs: object) -> Tensor:
     groups = int(kwargs.get("groups", 1))
     channels = weight.shape[1] * groups if kwargs.get("transposed") else weight.shape[0]
     w = torch.zeros(1, channels, device=weight.device)
-    return lap_ext.factors(neighbor, w, None)[0]
+    return lap_ext.neighbor_norms(neighbor, w, None)[0]
 
 
 def as_consumer(weight: Tensor, **kwargs: object) -> Tensor:
@@ -39,19 +40,19 @@ def as_consumer(weight: Tensor, **kwargs: object) -> Tensor:
     groups = int(kwargs.get("groups", 1))
     channels = weight.shape[0] if kwargs.get("transposed") else weight.shape[1] * groups
     w = torch.zeros(channels, 1, device=weight.device)
-    return lap_ext.factors(None, w, neighbor)[1]
+    return lap_ext.neighbor_norms(None, w, neighbor)[1]
 
 
-def same(got: Tensor, energy: Tensor) -> bool:
-    """Bits of a norm against an energy of the oracle."""
-    return got.dtype == torch.float64 and torch.equal(got.cpu(), oracle.root(energy))
+def same(got: Tensor, squared_norm: Tensor) -> bool:
+    """Bits of a norm against an squared norm of the oracle."""
+    return got.dtype == torch.float64 and torch.equal(got.cpu(), oracle.root(squared_norm))
 
 
 @each_dtype
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_rows_in_order(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
-    expected = oracle.row_energy(weight)
+    expected = oracle.row_squared_norms(weight)
     assert same(as_producer(weight.to(device)), expected)
     assert same(as_consumer(weight.to(device), transposed=True), expected)
 
@@ -60,7 +61,7 @@ def test_rows_in_order(shape: tuple[int, ...], dtype: torch.dtype, device: str) 
 @pytest.mark.parametrize("shape", COLS, ids=str)
 def test_columns_in_order(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
-    expected = oracle.col_energy(weight)
+    expected = oracle.col_squared_norms(weight)
     assert same(as_consumer(weight.to(device)), expected)
     assert same(as_producer(weight.to(device), transposed=True), expected)
 
@@ -68,7 +69,7 @@ def test_columns_in_order(shape: tuple[int, ...], dtype: torch.dtype, device: st
 @pytest.mark.parametrize("shape", WINDOWS, ids=str)
 def test_windows_and_layouts(shape: tuple[int, ...], device: str) -> None:
     weight = torch.randn(shape)
-    rows, cols = oracle.row_energy(weight), oracle.col_energy(weight)
+    rows, cols = oracle.row_squared_norms(weight), oracle.col_squared_norms(weight)
     for name in cases.layouts_of(len(shape)):
         laid = cases.LAYOUTS[name](weight.to(device))
         assert torch.equal(laid.cpu(), weight), name
@@ -79,19 +80,19 @@ def test_windows_and_layouts(shape: tuple[int, ...], device: str) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_groups(groups: int, device: str) -> None:
     weight = torch.randn(groups * 67, 5, 3)
-    expected = oracle.col_energy(weight, groups)
+    expected = oracle.col_squared_norms(weight, groups)
     assert same(as_consumer(weight.to(device), groups=groups), expected)
     assert same(as_producer(weight.to(device), groups=groups, transposed=True), expected)
-    rows = oracle.row_energy(weight)
+    rows = oracle.row_squared_norms(weight)
     assert same(as_producer(weight.to(device), groups=groups), rows)
     assert same(as_consumer(weight.to(device), groups=groups, transposed=True), rows)
 
 
 @cache
 def large(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, row energies, column energies), enough for several threads."""
+    """(weight, row squared norms, column squared norms), enough for several threads."""
     weight = torch.randn(shape)
-    return weight, oracle.row_energy(weight), oracle.col_energy(weight)
+    return weight, oracle.row_squared_norms(weight), oracle.col_squared_norms(weight)
 
 
 @each_threads
@@ -107,36 +108,37 @@ def test_order_is_felt() -> None:
     """The data above would not pass by luck: another order gives other bits."""
     weight = torch.randn(1, 1025, dtype=torch.float64)
     one_by_one = sum(x * x for x in weight[0].tolist())
-    assert oracle.row_energy(weight).item() != one_by_one
+    assert oracle.row_squared_norms(weight).item() != one_by_one
     weight = torch.randn(700, 1, dtype=torch.float64)
-    assert oracle.col_energy(weight).item() != sum(x * x for x in weight[:, 0].tolist())
+    assert oracle.col_squared_norms(weight).item() != sum(x * x for x in weight[:, 0].tolist())
 
 
 def test_flatten_and_scale_order(device: str) -> None:
-    """The scale multiplies the energy as scale * scale; a flatten repeats or joins channels."""
+    """The squared norm is multiplied by scale * scale; a flatten repeats or joins channels."""
     w_prev, a = torch.randn(6, 40, 3), torch.randn(6)
     squared = a.double() * a.double()
     neighbor = lap_ext.Neighbor(w_prev.to(device), scale=a.to(device))
     w = torch.zeros(1, 6 * 5, device=device)
-    expected = (oracle.row_energy(w_prev) * squared).repeat_interleave(5)
-    assert same(lap_ext.factors(neighbor, w, None)[0], expected)
+    expected = (oracle.row_squared_norms(w_prev) * squared).repeat_interleave(5)
+    assert same(lap_ext.neighbor_norms(neighbor, w, None)[0], expected)
     w_next, out = torch.randn(70, 6 * 5), torch.zeros(6, 2, 3, device=device)
     neighbor = lap_ext.Neighbor(w_next.to(device), scale=a.to(device))
-    expected = oracle.col_energy(w_next.reshape(70, 6, 5)) * squared
-    assert same(lap_ext.factors(None, out, neighbor)[1], expected)
+    expected = oracle.col_squared_norms(w_next.reshape(70, 6, 5)) * squared
+    assert same(lap_ext.neighbor_norms(None, out, neighbor)[1], expected)
     fine = torch.randn(6 * 5, 70)
     conv = torch.zeros(1, 6, 3, device=device)
     assert same(
-        lap_ext.factors(fine.to(device), conv, None)[0], oracle.row_energy(fine.view(6, -1))
+        lap_ext.neighbor_norms(fine.to(device), conv, None)[0],
+        oracle.row_squared_norms(fine.view(6, -1)),
     )
 
 
 def test_several_add_in_their_order(device: str) -> None:
     sources = [torch.randn(7, n, dtype=torch.float64) for n in (3, 50, 9)]
-    energies = [oracle.row_energy(x) for x in sources]
+    squared_norms = [oracle.row_squared_norms(x) for x in sources]
     w = torch.zeros(1, 7, dtype=torch.float64, device=device)
-    got = lap_ext.factors([x.to(device) for x in sources] + [lap_ext.IDENTITY], w, None)[0]
-    assert same(got, ((energies[0] + energies[1]) + energies[2]) + 1.0)
+    got = lap_ext.neighbor_norms([x.to(device) for x in sources] + [lap_ext.IDENTITY], w, None)[0]
+    assert same(got, ((squared_norms[0] + squared_norms[1]) + squared_norms[2]) + 1.0)
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (4, 3, 0), (0, 4)], ids=str)
@@ -155,5 +157,5 @@ def test_extremes_do_not_overflow(dtype: torch.dtype, device: str) -> None:
         top, low = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal / 4
         weight = torch.tensor([[top, top], [low, 0.0]], dtype=dtype)
     got = as_producer(weight.to(device))
-    assert same(got, oracle.row_energy(weight))
+    assert same(got, oracle.row_squared_norms(weight))
     assert torch.isfinite(got).all() and (got > 0).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""inf, NaN and overflow: an error with the tensor's name, count and first index; nothing changes."""
+"""inf, NaN and overflow: an error with the tensor's name, count, first index; nothing changes."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_in_a_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["score", "mask", "prune"])
-def test_in_factors(function: str, device: str) -> None:
+def test_in_norms(function: str, device: str) -> None:
     w = torch.ones(2, 3, device=device)
     call = {
-        "score": lap_ext.score_from_factors,
-        "mask": lambda *args: lap_ext.mask_from_factors(*args, keep=3),
-        "prune": lambda *args: lap_ext.prune_from_factors_(*args, keep=3),
+        "score": lap_ext.score_from_norms,
+        "mask": lambda *args: lap_ext.mask_from_norms(*args, keep=3),
+        "prune": lambda *args: lap_ext.prune_from_norms_(*args, keep=3),
     }[function]
-    name = f"{function}_from_factors{'_' if function == 'prune' else ''}"
+    name = f"{function}_from_norms{'_' if function == 'prune' else ''}"
     for value, shown in ((NAN, "nan"), (INF, "inf"), (-2.0, "-2")):
         ins = torch.tensor([1.0, value, value], device=device)
         text = raised(call, w, ins, None)
@@ -99,11 +99,11 @@ def test_in_factors(function: str, device: str) -> None:
 def test_count_and_first_of_many(n: int, threads: int) -> None:
     """The first index does not depend on which thread meets it."""
     torch.set_num_threads(threads)
-    for places in ({0}, {n - 1}, {n // 2, n - 1}, set(range(n // 3, n // 3 + 1 + n // 5))):
+    for indices in ({0}, {n - 1}, {n // 2, n - 1}, set(range(n // 3, n // 3 + 1 + n // 5))):
         w = torch.ones(1, n)
-        w[0, sorted(places)] = INF
+        w[0, sorted(indices)] = INF
         text = raised(lap_ext.mask, None, w, None, 0.5)
-        assert text == message("mask", "w", len(places), min(places))
+        assert text == message("mask", "w", len(indices), min(indices))
 
 
 @each_dtype
@@ -149,8 +149,8 @@ def test_prune_that_fails_changes_nothing(device: str) -> None:
         lambda: lap_ext.prune_(torch.ones(51, 2, device=device), w, None, 0.5),
         lambda: lap_ext.prune_(None, w, None, 0.5, mask=w[:1] > 0),
         lambda: lap_ext.prune_(torch.full((50, 1), NAN, device=device), w, None, 0.5),
-        lambda: lap_ext.prune_from_factors_(w, -torch.ones(50, device=device), None, 0.5),
-        lambda: lap_ext.prune_from_factors_(w, span, span[:40].clone(), keep=1900),
+        lambda: lap_ext.prune_from_norms_(w, -torch.ones(50, device=device), None, 0.5),
+        lambda: lap_ext.prune_from_norms_(w, span, span[:40].clone(), keep=1900),
     ]
     for call in bad:
         with pytest.raises(ValueError):

@@ -39,7 +39,7 @@ SHARE = st.floats(0, 1)
 def test_mask_is_the_exact_rank(layer: tuple[Tensor, ...], sparsity: float) -> None:
     w, ins, outs = layer
     keep = oracle.keep_count(sparsity, w.numel())
-    got = lap_ext.mask_from_factors(w, ins, outs, sparsity)
+    got = lap_ext.mask_from_norms(w, ins, outs, sparsity)
     assert torch.equal(got, oracle.rank_mask(oracle.exact_score(w, ins, outs), keep))
     assert int(got.sum()) == keep
 
@@ -48,17 +48,17 @@ def test_mask_is_the_exact_rank(layer: tuple[Tensor, ...], sparsity: float) -> N
 def test_score_is_the_exact_score(layer: tuple[Tensor, ...]) -> None:
     w, ins, outs = layer
     expected = oracle.float_score(w, ins, outs)
-    assert torch.equal(lap_ext.score_from_factors(w, ins, outs), expected)
+    assert torch.equal(lap_ext.score_from_norms(w, ins, outs), expected)
 
 
 @given(MILD, st.integers(-100, 100), SHARE)
 def test_scaling_by_a_power_of_two(layer: tuple[Tensor, ...], k: int, sparsity: float) -> None:
     w, ins, outs = layer
-    expected = lap_ext.mask_from_factors(w, ins, outs, sparsity)
-    assert torch.equal(lap_ext.mask_from_factors(w * 2.0**k, ins, outs, sparsity), expected)
-    assert torch.equal(lap_ext.mask_from_factors(w, ins * 2.0**k, outs, sparsity), expected)
-    scaled = lap_ext.score_from_factors(w * 2.0**k, ins, outs)
-    assert torch.equal(scaled, lap_ext.score_from_factors(w, ins, outs) * 2.0**k)
+    expected = lap_ext.mask_from_norms(w, ins, outs, sparsity)
+    assert torch.equal(lap_ext.mask_from_norms(w * 2.0**k, ins, outs, sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(w, ins * 2.0**k, outs, sparsity), expected)
+    scaled = lap_ext.score_from_norms(w * 2.0**k, ins, outs)
+    assert torch.equal(scaled, lap_ext.score_from_norms(w, ins, outs) * 2.0**k)
 
 
 @given(MILD, st.randoms(use_true_random=False))
@@ -67,15 +67,15 @@ def test_permuted_channels_permute_scores(layer: tuple[Tensor, ...], random: Any
     rows, cols = list(range(w.shape[0])), list(range(w.shape[1]))
     random.shuffle(rows)
     random.shuffle(cols)
-    got = lap_ext.score_from_factors(w[rows][:, cols], ins[cols], outs[rows])
-    assert torch.equal(got, lap_ext.score_from_factors(w, ins, outs)[rows][:, cols])
+    got = lap_ext.score_from_norms(w[rows][:, cols], ins[cols], outs[rows])
+    assert torch.equal(got, lap_ext.score_from_norms(w, ins, outs)[rows][:, cols])
 
 
 @given(MILD, SHARE)
 def test_mask_is_topk_of_score(layer: tuple[Tensor, ...], sparsity: float) -> None:
     w, ins, outs = layer
-    scores = lap_ext.score_from_factors(w, ins, outs)
-    got = lap_ext.mask_from_factors(w, ins, outs, sparsity)
+    scores = lap_ext.score_from_norms(w, ins, outs)
+    got = lap_ext.mask_from_norms(w, ins, outs, sparsity)
     assert torch.equal(got, lap_ext.topk_mask(scores, sparsity=sparsity))
     kept, dropped = scores[got], scores[~got]
     if kept.numel() and dropped.numel():
@@ -86,8 +86,8 @@ def test_mask_is_topk_of_score(layer: tuple[Tensor, ...], sparsity: float) -> No
 @given(layers(), SHARE, SHARE)
 def test_more_sparsity_keeps_a_subset(layer: tuple[Tensor, ...], a: float, b: float) -> None:
     less, more = sorted((a, b))
-    wide = lap_ext.mask_from_factors(*layer, less)
-    narrow = lap_ext.mask_from_factors(*layer, more)
+    wide = lap_ext.mask_from_norms(*layer, less)
+    narrow = lap_ext.mask_from_norms(*layer, more)
     assert not (narrow & ~wide).any()
 
 
@@ -97,9 +97,9 @@ def test_pruning_twice(layer: tuple[Tensor, ...], first: float, second: float) -
     w, ins, outs = layer
     w = w.clone()
     before = w.clone()
-    alive = lap_ext.prune_from_factors_(w, ins, outs, first)
+    alive = lap_ext.prune_from_norms_(w, ins, outs, first)
     assert torch.equal(w, before * alive) and not torch.signbit(w[~alive]).any()
-    again = lap_ext.prune_from_factors_(w, ins, outs, second, mask=alive)
+    again = lap_ext.prune_from_norms_(w, ins, outs, second, mask=alive)
     assert not (again & ~alive).any()
     keep = oracle.keep_count(second, w.numel())
     assert int(again.sum()) == min(keep, int(alive.sum()))
@@ -109,7 +109,7 @@ def test_pruning_twice(layer: tuple[Tensor, ...], first: float, second: float) -
 def test_keep_count_is_exact(sparsity: float, n: int) -> None:
     from lap_ext.ops import check
 
-    assert check.keep_count("mask", sparsity, None, n) == oracle.keep_count(sparsity, n)
+    assert check.keep_count(sparsity, None, n) == oracle.keep_count(sparsity, n)
 
 
 @given(

@@ -36,7 +36,7 @@ def test_shapes_and_layouts(shape: cases.Shape, dtype: torch.dtype, device: str)
         for keep in {0, 1, w.numel() // 2, w.numel() - 1, w.numel(), w.numel() + 1}:
             laid = cases.LAYOUTS[layout](w.to(device).clone())
             strides = laid.stride()
-            got = lap_ext.prune_from_factors_(
+            got = lap_ext.prune_from_norms_(
                 laid, ins.to(device), outs.to(device), keep=keep, **kinds
             )
             mask = oracle.rank_mask(exact, keep)
@@ -65,7 +65,7 @@ def test_eligible(dtype: torch.dtype, device: str) -> None:
     eligible = torch.rand(w.shape) < 0.3
     for keep in (0, 10, 1000, 3000):
         laid = w.to(device).clone()
-        got = lap_ext.prune_from_factors_(
+        got = lap_ext.prune_from_norms_(
             laid, ins.to(device), outs.to(device), keep=keep, mask=eligible.to(device)
         )
         expected = oracle.rank_mask(exact, keep, eligible)

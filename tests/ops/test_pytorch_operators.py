@@ -19,7 +19,8 @@ from tests.helpers import layer_oracle as oracle
 from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 
 OPS = torch.ops.lap_ext
-NAMES = "row_energy col_energy energies score mask prune_ topk_mask global_mask kth_largest".split()
+NAMES = """row_squared_norms col_squared_norms squared_norms norm score mask prune_ topk_mask
+    global_mask kth_largest""".split()
 
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +45,10 @@ def samples(op: str) -> list[tuple[Any, ...]]:
     grouped = torch.randn(4, 3, 3, 3)
     flags = torch.rand(4, 6) < 0.5
     empty = torch.zeros(0, 6), ins, torch.zeros(0, dtype=torch.float64)
-    if op in ("row_energy", "col_energy", "energies"):
-        groups = () if op == "row_energy" else (2,)
+    if op == "norm":
+        return [([ins],), ([ins, ins * 2, ins * 3],)]
+    if op in ("row_squared_norms", "col_squared_norms", "squared_norms"):
+        groups = () if op == "row_squared_norms" else (2,)
         return [(w, *groups, True, "w_prev") for w in [*weights, grouped, torch.zeros(4, 0)]]
     if op == "score":
         tail: tuple[Any, ...] = (True,)
@@ -93,13 +96,13 @@ def test_schemas() -> None:
 def everything(w_prev: Tensor, w: Tensor, w_next: Tensor) -> tuple[Any, ...]:
     """All public functions of a layer, as a user would trace them."""
     neighbor = lap_ext.Neighbor(w_prev, scale=w_prev[:, 0, 0, 0] * 0 + 2)
-    in_norm, out_norm = lap_ext.factors([neighbor, lap_ext.IDENTITY], w, w_next)
+    in_norm, out_norm = lap_ext.neighbor_norms([neighbor, lap_ext.IDENTITY], w, w_next)
     scores = lap_ext.score(w_prev, w, w_next)
     mask = lap_ext.mask(w_prev, w, w_next, 0.7)
     again = lap_ext.mask(neighbor, w, w_next, keep=9, mask=mask)
     masks = lap_ext.topk_mask([scores, w_prev], sparsity=0.5)
     kth = lap_ext.kth_largest(scores, 5)
-    rest = lap_ext.mask_from_factors(w, in_norm, out_norm, keep=4)
+    rest = lap_ext.mask_from_norms(w, in_norm, out_norm, keep=4)
     return in_norm, out_norm, scores, mask, again, *masks, kth, rest, scores * mask + kth
 
 
@@ -167,7 +170,7 @@ def test_meta(dtype: torch.dtype) -> None:
         lap_ext.topk_mask([w_prev, w], 5)[1],
     )
     assert all(m.shape == w.shape and m.dtype == torch.bool and m.is_meta for m in masks)
-    in_norm, out_norm = lap_ext.factors([w_prev, lap_ext.IDENTITY], w, None)
+    in_norm, out_norm = lap_ext.neighbor_norms([w_prev, lap_ext.IDENTITY], w, None)
     assert in_norm.shape == (1 << 16,) and out_norm.shape == (1 << 20,)
     assert lap_ext.kth_largest(w, 1 << 35).shape == () and in_norm.dtype == torch.float64
 
@@ -237,7 +240,7 @@ def test_bn_scale() -> None:
 
 
 def test_bn_scale_is_the_batch_norm() -> None:
-    """In evaluation mode the batch norm of a unit vector changes by exactly that factor."""
+    """In evaluation mode the batch norm multiplies a unit vector by exactly that."""
     bn = nn.BatchNorm1d(4).eval()
     bn.running_mean.normal_()
     bn.running_var.uniform_(0.5, 2)

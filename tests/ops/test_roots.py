@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Square roots are IEEE 754's, bit for bit, wherever they enter a norm or a score.
 
-torch.sqrt on a CPU goes through a vector math library that may miss the nearest number by one ulp: so
-many entries are compared that it would show.
+torch.sqrt on a CPU goes through a vector math library that may miss the nearest number by one ulp:
+so many entries are compared that it would show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ N = 200_000
 each_real = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
-def energies(n: int = N, dtype: torch.dtype = torch.float64) -> Tensor:
+def squared_norms(n: int = N, dtype: torch.dtype = torch.float64) -> Tensor:
     """Random numbers over most of the range of dtype, denormal ones included."""
     power = 1020 if dtype == torch.float64 else 120
     mantissas, exponents = 1 + np.random.rand(n), np.random.randint(-power - 25, power, n)
@@ -52,7 +52,7 @@ def same(got: Tensor, x: Tensor) -> bool:
 @each_real
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exact_sqrt(layout: str, dtype: torch.dtype, device: str) -> None:
-    x = LAYOUTS[layout](energies(dtype=dtype).to(device))
+    x = LAYOUTS[layout](squared_norms(dtype=dtype).to(device))
     before = x.detach().clone()
     got = common.exact_sqrt(x)
     assert same(got, x) and torch.equal(x.detach(), before) and not got.requires_grad
@@ -61,8 +61,8 @@ def test_exact_sqrt(layout: str, dtype: torch.dtype, device: str) -> None:
 @each_real
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed", "scalar", "empty"])
 def test_in_place(layout: str, dtype: torch.dtype, device: str) -> None:
-    whole = energies(dtype=dtype).to(device)
-    x = LAYOUTS[layout](whole)
+    values = squared_norms(dtype=dtype).to(device)
+    x = LAYOUTS[layout](values)
     before = x.clone()
     assert common.exact_sqrt(x, out=x) is x and same(x, before)
 
@@ -72,10 +72,10 @@ def test_without_numpy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
     """Torch does not need it; Python's root has the same bits."""
     monkeypatch.setattr(common, "np", None)
     for layout in LAYOUTS.values():
-        x = layout(energies(dtype=dtype))
+        x = layout(squared_norms(dtype=dtype))
         got = common.exact_sqrt(x)
         assert same(got, x) and not got.requires_grad
-    x = energies(dtype=dtype)
+    x = squared_norms(dtype=dtype)
     before = x.clone()
     assert common.exact_sqrt(x, out=x) is x and same(x, before)
 
@@ -92,21 +92,21 @@ def test_what_has_no_root(numpy: bool, device: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_operator(device: str) -> None:
-    one, two = energies(), energies()
+    one, two = squared_norms(), squared_norms()
     for parts in ([one], [one, two], [x[::2] for x in (one, two)]):
         assert same(schema.norm([x.to(device) for x in parts]), sum(parts[1:], parts[0]))
     with torch.inference_mode():
         assert same(schema.norm([one.to(device)]), one)
 
 
-def test_factors(device: str) -> None:
+def test_neighbor_norms(device: str) -> None:
     """Row norms of a producer, and column norms of a consumer, of two entries each."""
     w_prev, w_next = (torch.rand(N, 2, dtype=torch.float64) for _ in range(2))
     w = torch.ones(1, N, device=device)
     sums = [x.square() for x in (w_prev, w_next)]
     sums = [x[:, 0] + x[:, 1] for x in sums]  # in any order
-    assert same(lap_ext.factors(w_prev.to(device), w, None)[0], sums[0])
-    assert same(lap_ext.factors(None, w.t(), w_next.t().to(device))[1], sums[1])
+    assert same(lap_ext.neighbor_norms(w_prev.to(device), w, None)[0], sums[0])
+    assert same(lap_ext.neighbor_norms(None, w.t(), w_next.t().to(device))[1], sums[1])
 
 
 @needs_native
@@ -114,8 +114,8 @@ def test_numpy_has_the_bits_of_torch() -> None:
     import lap_ext.numpy as lap
 
     w_prev, w = torch.rand(N, 2, dtype=torch.float64), torch.ones(1, N)
-    expected: Any = lap_ext.factors(w_prev, w, None)[0].numpy()
-    assert np.array_equal(lap.factors(w_prev.numpy(), w.numpy(), None)[0], expected)
+    expected: Any = lap_ext.neighbor_norms(w_prev, w, None)[0].numpy()
+    assert np.array_equal(lap.neighbor_norms(w_prev.numpy(), w.numpy(), None)[0], expected)
 
 
 def test_bn_scale(device: str) -> None:
@@ -147,7 +147,7 @@ def test_bn_scale_is_traced() -> None:
 
 
 def test_scores_of_a_model() -> None:
-    """The sweeps over a model's graph, its batch norm and the weight's roles take the same roots."""
+    """Passes over a model's graph, its batch norm and the weight's roles take the same roots."""
     n = 20_000
     net = nn.Sequential(nn.Linear(2, n, bias=False), nn.BatchNorm1d(n), nn.Linear(n, 2, bias=False))
     net = net.double().eval()
@@ -155,12 +155,12 @@ def test_scores_of_a_model() -> None:
     nn.init.uniform_(net[1].weight, 0.5, 2.0)
     x = torch.ones(1, 2, dtype=torch.float64)
     deviation = oracle.root(net[1].running_var + net[1].eps)
-    found = lap_ext.scores(net, x, criterion="magnitude_bn")["0"]
+    scores = lap_ext.scores(net, x, criterion="magnitude_bn")["0"]
     scale = net[1].weight.detach() / deviation
-    assert torch.equal(found, net[0].weight.detach().abs() * scale[:, None])
+    assert torch.equal(scores, net[0].weight.detach().abs() * scale[:, None])
     plain = nn.Sequential(net[0], net[2])
-    found = lap_ext.scores(plain, x)["0"]
+    scores = lap_ext.scores(plain, x)["0"]
     squares = net[2].weight.detach().square()
     assert torch.equal(
-        found, net[0].weight.detach().abs() * oracle.root(squares[0] + squares[1])[:, None]
+        scores, net[0].weight.detach().abs() * oracle.root(squares[0] + squares[1])[:, None]
     )

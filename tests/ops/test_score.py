@@ -33,7 +33,7 @@ def test_exact_definition(shape: cases.Shape, dtype: torch.dtype, device: str) -
     expected = oracle.float_score(w, in_norm, out_norm, shape.groups, shape.transposed)
     for layout in cases.layouts_of(w.dim()):
         laid = cases.LAYOUTS[layout](w.to(device))
-        got = lap_ext.score_from_factors(
+        got = lap_ext.score_from_norms(
             laid,
             in_norm.to(device),
             out_norm.to(device),
@@ -52,7 +52,7 @@ def test_sizes_and_threads(n: int, threads: int) -> None:
         w = torch.randn(shape)
         ins = torch.rand(shape[1], dtype=torch.float64)
         outs = torch.rand(shape[0], dtype=torch.float64)
-        got = lap_ext.score_from_factors(w, ins, outs)
+        got = lap_ext.score_from_norms(w, ins, outs)
         assert torch.equal(got, oracle.float_score(w, ins, outs))
 
 
@@ -64,7 +64,7 @@ def test_overlapping_memory(dtype: torch.dtype, device: str) -> None:
     for w in (row.expand(9, 40), row.t().expand(40, 9), overlapping):
         ins = torch.rand(w.shape[1], dtype=torch.float64)
         outs = torch.rand(w.shape[0], dtype=torch.float64)
-        got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+        got = lap_ext.score_from_norms(w.to(device), ins.to(device), outs.to(device))
         assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
@@ -82,14 +82,16 @@ def test_neighbors_of_other_dtypes(dtype: torch.dtype, device: str) -> None:
     w = torch.randn(5, 6, dtype=torch.float64).to(dtype)
     for other in (torch.float16, torch.float64, torch.bfloat16):
         w_prev, w_next = torch.randn(6, 3).to(other), torch.randn(4, 5).to(other)
-        ins, outs = map(oracle.root, (oracle.row_energy(w_prev), oracle.col_energy(w_next)))
+        ins, outs = map(
+            oracle.root, (oracle.row_squared_norms(w_prev), oracle.col_squared_norms(w_next))
+        )
         got = lap_ext.score(w_prev.to(device), w.to(device), w_next.to(device))
         assert torch.equal(got.cpu(), oracle.float_score(w, ins, outs))
 
 
-def test_factors_may_be_float32(device: str) -> None:
+def test_norms_may_be_float32(device: str) -> None:
     """in_norm and out_norm of a lower precision mean their exact values."""
     w, ins, outs = torch.randn(5, 6), torch.rand(6), torch.rand(5)
-    got = lap_ext.score_from_factors(w.to(device), ins.to(device), outs.to(device))
+    got = lap_ext.score_from_norms(w.to(device), ins.to(device), outs.to(device))
     expected = oracle.float_score(w, ins.double(), outs.double())
     assert torch.equal(got.cpu(), expected)

@@ -13,7 +13,7 @@ from tests.helpers.parameters import each_dtype, each_threads
 
 
 def first(keep: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The first `keep` places in C-order."""
+    """The first `keep` indices in C-order."""
     flat = torch.arange(torch.Size(shape).numel()) < keep
     return flat.view(shape)
 
@@ -50,7 +50,7 @@ def test_equal_products_of_unequal_numbers(device: str) -> None:
     ins = torch.tensor([12.0, 6.0, 4.0], device=device)  # rows: 12 12 12, 72 24 8
     outs = torch.tensor([6.0, 1.0], device=device)  # scores: 72 72 72, 72 24 8
     for keep, expected in ((1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])):
-        got = lap_ext.mask_from_factors(w, ins, outs, keep=keep)
+        got = lap_ext.mask_from_norms(w, ins, outs, keep=keep)
         assert got.flatten().nonzero().flatten().tolist() == expected
 
 
@@ -62,10 +62,10 @@ def test_zeros_of_both_signs(dtype: torch.dtype, device: str) -> None:
     assert lap_ext.topk_mask(zeros, 3).tolist() == got
 
 
-def test_zero_factor_equals_zero_weight(device: str) -> None:
+def test_zero_norm_equals_zero_weight(device: str) -> None:
     w = torch.tensor([[0.0, 9.0, -0.0, 1.0]], device=device)
     ins = torch.tensor([1.0, 0.0, 1.0, 1.0], device=device)
-    got = lap_ext.mask_from_factors(w, ins, torch.ones(1, device=device), keep=3)
+    got = lap_ext.mask_from_norms(w, ins, torch.ones(1, device=device), keep=3)
     assert got.tolist() == [[True, True, False, True]]
 
 
@@ -94,10 +94,10 @@ def test_across_tensors(device: str) -> None:
     empty = torch.zeros(0, device=device)
     scores = [x.t(), empty, torch.tensor(2.0, device=device), x]
     flat = [2.0 == v for v in [1, 2, 2, 1, 2, 1, 2, 2, 1]]
-    places = [i for i, two in enumerate(flat) if two]
+    indices = [i for i, two in enumerate(flat) if two]
     for keep in range(1, 6):
         got = torch.cat([m.flatten() for m in lap_ext.topk_mask(scores, keep)])
-        assert got.nonzero().flatten().tolist() == places[:keep]
+        assert got.nonzero().flatten().tolist() == indices[:keep]
 
 
 @each_threads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""prune and scores tell how far each step is; an error of the listener leaves the model as it was."""
+"""prune and scores tell how far each step is; a listener's error leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_steps_of_scores() -> None:
     found = lap_ext.scores(Tied(), torch.ones(1, 5), on_progress=seen.append)
     assert [(x.step, x.name, x.done // BYTES) for x in seen] == [
         ("measure", "twice", 25), ("measure", "once", 50), ("measure", "twice", 75),
-        ("measure", "head", 85), ("score", "twice", 25), ("score", "once", 50), ("score", "head", 60),
+        ("measure", "head", 85),
+        ("score", "twice", 25), ("score", "once", 50), ("score", "head", 60),
     ]  # fmt: skip
     silent = lap_ext.scores(Tied(), torch.ones(1, 5))
     assert all(torch.equal(scores, silent[name]) for name, scores in found.items())

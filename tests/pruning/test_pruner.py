@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pruner: what it prunes and when, that pruned weights stay away, and that the model stays the user's.
+"""Pruner: what it prunes and when, that pruned weights stay away, the model stays the user's.
 
 The oracle of a run is the same loop written out with prune and Masks.keep.
 """
@@ -88,7 +88,8 @@ def test_equals_the_loop_written_out(name: str, scope: str) -> None:
         pruner.step()
         cases.train(other, plain, [batch])
         if schedule(step) is not None:
-            masks = lap_ext.prune(other, topology, schedule(step), masks=masks, **options).masks
+            given = {"masks": masks, "topology": topology, **options}
+            masks = lap_ext.prune(other, None, schedule(step), **given).masks
             if handle:
                 handle.remove()
             handle = masks.keep(other, plain)
@@ -98,7 +99,7 @@ def test_equals_the_loop_written_out(name: str, scope: str) -> None:
     assert set(pruner.masks) == {"conv", "fc1"}
 
 
-# --- pruned weights never return ----------------------------------------------------------------------
+# --- pruned weights never return ------------------------------------------------------------------
 
 sparsities = st.one_of(
     st.none(),
@@ -184,15 +185,19 @@ def test_allocations_of_other_layers_each_time() -> None:
 
 
 def test_the_papers_schedules() -> None:
-    """Ratios for each layer: what is left falls by them each time; or at once, from the dense net."""
+    """Ratios for each layer: what is left falls by them each time; or once, from the dense net."""
     ratios = {"conv": 0.5, "fc*": 0.25}
     left = {k: {"conv": 36 * 0.5**k, "fc1": 512 * 0.75**k, "fc2": 24 * 0.75**k} for k in (1, 2)}
 
     def gradually(step: int) -> Any:
-        return lap_ext.paper(ratios, 1 + step // 3) if step % 3 == 0 and step < 6 else None
+        return (
+            lap_ext.allocation.compounded(ratios, 1 + step // 3)
+            if step % 3 == 0 and step < 6
+            else None
+        )
 
     def at_once(step: int) -> Any:
-        return lap_ext.paper(ratios, 2) if step == 3 else None
+        return lap_ext.allocation.compounded(ratios, 2) if step == 3 else None
 
     found = []
     for schedule in (gradually, at_once):

@@ -14,12 +14,13 @@ from torch import nn
 import lap_ext
 from lap_ext import criteria
 from lap_ext.criteria.context import Network
+from lap_ext.errors import LapValueError
 from lap_ext.pruning.pruner import Pruner
 from lap_ext.schedule import iterative, linear, one_shot
 from tests.helpers import masked_network as cases
 from tests.helpers.pruner_training import EXAMPLE, train, two_layers
 
-# --- data ---------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 class Counted(criteria.Criterion):
@@ -29,7 +30,7 @@ class Counted(criteria.Criterion):
 
     def prepare(self, network: Network, data: Any) -> Network:
         if data is None:
-            raise ValueError(f"{network.function}: expected data, got none.")
+            raise LapValueError("data", "none")
         self.seen.append(list(data))
         return network
 
@@ -59,7 +60,7 @@ def test_data_that_ends_is_refused() -> None:
         Pruner(two_layers(), torch.ones(1, 2), one_shot(0.5), data=[7])
 
 
-# --- mistakes are told when the pruner is made --------------------------------------------------------
+# --- mistakes are told when the pruner is made ----------------------------------------------------
 
 MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] = {
     "a number": (lambda m: Pruner(m, EXAMPLE, 0.9), TypeError, "step -> sparsity or None, got 0.9"),
@@ -71,7 +72,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]]
     "masks": (
         lambda m: Pruner(m, EXAMPLE, one_shot(0.5), masks={}),
         TypeError,
-        "Pruner: expected no masks",
+        "unexpected keyword argument 'masks'",
     ),
     "criterion": (
         lambda m: Pruner(m, EXAMPLE, one_shot(0.5), criterion="lookahed"),
@@ -105,7 +106,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]]
         "torch.nn.Module",
     ),
     "another's topology": (
-        lambda m: Pruner(m, lap_ext.trace(cases.net(), EXAMPLE), one_shot(0.5)),
+        lambda m: Pruner(m, None, one_shot(0.5), topology=lap_ext.trace(cases.net(), EXAMPLE)),
         ValueError,
         "topology of this model",
     ),
@@ -189,7 +190,9 @@ def test_remove() -> None:
         pruner.load_state_dict(pruner.state_dict())
     cases.train(model, optimizer, cases.batches(2))
     assert model.fc1.weight[~pruner.masks["fc1"]].any()
-    again = Pruner(model, pruner.topology, iterative(0.5, rounds=9), optimizer=optimizer)
+    again = Pruner(
+        model, None, iterative(0.5, rounds=9), optimizer=optimizer, topology=pruner.topology
+    )
     again.load_state_dict(pruner.state_dict())
     cases.check_zero(model, pruner.masks)
     train(model, optimizer, 1, again)

@@ -30,7 +30,9 @@ RATIOS = {"conv": 0.5, "fc*": 0.3}
 SCHEDULES: dict[str, Callable[[int], Any]] = {  # each prunes in both halves of 20 steps
     "cubic": cubic(0.9, start=2, end=17, every=3),
     "iterative": iterative(0.4, rounds=4, every=5, start=1),
-    "paper": lambda step: lap_ext.paper(RATIOS, step // 5) if step in (5, 10, 15) else None,
+    "paper": lambda step: (
+        lap_ext.allocation.compounded(RATIOS, step // 5) if step in (5, 10, 15) else None
+    ),
 }
 torch.manual_seed(3)
 DATA = cases.batches(2)
@@ -181,7 +183,7 @@ def test_a_dense_model_becomes_pruned() -> None:
     assert run.pruner.result.layers[1].kept == trained.train(10, 12).pruner.result.layers[1].kept
 
 
-# --- what the state is --------------------------------------------------------------------------------
+# --- what the state is ----------------------------------------------------------------------------
 
 
 def test_the_state_is_small_plain_and_its_own() -> None:

@@ -21,7 +21,7 @@ from tests.helpers import masked_network as cases
 from tests.helpers.processes import two_processes
 from tests.helpers.pruner_training import EXAMPLE, train
 
-# --- the model stays the user's -----------------------------------------------------------------------
+# --- the model stays the user's -------------------------------------------------------------------
 
 
 def with_norm() -> nn.Sequential:
@@ -74,7 +74,7 @@ def test_the_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         first.step()
     assert len(traced) == 1 and first.sparsity == 0.5
-    second = Pruner(model, first.topology, linear(0.9, start=0, end=4))
+    second = Pruner(model, None, linear(0.9, start=0, end=4), topology=first.topology)
     second.step()
     assert len(traced) == 1 and second.topology is first.topology
 
@@ -88,17 +88,17 @@ def test_options_reach_the_trace_and_the_pruning() -> None:
         def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
             return self.b(torch.linalg.matrix_exp(self.a(x)) * scale)
 
-    net, example = Named(), torch.ones(4, 4)
-    named: dict[str, Any] = {"kwargs": {"scale": torch.ones(4)}}
+    net, named = Named(), {"x": torch.ones(4, 4), "scale": torch.ones(4)}
     with pytest.raises(lap_ext.TopologyError, match="matrix_exp"):
-        Pruner(net, example, one_shot(0.5), **named)
-    named["neighbors"] = {"a": (None, None), "b": (None, None)}
-    pruner = Pruner(net, example, one_shot(0.5), criterion="lookback", exclude=["b"], **named)
+        Pruner(net, named, one_shot(0.5))
+    neighbors = {"a": (None, None), "b": (None, None)}
+    options: dict[str, Any] = {"criterion": "lookback", "exclude": ["b"], "neighbors": neighbors}
+    pruner = Pruner(net, named, one_shot(0.5), **options)
     pruner.step()
     assert pruner.result.criterion == "lookback" and list(pruner.masks) == ["a"]
 
 
-# --- what training is wrapped in ----------------------------------------------------------------------
+# --- what training is wrapped in ------------------------------------------------------------------
 
 
 def test_a_pruner_that_does_not_prune_changes_no_bit() -> None:
@@ -251,7 +251,7 @@ def test_tied_weights() -> None:
     assert pruner.masks.counts() == {"0": (6, 24)}
 
 
-# --- several processes --------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 def gathered(tensors: list[Tensor]) -> list[Tensor]:

@@ -54,7 +54,7 @@ class Skip(nn.Module):
         return self.c(x + self.b(x))
 
 
-def energy(weight: Tensor, dim: int) -> Tensor:
+def squared_norm(weight: Tensor, dim: int) -> Tensor:
     """Squared norms of the output (0) or input (1) channels."""
     return weight.detach().double().transpose(0, dim).flatten(1).square().sum(1)
 
@@ -74,20 +74,20 @@ def test_1_batch_norm_before_a_flatten() -> None:
     net = cases.conv_net()
     found = lap_ext.scores(net, X)["8"]
     scale = cases.bn_scale(net[4])
-    by_channel = scale**2 * energy(net[3].weight, 0)
-    close(found, net[8].weight, by_channel.repeat_interleave(4), energy(net[10].weight, 1))
+    by_channel = scale**2 * squared_norm(net[3].weight, 0)
+    close(found, net[8].weight, by_channel.repeat_interleave(4), squared_norm(net[10].weight, 1))
 
 
 def test_2_the_batch_norm_of_a_projection() -> None:
     """Every convolution has its own batch norm, though the projection's is the last one."""
     net = Block()
     found = lap_ext.scores(net, X)
-    reads = energy(net.fc.weight, 1)
+    reads = squared_norm(net.fc.weight, 1)
     own, other = (cases.bn_scale(norm) ** 2 for norm in (net.bn2, net.proj[1]))
-    middle = cases.bn_scale(net.bn1) ** 2 * energy(net.conv1.weight, 0)
+    middle = cases.bn_scale(net.bn1) ** 2 * squared_norm(net.conv1.weight, 0)
     close(found["conv2"], net.conv2.weight, middle, own * reads)
-    close(found["proj.0"], net.proj[0].weight, energy(net.stem.weight, 0), other * reads)
-    both = own * energy(net.conv2.weight, 0) + other * energy(net.proj[0].weight, 0)
+    close(found["proj.0"], net.proj[0].weight, squared_norm(net.stem.weight, 0), other * reads)
+    both = own * squared_norm(net.conv2.weight, 0) + other * squared_norm(net.proj[0].weight, 0)
     close(found["fc"], net.fc.weight, both, 1.0)
 
 
@@ -96,12 +96,17 @@ def test_3_skips_and_projections_count() -> None:
     result = lap_ext.prune(net, X, 0.5, apply=False)
     assert [row.name for row in result.layers] == ["stem", "conv1", "conv2", "proj.0", "fc"]
     found = lap_ext.scores(net, X)["stem"]
-    close(found, net.stem.weight, 1.0, energy(net.conv1.weight, 1) + energy(net.proj[0].weight, 1))
+    close(
+        found,
+        net.stem.weight,
+        1.0,
+        squared_norm(net.conv1.weight, 1) + squared_norm(net.proj[0].weight, 1),
+    )
     skip = Skip()
     found = lap_ext.scores(skip, torch.zeros(1, 2))
     a, b, c = skip.a.weight, skip.b.weight, skip.c.weight
-    close(found["a"], a, 1.0, energy(b, 1) + energy(c, 1))
-    close(found["c"], c, energy(a, 0) + energy(b, 0), 1.0)
+    close(found["a"], a, 1.0, squared_norm(b, 1) + squared_norm(c, 1))
+    close(found["c"], c, squared_norm(a, 0) + squared_norm(b, 0), 1.0)
 
 
 class PreActivated(nn.Module):
@@ -123,8 +128,8 @@ def test_4_a_batch_norm_before_its_consumer() -> None:
     """It lies on that consumer's edge, and not on the projection's."""
     net = PreActivated()
     found, scale = lap_ext.scores(net, X), cases.bn_scale(net.bn) ** 2
-    stem, reads = energy(net.stem.weight, 0), energy(net.fc.weight, 1)
-    both = scale * energy(net.conv.weight, 1) + energy(net.proj.weight, 1)
+    stem, reads = squared_norm(net.stem.weight, 0), squared_norm(net.fc.weight, 1)
+    both = scale * squared_norm(net.conv.weight, 1) + squared_norm(net.proj.weight, 1)
     close(found["stem"], net.stem.weight, 1.0, both)
     close(found["conv"], net.conv.weight, scale * stem, reads)
     close(found["proj"], net.proj.weight, stem, reads)

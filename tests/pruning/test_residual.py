@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""skip="ignore": the public code's reading of a residual net as a chain of its layers."""
+"""residual="chain": the public code's reading of a residual net as a chain of its layers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def net() -> Residual:
     return net
 
 
-def chain(net: Residual, bn: bool = True) -> dict[str, torch.Tensor]:
+def chain(net: Residual, batch_norm: bool = True) -> dict[str, torch.Tensor]:
     """The formula along stem, first, second, head."""
     w = {
         name: getattr(net, name).weight.detach().double()
         for name in ("stem", "first", "second", "head")
     }
-    a = lap_ext.bn_scale(net.norm) if bn else torch.ones(6, dtype=torch.float64)
+    a = lap_ext.bn_scale(net.norm) if batch_norm else torch.ones(6, dtype=torch.float64)
     rows = {name: x.norm(dim=1) for name, x in w.items()}
     cols = {name: x.norm(dim=0) for name, x in w.items()}
     one = {3: torch.ones(3).double(), 2: torch.ones(2).double()}
@@ -58,10 +58,12 @@ def chain(net: Residual, bn: bool = True) -> dict[str, torch.Tensor]:
     return {name: x.abs() * into[name] * out[name][:, None] for name, x in w.items()}
 
 
-@pytest.mark.parametrize("bn", ["paper", "off"])
-def test_chain_order(net: Residual, bn: str) -> None:
-    got = lap_ext.scores(net, torch.randn(2, 3), skip="ignore", exclude=["shortcut"], bn=bn)
-    expected = chain(net, bn == "paper")
+@pytest.mark.parametrize("batch_norm", ["edge", "ignore"])
+def test_chain_order(net: Residual, batch_norm: str) -> None:
+    got = lap_ext.scores(
+        net, torch.randn(2, 3), residual="chain", exclude=["shortcut"], batch_norm=batch_norm
+    )
+    expected = chain(net, batch_norm == "edge")
     assert set(got) == set(expected)
     for name, score in got.items():
         torch.testing.assert_close(
@@ -80,7 +82,7 @@ def test_skips_count_otherwise(net: Residual) -> None:
 def test_forward_order_sees_the_pruned_producer(net: Residual) -> None:
     x = torch.randn(2, 3)
     result = lap_ext.prune(
-        net, x, 0.5, skip="ignore", exclude=["shortcut"], order="forward", apply=False
+        net, x, 0.5, residual="chain", exclude=["shortcut"], order="forward", apply=False
     )
     pruned = torch.where(result.masks["stem"], net.stem.weight.detach(), 0.0)
     assert torch.equal(
@@ -89,7 +91,7 @@ def test_forward_order_sees_the_pruned_producer(net: Residual) -> None:
 
 
 def test_a_layer_without_an_edge_to_the_one_before_counts_one(net: Residual) -> None:
-    got = lap_ext.scores(net, torch.randn(2, 3), skip="ignore")  # ..., second, shortcut, head
+    got = lap_ext.scores(net, torch.randn(2, 3), residual="chain")  # ..., second, shortcut, head
     w = net.second.weight.detach().double()
     expected = w.abs() * net.first.weight.detach().double().norm(dim=1)  # shortcut reads it not
     torch.testing.assert_close(
@@ -99,6 +101,6 @@ def test_a_layer_without_an_edge_to_the_one_before_counts_one(net: Residual) -> 
 
 def test_wrong_word(net: Residual) -> None:
     with pytest.raises(
-        ValueError, match=r"^prune: expected skip to be 'sum' or 'ignore', got 'x'\.$"
+        ValueError, match=r"^prune: expected residual to be 'sum' or 'chain', got 'x'\.$"
     ):
-        lap_ext.prune(net, torch.randn(2, 3), 0.5, skip="x")
+        lap_ext.prune(net, torch.randn(2, 3), 0.5, residual="x")

@@ -26,8 +26,8 @@ densities = st.floats(1e-6, 1)
 
 def at(plan: Schedule, steps: range) -> dict[int, float]:
     """Step -> sparsity, where it prunes."""
-    found = {step: plan(step) for step in steps}
-    return {step: value for step, value in found.items() if value is not None}
+    sparsities = {step: plan(step) for step in steps}
+    return {step: value for step, value in sparsities.items() if value is not None}
 
 
 def test_one_shot() -> None:
@@ -56,9 +56,9 @@ def test_end_is_a_pruning_step() -> None:
 
 def test_iterative_is_the_papers() -> None:
     plan = iterative(0.15, rounds=29, every=5, start=10)
-    found = at(plan, range(400))
-    assert list(found) == list(range(10, 155, 5))
-    assert list(found.values()) == pytest.approx([1 - 0.85**k for k in range(1, 30)], rel=1e-12)
+    pruned = at(plan, range(400))
+    assert list(pruned) == list(range(10, 155, 5))
+    assert list(pruned.values()) == pytest.approx([1 - 0.85**k for k in range(1, 30)], rel=1e-12)
     assert at(iterative(1, rounds=2), range(4)) == {0: 1.0, 1: 1.0}
     tiny = iterative(1e-12, rounds=1)(0)
     assert tiny == pytest.approx(1e-12, rel=1e-12)  # 1 - (1 - 1e-12) is 4 digits off
@@ -86,9 +86,9 @@ def test_ramps_grow_from_initial_to_sparsity(
     first, last = 1 - max(ends), 1 - min(ends)
     assume(last < 1)
     plan = ramp(last, start, start + length, every=every, initial=first)
-    found = at(plan, range(start + length + 30))
-    assert list(found) == sorted({*range(start, start + length, every), start + length})
-    values = list(found.values())
+    pruned = at(plan, range(start + length + 30))
+    assert list(pruned) == sorted({*range(start, start + length, every), start + length})
+    values = list(pruned.values())
     assert values[-1] == last
     assert values[0] == pytest.approx(first, abs=1e-12)
     assert all(first <= a <= b <= last for a, b in pairwise(values))
@@ -129,7 +129,7 @@ def test_repr_tells_all() -> None:
          "weights do not return), got 0.6 and 0.5."),
         (lambda: exponential(1, 0, 5), "exponential: expected sparsity < 1"),
         (lambda: exponential(math.nan, 0, 5), "exponential: expected 0 <= sparsity <= 1"),
-        (lambda: iterative(1.5, 2), "iterative: expected 0 <= sparsity <= 1"),
+        (lambda: iterative(1.5, 2), "iterative: expected 0 <= ratio <= 1"),
         (lambda: iterative(0.5, 0), "iterative: expected rounds >= 1, got 0."),
     ],
 )  # fmt: skip

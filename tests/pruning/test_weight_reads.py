@@ -18,7 +18,7 @@ UNREAD = {"detach", "view", "_unsafe_view", "alias", "_reshape_alias", "new_zero
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operations that are given memory of a model's weights, those that read nothing left out."""
+    """Counts operations that get memory of a model's weights, but for those that read none."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,9 +56,9 @@ def test_parallel_reads_every_weight_twice() -> None:
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
-        result = lap_ext.prune(model, topology, 0.5, apply=False)
+        result = lap_ext.prune(model, None, 0.5, apply=False, topology=topology)
     for name, operations in reads.found.items():
-        assert operations == {"energies": 1, "mask": 1}, name
+        assert operations == {"squared_norms": 1, "mask": 1}, name
     with Reads(model) as reads:
         result.masks.apply(model)
     assert {operation for x in reads.found.values() for operation in x} == {"where"}
@@ -66,15 +66,15 @@ def test_parallel_reads_every_weight_twice() -> None:
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_an_order_reads_twice_and_the_pruned_ones_again(order: str) -> None:
-    """Energies of what was pruned are taken anew, of the weights that are left; all others stay."""
+    """Squared norms of what was pruned are taken anew, of weights that are left; others stay."""
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
-        lap_ext.prune(model, topology, 0.5, order=order, apply=False)
+        lap_ext.prune(model, None, 0.5, order=order, apply=False, topology=topology)
     last = list(topology.layers)[-1 if order == "forward" else 0]
     for name, operations in reads.found.items():
         again = {} if name == last else {"mul": 1}  # read and multiplied with its mask
-        assert operations == {"energies": 1, "mask": 1, **again}, name
+        assert operations == {"squared_norms": 1, "mask": 1, **again}, name
 
 
 def test_a_global_ranking_reads_twice() -> None:
@@ -82,9 +82,9 @@ def test_a_global_ranking_reads_twice() -> None:
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
-        lap_ext.prune(model, topology, 0.5, scope="global", apply=False)
+        lap_ext.prune(model, None, 0.5, scope="global", apply=False, topology=topology)
     for name, operations in reads.found.items():
-        assert operations == {"energies": 1, "global_mask": 1}, name
+        assert operations == {"squared_norms": 1, "global_mask": 1}, name
 
 
 class Largest(TorchDispatchMode):
@@ -104,10 +104,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_copy_of_a_weight_is_made() -> None:
-    """Bug 18 of the public code: factors repeated to the weight's size, sorted copies of the scores."""
+    """Bug 18 of the public code: norms repeated to the weight's size, sorted copies of scores."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     topology = lap_ext.trace(model, torch.randn(1, 64))
     for options in ({}, {"criterion": "magnitude"}, {"scope": "global"}):
         with Largest(64 * 64) as largest:
-            lap_ext.prune(model, topology, 0.9, **options)
+            lap_ext.prune(model, None, 0.9, **options, topology=topology)
         assert +largest.found == Counter({"where": 3}), options  # in place: the weights are zeroed

@@ -35,12 +35,12 @@ def measured(weight: torch.Tensor, kept: torch.Tensor, **how: object) -> LayerFa
 
 def some_facts(layers: int = 3, scored: bool = True) -> Facts:
     rows = []
-    for place in range(layers):
+    for index in range(layers):
         weight = torch.randn(12, 20)
         scores = weight.abs() * 2
         kept = scores > 2.0 if scored else weight.abs() > 0.5
-        kept[place % 12] = False
-        facts = LayerFacts(f"block.{place}.<linear>", "linear", (12, 20), "in & out", "head")
+        kept[index % 12] = False
+        facts = LayerFacts(f"block.{index}.<linear>", "linear", (12, 20), "in & out", "head")
         measure = Measure(facts)
         measure.add(weight, kept, scores if scored else None)
         measure.finish()
@@ -80,69 +80,69 @@ def test_experts_are_measured_as_a_matrix() -> None:
     assert (facts.rows, facts.dead_rows, facts.columns, facts.dead_columns) == (6, 1, 8, 0)
 
 
-def test_pieces_give_what_the_whole_gives() -> None:
+def test_chunks_give_the_same_as_the_full_weight() -> None:
     weight, kept = torch.randn(10, 3, 2), torch.rand(10, 3, 2) > 0.5
-    whole = measured(weight, kept)
+    full = measured(weight, kept)
     facts = LayerFacts("fc", "linear", (10, 3, 2), "input", "out")
     measure = Measure(facts)
-    for part in (slice(0, 3), slice(3, 4), slice(4, 10)):
-        measure.add(weight[part].flatten(), kept[part].flatten())
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 10)):
+        measure.add(weight[rows].flatten(), kept[rows].flatten())
     measure.finish()
-    assert facts.weights == whole.weights
-    assert (facts.kept, facts.dead_columns) == (whole.kept, whole.dead_columns)
-    assert facts.square_kept == pytest.approx(whole.square_kept, rel=1e-14)
+    assert facts.weights == full.weights
+    assert (facts.kept, facts.dead_columns) == (full.kept, full.dead_columns)
+    assert facts.square_kept == pytest.approx(full.square_kept, rel=1e-14)
 
 
 def test_histogram_counts_every_weight_once() -> None:
-    found = Histogram()
+    counts = Histogram()
     values = torch.cat([torch.rand(1000), torch.zeros(3), torch.tensor([1e-30, 1e30])])
-    found.add(values, torch.arange(1005) % 2 == 0)
-    counts = found.kept.total() + found.pruned.total() + found.zeros_kept + found.zeros_pruned
-    assert counts == 1005
-    edges, kept, pruned = binned(found)
+    counts.add(values, torch.arange(1005) % 2 == 0)
+    total = counts.kept.total() + counts.pruned.total() + counts.zeros_kept + counts.zeros_pruned
+    assert total == 1005
+    edges, kept, pruned = binned(counts)
     assert sum(kept) + sum(pruned) == 1002
     assert len(edges) == len(kept) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_bins_are_exact(dtype: torch.dtype) -> None:
-    """The numbers around each edge 2^(place / 4), in whole numbers: x^4 against 2^place."""
+    """The numbers around each edge 2^(index / 4), in integers: x^4 against 2^index."""
     lowest = -4200 if dtype == torch.float64 else -4 * 126 if dtype == torch.bfloat16 else -590
-    for place in [*range(-9, 10), 401, lowest, lowest + 3]:
-        edge = torch.tensor(2.0 ** (place / 4), dtype=torch.float64).to(dtype)
+    for index in [*range(-9, 10), 401, lowest, lowest + 3]:
+        edge = torch.tensor(2.0 ** (index / 4), dtype=torch.float64).to(dtype)
         for x in (edge, edge.nextafter(edge * 0), edge.nextafter(edge * 4)):
-            want = place + 8
+            want = index + 8
             while Fraction(float(x)) ** 4 < Fraction(2) ** want:  # coarse among denormals
                 want -= 1
-            found = Histogram()
-            found.add(x.repeat(3), torch.tensor([True, False, True]))
-            assert (found.kept, found.pruned) == ({want: 2}, {want: 1}), (place, float(x))
-            assert found.lowest == float(x)
+            counts = Histogram()
+            counts.add(x.repeat(3), torch.tensor([True, False, True]))
+            assert (counts.kept, counts.pruned) == ({want: 2}, {want: 1}), (index, float(x))
+            assert counts.lowest == float(x)
 
 
 def test_bins_of_extremes() -> None:
-    """Infinity is with the largest number; zeros and denormals of both kinds are told apart."""
-    found = Histogram()
+    """Infinity is with the largest number; zeros and denormals of both kinds are distinguished."""
+    counts = Histogram()
     ends = torch.tensor([5e-324, 0.0, 1e-310, 1.0, 1.7e308, torch.inf], dtype=torch.float64)
-    found.add(ends, torch.arange(6) % 2 == 0)
-    assert (dict(found.kept), found.zeros_pruned) == ({-4296: 1, -4120: 1, 4095: 1}, 1)
-    assert (dict(found.pruned), found.lowest) == ({0: 1, 4095: 1}, 5e-324)
-    edges, kept, pruned = binned(found)
+    counts.add(ends, torch.arange(6) % 2 == 0)
+    assert (dict(counts.kept), counts.zeros_pruned) == ({-4296: 1, -4120: 1, 4095: 1}, 1)
+    assert (dict(counts.pruned), counts.lowest) == ({0: 1, 4095: 1}, 5e-324)
+    edges, kept, pruned = binned(counts)
     assert sum(kept) + sum(pruned) == 5 and all(map(math.isfinite, edges))
-    found.add(torch.tensor([1e-45, 0.0, torch.inf]), torch.tensor([True, True, True]))
-    assert found.kept[-149 * 4] == found.zeros_kept == found.kept[4 * 1024 - 1] - 1 == 1
+    counts.add(torch.tensor([1e-45, 0.0, torch.inf]), torch.tensor([True, True, True]))
+    assert counts.kept[-149 * 4] == counts.zeros_kept == counts.kept[4 * 1024 - 1] - 1 == 1
 
 
 def test_histograms_add_up_and_come_back_from_json() -> None:
     values, kept = torch.rand(100_000), torch.rand(100_000) < 0.5
-    whole, parts = Histogram(), Histogram()
-    whole.add(values, kept)
-    for some, chosen in zip(values.split(40_000), kept.split(40_000), strict=True):
+    full, total = Histogram(), Histogram()
+    full.add(values, kept)
+    for batch, chosen in zip(values.split(40_000), kept.split(40_000), strict=True):
         part = Histogram()
-        part.add(some, chosen)
-        parts.update(Histogram.of_json(json.loads(json.dumps(part.to_json()))))
-    assert parts == whole
-    assert whole.lowest == float(values[kept].min())
+        part.add(batch, chosen)
+        total.update(Histogram.of_json(json.loads(json.dumps(part.to_json()))))
+    assert total == full
+    assert full.lowest == float(values[kept].min())
     assert Histogram().lowest is None
 
 
@@ -201,13 +201,13 @@ def test_page_says_what_was_measured() -> None:
 def test_page_of_a_pruning_without_dead_channels() -> None:
     facts = Facts("m", "lookahead", [measured(torch.ones(2, 2), torch.ones(2, 2) > 0)])
     assert "None: no row and no column" in report.html(facts)
-    assert "Size on disk" not in report.html(facts)  # nobody said
+    assert "Size on disk" not in report.html(facts)  # not known
 
 
 def test_pictures_have_names_for_screen_readers() -> None:
-    found = Histogram()
-    found.add(torch.rand(50), torch.rand(50) > 0.5)
-    picture = ElementTree.fromstring(charts.histogram(found, "fc, score", threshold=0.5))
+    counts = Histogram()
+    counts.add(torch.rand(50), torch.rand(50) > 0.5)
+    picture = ElementTree.fromstring(charts.histogram(counts, "fc, score", threshold=0.5))
     assert picture.get("role") == "img"
     assert "fc, score" in (picture.get("aria-label") or "")
     title = picture.find("title")
@@ -215,9 +215,9 @@ def test_pictures_have_names_for_screen_readers() -> None:
 
 
 def test_bars_of_a_histogram_have_the_heights_of_the_counts() -> None:
-    found = Histogram()
-    found.add(torch.tensor([1.0, 1.0, 1.0, 1.0, 8.0]), torch.tensor([0, 0, 0, 1, 1]) > 0)
-    picture = ElementTree.fromstring(charts.histogram(found, "w"))
+    counts = Histogram()
+    counts.add(torch.tensor([1.0, 1.0, 1.0, 1.0, 8.0]), torch.tensor([0, 0, 0, 1, 1]) > 0)
+    picture = ElementTree.fromstring(charts.histogram(counts, "w"))
     bars = [(x.get("class"), float(x.get("height") or 0)) for x in picture.iter("rect")]
     tall = 150 - 22 - 18  # of the highest column, 4 weights
     assert bars == [

@@ -71,7 +71,7 @@ def test_cross_attention_with_a_packed_weight() -> None:
 
 
 def test_windows_and_merged_patches() -> None:
-    """Swin: windows and shifts move positions; four positions side by side are four times 6 inputs."""
+    """Swin: windows and shifts move positions; four adjacent positions are four times 6 inputs."""
     t = traced("swin")
     every = {f"stage1.{i}.{branch}" for i in (0, 1) for branch in ("attn.proj", "mlp.3")} | {
         "patch"
@@ -84,8 +84,13 @@ def test_windows_and_merged_patches() -> None:
     torch.testing.assert_close(own, gains.detach(), rtol=1e-6, atol=0)
     attention = "stage1.1.attn"
     assert coupled(t, f"{attention}.qkv") == {f"{attention}.qkv": packed(6)}
-    check(t, f"{attention}.proj", f"{attention}.qkv: offset +12", "stage1.1.mlp.0: same scaled via "
-          "roll add layer_norm; merge.reduction: 24 pairs scaled via roll add cat layer_norm")  # fmt: skip
+    check(
+        t,
+        f"{attention}.proj",
+        f"{attention}.qkv: offset +12",
+        "stage1.1.mlp.0: same scaled via roll add layer_norm; "
+        "merge.reduction: 24 pairs scaled via roll add cat layer_norm",
+    )
 
 
 def test_grouped_queries() -> None:
@@ -100,16 +105,20 @@ def test_grouped_queries() -> None:
         assert sorted(coupled(t, f"{block}.wk")[f"{block}.wq"]) == sorted((k, q) for q, k in both)
         (edge,) = t.layers[f"{block}.wq"].next
         torch.testing.assert_close(edge.scale, torch.full((32,), 0.5**0.5).double())
-    check(t, "feed_forward.0.w2", "feed_forward.0.w1: same via silu mul; feed_forward.0.w3: same via mul",
-          "; ".join(f"attention.1.{w}: same scaled via add mul" for w in ("wq", "wk", "wv"))
-          + "; feed_forward.1.w1: same scaled via add mul; head: same scaled via add rms_norm")  # fmt: skip
+    check(
+        t,
+        "feed_forward.0.w2",
+        "feed_forward.0.w1: same via silu mul; feed_forward.0.w3: same via mul",
+        "; ".join(f"attention.1.{w}: same scaled via add mul" for w in ("wq", "wk", "wv"))
+        + "; feed_forward.1.w1: same scaled via add mul; head: same scaled via add rms_norm",
+    )
     halves = sorted([(i, i) for i in range(9)] + [(i, 9 + i) for i in range(9)])
     assert sorted(pairs(t, "feed_forward.1.w2", "feed_forward.1.w1")) == halves
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2_eager", "hf_gpt2_sdpa"])
 def test_weights_kept_as_in_out_and_a_tied_head(name: str) -> None:
-    """GPT-2: Conv1D's rows are inputs; the head is the embedding's second role, fed by the stream."""
+    """GPT-2: Conv1D's rows are inputs; the head is the embedding's second role."""
     t = traced(name)
     block = "transformer.h.1"
     assert t.layers[f"{block}.attn.c_attn"].shape == (8, 24)
@@ -136,7 +145,7 @@ def test_weights_kept_as_in_out_and_a_tied_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["hf_t5_eager", "hf_t5_sdpa"])
 def test_cross_attention(name: str) -> None:
-    """T5: queries read the decoder's stream, keys and values the encoder's, behind its last norm."""
+    """T5: queries read the decoder's stream, keys and values the encoder's after its last norm."""
     t = traced(name)
     sources = [f"encoder.block.{i}.layer.{layer}" for i in (0, 1)
                for layer in ("0.SelfAttention.o", "1.DenseReluDense.wo")]  # fmt: skip
@@ -147,14 +156,16 @@ def test_cross_attention(name: str) -> None:
         check(t, f"{cross}.v", encoder, f"{cross}.o: same via view transpose reshape")
         assert coupled(t, f"{cross}.k") == {f"{cross}.q": [(j, j) for j in range(6)]}
     agree(t.layers["decoder.block.0.layer.1.EncDecAttention.q"].prev,
-          ["shared: same scaled", "decoder.block.0.layer.0.SelfAttention.o: same scaled via add"])  # fmt: skip
+          ["shared: same scaled",
+           "decoder.block.0.layer.0.SelfAttention.o: same scaled via add"])  # fmt: skip
     norm = t.model.encoder.final_layer_norm.weight.double().abs().detach()
     for edge in t.layers["decoder.block.1.layer.1.EncDecAttention.v"].prev:
         torch.testing.assert_close(edge.scale, norm)
     bias = t.layers["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"]
     assert [(edge.name, edge.kind) for edge in bias.next] == [("attention", "boundary")]
     torch.testing.assert_close(bias.next[0].scale, torch.full((2,), 2**0.5).double())  # two blocks
-    assert [(len(t.layers["shared"].roles), role.kind) for role in t.layers["shared"].roles][1:] == [
+    assert [(len(t.layers["shared"].roles),
+             role.kind) for role in t.layers["shared"].roles][1:] == [
         (3, "embedding"), (3, "linear")]  # fmt: skip
 
 
@@ -202,7 +213,8 @@ def test_final_states() -> None:
     """Of an LSTM in two layers and directions, the head reads the last layer's two final states."""
     t = traced("lstm_last_state")
     assert [edge.name for edge in t.layers["fc"].prev] == [
-        f"lstm.weight_{which}_l1{side}" for side in ("", "_reverse") for which in ("ih", "hh")]  # fmt: skip
+        f"lstm.weight_{which}_l1{side}" for side in ("", "_reverse") for which in ("ih", "hh")
+    ]
     assert sorted(pairs(t, "fc", "lstm.weight_ih_l1_reverse")) == sorted(
         (4 + j, r) for j, r in gates(4, 4)
     )
@@ -226,10 +238,11 @@ def states(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("cell, size", [("LSTM", 3), ("LSTM", 0), ("GRU", 0), ("RNN", 0)])
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 def test_first_and_final_states(cell: str, size: int) -> None:
-    """What starts the output is read by hh; the cell's start goes on as the cell, GRU's as its state."""
+    """hh reads the first output; the first cell continues as the cell, GRU's as its state."""
     rnn = getattr(nn, cell)(4, 5, **({"proj_size": size} if size else {}))
     first = nn.ModuleList(nn.Linear(4, n) for n in ([size or 5, 5] if cell == "LSTM" else [5]))
-    t = lap_ext.trace(Net(states, rnn=rnn, first=first, b=nn.Linear(size or 5, 2), c=nn.Linear(5, 2)),
+    t = lap_ext.trace(Net(states, rnn=rnn, first=first, b=nn.Linear(size or 5, 2),
+                          c=nn.Linear(5, 2)),
                       torch.randn(3, 4))  # fmt: skip
     readers = {name: [edge.name for edge in t.layers[name].next] for name in t.layers}
     cellwise = ["rnn.weight_hr_l0"] if size else ["rnn.weight_hh_l0", "b"]

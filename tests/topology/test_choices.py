@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What data or a constant chooses: maxima, top-k, sorting, masks, routers, weights of positions.
 
-One rule for all of them: what may be chosen counts 1, as what an activation may let pass does. So
-all ways of writing one choice give the same factors; a constant choice is known and counts as it is.
+One rule for all of them: every candidate counts 1, like the input of an activation. So all ways of
+writing one choice give the same factors; a constant choice is known and counts as it is.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ ANY: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 @pytest.mark.parametrize("name", list(ANY))
 def test_any_channel_may_come(name: str) -> None:
-    """To every place: each of the six counts there, with factor 1."""
+    """Each of the six counts in every position, with factor 1."""
     function, n = ANY[name]
     model = around(function, n)
     assert pairs(lap_ext.trace(model, ROWS), "b", "a") == [
         (i, c) for i in range(n) for c in range(6)
     ]
-    whole = model.a.weight.detach().square().sum()
-    torch.testing.assert_close(fed(model), whole.expand(n))
+    total = model.a.weight.detach().square().sum()
+    torch.testing.assert_close(fed(model), total.expand(n))
 
 
 def test_the_best_go_back_to_their_places() -> None:
     """A top-k that is written back into zeros is a mask: the channels stay what they were."""
 
     def best(x: Tensor) -> Tensor:
-        value, place = x.topk(2, 1)
-        return torch.zeros_like(x).scatter(1, place, value / value.sum(1, keepdim=True))
+        value, index = x.topk(2, 1)
+        return torch.zeros_like(x).scatter(1, index, value / value.sum(1, keepdim=True))
 
     model = around(best)
     torch.testing.assert_close(fed(model), model.a.weight.detach().square().sum(1))
 
-    def elsewhere(x: Tensor) -> Tensor:  # the places of another tensor's best
+    def elsewhere(x: Tensor) -> Tensor:  # the indices of another tensor's best
         return torch.zeros_like(x).scatter(1, (-x).topk(2, 1).indices, x.topk(2, 1).values)
 
     edges = pairs(lap_ext.trace(around(elsewhere), ROWS), "b", "a")
@@ -83,11 +83,11 @@ def test_the_best_go_back_to_their_places() -> None:
 
 
 def test_places_to_look_at() -> None:
-    """A spatial transformer's places are a decision: the layer that says them ends in it."""
+    """A spatial transformer's grid is a decision: the layer that computes it ends there."""
 
     def rule(m: Any, x: Tensor) -> Tensor:
-        places = m.where(x).permute(0, 2, 3, 1).tanh()
-        return m.b(F.grid_sample(m.a(x), places, align_corners=False))
+        grid = m.where(x).permute(0, 2, 3, 1).tanh()
+        return m.b(F.grid_sample(m.a(x), grid, align_corners=False))
 
     layers = {"a": nn.Conv2d(3, 4, 1), "where": nn.Conv2d(3, 2, 1), "b": nn.Conv2d(4, 2, 1)}
     topology = lap_ext.trace(Net(rule, **layers), torch.randn(2, 3, 4, 4))
@@ -96,7 +96,7 @@ def test_places_to_look_at() -> None:
         ("grid_sampler", "boundary")]  # fmt: skip
 
 
-# ---- by a constant --------------------------------------------------------------------------------
+# ---- by a constant -------------------------------------------------------------------------------
 CONSTANT: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "index": (lambda x: x[:, KEEP], [0, 2, 3, 5]),
     "index_list": (lambda x: F.relu(x[:, [True, False, False, True, False, True]]), [0, 3, 5]),
@@ -107,9 +107,9 @@ CONSTANT: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
 
 @pytest.mark.parametrize("name", list(CONSTANT))
 def test_constant_selections(name: str) -> None:
-    function, places = CONSTANT[name]
-    topology = lap_ext.trace(around(function, len(places)), ROWS)
-    assert pairs(topology, "b", "a") == list(enumerate(places))
+    function, indices = CONSTANT[name]
+    topology = lap_ext.trace(around(function, len(indices)), ROWS)
+    assert pairs(topology, "b", "a") == list(enumerate(indices))
 
 
 def test_constant_selections_of_positions() -> None:
@@ -162,7 +162,7 @@ def test_masks_of_positions_between_two() -> None:
 
 
 def test_masks_of_other_things() -> None:
-    """Of positions the channels go on; filled with ones a channel is a constant; by data both count."""
+    """By position channels go on; filled with ones a channel is a constant; by data both count."""
     positions = torch.tensor([True, False, True, True, False])[:, None]
     model = around(lambda x: torch.where(positions, x, 0.0))
     rows = model.a.weight.detach().square().sum(1)
@@ -195,22 +195,22 @@ def test_constant_matrices_over_channels(name: str) -> None:
 
 def test_constant_matrices_one_a_row_are_refused() -> None:
     model = around(lambda x: torch.bmm(x[:, None], MATRIX.expand(3, 6, 3))[:, 0], 3)
-    with pytest.raises(lap_ext.TopologyError, match=r"layer 'a' feeds aten\.bmm\.default"):
+    with pytest.raises(lap_ext.TopologyError, match=r"got aten\.bmm\.default, fed by layer 'a'"):
         lap_ext.trace(model, ROWS)
 
 
-# ---- routers --------------------------------------------------------------------------------------
+# ---- routers -------------------------------------------------------------------------------------
 def best(logits: Tensor) -> Tensor:
     """Mixtral: the best of the softmax, normed."""
     chance = logits.softmax(-1)
-    value, place = chance.topk(2, -1)
-    return torch.zeros_like(chance).scatter(1, place, value / value.sum(-1, keepdim=True))
+    value, index = chance.topk(2, -1)
+    return torch.zeros_like(chance).scatter(1, index, value / value.sum(-1, keepdim=True))
 
 
 def best_first(logits: Tensor) -> Tensor:
     """GPT-OSS: the softmax of the best."""
-    value, place = logits.topk(2, -1)
-    return torch.zeros_like(logits).scatter(1, place, value.softmax(-1))
+    value, index = logits.topk(2, -1)
+    return torch.zeros_like(logits).scatter(1, index, value.softmax(-1))
 
 
 ROUTES: list[Callable[[Tensor], Tensor]] = [
@@ -243,7 +243,7 @@ MIXED: list[Callable[[Any, Tensor, Tensor], Tensor]] = [
 @pytest.mark.parametrize("route", range(len(ROUTES)))
 @pytest.mark.parametrize("way", range(len(MIXED)))
 def test_routers(way: int, route: int) -> None:
-    """Its channel e is a gate of what expert e makes, linearized at 1: it feeds each output once."""
+    """Its channel e is a gate of expert e's result, linearized at 1: it feeds each output once."""
 
     def rule(m: Any, x: Tensor) -> Tensor:
         return m.b(MIXED[way](m, h := m.a(x), ROUTES[route](m.router(h))))
@@ -260,9 +260,9 @@ def test_routers(way: int, route: int) -> None:
 
 
 def counted(logits: Tensor) -> Tensor:
-    """The best, counted by expert: what comes to a place may be any of them."""
-    value, place = logits.softmax(-1).topk(2, -1)
-    return (F.one_hot(place, E).to(value.dtype) * value[..., None]).sum(1)
+    """The best, counted by expert: any of them may come to a position."""
+    value, index = logits.softmax(-1).topk(2, -1)
+    return (F.one_hot(index, E).to(value.dtype) * value[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("way", [0, 2, 3, 4])
@@ -286,7 +286,7 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", list(WRITTEN))
 def test_norms_written_out_behind_a_gate_of_positions(name: str) -> None:
-    """Their statistics are of the very channels: a gate that all have in common does not hide it."""
+    """Their statistics are of the same channels: a gate common to all does not hide that."""
     rule = lambda m, x: m.b(WRITTEN[name](m.a(x) * m.gate(x)))  # noqa: E731
     layers = {"a": nn.Conv2d(3, 4, 1), "gate": nn.Conv2d(3, 1, 1), "b": nn.Conv2d(4, 2, 1)}
     topology = lap_ext.trace(Net(rule, **layers), torch.randn(2, 3, 4, 4))
@@ -299,7 +299,9 @@ def test_mixtures_that_are_refused() -> None:
     """A product of two that both change along what is summed, if channels are left, is no logit."""
     rule = lambda m, x: m.b((m.r(x)[:, None] @ m.a(x).unflatten(1, (2, 3)))[:, 0])  # noqa: E731
     model = Net(rule, a=nn.Linear(6, 6), r=nn.Linear(6, 2), b=nn.Linear(3, 2))
-    with pytest.raises(lap_ext.TopologyError, match=r"layers 'r', 'a' feed aten\.matmul\.default"):
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"got aten\.matmul\.default, fed by layers 'r' and 'a'"
+    ):
         lap_ext.trace(model, ROWS.float())
 
 
@@ -315,7 +317,7 @@ def test_products_without_channels_are_logits(equation: str) -> None:
                                         "k": k.abs() * q.norm(dim=1)[:, None]})  # fmt: skip
 
 
-# ---- weights of positions -------------------------------------------------------------------------
+# ---- weights of positions ------------------------------------------------------------------------
 POOLED: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, w: (x * w).sum(1),
     lambda x, w: (w * x).mean(1),
@@ -327,7 +329,7 @@ POOLED: list[Callable[[Tensor, Tensor], Tensor]] = [
 
 @pytest.mark.parametrize("way", range(len(POOLED)))
 def test_pooling_by_attention(way: int) -> None:
-    """A softmax over positions weighs them, as in any attention: it ends there and x goes on."""
+    """A softmax over positions weighs them, as in any attention: it ends there and x continues."""
     rule = lambda m, x: m.b(POOLED[way](h := m.a(x), m.w(h).softmax(1)))  # noqa: E731
     model = Net(rule, a=nn.Linear(6, 4), w=nn.Linear(4, 1), b=nn.Linear(4, 2))
     topology = lap_ext.trace(randomized(model), TOKENS)
@@ -339,7 +341,7 @@ def test_pooling_by_attention(way: int) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_between_channels(fused: bool) -> None:
-    """XCiT: each channel of the values comes to each result; queries and keys end in the softmax."""
+    """XCiT: each channel of the values feeds each result; queries and keys end in the softmax."""
 
     def rule(m: Any, x: Tensor) -> Tensor:
         q, k, v = (layer(x).mT for layer in (m.q, m.k, m.v))  # [N, channels, positions]
@@ -371,7 +373,7 @@ def test_weights_that_a_layer_makes_for_each_position(way: int) -> None:
 
 
 def test_a_layer_over_positions() -> None:
-    """A token mixer's inputs are positions. Each meets every channel: all of them count, at both ends."""
+    """A token mixer's inputs are positions: each meets every channel; all count at both ends."""
     rule = lambda m, x: m.b(m.mix(m.a(x).mT).mT)  # noqa: E731
     model = randomized(Net(rule, a=nn.Linear(6, 4), mix=nn.Linear(5, 3), b=nn.Linear(4, 2)))
     scores = lap_ext.scores(model, TOKENS)

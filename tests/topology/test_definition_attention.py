@@ -168,20 +168,20 @@ def square(out: int = 4, into: int = 4) -> nn.Linear:
 def qkvo(rule: Any, query: int = 4, key: int = 4) -> Net:
     """A layer, the attention and a layer, so that the outer ones have neighbors."""
 
-    def whole(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         return m.tail(rule(m, m.head(x)))
 
     layers = {"q": square(query, 3), "k": square(key, 3), "v": square(key, 3)}
-    return Net(whole, head=square(3, 2), o=square(3, query), tail=square(2, 3), **layers)
+    return Net(forward, head=square(3, 2), o=square(3, query), tail=square(2, 3), **layers)
 
 
 def packed(rule: Any) -> Net:
-    def whole(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         x = m.head(x)
         return m.tail(x + rule(m, m.n(x)))
 
     layers = {"head": square(3, 2), "n": nn.LayerNorm(3), "tail": square(2, 3)}
-    return Net(whole, qkv=square(12, 3), o=square(3), **layers)
+    return Net(forward, qkv=square(12, 3), o=square(3), **layers)
 
 
 def with_norms() -> Net:
@@ -242,7 +242,7 @@ def test_attention(name: str) -> None:
 
 @pytest.mark.parametrize("rule", [rotary, interleaved, partly])
 def test_rotary_positions(rule: Any) -> None:
-    """The two features of a rotated pair change places: the squares of both count one half."""
+    """The two features of a rotated pair are swapped: the squares of both count one half."""
     check(qkvo(rule, 8, 8), torch.randn(1, 4, 2, dtype=torch.float64), pairs="mean", **LAST)
 
 
@@ -308,7 +308,7 @@ def test_language_model() -> None:
 
 
 def test_vision_transformer() -> None:
-    """Patches of an image become tokens behind a class token; the head reads a patch's position."""
+    """Patches of an image become tokens after a class token; the head reads a patch's position."""
 
     def rule(m: Any, x: Tensor) -> Tensor:
         x = m.patch(x).flatten(2).transpose(1, 2)

@@ -50,7 +50,7 @@ def dense_block(m: Any, x: Tensor) -> Tensor:
 
 
 def inception(m: Any, x: Tensor) -> Tensor:
-    """GoogLeNet: four branches side by side, one of them behind a pooling."""
+    """GoogLeNet: four branches side by side, one of them after a pooling."""
     x = m.stem(x)
     pooled = m.d(F.max_pool2d(x, 3, stride=1, padding=1))
     return m.e(F.relu(torch.cat([m.a(x), m.b2(F.relu(m.b1(x))), pooled], 1)))
@@ -316,13 +316,13 @@ def without_norms(model: nn.Module, folded: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("how", ["off", "fold"])
+@pytest.mark.parametrize("how", ["ignore", "fold"])
 def test_batch_norms_otherwise(how: str) -> None:
-    """Off: as if there were none. Folded: as if they were part of the weights, of all three layers."""
+    """Ignored: as if there were none. Folded: as part of the weights of all three layers."""
     model = randomized(CASES["basic"].build())
     x = torch.randn(CASES["basic"].shape, dtype=torch.float64)
     expected = distortions(without_norms(model, how == "fold"), x)
-    got = lap_ext.scores(model, x, bn=how)
+    got = lap_ext.scores(model, x, batch_norm=how)
     assert set(got) == set(expected)
     for name, score in got.items():
         torch.testing.assert_close(score, expected[name], rtol=RTOL, atol=0)

@@ -2,8 +2,8 @@
 """lap_ext.scores == the brute-force definition, weight by weight: dense models.
 
 Every instance is a model of tiny layers in float64 with random weights, no weight near 0, and batch
-norms with statistics of their own. What tests/helpers/network_oracle.py sees of it comes from autograd; what
-lap_ext sees comes from torch.export. (test_network_oracle.py checks the oracle itself.)
+norms with random statistics. tests/helpers/network_oracle.py sees it through autograd, lap_ext
+through torch.export. (test_network_oracle.py checks the oracle itself.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def blocks(m: Any, x: Tensor) -> Tensor:
 
 
 def scaled_blocks(m: Any, x: Tensor) -> Tensor:
-    """Normed branches with a layer scale; the second gain is written as transformers' Gemma does."""
+    """Normed branches with a layer scale; the second gain is written as in transformers' Gemma."""
     x = m.stem(x)
     x = x + m.gamma * m.b(F.relu(m.a(m.n(x))))
     x = x + (1 + m.delta) * m.d(F.relu(m.c(m.r(x))))
@@ -45,7 +45,7 @@ def split(m: Any, x: Tensor) -> Tensor:
 
 
 def chunk(m: Any, x: Tensor) -> Tensor:
-    """Halves that change places, then reversed and rolled."""
+    """Halves that are swapped, then reversed and rolled."""
     p, q = m.a(x).chunk(2, dim=-1)
     y = torch.cat([q, F.relu(p)], dim=-1)
     return m.b(y.flip(-1)) + m.c(y.roll(1, dims=-1))

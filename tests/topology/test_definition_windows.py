@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """lap_ext.scores == the brute-force definition, weight by weight: convolutions with windows.
 
-The image leaves room around its middle, where the oracle looks: a whole window of every consumer,
-around each of its places a whole window of the layer, and around those a whole window of the producers.
+The image leaves room around its middle, where the oracle looks: a full window of every consumer,
+around each of its positions a full window of the layer, and around those a full window of the
+producers.
 """
 
 from __future__ import annotations

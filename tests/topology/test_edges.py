@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Topologies worked out by hand: who feeds whom, by which channels, with a scale or not, through what.
+"""Topologies worked out by hand: neighbors, channels, whether there is a scale, operations.
 
-An edge is written "neighbor: channel map", with "scaled" where a factor lies on the way, and "via"
-some operations that must have been passed, in this order. Pairs of channels are spelled out where a
+An edge is written "neighbor: channel map", with "scaled" where there is a factor, and "via" some
+operations that must be along the path, in this order. Pairs of channels are spelled out where a
 word for the map says too little.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_flatten_with_channels_last() -> None:
 
 
 def test_pixel_shuffles() -> None:
-    """Four channels become one: the last convolution's input i is fed by channels 4 i to 4 i + 3."""
+    """Four channels become one: channels 4 i to 4 i + 3 feed input i of the last convolution."""
     t = traced("super_resolution")
     check(t, "1", "input: all via pixel_unshuffle", "3: same via prelu")
     check(t, "3", "1: same via prelu", "7: repeat 4 via pixel_shuffle relu pad")
@@ -53,7 +55,7 @@ def test_pixel_shuffles() -> None:
 
 
 def test_groups() -> None:
-    """Channels are counted through all groups: input 2 g + i of the weight's column i of group g."""
+    """Channels are counted through all groups: input 2 g + i is column i of group g."""
     t = traced("conv1d")
     assert (t.layers["4"].shape, t.layers["4"].groups) == ((6, 2, 3), 2)
     check(t, "4", "0: same scaled via batch_norm relu max_pool1d",
@@ -84,9 +86,9 @@ def test_transposed_convolutions() -> None:
     assert pairs(t, "9", "6") == [(i, i) for i in range(8)]
 
 
-# ---- sums, concatenations, shuffles ---------------------------------------------------------------
+# ---- sums, concatenations, shuffles --------------------------------------------------------------
 def test_residual_block_with_a_projection() -> None:
-    """The stream after a projection has two producers, each behind the batch norm of its own branch."""
+    """The stream after a projection has two producers, each with the batch norm of its branch."""
     t = traced("resnet_basic")
     stream = "stem.0.0: same scaled; stages.0.0.conv2: same scaled via add; "
     into = stream + "stages.0.1.conv2: same scaled via batch_norm add relu"
@@ -115,17 +117,19 @@ def test_identity_skip_from_the_input() -> None:
 
 
 def test_concatenated_layers() -> None:
-    """DenseNet: the k-th layer of a block finds its producers at 0, 4, 7, behind a norm of its own."""
+    """DenseNet: the k-th layer of a block has its producers at 0, 4, 7, and a norm of its own."""
     t = traced("densenet")
     block, scaled = "block1.layers.", "scaled via cat batch_norm relu"
     check(t, f"{block}2.conv1",
-          f"stem.0.0: same scaled; {block}0.conv2: offset -4 scaled; {block}1.conv2: offset -7 scaled",
+          f"stem.0.0: same scaled; {block}0.conv2: offset -4 scaled; {block}1.conv2: offset -7 "
+          f"scaled",
           f"{block}2.conv2: same scaled via batch_norm relu")  # fmt: skip
     check(t, f"{block}0.conv2", f"{block}0.conv1: same scaled via batch_norm relu",
           f"{block}1.conv1: offset +4 scaled via cat batch_norm; {block}2.conv1: offset +4 scaled; "
           "transition.2: offset +4 scaled via dropout cat batch_norm")  # fmt: skip
     assert pairs(t, f"{block}2.conv1", f"{block}1.conv2") == [(7, 0), (8, 1), (9, 2)]
-    check(t, "classifier", f"transition.2: same {scaled}; block2.layers.0.conv2: offset -6 {scaled}; "
+    check(t, "classifier",
+          f"transition.2: same {scaled}; block2.layers.0.conv2: offset -6 {scaled}; "
           f"block2.layers.1.conv2: offset -9 {scaled} adaptive_avg_pool2d flatten",
           "output: all")  # fmt: skip
     norm = t.model.block1.layers[2].norm1
@@ -135,7 +139,7 @@ def test_concatenated_layers() -> None:
 
 
 def test_shuffled_channels() -> None:
-    """Of [a0 a1 a2 a3 b0 b1 b2 b3], shuffled to [a0 b0 a1 b1 a2 b2 a3 b3], the second half is read."""
+    """[a0 a1 a2 a3 b0 b1 b2 b3], shuffled to [a0 b0 a1 b1 a2 b2 a3 b3]; its second half is read."""
     t = traced("shufflenet_v2")
     check(t, "3.branch2.0.0", "2.branch1.1.0: permuted scaled; 2.branch2.2.0: permuted scaled "
           "via batch_norm relu cat view transpose contiguous chunk",
@@ -160,7 +164,7 @@ def test_skip_beside_an_upsampled_branch() -> None:
 
 
 def test_squeeze_and_excite() -> None:
-    """The gate's last layer feeds what its product feeds; its first one reads the mean of positions."""
+    """The gate's last layer feeds what its product feeds; its first reads the mean of positions."""
     t = traced("mobilenet_v3")
     gated, gate = "2.block.1.0", "2.block.2"
     check(t, gated, "2.block.0.0: same scaled",
@@ -170,7 +174,8 @@ def test_squeeze_and_excite() -> None:
           f"{gate}.expand: same via relu")  # fmt: skip
     check(t, f"{gate}.expand", f"{gate}.reduce: same via relu",
           "2.block.3.0: same via hardsigmoid mul")  # fmt: skip
-    check(t, "2.block.3.0", f"{gated}: same scaled via mul; {gate}.expand: same via hardsigmoid mul",
+    check(t, "2.block.3.0",
+          f"{gated}: same scaled via mul; {gate}.expand: same via hardsigmoid mul",
           "3.block.0.0: same scaled; 4.block.0.0: same scaled via add")  # fmt: skip
 
 
@@ -187,22 +192,41 @@ def test_one_layer_called_twice(name: str) -> None:
 # ---- for people -------------------------------------------------------------------------------
 def test_table() -> None:
     """A map that is not one to one is named; what is multiplied with a layer has an x before it."""
-    assert str(traced("cross_attention")) == "\n".join([
-        "layer                    kind    shape  fed by                         read by",
-        "-----------------------  ------  -----  -----------------------------  -------------------------",
-        "keys                     linear  6x5    x                              attention.k_proj_weight",
-        "values                   linear  7x5    x                              attention.v_proj_weight",
-        "attention.q_proj_weight  linear  8x8                                   x attention.k_proj_weight",
-        "attention.k_proj_weight  linear  8x6    keys                           x attention.q_proj_weight",
-        "attention.v_proj_weight  linear  8x7    values                         attention.out_proj",
-        "attention.out_proj       linear  8x8    attention.v_proj_weight        fc (24 pairs)",
-        "fc                       linear  4x24   attention.out_proj (24 pairs)  output",
-        "no layers, never pruned: queries",
-    ])  # fmt: skip
+    table = str(traced("cross_attention")).splitlines()
+    assert [re.split(" {2,}", row) for row in table] == [
+        ["layer", "kind", "shape", "fed by", "read by"],
+        ["-" * 23, "-" * 6, "-" * 5, "-" * 29, "-" * 25],
+        ["keys", "linear", "6x5", "x", "attention.k_proj_weight"],
+        ["values", "linear", "7x5", "x", "attention.v_proj_weight"],
+        ["attention.q_proj_weight", "linear", "8x8", "x attention.k_proj_weight"],
+        ["attention.k_proj_weight", "linear", "8x6", "keys", "x attention.q_proj_weight"],
+        ["attention.v_proj_weight", "linear", "8x7", "values", "attention.out_proj"],
+        ["attention.out_proj", "linear", "8x8", "attention.v_proj_weight", "fc (24 pairs)"],
+        ["fc", "linear", "4x24", "attention.out_proj (24 pairs)", "output"],
+        ["no layers, never pruned: queries"],
+    ]
+    assert table[4].index("x attention") == table[0].index("read by")  # columns are aligned
     topology = traced("hf_gpt2_sdpa")
     assert repr(topology) == f"Topology(10 layers, {topology.graph.channels.size - 1} channels)"
     row = next(row for row in str(topology).splitlines() if row.startswith("transformer.wpe"))
     assert row.endswith("  transformer.h.0.attn.c_attn and 4 more")
+
+
+def test_table_in_html() -> None:
+    """Notebooks show the rows of the table and the lines below it."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    topology = lap_ext.trace(model, torch.randn(3, 4))
+    html = topology._repr_html_()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", html)
+    assert cells == [
+        *("layer", "kind", "shape", "fed by", "read by"),
+        *("0", "linear", "8x4", "input", "2"),
+        *("2", "linear", "2x8", "0", "output"),
+    ]
+    topology.others, topology.stops = ["a<b"], ["expected x, got y."]
+    assert topology._repr_html_() == (
+        f"{html}<p>no layers, never pruned: a&lt;b</p><p>stopped at: expected x, got y.</p>"
+    )
 
 
 def test_table_of_long_names() -> None:
@@ -245,5 +269,5 @@ def test_queries_that_meet_the_input() -> None:
     (edge,) = topology.layers["q"].next
     assert (edge.name, edge.kind, edge.channel_map) == ("inputs_0", "coupled", "same")
     assert "n0 -> o0 [style=dotted, dir=none];" in topology.to_dot()
-    scores = lap_ext.scores(model, topology)
+    scores = lap_ext.scores(model, topology=topology)
     torch.testing.assert_close(scores["q"], model.q.weight.detach().abs())  # 1 and 1

@@ -19,9 +19,10 @@ from tests.helpers.networks import Net, randomized
 
 ROWS, TOKENS, IMAGES = torch.randn(2, 6), torch.randn(2, 5, 6), torch.randn(2, 3, 4, 4)
 INDEX = torch.tensor([2, 0, 1])
+EXPECTED = "expected operations that lap_ext can follow, got"
 CURE = (
-    ", which lap_ext cannot follow. Pass neighbors={'a': (previous, next), ...} for the layers around "
-    'it, or unknown="stop" to count it as a boundary (factor 1).'
+    "Pass neighbors={'a': (previous, next), ...} for the layers around it, or "
+    'on_unsupported="cut" to count it as a boundary (factor 1).'
 )
 
 
@@ -52,7 +53,8 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.masked_select.default": lambda x: x.masked_select(torch.ones(6) > 0).view(2, 6),
     "aten.quantile.scalar": lambda x: x.quantile(0.5, dim=1, keepdim=True),
     "aten.scatter.src": lambda x: torch.zeros(2, 6).scatter(1, x.argsort(1)[:, :3], x[:, :3]),
-    "aten.scatter_add.default": lambda x: torch.zeros(2, 6).scatter_add(1, INDEX.expand(2, 3), x[:, :3]),
+    "aten.scatter_add.default": lambda x: torch.zeros(2, 6).scatter_add(1, INDEX.expand(2, 3),
+                                                                        x[:, :3]),
     "aten.scatter_reduce.two": lambda x: x.scatter_reduce(1, INDEX.expand(2, 3), x[:, :3], "sum"),
     "aten.index_add.default": lambda x: torch.zeros(2, 6).index_add(1, INDEX, x[:, :3]),
     "aten.index_copy.default": lambda x: x.index_copy(1, x.sum(0).argsort()[:3], x[:, :3]),
@@ -61,7 +63,8 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.tril.default": lambda x: x.tril(),
     "aten.put.default": lambda x: torch.zeros(2, 6).put(torch.arange(12), x),
     "aten.kron.default": lambda x: torch.kron(x, torch.ones(1, 2)),
-    "aten.einsum.default": lambda x: torch.einsum("nc,oc,o->no", x, torch.ones(3, 6), torch.ones(3)),
+    "aten.einsum.default": lambda x: torch.einsum("nc,oc,o->no", x, torch.ones(3, 6),
+                                                  torch.ones(3)),
     "aten.cdist.default": lambda x: torch.cdist(x, torch.ones(4, 6)),
     "aten.remainder.Scalar": lambda x: x % 2,
     "cond": switched,
@@ -70,13 +73,13 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("operation", list(REFUSED))
 def test_operations_refused_by_name(operation: str) -> None:
-    """The whole text: the layer, the operation, both cures."""
+    """The full text: the layer, the operation, both cures."""
     width = REFUSED[operation](torch.randn(2, 6)).shape[1]
     model = Net(lambda m, x: m.b(m.function(m.a(x))), a=linear(), b=linear(2, width))
     model.function = REFUSED[operation]
     with pytest.raises(lap_ext.TopologyError) as error:
         lap_ext.trace(model, ROWS)
-    assert str(error.value) == f"trace: layer 'a' feeds {operation}{CURE}"
+    assert str(error.value) == f"trace: {EXPECTED} {operation}, fed by layer 'a'. {CURE}"
 
 
 def fold(m: Any, x: Tensor) -> Tensor:
@@ -89,48 +92,66 @@ def linear_attention(m: Any, x: Tensor) -> Tensor:
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "fold": (lambda: Net(fold, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)), IMAGES,
-             "layer 'a' feeds aten.col2im.default"),
-    "two_layers": (lambda: Net(lambda m, x: torch.fft.fft(m.b(x) + m.a(x)).real, a=linear(), b=linear()),
-                   ROWS, "layers 'b', 'a' feed aten.fft_fft.default"),
+             "got aten.col2im.default, fed by layer 'a'. Pass"),
+    "two_layers": (lambda: Net(lambda m, x: torch.fft.fft(m.b(x) + m.a(x)).real, a=linear(),
+                               b=linear()),
+                   ROWS, "got aten.fft_fft.default, fed by layers 'b' and 'a'. Pass"),
     "many_layers": (
         lambda: Net(lambda m, x: torch.fft.fft(sum(b(x) for b in m.b)).real,
                     b=nn.ModuleList(linear() for _ in range(5))),
-        ROWS, "layers 'b.0', 'b.1', 'b.2', ... feed aten.fft_fft.default"),
-    "in_a_module": (lambda: nn.Sequential(linear(), nn.Sequential(nn.Unflatten(1, (1, 6)), nn.MaxPool1d(2))),
-                    ROWS, "layer '0' feeds aten.max_pool1d.default in module '1.1', which"),
+        ROWS, "got aten.fft_fft.default, fed by layers 'b.0', 'b.1', 'b.2' and 2 more. Pass"),
+    "in_a_module": (lambda: nn.Sequential(linear(),
+                                          nn.Sequential(nn.Unflatten(1, (1, 6)), nn.MaxPool1d(2))),
+                    ROWS, "got aten.max_pool1d.default in module '1.1', fed by layer '0'. Pass"),
     "of_the_input": (lambda: Net(lambda m, x: m.a(torch.fft.fft(x).real), a=linear()), ROWS,
-                     "the model's input feeds aten.fft_fft.default, which lap_ext cannot follow. Pass "
-                     'unknown="stop" to count'),
-    "one_step_cell": (lambda: Net(lambda m, x: m.b(m.a(m.c(x))), c=linear(), a=nn.GRUCell(6, 4), b=linear(2, 4)),
-                      ROWS, "layer 'c' feeds aten.gru_cell.default in module 'a'"),
+                     "got aten.fft_fft.default, fed by the model's input. Pass "
+                     'on_unsupported="cut" to count'),
+    "one_step_cell": (lambda: Net(lambda m, x: m.b(m.a(m.c(x))), c=linear(), a=nn.GRUCell(6, 4),
+                                  b=linear(2, 4)),
+                      ROWS, "got aten.gru_cell.default in module 'a', fed by layer 'c'. Pass"),
     "linear_attention": (lambda: Net(linear_attention, **{k: linear() for k in "qkvo"}), TOKENS,
-                         "layers 'q', 'k', 'v' feed aten.matmul.default"),
-    "every_other_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w[::2]), a=linear(), w=nn.Parameter(torch.ones(6, 6))),
-                        ROWS, "layer 'a' feeds aten.linear.default"),
-    "part_of_a_kernel": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.w[:, :3]), a=nn.Conv2d(3, 3, 1), w=nn.Parameter(torch.ones(2, 4, 1, 1))),
-                         IMAGES, "layer 'a' feeds aten.conv2d.default"),
-    "repeated_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w.expand(3, 6)), a=linear(), w=nn.Parameter(torch.ones(1, 6))),
-                     ROWS, "layer 'a' feeds aten.linear.default"),
-    "masked_selection": (lambda: Net(lambda m, x: m.b(m.a(x)[x[:, 0] > 0]), a=linear(), b=linear()), ROWS,
-                         "trace: expected sizes that do not depend on the values of the inputs, got aten.index.Tensor of what layer "
-                         "'a' made, whose result has as many elements as the data says. Use a mask in place of a selection."),
+                         "got aten.matmul.default, fed by layers 'q', 'k' and 'v'. Pass"),
+    "every_other_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w[::2]), a=linear(),
+                                    w=nn.Parameter(torch.ones(6, 6))),
+                        ROWS, "got aten.linear.default, fed by layer 'a'. Pass"),
+    "part_of_a_kernel": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.w[:, :3]),
+                                     a=nn.Conv2d(3, 3, 1), w=nn.Parameter(torch.ones(2, 4, 1, 1))),
+                         IMAGES, "got aten.conv2d.default, fed by layer 'a'. Pass"),
+    "repeated_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w.expand(3, 6)), a=linear(),
+                                 w=nn.Parameter(torch.ones(1, 6))),
+                     ROWS, "got aten.linear.default, fed by layer 'a'. Pass"),
+    "masked_selection": (lambda: Net(lambda m, x: m.b(m.a(x)[x[:, 0] > 0]), a=linear(), b=linear()),
+                         ROWS,
+                         "trace: expected sizes that do not depend on the values of the inputs, "
+                         "got aten.index.Tensor, fed by layer 'a', "
+                         "whose result has as many elements as the data selects. Use a mask "
+                         "instead of a selection."),
     "mapped": (lambda: Net(lambda m, x: torch.vmap(m.b)(m.a(x)), a=linear(), b=linear()), ROWS,
-               "layer 'a' feeds _add_batch_dim, which"),
+               "got _add_batch_dim, fed by layer 'a'. Pass"),
     "added_at_places": (lambda: Net(lambda m, x: m.b(torch.zeros(2, 6).index_put(
-        (torch.arange(2)[:, None], INDEX), m.a(x)[:, :3], accumulate=True)), a=linear(), b=linear()),
-        ROWS, "layer 'a' feeds aten.index_put.default"),
-    "alone_in_an_einsum": (lambda: Net(lambda m, x: torch.einsum("ni,mj->nj", m.a(x), m.b(x)), a=linear(), b=linear()),
-                           ROWS, "layers 'a', 'b' feed aten.einsum.default"),
-    "computed_weight": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w * 0.5), a=linear(), w=nn.Parameter(torch.ones(2, 6))),
-                        ROWS, "expected a weight that is a parameter in aten.linear.default, got one that is computed"),
+        (torch.arange(2)[:, None], INDEX), m.a(x)[:, :3], accumulate=True)), a=linear(),
+                                    b=linear()),
+        ROWS, "got aten.index_put.default, fed by layer 'a'. Pass"),
+    "alone_in_an_einsum": (lambda: Net(lambda m, x: torch.einsum("ni,mj->nj", m.a(x), m.b(x)),
+                                       a=linear(), b=linear()),
+                           ROWS, "got aten.einsum.default, fed by layers 'a' and 'b'. Pass"),
+    "computed_weight": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w * 0.5), a=linear(),
+                                    w=nn.Parameter(torch.ones(2, 6))),
+                        ROWS,
+                        "expected a weight that is a parameter in aten.linear.default, got one "
+                        "that is computed"),
     "weight_norm": (lambda: nn.Sequential(linear(), parametrizations.weight_norm(linear())), ROWS,
-                    "in aten.linear.default in module '1', got one that is computed (weight norm, spectral norm, "
-                    "torch.nn.utils.prune). Make it permanent first: torch.nn.utils.parametrize.remove_"
+                    "in aten.linear.default in module '1', got one that is computed (weight norm, "
+                    "spectral norm, "
+                    "torch.nn.utils.prune). Make it permanent first: "
+                    "torch.nn.utils.parametrize.remove_"
                     "parametrizations, torch.nn.utils.prune.remove."),
-    "pruned": (lambda: nn.Sequential(linear(), prune.random_unstructured(linear(), "weight", 0.5)), ROWS,
+    "pruned": (lambda: nn.Sequential(linear(), prune.random_unstructured(linear(), "weight", 0.5)),
+               ROWS,
                "torch.nn.utils.prune). Make it permanent first"),
     "not_for_export": (lambda: Net(lambda m, x: m.a(x).numpy(), a=linear()), ROWS,
-                       "trace: expected a model that torch.export can follow with these example_inputs, got "),
+                       "trace: expected a model that torch.export can follow with these "
+                       "example_inputs, got "),
 }  # fmt: skip
 
 
@@ -156,14 +177,14 @@ def around_fft() -> nn.Module:
 def test_stopping_counts_one_on_both_sides() -> None:
     model = around_fft()
     a, b, c = (getattr(model, name).weight.detach().abs() for name in "abc")
-    text = f"trace: layer 'a' feeds aten.fft_fft.default{CURE}"
-    with pytest.warns(UserWarning, match=re.escape(text)):
-        topology = lap_ext.trace(model, ROWS.double(), unknown="stop")
+    text = f"{EXPECTED} aten.fft_fft.default, fed by layer 'a'. {CURE}"
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+        topology = lap_ext.trace(model, ROWS.double(), on_unsupported="cut")
     assert topology.stops == [text] and str(topology).endswith(f"stopped at: {text}")
     assert [(e.name, e.kind) for e in topology.layers["a"].next] == [("fft_fft", "boundary")]
     assert [(e.name, e.kind) for e in topology.layers["b"].prev] == [("fft_fft", "boundary")]
     with pytest.warns(UserWarning, match="fft_fft"):
-        scores = lap_ext.scores(model, ROWS.double(), unknown="stop")
+        scores = lap_ext.scores(model, ROWS.double(), on_unsupported="cut")
     expected = {
         "a": a,  # 1 * 1
         "b": b * c.norm(dim=0)[:, None],  # 1 on the side of the boundary
@@ -175,14 +196,16 @@ def test_stopping_counts_one_on_both_sides() -> None:
 def test_stopping_where_nothing_is_unknown() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert lap_ext.trace(nn.Sequential(linear(), linear()), ROWS, unknown="stop").stops == []
+        assert (
+            lap_ext.trace(nn.Sequential(linear(), linear()), ROWS, on_unsupported="cut").stops == []
+        )
 
 
 def test_stopping_at_a_computed_weight() -> None:
     """It is no layer; its producer ends there."""
     model = nn.Sequential(linear(), parametrizations.weight_norm(linear()), linear(2))
     with pytest.warns(UserWarning, match="got one that is computed"):
-        topology = lap_ext.trace(model, ROWS, unknown="stop")
+        topology = lap_ext.trace(model, ROWS, on_unsupported="cut")
     assert list(topology.layers) == ["0", "2"]
     assert topology.others == [f"1.parametrizations.weight.original{i}" for i in (0, 1)]
     assert [edge.kind for edge in topology.layers["0"].next] == ["boundary"]
@@ -204,13 +227,13 @@ def test_neighbors_bridge_what_is_unknown() -> None:
         lap_ext.scores(model, ROWS.double(), neighbors=with_tensors), expected
     )
     twice = {"a": (None, ["b", "b"]), "b": (None, "c")}  # squares add
-    found = lap_ext.scores(model, ROWS.double(), neighbors=twice)
-    torch.testing.assert_close(found["a"], 2**0.5 * expected["a"])
-    torch.testing.assert_close(found["b"], b * c.norm(dim=0)[:, None])
+    result = lap_ext.scores(model, ROWS.double(), neighbors=twice)
+    torch.testing.assert_close(result["a"], 2**0.5 * expected["a"])
+    torch.testing.assert_close(result["b"], b * c.norm(dim=0)[:, None])
 
 
 def test_neighbors_where_all_is_known() -> None:
-    """They replace what the trace has found, of this layer alone."""
+    """They replace the result of the trace, of this layer alone."""
     model = randomized(nn.Sequential(linear(4), nn.ReLU(), linear(3, 4))).double()
     scores = lap_ext.scores(model, ROWS.double(), neighbors={"0": (None, None)})
     torch.testing.assert_close(scores["0"], model[0].weight.detach().abs())
@@ -219,11 +242,16 @@ def test_neighbors_where_all_is_known() -> None:
 
 def test_neighbors_are_needed_on_both_sides() -> None:
     model = around_fft()
-    after = re.escape("trace: layer 'b' reads what fft_fft has made, which lap_ext cannot follow. Pass "
-                      "neighbors={'b': (previous, next), ...} for it too.")  # fmt: skip
+    after = re.escape(
+        "trace: expected neighbors for layer 'b' too (it reads the result of fft_fft, which "
+        "lap_ext "
+        "cannot follow), got none. Pass neighbors={'b': (previous, next), ...}."
+    )
     with pytest.raises(lap_ext.TopologyError, match=after):
         lap_ext.trace(model, ROWS.double(), neighbors={"a": (None, "b")})
-    with pytest.raises(lap_ext.TopologyError, match=r"layer 'a' feeds aten\.fft_fft\.default"):
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"got aten\.fft_fft\.default, fed by layer 'a'"
+    ):
         lap_ext.trace(model, ROWS.double(), neighbors={"b": ("a", "c")})
 
 
@@ -231,18 +259,22 @@ def test_neighbors_of_every_layer_that_is_fed_to_it() -> None:
     rule = lambda m, x: m.c(torch.fft.fft(m.a(x) + m.b(x)).real)  # noqa: E731
     model = Net(rule, **{name: linear() for name in "abc"})
     known = {"a": (None, "c"), "c": (["a", "b"], None)}
-    with pytest.raises(lap_ext.TopologyError, match=r"layers 'a', 'b' feed aten\.fft_fft\.default"):
+    with pytest.raises(
+        lap_ext.TopologyError, match=r"got aten\.fft_fft\.default, fed by layers 'a' and 'b'"
+    ):
         lap_ext.trace(model, ROWS, neighbors=known)
     assert lap_ext.trace(model, ROWS, neighbors=known | {"b": (None, "c")}).stops == []
 
 
 WRONG_NEIGHBORS: dict[str, tuple[Any, str]] = {
     "no_pair": ({"0": "2"}, "trace: expected neighbors['0'] to be (previous, next), got str."),
-    "three": ({"0": (None, None, None)}, "trace: expected neighbors['0'] to be (previous, next), got tuple."),
+    "three": ({"0": (None, None, None)},
+              "trace: expected neighbors['0'] to be (previous, next), got tuple."),
     "a_key": ({"features.o": (None, None)},
               "trace: expected neighbors to name layers of the model, got 'features.o'."),
     "hint": ({"0": (None, "2.weight")}, "got '2.weight'. Did you mean '2'?"),
-    "in_a_list": ({"0": (None, ["2", ["4"]])}, "expected neighbors to name layers of the model, got '4'."),
+    "in_a_list": ({"0": (None, ["2", ["4"]])},
+                  "expected neighbors to name layers of the model, got '4'."),
 }  # fmt: skip
 
 
@@ -268,9 +300,9 @@ def test_wrong_arguments_of_trace() -> None:
     ):
         lap_ext.trace(lambda x: x, ROWS)
     with pytest.raises(
-        ValueError, match=r"trace: expected unknown=\"error\" or \"stop\", got 'skip'\."
+        ValueError, match=r"trace: expected on_unsupported to be 'raise' or 'cut', got 'skip'\."
     ):
-        lap_ext.trace(model, ROWS, unknown="skip")
+        lap_ext.trace(model, ROWS, on_unsupported="skip")
     with pytest.raises(
         lap_ext.TopologyError, match=r"got RuntimeError: a and b must have same reduction dim"
     ):
@@ -280,27 +312,33 @@ def test_wrong_arguments_of_trace() -> None:
     ):
         lap_ext.trace(model, (ROWS, ROWS))
     with pytest.raises(
-        lap_ext.TopologyError, match=r"torch\.export can follow.*got \w+: .*kwargs="
+        lap_ext.TopologyError, match=r"torch\.export can follow.*got \w+: .*a dict for named ones"
     ):
-        lap_ext.trace(model, ROWS, {"mask": ROWS})
+        lap_ext.trace(model, {"input": ROWS, "mask": ROWS})
     assert issubclass(lap_ext.TopologyError, ValueError)
 
 
 MASK = torch.ones(4, 6, dtype=torch.bool)
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scope": ({"scope": "all"}, ValueError, "expected scope to be 'layer' or 'global', got 'all'."),
-    "order": ({"order": "up"}, ValueError, "expected order to be 'parallel', 'forward' or 'backward', got 'up'."),
-    "normalize": ({"normalize": "l2"}, ValueError, "expected normalize to be 'none', 'norm' or 'lamp', got 'l2'."),
-    "bn": ({"bn": "on"}, ValueError, "expected bn to be 'paper', 'fold' or 'off', got 'on'."),
+    "order": ({"order": "up"}, ValueError,
+              "expected order to be 'parallel', 'forward' or 'backward', got 'up'."),
+    "normalize": ({"normalize": "l2"}, ValueError,
+                  "expected normalize to be 'none', 'norm' or 'lamp', got 'l2'."),
+    "batch_norm": ({"batch_norm": "on"}, ValueError,
+                   "expected batch_norm to be 'edge', 'fold' or 'ignore', got 'on'."),
     "rounds": ({"rounds": 0}, ValueError, "expected rounds >= 1, got 0."),
     "rounds_type": ({"rounds": 1.5}, TypeError, "expected rounds to be an integer, got float."),
     "exclude": ({"exclude": ["head*"]}, ValueError,
                 "expected exclude patterns that name a layer, got 'head*'. The layers are 0, 2."),
     "both": ({"scope": "global", "order": "forward"}, ValueError,
-             'expected order="parallel" with scope="global" (one ranking needs all scores at once), got order=\'forward\''),
-    "mask_name": ({"masks": {"1": MASK}}, ValueError, "expected masks of the model's layers, got one for '1'."),
+             'expected order="parallel" with scope="global" (one ranking needs all scores at '
+             'once), got order=\'forward\''),
+    "mask_name": ({"masks": {"1": MASK}}, ValueError,
+                  "expected masks of the model's layers, got one for '1'."),
     "mask_shape": ({"masks": {"2": MASK}}, ValueError, "got masks['2'] [4, 6] and weight [2, 4]."),
-    "mask_dtype": ({"masks": {"0": MASK.float()}}, TypeError, "expected a bool masks['0'] (True: may be kept)"),
+    "mask_dtype": ({"masks": {"0": MASK.float()}}, TypeError,
+                   "expected a bool masks['0'] (True: may be kept)"),
     "criterion": ({"criterion": "best"}, ValueError, "expected criterion to be one of lookahead"),
 }  # fmt: skip
 
@@ -328,11 +366,12 @@ def test_topology_of_another_model() -> None:
     with pytest.raises(
         ValueError, match=r"prune: expected the topology of this model, got another's\."
     ):
-        lap_ext.prune(other, lap_ext.trace(one, ROWS), 0.5)
+        lap_ext.prune(other, None, 0.5, topology=lap_ext.trace(one, ROWS))
 
 
 HOW: list[dict[str, Any]] = [{}, {"order": "forward"}, {"order": "backward"}, {"rounds": 3},
-                             {"scope": "global"}, {"criterion": "magnitude"}, {"bn": "fold"}]  # fmt: skip
+                             {"scope": "global"}, {"criterion": "magnitude"},
+                             {"batch_norm": "fold"}]  # fmt: skip
 
 
 @pytest.mark.parametrize(

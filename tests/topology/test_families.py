@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Every family of the zoo: what is pruned, how much of it, and that edges tell what the sweeps add up.
+"""Every family of the zoo: what is pruned, how much of it, and that edges and norms agree.
 
-The factors of a role come from two sweeps over the channel graph (topology/propagate.py). The edges that
-a user sees come from another path, one walk a role (topology/edges.py). Each must be the sum over the
-edges of scale^2 * the squared norm of the neighbor's channel, which is computed here from the weights.
+The norms of a role come from two passes over the channel graph (topology/propagate.py). The edges
+that a user sees are computed separately, one walk per role (topology/edges.py). Each norm must be
+the sum over the edges of scale^2 * the squared norm of the neighbor's channel, which is computed
+here from the weights.
 """
 
 from __future__ import annotations
@@ -78,19 +79,19 @@ def test_what_is_a_layer(name: str) -> None:
 def test_half_of_every_layer(name: str) -> None:
     """All scores are finite and none is negative; (n + 1) // 2 weights of n are kept."""
     topology = traced(name)
-    scores = lap_ext.scores(topology.model, topology)
+    scores = lap_ext.scores(topology.model, topology=topology)
     assert list(scores) == list(topology.layers)
     for layer, score in scores.items():
         assert score.shape == topology.layers[layer].shape
         assert score.isfinite().all() and (score >= 0).all() and score.any()
-    result = lap_ext.prune(topology.model, topology, 0.5, apply=False)
+    result = lap_ext.prune(topology.model, None, 0.5, topology=topology, apply=False)
     for row in result.layers:
         assert row.kept == (row.total + 1) // 2 == int(result.masks[row.name].sum())
         assert row.shape == topology.layers[row.name].shape
     assert [row.name for row in result.layers] == list(topology.layers)
 
 
-# ---- edges and sweeps ----------------------------------------------------------------------------
+# ---- edges and norms -----------------------------------------------------------------------------
 Walk = tuple[Role, list[Edge], list[Edge]]  # a role, what feeds it, what reads it
 
 
@@ -101,8 +102,8 @@ def walked(name: str) -> list[Walk]:
     return [(r, producers(graph, r, tensors), consumers(graph, r, tensors)) for r in graph.roles]
 
 
-def energies(weight: Tensor, role: Role) -> tuple[Tensor, Tensor]:
-    """Squared norms of a role's inputs and outputs, at their places in the whole weight."""
+def squared_norms(weight: Tensor, role: Role) -> tuple[Tensor, Tensor]:
+    """Squared norms of a role's inputs and outputs, at their indices in the full weight."""
     part = role.part
     block = part.of(weight.detach().double()).square()
     rows = block.flatten(1).sum(1)
@@ -113,35 +114,35 @@ def energies(weight: Tensor, role: Role) -> tuple[Tensor, Tensor]:
 
 
 def counted(topology: lap_ext.Topology, edge: Edge, side: int) -> list[Tensor]:
-    """What the neighbor's channels count: inputs (side 0) or outputs (1).
+    """The squared norms of the neighbor's channels: inputs (side 0) or outputs (1).
 
-    A weight that is tied or used in parts has several roles, and an edge doesn't say which: all that
-    it may be.
+    A weight that is tied or used in parts has several roles, and an edge does not say which: all
+    roles that it may be.
     """
     if edge.kind not in ("layer", "coupled"):
         return [torch.ones(edge.there.shape, dtype=torch.float64)]
     layer = topology.layers[edge.name]
-    known = [energies(layer.weight, role)[side] for role in layer.roles]
+    known = [squared_norms(layer.weight, role)[side] for role in layer.roles]
     most = int(edge.there.max()) + 1
     if len({role.part.transposed for role in layer.roles}) > 1:
         known = [x for x in known if x.numel() == most]
     longest = max(x.numel() for x in known)
-    whole = torch.stack([F.pad(x, (0, longest - x.numel())) for x in known]).amax(0)
-    found = [x[edge.there] for x in [whole, *known] if x.numel() >= most]
-    return list({tuple(x.tolist()): x for x in found}.values())
+    total = torch.stack([F.pad(x, (0, longest - x.numel())) for x in known]).amax(0)
+    counts = [x[edge.there] for x in [total, *known] if x.numel() >= most]
+    return list({tuple(x.tolist()): x for x in counts}.values())
 
 
 def check_sum(
-    topology: lap_ext.Topology, found: list[Edge], side: int, first: int, expected: Tensor
+    topology: lap_ext.Topology, edges: list[Edge], side: int, first: int, expected: Tensor
 ) -> None:
     """Expected is the sum over edges of scale^2 * what the neighbor's channel counts."""
-    sides = [1 if edge.kind == "coupled" else side for edge in found]
-    choices = [counted(topology, edge, s) for edge, s in zip(found, sides, strict=True)]
+    sides = [1 if edge.kind == "coupled" else side for edge in edges]
+    choices = [counted(topology, edge, s) for edge, s in zip(edges, sides, strict=True)]
     total = torch.zeros(0)
     for choice in itertools.product(*choices):
         total = torch.zeros(expected.shape, dtype=torch.float64)
-        for edge, energy in zip(found, choice, strict=True):
-            squares = energy if edge.scale is None else energy * edge.scale.square()
+        for edge, squared_norm in zip(edges, choice, strict=True):
+            squares = squared_norm if edge.scale is None else squared_norm * edge.scale.square()
             total.index_add_(0, edge.here - first, squares)
         if torch.allclose(total, expected, rtol=1e-12, atol=0):
             return
@@ -153,7 +154,7 @@ def test_edges_add_up(name: str) -> None:
     topology = traced(name)
     network = Network(topology)
     for role, fed, read in walked(name):
-        in_norm, out_norm = network.factors(role)
+        in_norm, out_norm = network.norms(role)
         constant = torch.ones(in_norm.shape, dtype=torch.bool)
         constant[role.inputs[0]] = False
         assert (in_norm[constant] == 1).all()
@@ -172,10 +173,10 @@ def test_every_edge_has_a_way_back(name: str) -> None:
     fed: dict[Any, float] = {}
     read: dict[Any, float] = {}
     coupled = set()
-    for role, before, behind in walked(name):
+    for role, before, after in walked(name):
         for edge in before:
             collect(fed, edge, lambda here, there, e=edge, at=role: (e.name, there, at.layer, here))
-        for edge in behind:
+        for edge in after:
             collect(
                 read, edge, lambda here, there, e=edge, at=role: (at.layer, here, e.name, there)
             )
@@ -187,7 +188,7 @@ def test_every_edge_has_a_way_back(name: str) -> None:
     assert coupled == {(b, j, a, i) for a, i, b, j in coupled}
 
 
-def collect(found: dict[Any, float], edge: Edge, key: Callable[[int, int], Any]) -> None:
+def collect(totals: dict[Any, float], edge: Edge, key: Callable[[int, int], Any]) -> None:
     """Squared scales of the pairs of an edge between layers."""
     if edge.kind == "layer":
         squares = (
@@ -196,20 +197,21 @@ def collect(found: dict[Any, float], edge: Edge, key: Callable[[int, int], Any])
         for here, there, square in zip(
             edge.here.tolist(), edge.there.tolist(), squares, strict=True
         ):
-            found[key(here, there)] = found.get(key(here, there), 0.0) + square
+            totals[key(here, there)] = totals.get(key(here, there), 0.0) + square
 
 
 # ---- what is hard ------------------------------------------------------------------------------
 REFUSED = {
-    "local_response_norm": "layer 'conv1' feeds aten.avg_pool3d.default in module 'function'",
-    "running_sum": "layer 'conv1' feeds aten.cumsum.default",
+    "local_response_norm": "got aten.avg_pool3d.default in module 'function', fed by layer "
+    "'conv1'. Pass",
+    "running_sum": "got aten.cumsum.default, fed by layer 'conv1'. Pass",
     "standardized": "expected a weight that is a parameter in aten.conv2d.default in module '0'",
     "weight_norm": "expected a weight that is a parameter in aten.linear.default in module '0'",
     "pruned": "expected a weight that is a parameter in aten.linear.default in module '0'",
-    "fnet": "layer 'inlet' feeds aten.fft_fft2.default",
-    "bilinear": "layers 'left', 'right' feed aten.bilinear.default in module 'bilinear'",
+    "fnet": "got aten.fft_fft2.default, fed by layer 'inlet'. Pass",
+    "bilinear": "got aten.bilinear.default in module 'bilinear', fed by layers 'left' and 'right'.",
     # state times read-out: a product of channels that is read as channels, no logits
-    "hf_mamba": "feed aten.matmul.default in module 'backbone.layers.0.mixer'",
+    "hf_mamba": "got aten.matmul.default in module 'backbone.layers.0.mixer', fed by",
 }
 FOLLOWED = {"dropped_add", "assigned_slice", "softmax_channels", "cbam", "sorted_channels"}
 
@@ -225,7 +227,7 @@ def test_refused_by_name(name: str) -> None:
 
 
 def test_written_in_place() -> None:
-    """An in-place result that nobody names: x + x.roll() are the same channels, so is the ReLU's."""
+    """An unnamed in-place result: x + x.roll() has the same channels, and so has the ReLU."""
     topology = traced("dropped_add")
     assert pairs(topology, "conv2", "conv1") == [(i, i) for i in range(6)]
     (edge,) = topology.layers["conv2"].prev
@@ -239,7 +241,7 @@ def test_assigned_slice() -> None:
     weight = topology.layers["conv2"].weight.double()
     columns = weight.square().sum((0, 2, 3))
     read = torch.cat([torch.zeros(3), columns[:3] + columns[3:]])
-    scores = lap_ext.scores(topology.model, topology)["conv1"]
+    scores = lap_ext.scores(topology.model, topology=topology)["conv1"]
     expected = topology.layers["conv1"].weight.abs() * read.sqrt().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(scores, expected.float(), rtol=1e-6, atol=0)
 
@@ -250,13 +252,13 @@ def test_softmax_of_channels() -> None:
 
 
 def test_channels_in_an_order_that_data_says() -> None:
-    """Any channel may come to any place: each of them counts there."""
+    """Any channel may come to any position: each of them counts there."""
     every = [(i, c) for i in range(6) for c in range(6)]
     assert pairs(traced("sorted_channels"), "conv2", "conv1") == every
 
 
 def test_gates_of_positions_and_of_channels() -> None:
-    """CBAM: mean and maximum over the channels feed one layer, a window that slides over them one."""
+    """CBAM: mean and maximum over the channels feed one layer, a sliding window feeds another."""
     topology = traced("cbam")
     norm = topology.model.conv1[1]
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

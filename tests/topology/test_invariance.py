@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What must not matter: the order of channels, the scale of a hidden space, the example inputs' sizes,
-how a model is written, in which mode and type it is; and what tracing must leave alone.
+"""What must not matter, and what tracing must leave alone.
+
+The order of channels, the scale of hidden channels, the sizes of the example inputs, how a model is
+written, and its mode and type must not matter.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ def made(name: str) -> tuple[nn.Module, Any, Any]:
 
 def scored(name: str) -> dict[str, Tensor]:
     topology = traced(name)
-    return lap_ext.scores(topology.model, topology)
+    return lap_ext.scores(topology.model, topology=topology)
 
 
 # ---- channels ---------------------------------------------------------------------------------
 class Small(nn.Module):
-    """A hidden space of six channels: a convolution and its norm write it, two layers and a gate read it."""
+    """Six hidden channels: a convolution and its norm write, two layers and a gate read them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ def permuted(model: Small, order: Tensor) -> None:
 def test_the_order_of_channels(order: list[int]) -> None:
     model, topology, start = small()
     model.load_state_dict(start)
-    before, y, index = lap_ext.scores(model, topology), model(IMAGES), torch.tensor(order)
+    before, y, index = lap_ext.scores(model, topology=topology), model(IMAGES), torch.tensor(order)
     permuted(model, index)
     torch.testing.assert_close(model(IMAGES), y)
     expected = dict(before)
@@ -84,7 +86,9 @@ def test_the_order_of_channels(order: list[int]) -> None:
         expected[name] = before[name][index]
     for name in ("mix", "gate"):
         expected[name] = before[name][:, index]
-    torch.testing.assert_close(lap_ext.scores(model, topology), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        lap_ext.scores(model, topology=topology), expected, rtol=1e-13, atol=0
+    )
 
 
 @cache
@@ -104,14 +108,14 @@ def test_the_scale_of_a_hidden_space(powers: list[int]) -> None:
     """
     model, topology, start = chain()
     model.load_state_dict(start)
-    before = lap_ext.scores(model, topology)
-    kept = lap_ext.prune(model, topology, 0.6, apply=False).masks
+    before = lap_ext.scores(model, topology=topology)
+    kept = lap_ext.prune(model, None, 0.6, topology=topology, apply=False).masks
     scale = 2.0 ** torch.tensor(powers)
     with torch.no_grad():
         model[2].weight.mul_(scale[:, None])
         model[4].weight.div_(scale)
-    after = lap_ext.scores(model, topology)
-    again = lap_ext.prune(model, topology, 0.6, apply=False).masks
+    after = lap_ext.scores(model, topology=topology)
+    again = lap_ext.prune(model, None, 0.6, topology=topology, apply=False).masks
     for name in ("2", "4"):
         assert torch.equal(after[name], before[name]) and torch.equal(again[name], kept[name])
     if any(powers):  # one hop further out the norms mix rescaled channels
@@ -141,10 +145,10 @@ SIZES: dict[str, Callable[[], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", list(SIZES))
 def test_sizes_of_the_example_inputs(name: str) -> None:
     """Batch, image, length of the text: the scores are the same to the bit."""
-    found = lap_ext.scores(traced(name).model, SIZES[name]())
+    result = lap_ext.scores(traced(name).model, SIZES[name]())
     expected = scored(name)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[layer], expected[layer]) for layer in found)
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[layer], expected[layer]) for layer in result)
 
 
 @pytest.mark.parametrize("name", ["hf_llama_sdpa", "hf_t5_sdpa"])
@@ -153,8 +157,8 @@ def test_sizes_of_named_example_inputs(name: str) -> None:
     ids = {"input_ids": torch.randint(3, 13, (1, 9)), "attention_mask": torch.ones(1, 9).long()}
     if name == "hf_t5_sdpa":
         ids["decoder_input_ids"] = torch.randint(3, 13, (1, 4))
-    found = lap_ext.scores(topology.model, (), kwargs=ids)
-    torch.testing.assert_close(found, scored(name), rtol=0, atol=0)
+    result = lap_ext.scores(topology.model, ids)
+    torch.testing.assert_close(result, scored(name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet_basic", "vit_sdpa"])
@@ -207,8 +211,8 @@ def test_in_place_and_functional() -> None:
         torch.testing.assert_close(lap_ext.scores(model, x), expected, rtol=0, atol=0)
         other = lap_ext.trace(model, x)
         for name, layer in topology.layers.items():
-            found = [(edge.name, edge.channel_map) for edge in other.layers[name].prev]
-            assert found == [(edge.name, edge.channel_map) for edge in layer.prev]
+            result = [(edge.name, edge.channel_map) for edge in other.layers[name].prev]
+            assert result == [(edge.name, edge.channel_map) for edge in layer.prev]
 
 
 def test_a_view_of_what_is_written_later() -> None:
@@ -228,9 +232,10 @@ def test_a_view_of_what_is_written_later() -> None:
 def test_modules_and_functions() -> None:
     model = made("lenet")[0]
     layers = [*(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(inplace=True)),
-              *(nn.MaxPool2d(2), nn.Flatten(), model.fc1, nn.ReLU(), model.fc2, nn.ReLU(), model.fc3)]  # fmt: skip
-    found = lap_ext.scores(nn.Sequential(*layers), torch.randn(2, 1, 24, 28))
-    torch.testing.assert_close([*found.values()], [*scored("lenet").values()], rtol=0, atol=0)
+              *(nn.MaxPool2d(2), nn.Flatten(), model.fc1, nn.ReLU(), model.fc2, nn.ReLU(),
+                model.fc3)]  # fmt: skip
+    result = lap_ext.scores(nn.Sequential(*layers), torch.randn(2, 1, 24, 28))
+    torch.testing.assert_close([*result.values()], [*scored("lenet").values()], rtol=0, atol=0)
 
 
 PAIRS = [("vit_sdpa", "vit_by_hand"), ("hf_bert_eager", "hf_bert_sdpa"),
@@ -248,18 +253,19 @@ def test_two_ways_of_writing_a_model(one: str, other: str) -> None:
         torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=0)
 
 
-# ---- types, modes, memory formats -----------------------------------------------------------------
+# ---- types, modes, memory formats ----------------------------------------------------------------
 @pytest.mark.parametrize("name", ["resnet_basic", "vit_sdpa", "nano_gpt", "lstm"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 def test_types(name: str, dtype: torch.dtype) -> None:
     """The scores are those of the rounded weights."""
     model, args, kwargs = made(name)
+    assert not kwargs
     args = tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
-    found = lap_ext.scores(model.to(dtype), args, kwargs=kwargs)
+    result = lap_ext.scores(model.to(dtype), args)
     rounded = {key: x.float() for key, x in model.state_dict().items()}
     model.float().load_state_dict(rounded)
     expected = lap_ext.scores(model, tuple(x.float() if x.is_floating_point() else x for x in args))
-    for layer, score in found.items():
+    for layer, score in result.items():
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(score.float(), expected[layer], rtol=1e-5, atol=0)
 
@@ -269,9 +275,9 @@ def test_channels_last(name: str) -> None:
     model, args, _ = made(name)
     model = model.to(memory_format=torch.channels_last)
     images = args[0].contiguous(memory_format=torch.channels_last)
-    found = lap_ext.scores(model, images)
+    result = lap_ext.scores(model, images)
     for layer, expected in scored(name).items():
-        torch.testing.assert_close(found[layer], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(result[layer], expected, rtol=1e-6, atol=0)
 
 
 def test_meta_parameters() -> None:
@@ -289,9 +295,9 @@ def test_meta_parameters() -> None:
 def test_modes_of_gradients(mode: Any) -> None:
     model, args, _ = made("resnet_basic")
     with mode():
-        found = lap_ext.scores(model, args)
-    torch.testing.assert_close(found, scored("resnet_basic"), rtol=0, atol=0)
-    assert not any(score.requires_grad for score in found.values())
+        result = lap_ext.scores(model, args)
+    torch.testing.assert_close(result, scored("resnet_basic"), rtol=0, atol=0)
+    assert not any(score.requires_grad for score in result.values())
 
 
 def test_parameters_made_in_inference_mode() -> None:
@@ -325,7 +331,7 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["vgg_bn", "vit_mha", "lstm_bidirectional", "hf_llama_sdpa"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_model_is_left_as_it_was(name: str, training: bool) -> None:
-    """Values to the bit, modes, gradients, hooks, random state: after tracing, scoring, a dry run."""
+    """Values to the bit, modes, gradients, hooks, random state: after trace, scores, a dry run."""
     model, args, kwargs = made(name)
     model.train(training)
     list(model.children())[-1].train(not training)  # part of it in the other mode
@@ -336,9 +342,9 @@ def test_a_model_is_left_as_it_was(name: str, training: bool) -> None:
     expected = scored(name)
     torch.backends.mha.set_fastpath_enabled(True)
     before, around = values(model), surroundings(model)
-    found = lap_ext.scores(model, args, kwargs=kwargs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # dropout and statistics of eval
-    lap_ext.prune(model, args, 0.5, kwargs=kwargs, apply=False)
+    result = lap_ext.scores(model, args or kwargs)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)  # dropout and statistics of eval
+    lap_ext.prune(model, args or kwargs, 0.5, apply=False)
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
     assert surroundings(model) == around
     handle.remove()
@@ -356,7 +362,7 @@ def test_no_cache_is_asked_for() -> None:
     model = Cached(4, 3)
     assert list(lap_ext.trace(model, torch.randn(1, 4)).layers) == ["weight"]
     with pytest.raises(lap_ext.TopologyError):
-        lap_ext.trace(model, torch.randn(1, 4), {"use_cache": True})
+        lap_ext.trace(model, {"x": torch.randn(1, 4), "use_cache": True})
 
 
 def test_pruning_changes_the_pruned_weights_alone() -> None:

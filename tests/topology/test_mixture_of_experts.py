@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mixtures of experts: expert e's down projection is fed by expert e's up and gate alone, and what the
-next block's experts read is what all experts of this one have made: the tokens have met in between.
+"""Mixtures of experts: only expert e's up and gate projections feed its down projection.
+
+The experts of the next block read the results of all experts of this one: the tokens have met in
+between.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from tests.zoo.hf import IDS, LLAMA, hf, text
 
 def own(hidden: int, experts: int = E, interleaved: bool = False) -> set[tuple[int, int]]:
     """(Input of down, output of gate and up), counted through all experts."""
-    found = set()
+    result = set()
     for e in range(experts):
         for h in range(hidden):
             halves = (2 * h, 2 * h + 1) if interleaved else (h, hidden + h)
-            found |= {(e * hidden + h, e * 2 * hidden + half) for half in halves}
-    return found
+            result |= {(e * hidden + h, e * 2 * hidden + half) for half in halves}
+    return result
 
 
 def every(width: int, readers: int, makers: int) -> set[tuple[int, int]]:
@@ -36,7 +38,7 @@ def every(width: int, readers: int, makers: int) -> set[tuple[int, int]]:
             for r in range(readers) for m in range(makers) for c in range(width)}  # fmt: skip
 
 
-# ---- written here ---------------------------------------------------------------------------------
+# ---- written here --------------------------------------------------------------------------------
 
 
 def by_einsum(m: Any, x: Tensor, ids: Tensor) -> Tensor:
@@ -102,12 +104,12 @@ def test_pairs_of_dense_experts() -> None:
 
 
 def test_experts_that_are_called_one_by_one() -> None:
-    """A role for each of them: its rows of the weight, counted through the whole parameter."""
+    """A role for each of them: its rows of the weight, counted through the full parameter."""
     topology = lap_ext.trace(block(by_loop), (TOKENS, IDS_OF_TOKENS))
     assert [role.part.rows for role in topology.layers["up"].roles] == [(0, 10), (10, 20), (20, 30)]
-    found = [(e.here.tolist(), e.there.tolist()) for e in topology.layers["down"].prev]
+    result = [(e.here.tolist(), e.there.tolist()) for e in topology.layers["down"].prev]
     halves = [sorted((h, 10 * e + h + half) for h in range(H) for half in (0, H)) for e in range(E)]
-    assert [sorted(zip(*edge, strict=True)) for edge in found] == halves
+    assert [sorted(zip(*edge, strict=True)) for edge in result] == halves
 
 
 def two_blocks(m: Any, x: Tensor, ids: Tensor, other: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def two_blocks(m: Any, x: Tensor, ids: Tensor, other: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_experts_behind_experts(same: bool) -> None:
-    """Tokens that are sent anew bring what any expert has made; sent to the same ones, their own."""
+    """Tokens that are routed again bring any expert's results; to the same experts, their own."""
     model = Net(two_blocks, a=nn.Linear(2, C), b=nn.Linear(C, 2), one=nn.Module(), two=nn.Module())
     for part in (model.one, model.two):
         part.up, part.down = (nn.Parameter(torch.randn(E, *s)) for s in ((2 * H, C), (C, H)))
@@ -158,7 +160,7 @@ ELSEWHERE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 def test_picked_weights_are_for_products(operation: str) -> None:
     """Anything else that is done to the weights of the tokens' experts is refused."""
     with pytest.raises(
-        lap_ext.TopologyError, match=f"{re.escape(operation)}, which lap_ext cannot"
+        lap_ext.TopologyError, match=f"lap_ext can follow, got {re.escape(operation)}, fed by"
     ):
         lap_ext.trace(block(ELSEWHERE[operation]), (TOKENS, IDS_OF_TOKENS))
 
@@ -203,11 +205,11 @@ def test_gpt_oss(how: str) -> None:
     entry = hf("gpt_oss", "GptOssForCausalLM", text, sizes, config="GptOssConfig",
                attn_implementation="eager", experts_implementation=how)  # fmt: skip
     model, _, kwargs = entry.make()
-    t = lap_ext.trace(model, (), kwargs)
+    t = lap_ext.trace(model, kwargs)
     experts = "model.layers.1.mlp.experts"
     assert t.layers[f"{experts}.gate_up_proj"].shape == (3, 8, 24)
-    found = pairs(t, f"{experts}.down_proj", f"{experts}.gate_up_proj")
-    assert set(found) == own(12, interleaved=True)
+    result = pairs(t, f"{experts}.down_proj", f"{experts}.gate_up_proj")
+    assert set(result) == own(12, interleaved=True)
     names = [
         f"model.layers.{i}.mlp.experts.{w}_proj_bias" for i in (0, 1) for w in ("gate_up", "down")
     ]
@@ -231,10 +233,10 @@ def test_shared_experts() -> None:
     entry = hf("deepseek", "DeepseekV3ForCausalLM", text, sizes, config="DeepseekV3Config",
                experts_implementation="batched_mm")  # fmt: skip
     model, _, kwargs = entry.make()
-    t = lap_ext.trace(model, (), kwargs)
+    t = lap_ext.trace(model, kwargs)
     block = "model.layers.1.mlp"
-    found = pairs(t, f"{block}.experts.down_proj", f"{block}.experts.gate_up_proj")
-    assert set(found) == own(5, experts=4)
+    result = pairs(t, f"{block}.experts.down_proj", f"{block}.experts.gate_up_proj")
+    assert set(result) == own(5, experts=4)
     assert [e.name for e in t.layers[f"{block}.shared_experts.down_proj"].prev] == [
         f"{block}.shared_experts.{which}_proj" for which in ("gate", "up")]  # fmt: skip
     attention = "model.layers.1.self_attn"
@@ -244,5 +246,5 @@ def test_shared_experts() -> None:
     assert [(e.name, e.kind) for e in latent] == [
         (f"{attention}.kv_b_proj", "layer"), (f"{attention}.q_b_proj", "coupled")]  # fmt: skip
     assert latent[0].here.tolist() == [0, 1, 2, 3] and set(latent[1].here.tolist()) == {4, 5}
-    values = [8 * head + 4 + i for head in (0, 1) for i in range(4)]  # behind 4 keys in each head
+    values = [8 * head + 4 + i for head in (0, 1) for i in range(4)]  # after 4 keys in each head
     assert pairs(t, f"{attention}.o_proj", f"{attention}.kv_b_proj") == list(enumerate(values))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The whole-model oracle against formulas written by hand, one model for each of its rules."""
+"""The oracle of full models against formulas written by hand, one model for each of its rules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.helpers.networks import RTOL, Net, linear, randomized, row
 
 def agree(expected: dict[str, Tensor], model: nn.Module, *inputs: Tensor, **how: Any) -> None:
     """The oracle against formulas."""
-    found = distortions(model, inputs, **how)
-    assert set(found) == set(expected)
-    for name, x in found.items():
+    result = distortions(model, inputs, **how)
+    assert set(result) == set(expected)
+    for name, x in result.items():
         torch.testing.assert_close(x, expected[name].detach(), rtol=RTOL, atol=0)
 
 
@@ -33,15 +33,15 @@ def test_of_three_matrices() -> None:
         nn.Sequential(linear(4, 3), nn.ReLU(), linear(5, 4), nn.Tanh(), linear(2, 5))
     )
     a, b, c = (model[i].weight.detach() for i in (0, 2, 4))
-    found = distortions(model, row(3))
+    result = distortions(model, row(3))
     for o in range(5):
         for i in range(4):
             without = b.clone()
             without[o, i] = 0
             change = torch.linalg.norm(c @ b @ a - c @ without @ a)
-            torch.testing.assert_close(found["2"][o, i], change, rtol=RTOL, atol=0)
-    torch.testing.assert_close(found["0"], scored(a, 1, columns(b)), rtol=RTOL, atol=0)
-    torch.testing.assert_close(found["4"], scored(c, rows(b), 1), rtol=RTOL, atol=0)
+            torch.testing.assert_close(result["2"][o, i], change, rtol=RTOL, atol=0)
+    torch.testing.assert_close(result["0"], scored(a, 1, columns(b)), rtol=RTOL, atol=0)
+    torch.testing.assert_close(result["4"], scored(c, rows(b), 1), rtol=RTOL, atol=0)
 
 
 def test_of_residuals() -> None:
@@ -61,7 +61,7 @@ def test_of_residuals() -> None:
 
 
 def test_of_batch_norms() -> None:
-    """The norm behind a layer scales its consumers' and producers' edges; c's own counts for c."""
+    """The norm after a layer scales its consumers' and producers' edges; c's own counts for c."""
     layers = {"a": linear(), "n": nn.BatchNorm1d(4), "b": linear(), "o": nn.BatchNorm1d(4)}
     model = randomized(Net(lambda m, x: m.o(m.b(F.relu(m.n(m.a(x))))), **layers))
     n, o = (

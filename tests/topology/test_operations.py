@@ -48,13 +48,13 @@ class Between(nn.Module):
         """(Input of b, channel of a) -> factor, by running the operation."""
         dim = len(self.made) - 1 if self.last else 1
         nothing = self.operation(torch.zeros(self.made))
-        found = {}
+        result = {}
         for channel in range(self.made[dim]):
             x = torch.zeros(self.made)
             x.select(dim, channel).fill_(1)
             change = (self.operation(x) - nothing).abs().movedim(self.dim, 0).flatten(1).amax(1)
-            found |= {(i, channel): float(y) for i, y in enumerate(change) if y > 0}
-        return found
+            result |= {(i, channel): float(y) for i, y in enumerate(change) if y > 0}
+        return result
 
 
 def agree(operation: Operation, kind: str, reader: str, scaled: bool = True) -> None:
@@ -109,14 +109,16 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "pairs_of_tokens": (lambda x: x[:, :4].reshape(2, 2, 12), "tokens", "linear"),
     "halves_of_tokens": (lambda x: x.reshape(2, 10, 3), "tokens", "linear"),
     "heads": (lambda x: x.view(2, 5, 3, 2).transpose(1, 2), "tokens", "linear"),
-    "heads_and_back": (lambda x: x.view(2, 5, 3, 2).permute(0, 3, 1, 2).flatten(1), "tokens", "linear"),
+    "heads_and_back": (lambda x: x.view(2, 5, 3, 2).permute(0, 3, 1, 2).flatten(1), "tokens",
+                       "linear"),
     "unflatten": (lambda x: x.unflatten(1, (2, 3)), "rows", "linear"),
     "unflatten_first": (lambda x: x.unflatten(1, (2, 3)), "rows", "conv1"),
     "unsqueeze": (lambda x: x.unsqueeze(1), "rows", "linear"),
     "squeeze": (lambda x: x.unsqueeze(1).squeeze(1), "rows", "linear"),
     "expand": (lambda x: x[:, None].expand(2, 3, 6), "rows", "linear"),
     "t": (lambda x: x.t().t(), "rows", "linear"),
-    "einsum": (lambda x: torch.einsum("nij->nji", x.unflatten(1, (2, 3))).flatten(1), "rows", "linear"),
+    "einsum": (lambda x: torch.einsum("nij->nji", x.unflatten(1, (2, 3))).flatten(1), "rows",
+               "linear"),
     "einsum_any": (lambda x: torch.einsum("...i->i...", x).T, "rows", "linear"),
     "mT": (lambda x: x.mT, "tokens", "conv1"),
     "swapaxes": (lambda x: x.swapaxes(1, 3), "image", "linear"),
@@ -140,7 +142,8 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "index_select": (lambda x: x.index_select(1, MIXED), "image", "conv2"),
     "gather_positions": (lambda x: x.gather(1, torch.zeros(2, 2, 6).long()), "tokens", "linear"),
     "gather_first": (lambda x: x.gather(1, torch.zeros(2, 2, 4).long()), "tokens", "linear"),
-    "take_along_dim": (lambda x: x.take_along_dim(torch.zeros(2, 1, 1).long(), 1), "tokens", "linear"),
+    "take_along_dim": (lambda x: x.take_along_dim(torch.zeros(2, 1, 1).long(), 1), "tokens",
+                       "linear"),
     # parts
     "slice": (lambda x: x[:, 1:3], "image", "conv2"),
     "steps": (lambda x: x[:, ::2, ::2], "image", "conv2"),
@@ -196,11 +199,14 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
         "rows", "linear"),
     "positions_into_zeros": (
         lambda x: written(torch.zeros(2, 7, 6), (slice(None), slice(2, 7)), x), "tokens", "linear"),
-    "placed": (lambda x: written(torch.zeros(2, 8), (slice(None), [7, 0, 2]), x[:, [1, 1, 4]]), "rows", "linear"),
+    "placed": (lambda x: written(torch.zeros(2, 8), (slice(None), [7, 0, 2]), x[:, [1, 1, 4]]),
+               "rows", "linear"),
     "placed_ones": (lambda x: written(x, (slice(None), [1, 3]), 1.0), "rows", "linear"),
-    "placed_zeros": (lambda x: written(x, (slice(None), torch.tensor([1, 3])), torch.zeros(2, 2)), "rows", "linear"),
+    "placed_zeros": (lambda x: written(x, (slice(None), torch.tensor([1, 3])), torch.zeros(2, 2)),
+                     "rows", "linear"),
     "placed_by_mask": (lambda x: written(x, (slice(None), KEPT), 0.0), "rows", "linear"),
-    "placed_in_heads": (lambda x: written(x.unflatten(1, (2, 3)), (slice(None), [0, 1], [2, 0]), 0.0).flatten(1), "rows", "linear"),
+    "placed_in_heads": (lambda x: written(x.unflatten(1, (2, 3)), (slice(None), [0, 1], [2, 0]),
+                                          0.0).flatten(1), "rows", "linear"),
     "scattered": (lambda x: torch.zeros(2, 6).scatter(1, PLACES, x[:, 3:]), "rows", "linear"),
     "scattered_number": (lambda x: x.scatter(1, PLACES, 0.0), "rows", "linear"),
     "index_copied": (lambda x: x.index_copy(1, PLACES[0], x[:, 3:]), "rows", "linear"),

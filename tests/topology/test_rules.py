@@ -33,12 +33,13 @@ def same(n: int = 6) -> dict[tuple[int, int], float]:
     return {(i, i): 1.0 for i in range(n)}
 
 
-# ---- activations ----------------------------------------------------------------------------------
-ACTIVATIONS = """relu relu6 gelu silu mish elu selu celu leaky_relu rrelu sigmoid tanh hardswish hardsigmoid
-hardtanh hardshrink softshrink tanhshrink softplus softsign logsigmoid softmax log_softmax softmin dropout
-alpha_dropout feature_alpha_dropout normalize""".split()
-UNARY = """exp expm1 log log1p sqrt rsqrt neg abs sin cos atan erf square reciprocal sign round floor ceil
-trunc nan_to_num clone contiguous detach double half positive sigmoid_ relu_ tanh_ exp_""".split()
+# ---- activations ---------------------------------------------------------------------------------
+ACTIVATIONS = """relu relu6 gelu silu mish elu selu celu leaky_relu rrelu sigmoid tanh hardswish
+hardsigmoid hardtanh hardshrink softshrink tanhshrink softplus softsign logsigmoid softmax
+log_softmax softmin dropout alpha_dropout feature_alpha_dropout normalize""".split()
+UNARY = """exp expm1 log log1p sqrt rsqrt neg abs sin cos atan erf square reciprocal sign round
+floor ceil trunc nan_to_num clone contiguous detach double half positive sigmoid_ relu_ tanh_
+exp_""".split()
 WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": lambda x: x * torch.sigmoid(1.7 * x),
     "gelu": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
@@ -48,7 +49,8 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "masked": lambda x: x.masked_fill(x < 0, 0.0),
     "centered": lambda x: x - x.mean(1, keepdim=True),
     "normed": lambda x: x / x.norm(dim=1, keepdim=True),
-    "standardized": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt(),
+    "standardized": lambda x: (
+        (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt()),
     "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
     "statistic_first": lambda x: x.abs().mean(1, keepdim=True) * x,
     "soft_capped": lambda x: torch.tanh(x / 30),
@@ -91,7 +93,8 @@ def test_prelu_has_no_layer() -> None:
 JOINS: dict[str, Any] = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y, "maximum": torch.maximum, "minimum": torch.minimum,
-    "max": torch.max, "where": lambda x, y: torch.where(x > y, x, y), "add_": lambda x, y: x.add_(y),
+    "max": torch.max, "where": lambda x, y: torch.where(x > y, x, y),
+    "add_": lambda x, y: x.add_(y),
     "mul_": lambda x, y: x.mul_(y), "atan2": torch.atan2, "logaddexp": torch.logaddexp,
     "gate": lambda x, y: F.silu(x) * y, "stacked": lambda x, y: torch.stack([x, y]).sum(0),
     "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(6)), "fmax": torch.fmax,
@@ -105,7 +108,8 @@ JOINS: dict[str, Any] = {
     "value": lambda x, y: torch.addcmul(x, y, torch.ones(2, 6), value=2),
     "rsub": lambda x, y: torch.rsub(x, y, alpha=3), "quotient": lambda x, y: torch.addcdiv(x, y, V),
     "product": lambda x, y: torch.addcmul(torch.ones(6), x, y), "nothing": lambda x, y: 0.0 * x + y,
-    "pow": torch.pow, "clamp": lambda x, y: x.clamp(max=y), "clamp_min": lambda x, y: x.clamp_min(y),
+    "pow": torch.pow, "clamp": lambda x, y: x.clamp(max=y),
+    "clamp_min": lambda x, y: x.clamp_min(y),
     "clamp_of_constant": lambda x, y: torch.ones(2, 6).clamp(x, y),
 }  # fmt: skip
 FACTORS: dict[str, tuple[Any, Any]] = {
@@ -171,7 +175,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", list(NORMS))
 def test_norms_of_images(name: str) -> None:
-    """Running statistics count, others are 1; a weight counts, by its mean square where it varies."""
+    """Running statistics count, others are 1; a weight that varies counts by its mean square."""
     norm = tracked(NORMS[name]())
     model = Net(lambda m, x: m.b(m.n(m.a(x))), a=nn.Conv2d(3, 4, 1), n=norm, b=nn.Conv2d(4, 2, 1))
     topology = lap_ext.trace(model, torch.randn(2, 3, 3, 5))
@@ -227,10 +231,10 @@ def test_weight_by_weight_norms_follow_the_weights() -> None:
     """A scale is computed when scores are: from the weights of that moment."""
     model = nn.Sequential(linear(), nn.LayerNorm(6), linear(2))
     topology = lap_ext.trace(model, ROWS)
-    before = lap_ext.scores(model, topology)["2"]
+    before = lap_ext.scores(model, topology=topology)["2"]
     with torch.no_grad():
         model[1].weight.mul_(3)
-    torch.testing.assert_close(lap_ext.scores(model, topology)["2"], 3 * before)
+    torch.testing.assert_close(lap_ext.scores(model, topology=topology)["2"], 3 * before)
 
 
 # ---- weights in every form ----------------------------------------------------------------------
@@ -296,8 +300,8 @@ def test_sums_inside_a_product() -> None:
     """addmm and baddbmm add what they are given, with both of their numbers."""
     model = Net(lambda m, x: m.b(torch.addmm(m.a(x), m.c(x), m.w, beta=2, alpha=3)),
                 a=linear(), c=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 6)))  # fmt: skip
-    found = lap_ext.trace(model, ROWS).layers["b"].prev
-    assert [(e.name, e.channel_map, set(e.scale.tolist())) for e in found] == [
+    result = lap_ext.trace(model, ROWS).layers["b"].prev
+    assert [(e.name, e.channel_map, set(e.scale.tolist())) for e in result] == [
         ("a", "same", {2.0}), ("w", "same", {3.0})]  # fmt: skip
     model.w = nn.Parameter(torch.randn(1, 6, 6))
     model.rule = lambda m, x: m.b(torch.baddbmm(m.a(x)[None], m.c(x)[None], m.w)[0])
@@ -305,7 +309,7 @@ def test_sums_inside_a_product() -> None:
 
 
 def test_parts_of_a_weight() -> None:
-    """Channels are counted through the whole parameter, whichever side is cut, which way it is kept."""
+    """Channels are counted through the full parameter, on either side and however it is stored."""
 
     def rule(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)  # [N, 6]
@@ -320,19 +324,19 @@ def test_parts_of_a_weight() -> None:
     assert [(r.part.rows, r.part.cols, r.part.transposed) for r in (*w.roles, *v.roles)] == [
         ((2, 5), None, False), ((0, 3), (1, 5), False), ((3, 5), (2, 6), True)]  # fmt: skip
     shown = [list(zip(e.here.tolist(), e.there.tolist(), strict=True)) for e in (*w.prev, *v.prev)]
-    whole = [(i, i) for i in range(6)]  # (input of the weight, channel of a)
-    assert shown == [whole, [(1, 0), (2, 1), (3, 2), (4, 3)], [(3, 4), (4, 5)]]
-    found = {e.name: list(zip(e.here.tolist(), e.there.tolist(), strict=True))
+    everything = [(i, i) for i in range(6)]  # (input of the weight, channel of a)
+    assert shown == [everything, [(1, 0), (2, 1), (3, 2), (4, 3)], [(3, 4), (4, 5)]]
+    result = {e.name: list(zip(e.here.tolist(), e.there.tolist(), strict=True))
              for e in topology.layers["b"].prev}  # fmt: skip
-    assert sorted(found["w"]) == [(0, 2), (1, 3), (2, 4), (3, 0), (4, 1), (5, 2)]
-    assert found["v"] == [(6, 2), (7, 3), (8, 4), (9, 5)]
+    assert sorted(result["w"]) == [(0, 2), (1, 3), (2, 4), (3, 0), (4, 1), (5, 2)]
+    assert result["v"] == [(6, 2), (7, 3), (8, 4), (9, 5)]
     readers = {e.name: set(zip(e.here.tolist(), e.there.tolist(), strict=True))
                for e in topology.layers["a"].next}  # fmt: skip
-    assert readers == {"w": {*whole, (0, 1), (1, 2), (2, 3), (3, 4)}, "v": {(4, 3), (5, 4)}}
+    assert readers == {"w": {*everything, (0, 1), (1, 2), (2, 3), (3, 4)}, "v": {(4, 3), (5, 4)}}
 
 
 def test_einsum_in_another_order() -> None:
-    """Heads and their channels change places on the way out."""
+    """Heads and their channels are swapped on the way out."""
     rule = lambda m, x: m.b(torch.einsum("nti,ihd->ntdh", m.a(x), m.w).flatten(2))  # noqa: E731
     model = Net(rule, a=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 2, 3)))
     topology = lap_ext.trace(model, X3)
@@ -342,7 +346,8 @@ def test_einsum_in_another_order() -> None:
 def test_einsum_meets_from_the_right() -> None:
     """As in broadcasting: [N, heads, channels] and [heads, channels]."""
     rule = lambda m, x: m.b(torch.einsum(  # noqa: E731
-        "...d,...d->...d", m.a(x).unflatten(1, (2, 3)), m.c(x)[0].unflatten(0, (2, 3))).flatten(1))  # fmt: skip
+        "...d,...d->...d", m.a(x).unflatten(1, (2, 3)),
+                                         m.c(x)[0].unflatten(0, (2, 3))).flatten(1))  # fmt: skip
     topology = lap_ext.trace(Net(rule, a=linear(), c=linear(), b=linear()), torch.randn(3, 6))
     for name in "ac":
         assert pairs(topology, "b", name) == [(i, i) for i in range(6)]
@@ -352,7 +357,7 @@ def test_a_layer_that_nothing_reads_counts_as_the_last() -> None:
     model = Net(lambda m, x: m.b(x) * (m.a(x) > 0), a=linear(), b=linear())
     topology = lap_ext.trace(model, ROWS)
     assert topology.layers["a"].next == []
-    scores = lap_ext.scores(model, topology)
+    scores = lap_ext.scores(model, topology=topology)
     torch.testing.assert_close(scores["a"], model.a.weight.detach().abs())
 
 

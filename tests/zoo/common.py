@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every file of the zoo shares: the registry's entry, seeding, and parameters that say something.
+"""What every file of the zoo shares: the registry's entry, seeding, and random parameters.
 
 A fresh model hides mistakes: its norms are ones, its biases, class tokens and layer scales are
 constants, its running statistics are 0 and 1. unsettle() gives all of them random values, so that

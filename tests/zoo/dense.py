@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks of concatenations: a channel's place depends on what was put before it.
+"""Networks of concatenations: a channel's index depends on what was put before it.
 
 DenseNet (each layer reads all before it through its own batch norm), GoogLeNet (four branches),
 Inception-v3 (factored convolutions, a branch that splits again), SqueezeNet, U-Net (skips into

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What exports and is hard to follow: a tracer follows it right or refuses by name, never guesses.
+"""Models that export but are hard to follow: a trace is right or refuses by name, never guesses.
 
 Channels that mix outside any weight layer (local response norm, Fourier transform, running sum,
 mean over channels), weights that are computed (weight norm, standardized, masked), memory that is
-shared (in-place results dropped, slices assigned), channels in an order that data says, a state space
-model.
+shared (in-place results dropped, slices assigned), channels in a data-dependent order, a
+state-space model.
 """
 
 from __future__ import annotations

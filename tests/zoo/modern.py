@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Vision networks built on linear layers: channels move between the second and the last place.
+"""Vision networks built on linear layers: channels move between the second and the last dimension.
 
 ConvNeXt (permutes, LayerNorm, layer scale), ViT with its own packed qkv (timm's layout) and with
 nn.MultiheadAttention (torchvision's), Swin (roll, windows, relative position bias, mask, patch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What data shows of a model: activations, gradients, curvature.
+"""Statistics of a model over data: activations, gradients, curvature.
 
-Measured on the traced graph; the model is left as it was.
+They are measured on the traced graph; the model is left unchanged.
 """

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Statistics of activations per channel, in float64, one batch after the other.
+"""Statistics of activations per channel, in float64, accumulated batch by batch.
 
-    mean_squares       of input i of a role: mean over batch and positions of x_i^2
-    active_fractions   of output o of a role: how often it is > 0 after its activation function
+    mean_squares       input i of a role: mean of x_i^2 over batch and positions
+    active_fractions   output o of a role: how often it is > 0 after its activation function
 
-An embedding reads one-hot rows: the mean square of an entry is how often it occurs. Of experts that
-data chooses, each counts the rows that are its own (experts.py); one that has none counts 0.
+An embedding reads one-hot rows: the mean square of an entry is how often it occurs. Experts that
+are chosen by the data count only the rows routed to them (experts.py); an expert without rows has
+statistics 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 from lap_ext.criteria.statistics.activity import Activation, activation_after
 from lap_ext.criteria.statistics.experts import Chosen, chosen_by_data, tensors_of
 from lap_ext.criteria.statistics.replay import Watches, replay
+from lap_ext.errors import LapValueError
 from lap_ext.topology import Topology
 from lap_ext.topology.call import bind
 from lap_ext.topology.roles import Role
@@ -33,71 +35,67 @@ class _Mean:
     """A running mean per channel, float64."""
 
     total: Tensor | None = None  # [channels]
-    count: Tensor | int = 0  # of positions, in all batches; [channels] where they differ
+    count: Tensor | int = 0  # of positions, over all batches; [channels] where they differ
 
     def add(self, total: Tensor, count: Tensor | int) -> None:
-        """The sums of one batch."""
+        """Adds the sums of one batch."""
         self.total = total if self.total is None else self.total + total
         self.count += count
 
     def value(self, channels: int) -> Tensor:
-        """The mean on the CPU, [channels]; zeros where nothing was seen."""
+        """Returns the mean on the CPU, [channels]; zeros where nothing was counted."""
         if self.total is None:
             return torch.zeros(channels, dtype=torch.float64)
         mean = self.total.cpu() / torch.as_tensor(self.count).cpu().clamp(min=1)
         return mean.repeat(channels // mean.numel())
 
 
-def mean_squares(topology: Topology, data: Any, *, function: str, criterion: str) -> list[Tensor]:
-    """Mean of x_i^2 for every role, float64 [I], on the CPU.
+def mean_squares(topology: Topology, data: Any) -> list[Tensor]:
+    """Computes the mean of x_i^2 for every role, float64 [I], on the CPU.
 
     Args:
         topology: of the model.
         data: batches as `replay` takes them.
-        function: whose name errors carry.
-        criterion: whose name errors carry.
 
     Raises:
-        ValueError: an activation is not finite; data is empty or leads another way.
+        ValueError: an activation is not finite; data is empty, or takes another path through the
+            model than the trace.
     """
     roles = topology.roles
     means = [_Mean() for _ in roles]
-    _without_projection(roles, function)
+    _check_no_projection(roles)
 
     def watcher(_program: ExportedProgram, nodes: list[fx.Node]) -> Watches:
-        places: dict[fx.Node, list[int]] = {}
-        for place, node in enumerate(nodes):
-            places.setdefault(node, []).append(place)
+        indices_of: dict[fx.Node, list[int]] = {}
+        for index, node in enumerate(nodes):
+            indices_of.setdefault(node, []).append(index)
         before = {}
-        for node, here in places.items():
-            chosen = Chosen(node) if chosen_by_data(roles[here[0]]) else None
-            before[node] = _reader(roles, means, node, here, chosen)
+        for node, indices in indices_of.items():
+            chosen = Chosen(node) if chosen_by_data(roles[indices[0]]) else None
+            before[node] = _square_adder(roles, means, node, indices, chosen)
             before.update(chosen.watches() if chosen else {})
         return Watches(before)
 
-    replay(topology, data, watcher, function=function, criterion=criterion)
+    replay(topology, data, watcher)
     result = []
     for role, mean in zip(roles, means, strict=True):
-        found = mean.value(role.part.channels[0])
-        if not bool(found.isfinite().all()):
-            raise ValueError(
-                f"{function}: expected finite activations, got inf or NaN in the input of layer "
-                f"{role.layer!r}. Look for such values in data."
+        squares = mean.value(role.part.channels[0])
+        if not bool(squares.isfinite().all()):
+            raise LapValueError(
+                "finite activations",
+                f"inf or NaN in the input of layer {role.layer!r}",
+                "Look for such values in data.",
             )
-        result.append(found)
+        result.append(squares)
     return result
 
 
-def active_fractions(
-    topology: Topology, data: Any, *, function: str, criterion: str
-) -> list[Tensor | None]:
-    """How often each output of every role is > 0 after its activation function.
+def active_fractions(topology: Topology, data: Any) -> list[Tensor | None]:
+    """Computes how often each output of every role is > 0 after its activation function.
 
     Args:
         topology: of the model.
         data: batches as `replay` takes them.
-        function: whose name errors carry.
-        criterion: whose name errors carry.
 
     Returns:
         Float64 [O] on the CPU; None where no activation function follows before the next weighted
@@ -108,62 +106,63 @@ def active_fractions(
 
     def watcher(program: ExportedProgram, nodes: list[fx.Node]) -> Watches:
         after = {}
-        for place, (role, node) in enumerate(zip(roles, nodes, strict=True)):
+        for index, (role, node) in enumerate(zip(roles, nodes, strict=True)):
             follows = None if role.kind in _RECURRENT else activation_after(program, node)
             if follows is None:
                 continue
-            mean = means[place] = means[place] or _Mean()
-            after[follows.node] = _counter(mean, follows, role.out_dims)
+            mean = means[index] = means[index] or _Mean()
+            after[follows.node] = _active_counter(mean, follows, role.out_dims)
         return Watches(after=after)
 
-    replay(topology, data, watcher, function=function, criterion=criterion)
+    replay(topology, data, watcher)
     return [
         None if mean is None else mean.value(role.part.channels[1])
         for role, mean in zip(roles, means, strict=True)
     ]
 
 
-def _without_projection(roles: list[Role], function: str) -> None:
+def _check_no_projection(roles: list[Role]) -> None:
     for role in roles:
         if role.kind == "lstm" and role.layer.rpartition(".")[2].startswith("weight_hr"):
-            raise ValueError(
-                f"{function}: expected recurrent layers whose inputs can be seen, got the "
-                f"projection {role.layer!r} (proj_size). Use a criterion without data here."
+            raise LapValueError(
+                "recurrent layers whose inputs can be seen",
+                f"the projection {role.layer!r} (proj_size)",
+                "Use a criterion without data here.",
             )
 
 
-def _reader(
+def _square_adder(
     roles: list[Role],
     means: list[_Mean],
     node: fx.Node,
-    places: list[int],
+    indices: list[int],
     chosen: Chosen | None,
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-    """Adds what the roles of a node read."""
+    """Makes the watch that adds the squares of the inputs of a node's roles to their means."""
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bind(node, args, kwargs)
-        if roles[places[0]].kind in _RECURRENT:
-            for place, x in zip(places, _cell_inputs(call.target, call.arguments), strict=True):
-                means[place].add(*_square_sums(x, (2,)))
+        if roles[indices[0]].kind in _RECURRENT:
+            for index, x in zip(indices, _cell_inputs(call.target, call.arguments), strict=True):
+                means[index].add(*_square_sums(x, (2,)))
             return
-        (place,) = places
-        role = roles[place]
+        (index,) = indices
+        role = roles[index]
         x = tensors_of(call)[role.x]
         if role.kind == "embedding":
             size = role.part.channels[0]
-            index = x.flatten().long() % size
-            means[place].add(torch.bincount(index, minlength=size).double(), index.numel())
+            entries = x.flatten().long() % size
+            means[index].add(torch.bincount(entries, minlength=size).double(), entries.numel())
         elif chosen is not None:
-            means[place].add(*chosen.square_sums(call, x, role))
+            means[index].add(*chosen.square_sums(call, x, role))
         else:
-            means[place].add(*_square_sums(x, role.in_dims))
+            means[index].add(*_square_sums(x, role.in_dims))
 
     return read
 
 
 def _square_sums(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, int]:
-    """(sum of x^2 of each channel, float64; positions) of channels that lie along dims."""
+    """Returns (sum of x^2 of each channel, float64; positions); the channels lie along dims."""
     squares = x.double().square_() if x.dtype != torch.float64 else x.square()
     return _sums(squares, dims)
 
@@ -176,8 +175,10 @@ def _sums(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, int]:
     return sums, x.numel() // max(sums.numel(), 1)
 
 
-def _counter(mean: _Mean, follows: Activation, dims: tuple[int, ...]) -> Callable[[Any], None]:
-    """Counts the active outputs of an activation function."""
+def _active_counter(
+    mean: _Mean, follows: Activation, dims: tuple[int, ...]
+) -> Callable[[Any], None]:
+    """Makes the watch that counts the active outputs of an activation function."""
     index = follows.channels(dims)
 
     def count(result: Any) -> None:
@@ -195,10 +196,10 @@ def _counter(mean: _Mean, follows: Activation, dims: tuple[int, ...]) -> Callabl
 
 
 def _cell_inputs(layer: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:
-    """What each weight of a recurrent layer reads, [time, batch, features], in their order.
+    """Computes the input of each weight of a recurrent layer, [time, batch, features], in order.
 
-    Layers and directions are run one by one: weight_ih reads the layer's input, weight_hh the state
-    of the step before.
+    Runs layers and directions one by one: weight_ih reads the layer's input, weight_hh the state of
+    the previous time step.
     """
     sides = 2 if given["bidirectional"] else 1
     cells = given["num_layers"] * sides
@@ -207,17 +208,17 @@ def _cell_inputs(layer: Callable[..., Any], given: dict[str, Any]) -> list[Tenso
     start = given["hx"]
     states = list(start) if isinstance(start, (list, tuple)) else [start]
     x = given["input"].transpose(0, 1) if given["batch_first"] else given["input"]
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     for cell in range(cells):
         own = params[cell * per_cell : (cell + 1) * per_cell]
         backward = cell % sides == 1
         first = [state[cell : cell + 1] for state in states]
         hx = first if isinstance(start, (list, tuple)) else first[0]
-        seen = x.flip(0) if backward else x
-        out = layer(seen, hx, own, given["has_biases"], 1, 0.0, False, False, False)[0]
-        found += [seen, torch.cat([first[0], out[:-1]])]
+        steps = x.flip(0) if backward else x
+        out = layer(steps, hx, own, given["has_biases"], 1, 0.0, False, False, False)[0]
+        inputs += [steps, torch.cat([first[0], out[:-1]])]
         outputs.append(out.flip(0) if backward else out)
         if len(outputs) == sides:
             x, outputs = torch.cat(outputs, dim=2), []
-    return found
+    return inputs

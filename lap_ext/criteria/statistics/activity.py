@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Which activation function follows a weighted operation, and which of its elements are whose.
+"""Finds the activation function after a weighted operation, and the channel of its elements.
 
-The way from the operation to the activation may lead through norms, dropout, pooling, sums and
-products with parameters and numbers, and moves of the data. It ends at anything that joins, splits
-or weighs channels, and where the result is used twice: no activation function then.
+The path from the operation to the activation may go through norms, dropout, pooling, sums and
+products with parameters and numbers, and operations that only move data. It ends where channels are
+joined, split or weighted and where a result is used twice; then no activation function follows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Activation:
     """An activation function and the moves between it and the operation it follows."""
 
     node: fx.Node
-    start: fx.Node  # its result has the operation's dimensions; all behind it are moves
+    start: fx.Node  # its result has the operation's dimensions; only moves come after it
     moves: tuple[fx.Node, ...]
 
     def channels(self, dims: tuple[int, ...]) -> Tensor | None:
-        """Finds each element's channel, int64, of the result's shape; None: they lie along dims."""
+        """Finds each element's channel, int64, in the result's shape; None: they lie along dims."""
         if not self.moves:
             return None
         shape = _tensor(self.start).shape
@@ -61,16 +61,16 @@ class Activation:
 
 
 def activation_after(program: ExportedProgram, node: fx.Node) -> Activation | None:
-    """Finds the activation function that alone reads a node, through what keeps channels."""
+    """Finds the activation function that is the only use of a node; see the module for the path."""
     static = {*program.graph_signature.inputs_to_parameters}
     static |= {*program.graph_signature.inputs_to_buffers}
     start = node
     moves: list[fx.Node] = []
     while True:
-        readers = [user for user in node.users if _has_tensor(user)]
-        if len(readers) != 1 or not readers[0].args or readers[0].args[0] is not node:
+        users = [user for user in node.users if _has_tensor(user)]
+        if len(users) != 1 or not users[0].args or users[0].args[0] is not node:
             return None
-        user = readers[0]
+        user = users[0]
         name = operation_name(user)
         others = [x for x in user.all_input_nodes if x is not node]
         if name in ACTIVATIONS:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """A traced chain of layers as an nn.Sequential of plain modules with copies of the weights.
 
-For BackPACK, which differentiates twice through a sequence of modules that it knows. What is a
-function in the model becomes a module; dropout and casts go; a batch norm in evaluation mode
-becomes a frozen convolution of size 1 (a linear layer for [N, C]) that scales and shifts, an
-average over windows a frozen convolution.
+BackPACK differentiates twice through a sequence of modules that it supports. So functions become
+modules, and dropout and casts are removed. A batch norm in evaluation mode becomes a frozen
+convolution of size 1 (a linear layer for [N, C]) that scales and shifts; average pooling becomes a
+frozen convolution.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import skip_init
 
+from lap_ext.errors import LapValueError
 from lap_ext.ops.reference.common import exact_sqrt, score_dtype
 from lap_ext.topology import Topology
 from lap_ext.topology.call import Call, bind, mapped, module_path
 from lap_ext.topology.export import first_names, named_tensors, placeholders
 
-# (the call, with tensors for what is no activation) -> a module, None: nothing is done
+# (the call, with tensors for all but activations) -> a module; None: an identity
 Build: TypeAlias = Callable[[Call], "nn.Module | None"]
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -32,18 +33,18 @@ _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 @dataclass(frozen=True)
 class Chain:
-    """The copy of a model, and which of its parameters are whose."""
+    """A copy of a model, and the copy of each layer's weight in it."""
 
     model: nn.Sequential
     weights: dict[str, nn.Parameter]  # layer name -> the copy of its weight
 
 
-def chain_of(topology: Topology, program: ExportedProgram, function: str) -> Chain:
-    """The chain that a program of the model runs through.
+def chain_of(topology: Topology, program: ExportedProgram) -> Chain:
+    """Copies the chain of layers that a program of the model runs.
 
     Raises:
-        ValueError: the model joins or splits, or has an operation that is none of those below; the
-            message names its module.
+        ValueError: the model joins or splits, or has an operation without a module in `_BUILD`;
+            the message names its module.
     """
     tensors, first = named_tensors(topology.model), first_names(topology.model)
     names: dict[fx.Node, str] = {}
@@ -59,72 +60,72 @@ def chain_of(topology: Topology, program: ExportedProgram, function: str) -> Cha
                 names[node], fixed[node] = first.get(name, name), tensors[name].detach()
             elif isinstance(node.meta.get("val"), Tensor) and kind == "input":
                 if current is not None:
-                    raise _unfit(function, topology, node, "a second input")
+                    raise _unfit(topology, node, "a second input")
                 current = node
         elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            moving = [x for x in node.all_input_nodes if x not in fixed]
-            if moving != [current]:
-                raise _unfit(function, topology, node, "a join, a split or a computed weight")
-            module = _module(function, topology, node, fixed)
+            activations = [x for x in node.all_input_nodes if x not in fixed]
+            if activations != [current]:
+                raise _unfit(topology, node, "a join, a split or a computed weight")
+            module = _module(topology, node, fixed)
             current = node
             if module is None:
                 continue
             modules.append(module)
             weight = next((x for x in node.all_input_nodes if x in names), None)
             if weight is not None:
-                _claim(function, topology, node, names[weight], module, weights)
+                _record_weight(topology, node, names[weight], module, weights)
         elif node.op == "output" and list(node.args[0]) != [current]:
-            raise _unfit(function, topology, node, "several outputs")
+            raise _unfit(topology, node, "several outputs")
     return Chain(nn.Sequential(*modules), weights)
 
 
-def _claim(
-    function: str,
+def _record_weight(
     topology: Topology,
     node: fx.Node,
     parameter: str,
     module: nn.Module,
     weights: dict[str, nn.Parameter],
 ) -> None:
-    """Notes whose weight a module has a copy of; a frozen module is no layer."""
+    """Records which layer's weight a module copies; a frozen module is no layer."""
     name = next((n for n, x in topology.layers.items() if x.parameter == parameter), None)
     weight = module.weight
     if name is None or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return
     if name in weights:
-        raise _unfit(function, topology, node, f"a second use of weight {name!r}")
+        raise _unfit(topology, node, f"a second use of weight {name!r}")
     weights[name] = weight
 
 
-def _module(
-    function: str, topology: Topology, node: fx.Node, fixed: dict[fx.Node, Any]
-) -> nn.Module | None:
+def _module(topology: Topology, node: fx.Node, fixed: dict[fx.Node, Any]) -> nn.Module | None:
     def known(x: Any) -> Any:
         return fixed.get(x, x) if isinstance(x, fx.Node) else x
 
     call = bind(node, mapped(node.args, known), mapped(dict(node.kwargs), known))
     build = _BUILD.get(call.name)
     if build is None:
-        raise _unfit(function, topology, node, str(node.target))
+        raise _unfit(topology, node, str(node.target))
     try:
         return build(call)
     except _NotInChain as reason:
-        raise _unfit(function, topology, node, str(reason)) from None
+        raise _unfit(topology, node, str(reason)) from None
 
 
 class _NotInChain(Exception):  # noqa: N818 (caught right above)
-    """An operation that has no module; the text says what about it."""
+    """An operation that has no module; the text describes it."""
 
 
-def _unfit(function: str, topology: Topology, node: fx.Node, what: str) -> ValueError:
+def _unfit(topology: Topology, node: fx.Node, what: str) -> ValueError:
     path = module_path(node)
     where = f"in module {path!r}" if path else f"in {type(topology.model).__name__}.forward"
     if path:
         where += f" ({type(topology.model.get_submodule(path)).__name__})"
-    return ValueError(
-        f"{function}: expected a chain of layers that BackPACK can differentiate twice (linear, "
-        f"convolution, pooling, flatten, activation, batch norm), got {what} {where}. Use "
-        'criterion="weight_gradient" or one without data for this model.'
+    return LapValueError(
+        (
+            "a chain of layers that BackPACK can differentiate twice (linear, convolution, "
+            "pooling, flatten, activation, batch norm)"
+        ),
+        f"{what} {where}",
+        'Use criterion="weight_gradient" or one without data for this model.',
     )
 
 
@@ -146,22 +147,36 @@ def _convolution(call: Call) -> nn.Module:
             raise _NotInChain("one-sided padding")
         padding = [(k - 1) * d // 2 for k, d in zip(window, dilation, strict=True)]
     groups = call["groups"]
-    made = skip_init(
-        _CONV[n], weight.shape[1] * groups, weight.shape[0], window, _each(call["stride"], n),
-        _each(padding, n), dilation, groups, bias is not None,
-    )  # fmt: skip
-    return _filled(made, weight, bias)
+    module = skip_init(
+        _CONV[n],
+        weight.shape[1] * groups,
+        weight.shape[0],
+        window,
+        _each(call["stride"], n),
+        _each(padding, n),
+        dilation,
+        groups,
+        bias is not None,
+    )
+    return _filled(module, weight, bias)
 
 
 def _transposed(call: Call) -> nn.Module:
     weight, bias = _floats(call["weight"]), call["bias"]
     n, groups = weight.dim() - 2, call["groups"]
-    made = skip_init(
-        _TRANSPOSED[n], weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]),
-        _each(call["stride"], n), _each(call["padding"], n), _each(call["output_padding"], n),
-        groups, bias is not None, _each(call["dilation"], n),
-    )  # fmt: skip
-    return _filled(made, weight, bias)
+    module = skip_init(
+        _TRANSPOSED[n],
+        weight.shape[0],
+        weight.shape[1] * groups,
+        tuple(weight.shape[2:]),
+        _each(call["stride"], n),
+        _each(call["padding"], n),
+        _each(call["output_padding"], n),
+        groups,
+        bias is not None,
+        _each(call["dilation"], n),
+    )
+    return _filled(module, weight, bias)
 
 
 def _batch_norm(call: Call) -> nn.Module:
@@ -175,8 +190,8 @@ def _batch_norm(call: Call) -> nn.Module:
     if n == 0:
         module = _filled(skip_init(nn.Linear, channels, channels), torch.diag(scale), shift)
     else:
-        made = skip_init(_CONV[n], channels, channels, 1, groups=channels)
-        module = _filled(made, scale.reshape(-1, *[1] * (n + 1)), shift)
+        module = skip_init(_CONV[n], channels, channels, 1, groups=channels)
+        module = _filled(module, scale.reshape(-1, *[1] * (n + 1)), shift)
     return module.requires_grad_(False)
 
 
@@ -207,7 +222,7 @@ def _max_pool(call: Call) -> nn.Module:
 
 
 def _average(call: Call) -> nn.Module:
-    """An average over windows as a frozen convolution (BackPACK's own is for float32 only)."""
+    """Builds average pooling as a frozen convolution (BackPACK supports it in float32 only)."""
     n = len(call.shape) - 2
     before = _shape(call)
     if call.name.startswith("adaptive"):
@@ -224,9 +239,9 @@ def _average(call: Call) -> nn.Module:
             raise _NotInChain("windows of different sizes")
     result = call.node.meta["val"]
     options = {"groups": before[1], "bias": False, "dtype": score_dtype(result.dtype)}
-    made = skip_init(_CONV[n], before[1], before[1], window, stride, padding, **options)
-    made.weight.data.fill_(1.0 / torch.Size(window).numel())
-    return made.to(result.device).requires_grad_(False)
+    module = skip_init(_CONV[n], before[1], before[1], window, stride, padding, **options)
+    module.weight.data.fill_(1.0 / torch.Size(window).numel())
+    return module.to(result.device).requires_grad_(False)
 
 
 def _cast(call: Call) -> None:
@@ -240,7 +255,7 @@ def _shape(call: Call) -> tuple[int, ...]:
 
 
 def _floats(x: Any) -> Tensor:
-    """A copy in float32, float64 for float64."""
+    """Copies a tensor to float32 (float64 stays float64)."""
     if not isinstance(x, Tensor):
         raise _NotInChain("a computed weight")
     return x.detach().to(score_dtype(x.dtype), copy=True)
@@ -254,8 +269,8 @@ def _filled(module: nn.Module, weight: Tensor, bias: Any) -> nn.Module:
 
 
 def _each(x: Any, n: int) -> tuple[int, ...]:
-    found = tuple(x) if isinstance(x, (list, tuple)) else (x,)
-    return found * n if len(found) == 1 else found
+    values = tuple(x) if isinstance(x, (list, tuple)) else (x,)
+    return values * n if len(values) == 1 else values
 
 
 _BUILD: dict[str, Build] = {

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The diagonal of the Hessian of the mean loss with respect to every weight, by BackPACK.
 
-    h = d^2 (mean over all examples of the loss) / d w^2        of each weight w by itself
+    h = d^2 (mean loss over all examples) / d w^2        for each weight w on its own
 
-"hessian" is that exactly (DiagHessian), and may be negative. "ggn" (DiagGGNExact) leaves out the
-curvature of the network itself: never negative, and the same where the network is piecewise linear.
-BackPACK sees a copy of the model (chain.py). It is an optional package: pip install lap_ext[obd].
+"hessian" is exactly this (DiagHessian) and may be negative. "ggn" (DiagGGNExact) leaves out the
+curvature of the network itself: it is never negative, and equal where the network is piecewise
+linear. BackPACK runs on a copy of the model (chain.py). It is an optional package: pip install
+lap_ext[obd].
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lap_ext.criteria.statistics.chain import Chain, chain_of
 from lap_ext.criteria.statistics.gradients import pair
 from lap_ext.criteria.statistics.isolation import unchanged
 from lap_ext.criteria.statistics.replay import batches, call_of, program_of
+from lap_ext.errors import LapImportError, LapValueError
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Topology
 
@@ -37,61 +39,57 @@ def hessian_diagonals(
     data: Any,
     loss: nn.Module | None,
     curvature: str,
-    *,
-    function: str,
-    criterion: str,
 ) -> dict[str, Tensor]:
-    """The Hessian's diagonal of every weight.
+    """Computes the diagonal of the Hessian for every weight.
 
     Args:
-        topology: of the model, a chain of layers that BackPACK knows.
+        topology: of the model, a chain of layers that BackPACK supports.
         data: batches (inputs, target).
-        loss: one with reduction "mean" that BackPACK knows; None: CrossEntropyLoss.
+        loss: one with reduction "mean" that BackPACK supports; None: CrossEntropyLoss.
         curvature: "hessian" or "ggn".
-        function: whose name errors carry.
-        criterion: whose name errors carry.
 
     Returns:
         Layer name -> h of the weight's shape, on its device, float32 (float64 for float64 weights).
 
     Raises:
         ImportError: BackPACK is not installed.
-        ValueError: the model is no such chain; h is not finite.
-        TypeError: a batch is no pair.
+        ValueError: the model is not such a chain; h is not finite.
+        TypeError: a batch is not a pair.
     """
-    extend, second_order = _backpack(curvature, function, criterion)
+    extend, second_order = _backpack(curvature)
     model, chain = topology.model, None
     measure = extend(nn.CrossEntropyLoss() if loss is None else copy.deepcopy(loss))
     totals: dict[str, Tensor] = {}
     size, examples = [0], 0
-    with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
-        for batch in batches(data, function, criterion):
-            inputs, target = pair(batch, function)
-            args, kwargs = call_of(model, inputs, function)
+    with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _no_hook_warnings():
+        for batch in batches(data):
+            inputs, target = pair(batch)
+            args, kwargs = call_of(model, inputs)
             if chain is None:
-                chain = chain_of(topology, program_of(topology, args, kwargs, function), function)
+                chain = chain_of(topology, program_of(topology, args, kwargs))
                 extend(chain.model)
-            x = next(_wide(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            x = next(_floats(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             if not examples:
-                _compare(chain, model(*args, **kwargs), x, function)
+                _compare(chain, model(*args, **kwargs), x)
                 size = list(x.shape[1:])
-            _one_size(size, list(x.shape[1:]), function)
-            found = second_order(chain, measure, x, target)
-            for name, h in found.items():
+            _check_size(size, list(x.shape[1:]))
+            diagonals = second_order(chain, measure, x, target)
+            for name, h in diagonals.items():
                 totals[name] = totals[name] + h * len(x) if name in totals else h * len(x)
             examples += len(x)
-    return _finite({name: (x / examples).detach() for name, x in totals.items()}, function)
+    return _finite({name: (x / examples).detach() for name, x in totals.items()})
 
 
-def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, SecondOrder]:
-    """BackPACK's extend, and what gives the diagonals of one batch."""
+def _backpack(curvature: str) -> tuple[Any, SecondOrder]:
+    """Imports BackPACK: its extend, and a function for the diagonals of one batch."""
     try:
         package = import_module("backpack")
         extensions = import_module("backpack.extensions")
     except ImportError as error:
-        raise ImportError(
-            f"{function}: expected the package BackPACK for criterion {criterion!r} (it computes "
-            "the diagonal of the Hessian), got none. Run: pip install 'lap_ext[obd]'."
+        raise LapImportError(
+            "the package BackPACK (it computes the diagonal of the Hessian)",
+            "none",
+            "Run: pip install 'lap_ext[obd]'.",
         ) from error
     kind = extensions.DiagHessian if curvature == "hessian" else extensions.DiagGGNExact
 
@@ -101,60 +99,61 @@ def _backpack(curvature: str, function: str, criterion: str) -> tuple[Any, Secon
             try:
                 loss(chain.model(x), target).backward()
             except NotImplementedError as error:
-                raise ValueError(
-                    f"{function}: expected layers and a loss that BackPACK can differentiate "
-                    f"twice, got: {error} Use another criterion for this model."
+                raise LapValueError(
+                    "layers and a loss that BackPACK can differentiate twice",
+                    str(error).rstrip("."),
+                    "Use another criterion for this model.",
                 ) from error
-        found = {}
+        diagonals = {}
         for name, parameter in chain.weights.items():
-            found[name] = getattr(parameter, extension.savefield)
+            diagonals[name] = getattr(parameter, extension.savefield)
             delattr(parameter, extension.savefield)
             parameter.grad = None
-        return found
+        return diagonals
 
     return package.extend, second_order
 
 
-def _wide(x: Tensor) -> Tensor:
-    """As the chain computes: float32, float64 for float64; a leaf of its own."""
+def _floats(x: Tensor) -> Tensor:
+    """Converts an input to the dtype of the chain: float32 (float64 stays float64), detached."""
     return x.detach().to(score_dtype(x.dtype))
 
 
-def _compare(chain: Chain, expected: Tensor, x: Tensor, function: str) -> None:
-    """The chain computes what the model does, as far as its precision goes."""
+def _compare(chain: Chain, expected: Tensor, x: Tensor) -> None:
+    """Checks that the chain computes what the model does, within the model's precision."""
     with torch.no_grad():
-        found = chain.model(x)
+        output = chain.model(x)
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    close = found.shape == expected.shape and torch.allclose(
-        found.double(), expected.detach().double(), rtol=tolerance, atol=tolerance
+    close = output.shape == expected.shape and torch.allclose(
+        output.double(), expected.detach().double(), rtol=tolerance, atol=tolerance
     )
     if not close:
-        raise ValueError(
-            f"{function}: expected the copy of the model that BackPACK sees to compute what the "
-            "model does, got other outputs. Use another criterion for this model."
+        raise LapValueError(
+            "the copy of the model that BackPACK sees to compute what the model does",
+            "other outputs",
+            "Use another criterion for this model.",
         )
 
 
-def _one_size(expected: list[int], got: list[int], function: str) -> None:
+def _check_size(expected: list[int], got: list[int]) -> None:
     if expected != got:
-        raise ValueError(
-            f"{function}: expected inputs of one size in all batches, got {expected} and {got}."
-        )
+        raise LapValueError("inputs of one size in all batches", f"{expected} and {got}")
 
 
-def _finite(diagonals: dict[str, Tensor], function: str) -> dict[str, Tensor]:
+def _finite(diagonals: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, h in diagonals.items():
         if not bool(h.isfinite().all()):
-            raise ValueError(
-                f"{function}: expected a finite Hessian, got inf or NaN for layer {name!r}. Look "
-                "for such values in data."
+            raise LapValueError(
+                "a finite Hessian",
+                f"inf or NaN for layer {name!r}",
+                "Look for such values in data.",
             )
     return diagonals
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of hooks whose inputs need no gradient: those of a first layer."""
+def _no_hook_warnings() -> Iterator[None]:
+    """Silences warnings of hooks whose inputs need no gradient, as in a first layer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

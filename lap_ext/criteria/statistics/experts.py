@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Which expert each row of an input goes to, where data chooses the weights of a product.
+"""Finds the expert of each row of an input, where the data chooses the weights of a product.
 
-x [S, 1, I] times w[e] [S, I, O]     e [S] picks the weights: the index of the node that did
-grouped_mm(x [S, I], w, ends [E])    rows are sorted by expert, ends says where each one ends
+x [S, 1, I] times w[e] [S, I, O]     e [S], the experts, is the index of the node that picks weights
+grouped_mm(x [S, I], w, ends [E])    rows are sorted by expert; ends[e] is where those of e end
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
 
 
 def chosen_by_data(role: Role) -> bool:
-    """Whether all experts of a role are fed from the same rows, as the data chooses."""
+    """Tells whether the data chooses which expert of a role reads which row."""
     return role.kind == "linear" and role.part.groups > 1 and len(role.in_dims) == 1
 
 
 class Chosen:
-    """The experts of the rows that a node reads."""
+    """Finds the experts of the rows that a node reads."""
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
@@ -34,28 +34,28 @@ class Chosen:
         self.picks = _picks(node)
 
     def watches(self) -> dict[fx.Node, Before]:
-        """Remembers the indices by which weights are picked."""
+        """Returns the watch that keeps the indices by which weights are picked."""
         if self.picks is None:
             return {}
         picks = self.picks
 
-        def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep_index(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [
                 x for x in tensors_of(bind(picks, args, kwargs)) if not x.is_floating_point()
             ]
             self.index = tensors[0] if len(tensors) == 1 else None
 
-        return {picks: seen}
+        return {picks: keep_index}
 
     def square_sums(self, call: Call, x: Tensor, role: Role) -> tuple[Tensor, Tensor]:
-        """(sums of x^2 by expert and channel, rows of each), float64 and int64 [E * I]."""
+        """Returns (sums of x^2, numbers of rows) by expert and channel: float64, int64 [E * I]."""
         experts = role.part.groups
         (dim,) = role.in_dims
         rows = x.movedim(dim, -1).flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [S, 1, I]
         squares = rows.double().square().sum(1)
         count = torch.full(rows.shape[:1], rows.shape[1], device=x.device)
         expert = self._expert(call, rows.shape[0], experts)
-        if expert is None:  # not told: each counts the rows of all
+        if expert is None:  # unknown: every expert counts all rows
             return squares.sum(0).repeat(experts), count.sum().expand(experts * squares.shape[1])
         own = (expert >= 0) & (expert < experts)
         expert, squares, count = expert[own], squares[own], count[own]
@@ -70,12 +70,12 @@ class Chosen:
         ends = [x for x in tensors_of(call) if not x.is_floating_point() and x.numel() == experts]
         if len(ends) != 1:
             return None
-        place = torch.arange(rows, device=ends[0].device)
-        return torch.searchsorted(ends[0].long().contiguous(), place, right=True)
+        row = torch.arange(rows, device=ends[0].device)
+        return torch.searchsorted(ends[0].long().contiguous(), row, right=True)
 
 
 def _picks(node: fx.Node) -> fx.Node | None:
-    """The node that picks the weights of a product, behind casts and moves."""
+    """Finds the node that picks the weights of a product, looking through casts and moves."""
     for operand in node.all_input_nodes:
         current = operand
         while current.op == "call_function":
@@ -88,7 +88,7 @@ def _picks(node: fx.Node) -> fx.Node | None:
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """A stack of matrices that is not computed."""
+    """Tells whether a node is a stack of matrices that is not computed."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     value = node.meta.get("val")
@@ -96,8 +96,9 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def tensors_of(call: Call) -> list[Tensor]:
-    """The tensors among the arguments of a call, in order."""
-    found: list[Tensor] = []
+    """Lists the tensors among the arguments of a call, in order."""
+    tensors: list[Tensor] = []
     for x in call.arguments.values():
-        found += [y for y in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(y, Tensor)]
-    return found
+        values = x if isinstance(x, (list, tuple)) else [x]
+        tensors += [y for y in values if isinstance(y, Tensor)]
+    return tensors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Contexts that leave a model as it was while something is measured on it."""
+"""Contexts that leave a model unchanged while it is measured."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lap_ext.topology.export import evaluating
 
 @contextmanager
 def same_random_state(model: nn.Module) -> Iterator[None]:
-    """Restores the random state afterwards: of the CPU and of the model's GPUs."""
+    """Restores the random state of the CPU and of the model's GPUs afterwards."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    places = sorted(device.index for device in devices if device.index is not None)
-    with torch.random.fork_rng(devices=places):
+    indices = sorted(device.index for device in devices if device.index is not None)
+    with torch.random.fork_rng(devices=indices):
         yield
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode; restores it, its buffers and the random state."""
+    """Puts a model into evaluation mode; restores its mode, buffers and the random state."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -38,7 +38,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(module: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
-    """A buffer that a forward has written to, or has replaced."""
+    """Restores a buffer that a forward has written to or replaced."""
     if module._buffers[name] is not buffer:
         module._buffers[name] = buffer
     if not torch.equal(buffer, before):

@@ -10,19 +10,19 @@ from lap_ext.ops.reference.common import score_dtype
 
 
 def key_dtype(scores: torch.dtype) -> torch.dtype:
-    """The dtype of the keys of float64 or float32 scores: integers of the same size."""
+    """Returns the dtype of the keys of float64 or float32 scores: integers of the same size."""
     return torch.int64 if scores == torch.float64 else torch.int32
 
 
 def never(integer: torch.dtype) -> int:
-    """The key of a weight that may not be kept, below every other key."""
+    """Returns the key of a weight that may not be kept, below every other key."""
     return torch.iinfo(integer).min
 
 
 def ordered_keys(scores: Tensor, without_nan: bool) -> Tensor:
-    """Int32 (int64 for float64) keys that sort as the scores do, contiguous; -0.0 equals +0.0.
+    """Makes contiguous int32 (int64 for float64) keys that sort as the scores do; -0.0 equals +0.0.
 
-    A NaN, unless it is known that there is none, has the largest key.
+    A NaN has the largest key; without_nan says that there is none.
     """
     wide = scores.to(score_dtype(scores.dtype)) + 0.0
     keys = flip(wide.contiguous().view(key_dtype(wide.dtype)))
@@ -30,13 +30,13 @@ def ordered_keys(scores: Tensor, without_nan: bool) -> Tensor:
 
 
 def flip(bits: Tensor) -> Tensor:
-    """Float bits to ordered key, and back."""
+    """Turns float bits into ordered keys, and back."""
     info = torch.iinfo(bits.dtype)
     return bits ^ ((bits >> (info.bits - 1)) & info.max)
 
 
 def score_keys(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Keys of scores, whose sign is dropped; overwrites scores."""
+    """Makes keys of scores, whose sign is dropped; overwrites scores."""
     integer = key_dtype(scores.dtype)
     keys = scores.view(integer)
     keys &= torch.iinfo(integer).max

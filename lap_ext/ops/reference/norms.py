@@ -11,42 +11,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lap_ext.errors import LapValueError, calling
 from lap_ext.ops.reference.common import exact_sqrt, require_finite
 
 SEGMENT, LANES, SEGMENT_ROWS = 1024, 32, 64  # csrc/math/sums.h
 _CHUNK = 1 << 17  # elements widened to float64 at a time: 1 MiB
-_LOST = 2.0**-1000  # a float64 energy below this may have lost squares to underflow
+_LOST = 2.0**-1000  # a float64 squared norm below this may have lost squares to underflow
 
 
-def row_energy(weight: Tensor, check_finite: bool, name: str) -> Tensor:
-    """Sum of squares of each row of weight [R, *rest] -> float64 [R]."""
+@calling("neighbor_norms")
+def row_squared_norms(weight: Tensor, check_finite: bool, name: str) -> Tensor:
+    """Sums the squares of each row of weight [R, *rest] -> float64 [R]."""
     if check_finite:
-        require_finite(weight, "factors", name)
-    energy = _row_energy(weight, 1.0)
+        require_finite(weight, name)
+    squared_norm = _row_squared_norms(weight, 1.0)
     if check_finite and weight.dtype == torch.float64:
-        _require_range(energy, lambda: _row_energy(weight, 2.0**900), name)
-    return energy
+        _require_range(squared_norm, lambda: _row_squared_norms(weight, 2.0**900), name)
+    return squared_norm
 
 
-def _row_energy(weight: Tensor, factor: float) -> Tensor:
+def _row_squared_norms(weight: Tensor, scale: float) -> Tensor:
     rows = weight.reshape(weight.shape[0], weight.shape[1:].numel())  # [R, L]
     count, length = rows.shape
-    energy = torch.zeros(count, dtype=torch.float64, device=weight.device)
+    squared_norm = torch.zeros(count, dtype=torch.float64, device=weight.device)
     width = max(SEGMENT, _CHUNK // max(count, 1) // SEGMENT * SEGMENT)  # whole segments
     height = max(1, _CHUNK // max(min(width, length), 1))
     for top in range(0, count, height):
-        total = energy[top : top + height]
+        total = squared_norm[top : top + height]
         for left in range(0, length, width):
-            _add_segments(total, rows[top : top + height, left : left + width], factor)
-    return energy
+            _add_segments(total, rows[top : top + height, left : left + width], scale)
+    return squared_norm
 
 
-def _add_segments(total: Tensor, part: Tensor, factor: float) -> None:
-    """Adds the segments of part [r, l] to total [r], in order."""
-    height, length = part.shape
+def _add_segments(total: Tensor, chunk: Tensor, scale: float) -> None:
+    """Adds the segments of chunk [r, l] to total [r], in order."""
+    height, length = chunk.shape
     segments = max(1, -(-length // SEGMENT))
     steps = -(-length // (segments * LANES)) if segments == 1 else SEGMENT // LANES
-    squares = _squares(part, segments * steps * LANES, factor)
+    squares = _squares(chunk, segments * steps * LANES, scale)
     squares = squares.view(height, segments, steps, LANES)
     lanes = squares[:, :, 0].clone()  # [r, segment, lane]
     for step in range(1, steps):
@@ -59,32 +61,34 @@ def _add_segments(total: Tensor, part: Tensor, factor: float) -> None:
         total += lanes[:, segment, 0]
 
 
-def _squares(part: Tensor, size: int, factor: float) -> Tensor:
-    """Squares of factor * part [a, l, *rest] in float64, [a, size, *rest]: zeros from l on.
+def _squares(chunk: Tensor, size: int, scale: float) -> Tensor:
+    """Squares scale * chunk [a, l, *rest] in float64, [a, size, *rest]: zeros from l on.
 
     Adding + 0.0 changes no sum of squares.
     """
-    out = torch.empty(part.shape[0], size, *part.shape[2:], dtype=torch.float64, device=part.device)
-    length = part.shape[1]
+    shape = (chunk.shape[0], size, *chunk.shape[2:])
+    out = torch.empty(shape, dtype=torch.float64, device=chunk.device)
+    length = chunk.shape[1]
     out[:, length:] = 0.0
     values = out[:, :length]
-    values.copy_(part)
-    if factor != 1.0:
-        values *= factor
+    values.copy_(chunk)
+    if scale != 1.0:
+        values *= scale
     return out.mul_(out)
 
 
-def col_energy(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
-    """Sum of squares of each column of weight [G * N, C, *K] -> float64 [G * C]."""
+@calling("neighbor_norms")
+def col_squared_norms(weight: Tensor, groups: int, check_finite: bool, name: str) -> Tensor:
+    """Sums the squares of each column of weight [G * N, C, *K] -> float64 [G * C]."""
     if check_finite:
-        require_finite(weight, "factors", name)
-    energy = _col_energy(weight, groups, 1.0)
+        require_finite(weight, name)
+    squared_norm = _col_squared_norms(weight, groups, 1.0)
     if check_finite and weight.dtype == torch.float64:
-        _require_range(energy, lambda: _col_energy(weight, groups, 2.0**900), name)
-    return energy
+        _require_range(squared_norm, lambda: _col_squared_norms(weight, groups, 2.0**900), name)
+    return squared_norm
 
 
-def _col_energy(weight: Tensor, groups: int, factor: float) -> Tensor:
+def _col_squared_norms(weight: Tensor, groups: int, scale: float) -> Tensor:
     channels, window = weight.shape[1], weight.shape[2:].numel()
     rows, width = weight.shape[0] // groups, channels * window
     columns = weight.reshape(groups, rows, width)  # [G, N, C * K]
@@ -93,20 +97,20 @@ def _col_energy(weight: Tensor, groups: int, factor: float) -> Tensor:
     height = SEGMENT_ROWS * max(1, _CHUNK // max(SEGMENT_ROWS * groups * tile, 1))
     for top in range(0, rows, height):
         for left in range(0, width, max(tile, 1)):
-            part = columns[:, top : top + height, left : left + tile]
-            _add_row_segments(total[:, left : left + tile], part, factor)
+            chunk = columns[:, top : top + height, left : left + tile]
+            _add_row_segments(total[:, left : left + tile], chunk, scale)
     taps = total.view(groups * channels, window)
-    energy = taps.new_zeros(groups * channels)
+    squared_norm = taps.new_zeros(groups * channels)
     for tap in range(window):
-        energy += taps[:, tap]
-    return energy
+        squared_norm += taps[:, tap]
+    return squared_norm
 
 
-def _add_row_segments(total: Tensor, part: Tensor, factor: float) -> None:
-    """Adds the segments of rows of part [G, n, m] to total [G, m], in order."""
-    groups, rows, width = part.shape
+def _add_row_segments(total: Tensor, chunk: Tensor, scale: float) -> None:
+    """Adds the segments of rows of chunk [G, n, m] to total [G, m], in order."""
+    groups, rows, width = chunk.shape
     segments = -(-rows // SEGMENT_ROWS)
-    squares = _squares(part, segments * SEGMENT_ROWS, factor)
+    squares = _squares(chunk, segments * SEGMENT_ROWS, scale)
     squares = squares.view(groups, segments, SEGMENT_ROWS, width)
     sums = squares[:, :, 0].clone()  # [G, segment, m]
     for row in range(1, min(SEGMENT_ROWS, rows)):
@@ -115,27 +119,31 @@ def _add_row_segments(total: Tensor, part: Tensor, factor: float) -> None:
         total += sums[:, segment]
 
 
-def energies(weight: Tensor, groups: int, check_finite: bool, name: str) -> tuple[Tensor, Tensor]:
-    """(row_energy, col_energy) of weight [G * N, C, *K] -> float64 ([G * N], [G * C])."""
+def squared_norms(
+    weight: Tensor, groups: int, check_finite: bool, name: str
+) -> tuple[Tensor, Tensor]:
+    """Returns row_squared_norms and col_squared_norms of weight [G * N, C, *K]."""
     return (
-        row_energy(weight, check_finite, name),
-        col_energy(weight, groups, check_finite, name),
+        row_squared_norms(weight, check_finite, name),
+        col_squared_norms(weight, groups, check_finite, name),
     )
 
 
-def norm(energies: list[Tensor]) -> Tensor:
-    """sqrt(energies[0] + energies[1] + ...), each float64 [n], added in order."""
-    total = energies[0]
-    for energy in energies[1:]:
-        total = total + energy
+def norm(squared_norms: list[Tensor]) -> Tensor:
+    """Takes sqrt(squared_norms[0] + squared_norms[1] + ...), each float64 [n], added in order."""
+    total = squared_norms[0]
+    for squared_norm in squared_norms[1:]:
+        total = total + squared_norm
     return exact_sqrt(total)
 
 
-def _require_range(energy: Tensor, enlarged: Callable[[], Tensor], name: str) -> None:
+def _require_range(squared_norm: Tensor, enlarged: Callable[[], Tensor], name: str) -> None:
     """Raises if finite float64 weights have squares that overflow, or vanish."""
-    small = energy < _LOST
-    if torch.isinf(energy).any() or (small.any() and (small & (enlarged() > 0)).any()):
-        raise ValueError(
-            f"factors: expected squared norms within float64's range in {name}, got one that "
-            f"leaves it. Multiply {name} by a power of two; a common factor changes no mask."
+    small = squared_norm < _LOST
+    if torch.isinf(squared_norm).any() or (small.any() and (small & (enlarged() > 0)).any()):
+        raise LapValueError(
+            "squared norms within float64's range in {argument}",
+            "one that leaves it",
+            "Multiply {argument} by a power of two; a common factor changes no mask.",
+            argument=name,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The range of norms in plain PyTorch: whether products of two are normal numbers, and their scaling.
+"""The range of norms in plain PyTorch: whether products of two are normal numbers, and scaling.
 
 Norms are scaled by powers of two to at most 1, so that a plain product cannot overflow; the scale
 drops out of every comparison.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_plain(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no norm and no product of two norms leaves the normal numbers of dtype."""
+    """Tells whether all norms and all products of two are normal numbers of dtype."""
     info = torch.finfo(dtype)
     low_row, high_row = extremes(rows)
     low_col, high_col = extremes(cols)
@@ -28,7 +28,7 @@ def is_plain(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> bool:
 
 
 def extremes(norm: Tensor) -> tuple[float, float]:
-    """Smallest and largest finite nonzero entry; 1, 1 when there is none."""
+    """Returns the smallest and largest finite nonzero entry; 1, 1 when there is none."""
     size = norm.abs()
     size = size[(size > 0) & (size < torch.inf)]
     if size.numel() == 0:
@@ -38,9 +38,10 @@ def extremes(norm: Tensor) -> tuple[float, float]:
 
 
 def scaled_to_one(norm: Tensor) -> tuple[Tensor, float]:
-    """Norm times the power of two that brings its largest entry into [0.5, 1); its least nonzero.
+    """Multiplies norms by the power of two that brings the largest into [0.5, 1).
 
-    An entry 2^-1074 times the largest becomes 0; the least, then 0 too, tells.
+    Returns them and the least nonzero one. An entry 2^-1074 times the largest becomes 0; the
+    returned least one is then 0, too.
     """
     low, high = extremes(norm)
     exponent = math.frexp(high)[1]

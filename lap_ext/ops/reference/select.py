@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Exact selection in plain PyTorch: masks of the k best weights, or of ready scores.
+"""Exact selection in plain PyTorch: masks of the k best weights, or of given scores.
 
 A score becomes an ordered integer key (csrc/math/key.h). The keep-th largest key is bracketed by a
 strided sample and found among the few keys inside the bracket (among all keys if the sample
@@ -18,7 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lap_ext.ops.reference.common import outer, require_valid, roles, rounded, score_dtype, times
+from lap_ext.errors import LapValueError, calling
+from lap_ext.ops.reference.common import (
+    RANK_AS_THEY_COME,
+    outer,
+    require_valid,
+    rounded,
+    rows_and_cols,
+    score_dtype,
+    times,
+)
 from lap_ext.ops.reference.key import flip, never, ordered_keys, score_keys
 from lap_ext.ops.reference.scale import scaled_to_one
 
@@ -27,6 +36,7 @@ _MARGIN = 4.0  # standard deviations of the sample's rank on either side
 _SMALL = 1 << 17  # fewer keys are not worth a sample
 
 
+@calling("mask")
 def mask(
     w: Tensor,
     in_norm: Tensor,
@@ -37,15 +47,16 @@ def mask(
     transposed: bool,
     check_finite: bool,
 ) -> Tensor:
-    """Mask of the keep weights with the largest scores among those that mask names.
+    """Selects the keep weights with the largest scores among those that mask names.
 
     w [O, I / groups, *K] ([I, O / groups, *K] when transposed), in_norm [I], out_norm [O].
     """
     if check_finite:
-        require_valid(w, in_norm, out_norm, "mask")
-    return _mask(w, in_norm, out_norm, keep, mask, groups, transposed, "mask")
+        require_valid(w, in_norm, out_norm)
+    return _mask(w, in_norm, out_norm, keep, mask, groups, transposed)
 
 
+@calling("prune_")
 def prune_(
     w: Tensor,
     in_norm: Tensor,
@@ -56,10 +67,10 @@ def prune_(
     transposed: bool,
     check_finite: bool,
 ) -> Tensor:
-    """As mask; then the weights that are not kept become +0.0."""
+    """Selects as mask does; then the weights that are not kept become +0.0."""
     if check_finite:
-        require_valid(w, in_norm, out_norm, "prune_")
-    kept = _mask(w, in_norm, out_norm, keep, mask, groups, transposed, "prune_")
+        require_valid(w, in_norm, out_norm)
+    kept = _mask(w, in_norm, out_norm, keep, mask, groups, transposed)
     w.masked_fill_(~kept, 0.0)
     return kept
 
@@ -72,24 +83,23 @@ def _mask(
     mask: Tensor | None,
     groups: int,
     transposed: bool,
-    op: str,
 ) -> Tensor:
     dtype = score_dtype(w.dtype)
     (rows, least_row), (cols, least_col) = (
-        scaled_to_one(norm) for norm in roles(in_norm, out_norm, transposed)
+        scaled_to_one(norm) for norm in rows_and_cols(in_norm, out_norm, transposed)
     )
     rows, cols = rounded(rows, dtype), rounded(cols, dtype)
     eligible = w.numel() if mask is None else int(mask.count_nonzero())
-    sure = not 0 < keep < eligible  # the scores do not matter
+    sure = not 0 < keep < eligible  # the result does not depend on the scores
     for kind in dict.fromkeys((dtype, torch.float64)):
         if sure or least_row * least_col >= 4 * torch.finfo(kind).tiny:
             kept = _select_scores(w, rows, cols, keep, mask, groups, dtype, kind)
             if kept is not None:
                 return kept
-    raise ValueError(
-        f"{op}: expected products within float64's range, got scores around the threshold that "
-        "underflow. Multiply w, w_prev or w_next by a power of two; a common factor changes no "
-        "mask."
+    raise LapValueError(
+        "products within float64's range",
+        "scores around the threshold that underflow",
+        "Multiply w, w_prev or w_next by a power of two; a common factor changes no mask.",
     )
 
 
@@ -103,60 +113,65 @@ def _select_scores(
     dtype: torch.dtype,
     kind: torch.dtype,
 ) -> Tensor | None:
-    """The mask by products in kind, rounded to dtype; None where an underflow could decide."""
-    factor = outer(rows.to(kind), cols.to(kind), w, groups)
-    scores = times(w, factor if kind == dtype else rounded(factor, dtype), kind)
+    """Selects by products in kind, rounded to dtype; None where an underflow could decide."""
+    norms = outer(rows.to(kind), cols.to(kind), w, groups)
+    scores = times(w, norms if kind == dtype else rounded(norms, dtype), kind)
     keys = score_keys(scores if kind == dtype else rounded(scores, dtype), mask)
     (kept,), threshold = select([keys], keep)
     tiny = int(torch.tensor(torch.finfo(kind).tiny, dtype=kind).view(keys.dtype))
     if threshold is None or threshold > tiny:
         return kept
-    lost = (keys < tiny) & (keys != never(keys.dtype)) & (w != 0) & (factor != 0)
+    lost = (keys < tiny) & (keys != never(keys.dtype)) & (w != 0) & (norms != 0)
     return None if lost.any() else kept
 
 
+@calling("topk_mask")
 def topk_mask(
     scores: list[Tensor], keep: int, masks: list[Tensor], check_finite: bool
 ) -> list[Tensor]:
-    """Masks of the keep largest of all scores; masks [] or one per tensor names the eligible.
+    """Selects the keep largest of all scores; masks [] or one per tensor names the eligible.
 
     Extra memory: a key for every score (the native kernels need none).
     """
     if check_finite:
-        _require_numbers(scores, "topk_mask")
+        _require_numbers(scores)
     keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     for key, mask in zip(keys, masks, strict=False):
         key.masked_fill_(~mask, never(key.dtype))
     return select(keys, keep)[0]
 
 
+@calling("kth_largest")
 def kth_largest(scores: list[Tensor], k: int, check_finite: bool) -> Tensor:
-    """The k-th largest of all scores, 0-d float32 (float64 for float64), 1 <= k <= all.
+    """Finds the k-th largest of all scores, 0-d float32 (float64 for float64), 1 <= k <= all.
 
     Extra memory: a key for every score (the native kernels need none).
     """
     if check_finite:
-        _require_numbers(scores, "kth_largest")
+        _require_numbers(scores)
     keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     key = torch.tensor(_kth_key(keys, k), dtype=keys[0].dtype, device=scores[0].device)
     return flip(key).view(score_dtype(scores[0].dtype))
 
 
-def _require_numbers(scores: Sequence[Tensor], op: str) -> None:
+def _require_numbers(scores: Sequence[Tensor]) -> None:
     for t, x in enumerate(scores):
         if x.numel() == 0 or not torch.isnan(x.aminmax()[0]):
             continue
         bad = torch.isnan(x).flatten()
         name = "scores" if len(scores) == 1 else f"scores[{t}]"
-        raise ValueError(
-            f"{op}: expected scores without NaN in {name}, got {int(bad.count_nonzero())} NaN "
-            f"values, the first at flat index {int(bad.to(torch.uint8).argmax())}. Repair them, "
-            "or pass check_finite=False to rank them as they come."
+        raise LapValueError(
+            "scores without NaN in {argument}",
+            f"{int(bad.count_nonzero())} NaN values, the first at flat index "
+            f"{int(bad.to(torch.uint8).argmax())}",
+            "Repair them.",
+            option=RANK_AS_THEY_COME,
+            argument=name,
         )
 
 
 def select(keys: list[Tensor], keep: int) -> tuple[list[Tensor], int | None]:
-    """Masks of the keep largest keys, and the smallest key kept.
+    """Selects the keep largest keys: masks, and the smallest key kept.
 
     The key is None where no threshold was needed (nothing, or everything eligible, is kept).
     """
@@ -179,29 +194,29 @@ def _drop_last_ties(kept: Tensor, ties: Tensor, surplus: int) -> int:
     """Clears the last surplus ties in kept, or all if there are fewer; returns how many."""
     count = int(ties.count_nonzero())
     drop = min(surplus, count)
-    cut = _prefix(ties.view(-1), count - drop)
-    kept.view(-1)[cut:] &= ~ties.view(-1)[cut:]
+    end = _prefix(ties.view(-1), count - drop)
+    kept.view(-1)[end:] &= ~ties.view(-1)[end:]
     return drop
 
 
 def _prefix(flags: Tensor, count: int) -> int:
-    """Length of the shortest prefix of flags [n] that holds count of them; reads 2 n flags."""
+    """Finds the length of the shortest prefix of flags [n] with count set ones; reads 2 n flags."""
     if count == 0:
         return 0
     begin, end = 0, flags.numel()
     while end - begin > 1:
         middle = (begin + end) // 2
-        found = int(flags[begin:middle].count_nonzero())
-        if found >= count:
+        left = int(flags[begin:middle].count_nonzero())
+        if left >= count:
             end = middle
         else:
-            count -= found
+            count -= left
             begin = middle
     return end
 
 
 def _kth_key(keys: list[Tensor], k: int) -> int:
-    """The k-th largest of all keys, 1 <= k <= all."""
+    """Finds the k-th largest of all keys, 1 <= k <= all."""
     total = sum(key.numel() for key in keys)
     above, inside = 0, None
     if total >= _SMALL:
@@ -218,7 +233,7 @@ def _kth_key(keys: list[Tensor], k: int) -> int:
 
 
 def _bracket(keys: list[Tensor], k: int, total: int) -> tuple[int, int]:
-    """Keys that probably enclose the k-th largest, from a sample of every step-th key."""
+    """Finds keys that probably enclose the k-th largest, from a sample of every step-th key."""
     step = total // min(max(_SAMPLE[0], total >> 6), _SAMPLE[1]) | 1
     sample = torch.cat([key.view(-1)[::step] for key in keys]).sort(descending=True).values
     size = sample.numel()

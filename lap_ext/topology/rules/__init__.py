@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What an ATen operation does to channels: one file a kind of operation.
+"""The effect of ATen operations on channels: one file per kind of operation.
 
-Importing the package registers the rules with the tracer. routing.py and mixing.py are helpers of
-the rules and register none.
+Importing the package registers the rules with the tracer. routing.py and mixing.py are helpers and
+register no rules.
 """
 
 from lap_ext.topology.rules import attention as attention

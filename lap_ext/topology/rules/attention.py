@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Products of two activations: attention, written out or fused.
 
-q k^T    contracts channels: q and k are each other's neighbors (the logit is bilinear, so the
-distortion of one weight of q's layer is |w| * in_norm * ||row of k's||), and the
-logits carry no channels on
-a v      contracts positions: v's channels go on; those of weights a that went through a softmax
-over positions, or over the rows of a matrix of channels, end here, as they do where a product is
-written out
-otherwise, with one of them steady along what is contracted: as an element-wise product, summed
+q k^T      contracts channels: q and k are each other's neighbors (the logit is bilinear, so that
+           the distortion of one weight of q's layer is |w| * in_norm * ||row of k's||); the logits
+           carry no channels
+a v        contracts positions: v's channels continue; those of weights a that come from a softmax
+           over positions, or over the rows of a matrix of channels, end here, as they do where a
+           product is written out
+otherwise  where the channel of one operand does not change along the contracted dimension: an
+           element-wise product, summed
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.rules.joins import joined, weights_of_positions
 from lap_ext.topology.rules.mixing import mixed, projected
@@ -33,13 +34,13 @@ def product(
     """Multiplies a [..., m, k] by b [..., k, n].
 
     shape: of the result, if it is not the call's. gate: one of them has a vector where the other
-    has matrices, so that it is their element-wise product, summed.
+    has matrices, so that the result is their element-wise product, summed.
     """
     shape = call.shape if shape is None else shape
     if len(a.shape) < 2 or len(b.shape) < 2:
         return t.unknown(call)
     rank = len(shape)
-    left, right = lab.broadcast(a.labels, rank), lab.broadcast(b.labels, rank)
+    left, right = channel_ids.broadcast(a.ids, rank), channel_ids.broadcast(b.ids, rank)
     changes_a, changes_b = left.shape[-1] > 1, right.shape[-2] > 1
     if not a.has_channels and not b.has_channels:
         return plain(shape)
@@ -52,27 +53,29 @@ def product(
             t.end(b, "attention")
             return a.passed(call.name, shape, mixed(t.channels, call.name, left, [rank - 1]))
         if changes_a and changes_b and not gate:
-            if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, no logits
+            if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, not logits
                 return t.unknown(call)
             _couple(t, left, right)
             return plain(shape)
-    for x, other, labels, dim, flipped in (
-        (a, b, left, rank - 1, False), (b, a, right, rank - 2, True)):  # fmt: skip
-        if other.static is not None and labels.shape[dim] > 1:  # a constant matrix over channels
-            n = shape[dim]
-            made = None if len(other.shape) > 2 else projected(
-                t.channels, call.name, labels, dim, other.static, n, flipped)  # fmt: skip
-            return t.unknown(call) if made is None else Value(shape, made, trail=x.trail)
-    parts = []
-    for x, labels, dim in ((a, left, rank - 1), (b, right, rank - 2)):
-        summed = mixed(t.channels, call.name, labels, [dim])
-        parts.append(Value(shape, summed, trail=x.trail))
-    return joined(t, call, parts, shape)
+    for x, other, ids, dim, flipped in (
+        (a, b, left, rank - 1, False),
+        (b, a, right, rank - 2, True),
+    ):
+        if other.static is not None and ids.shape[dim] > 1:  # a constant matrix over channels
+            if len(other.shape) > 2:
+                return t.unknown(call)
+            result = projected(t.channels, call.name, ids, dim, other.static, shape[dim], flipped)
+            return t.unknown(call) if result is None else Value(shape, result, trail=x.trail)
+    terms = []
+    for x, ids, dim in ((a, left, rank - 1), (b, right, rank - 2)):
+        summed = mixed(t.channels, call.name, ids, [dim])
+        terms.append(Value(shape, summed, trail=x.trail))
+    return joined(t, call, terms, shape)
 
 
 def _couple(t: Tracer, left: Tensor, right: Tensor) -> None:
-    """Channels that are multiplied with each other: left [..., m, k], right [..., k, n]."""
-    a, b, _ = lab.unique_pairs(left.unsqueeze(-1), right.unsqueeze(-3))
+    """Couples channels that are multiplied with each other: left [..., m, k], right [..., k, n]."""
+    a, b, _ = channel_ids.unique_pairs(left.unsqueeze(-1), right.unsqueeze(-3))
     live = (a != 0) & (b != 0)
     t.couplings.append((t.channels.root(a[live]), t.channels.root(b[live])))
 
@@ -84,22 +87,22 @@ def _attention(t: Tracer, call: Call) -> Result:
     query, key, value = call["query"], call["key"], call["value"]
     key, value = (_repeated(query, x) for x in (key, value))
     if query.has_channels and key.has_channels:
-        _couple(t, query.labels, key.labels.transpose(-1, -2))
+        _couple(t, query.ids, key.ids.transpose(-1, -2))
     else:  # one of them is a constant, such as a learned query
         t.end(query, "attention")
         t.end(key, "attention")
     if isinstance(call.get("attn_mask"), Value):
         t.end(call["attn_mask"], "attention")
-    labels = mixed(t.channels, call.name, value.labels, [len(value.shape) - 2])
-    result = value.passed(call.name, call.shape, labels)
+    ids = mixed(t.channels, call.name, value.ids, [len(value.shape) - 2])
+    result = value.passed(call.name, call.shape, ids)
     result = result if value.has_channels else plain(call.shape)
     return result if len(call.shapes) == 1 else [result, *map(plain, call.shapes[1:])]
 
 
 def _repeated(query: Value, x: Value) -> Value:
-    """Keys or values as the query's heads see them (grouped-query attention)."""
-    if len(query.shape) < 3 or x.shape[-3] in (1, query.shape[-3]) or x.labels.shape[-3] == 1:
+    """Repeats keys or values for the query's heads (grouped-query attention)."""
+    if len(query.shape) < 3 or x.shape[-3] in (1, query.shape[-3]) or x.ids.shape[-3] == 1:
         return x
-    labels = x.labels.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
+    ids = x.ids.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
     shape = (*x.shape[:-3], query.shape[-3], *x.shape[-2:])
-    return Value(shape, labels, trail=x.trail)
+    return Value(shape, ids, trail=x.trail)

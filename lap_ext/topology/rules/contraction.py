@@ -7,7 +7,7 @@ from string import ascii_letters
 
 import torch
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.roles import Part
 from lap_ext.topology.rules.attention import product
@@ -42,7 +42,7 @@ def _tensordot(t: Tracer, call: Call) -> Result:
 
 
 def _spelled(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Letters of each operand and of the result, with "..." and a missing "->" written out.
+    """Returns the letters of each operand and of the result, without "..." and with "->".
 
     Example:
         >>> _spelled("...i, oi", [3, 2])
@@ -61,18 +61,18 @@ def _spelled(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 
 def _alone(t: Tracer, call: Call, x: Value, a: str, out: str) -> Result:
-    """One operand: its dimensions in another order, those that are left out summed."""
+    """Handles one operand: reorders its dimensions and sums those that are left out."""
     summed = [dim for dim, c in enumerate(a) if c not in out]
-    labels = mixed(t.channels, call.name, x.labels, summed)
+    ids = mixed(t.channels, call.name, x.ids, summed)
     kept = [a.index(c) for c in out]
-    labels = labels.permute(kept + summed).reshape([labels.shape[dim] for dim in kept])
-    return x.passed(call.name, call.shape, labels)
+    ids = ids.permute(kept + summed).reshape([ids.shape[dim] for dim in kept])
+    return x.passed(call.name, call.shape, ids)
 
 
 def _contracted(
     t: Tracer, call: Call, first: tuple[Value, str], second: tuple[Value, str], out: str
 ) -> Result:
-    """Two operands with their letters."""
+    """Handles two operands with their letters."""
     values = (first[0], second[0])
     if values[1].view is not None and values[0].view is None:
         return _weighted(t, call, *first, *second, out)
@@ -84,44 +84,44 @@ def _contracted(
 
 
 def _weighted(t: Tracer, call: Call, x: Value, a: str, w: Value, b: str, out: str) -> Result:
-    """A weight whose dimensions are [group], outputs, inputs or [group], inputs, outputs."""
+    """Handles a weight [group], outputs, inputs or [group], inputs, outputs."""
     assert w.view is not None
     full = t.full_shape(w.view.parameter)
     if w.view.routed or w.shape != full or not w.view.meta.is_contiguous():
         return t.unknown(call)
     group = "".join(c for c in b if c in a and c in out)
     into = "".join(c for c in b if c in a and c not in out)
-    made = "".join(c for c in b if c not in a)
-    if not into or not made or len(group) > 1 or any(c not in out for c in made):
+    free = "".join(c for c in b if c not in a)
+    if not into or not free or len(group) > 1 or any(c not in out for c in free):
         return t.unknown(call)
-    if b not in (group + made + into, group + into + made):
+    if b not in (group + free + into, group + into + free):
         return t.unknown(call)
-    transposed = b == group + into + made
+    transposed = b == group + into + free
     size = {c: n for letters, v in ((a, x), (b, w)) for c, n in zip(letters, v.shape, strict=True)}
 
     def total(letters: str) -> int:
         return torch.Size([size[c] for c in letters]).numel()
 
-    rows, cols = (into, made) if transposed else (made, into)
+    rows, cols = (into, free) if transposed else (free, into)
     part = Part((total(group + rows), total(cols)), total(group), transposed)
     order = group + into + "".join(c for c in a if c not in group + into)
-    moved = x.labels.permute([a.index(c) for c in order])
+    moved = x.ids.permute([a.index(c) for c in order])
     shape = [size[c] for c in order]
     flat = (total(group + into), total(order) // total(group + into))
-    pairs = lab.pairs_along(lab.reshaped(moved, shape, flat), 0, flat[0])
-    axes = group + made
+    pairs = channel_ids.pairs_along(channel_ids.reshaped(moved, shape, flat), 0, flat[0])
+    axes = group + free
     in_dims = tuple(a.index(c) for c in group + into)
     out_dims = tuple(out.index(c) for c in axes)
-    space = role_of(t, call, w.view.parameter, part, pairs, "linear", x, in_dims, out_dims).out
-    labels = space.labels.reshape([size[c] for c in axes])
-    labels = labels.permute([axes.index(c) for c in out if c in axes])
-    return Value(call.shape, labels.reshape([size[c] if c in axes else 1 for c in out]))
+    outputs = role_of(t, call, w.view.parameter, part, pairs, "linear", x, in_dims, out_dims).out
+    ids = outputs.ids.reshape([size[c] for c in axes])
+    ids = ids.permute([axes.index(c) for c in out if c in axes])
+    return Value(call.shape, ids.reshape([size[c] if c in axes else 1 for c in out]))
 
 
 def _product(t: Tracer, call: Call, x: Value, a: str, y: Value, b: str, out: str) -> Result:
-    """As a batched matrix product: batch, left, contracted and right letters.
+    """Handles two activations as a batched matrix product: batch, left, summed and right letters.
 
-    Where one operand has nothing but the others' letters, it is their product, summed.
+    Where one operand has only letters of the other, the result is their product, summed.
     """
     batch = "".join(c for c in out if c in a and c in b)
     summed = "".join(c for c in a if c in b and c not in out)
@@ -132,9 +132,9 @@ def _product(t: Tracer, call: Call, x: Value, a: str, y: Value, b: str, out: str
 
     def matrix(v: Value, letters: str, first: str, second: str) -> Value:
         order = batch + first + second
-        moved = v.labels.permute([letters.index(c) for c in order])
+        moved = v.ids.permute([letters.index(c) for c in order])
         head = [size[c] for c in batch]
-        ends = [torch.Size([size[c] for c in group]).numel() for group in (first, second)]
+        ends = [torch.Size([size[c] for c in axis]).numel() for axis in (first, second)]
         shape = [size[c] for c in order]
         static = v.static
         if static is not None:
@@ -142,13 +142,13 @@ def _product(t: Tracer, call: Call, x: Value, a: str, y: Value, b: str, out: str
                 False, None, None, torch.permute, (static, [letters.index(c) for c in order])
             )
             static = Static(False, None, None, torch.reshape, (turned, [*head, *ends]))
-        labels = lab.reshaped(moved, shape, [*head, *ends])
-        return Value((*head, *ends), labels, static, trail=v.trail)
+        ids = channel_ids.reshaped(moved, shape, [*head, *ends])
+        return Value((*head, *ends), ids, static, trail=v.trail)
 
     one, two = matrix(x, a, left, summed), matrix(y, b, summed, right)
     shape = (*one.shape[:-1], two.shape[-1])
-    made = product(t, call, one, two, shape, gate=bool(left) != bool(right))
+    result = product(t, call, one, two, shape, gate=bool(left) != bool(right))
     order = batch + left + right
-    labels = lab.reshaped(made.labels, shape, [size[c] for c in order])
-    labels = labels.permute([order.index(c) for c in out])
-    return Value(call.shape, labels, trail=made.trail)
+    ids = channel_ids.reshaped(result.ids, shape, [size[c] for c in order])
+    ids = ids.permute([order.index(c) for c in out])
+    return Value(call.shape, ids, trail=result.trail)

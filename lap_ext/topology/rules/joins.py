@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Element-wise operations: activations, sums, gates, and multiplications by weights and numbers.
 
-f(x)             the same channels, factor 1 (activations, casts, dropout)
-a + b, a * b     a new channel with both as parents: squares add (a product is linearized with
-both operands at 1: d(a b) = da + db)
-x + f(x)         the same channel: an activation written out
-x / norm(x)      the same channel: a statistic over the very channels it normalizes is no parent
-x * weight       a channel scaled by a parameter (layer scale, the weight of a norm)
-x * number       a channel scaled by a number
+f(x)          the same channels, factor 1 (activations, casts, dropout)
+a + b, a * b  a new channel with both as parents: squares add (a product is linearized with both
+              operands at 1: d(a b) = da + db)
+x + f(x)      the same channel: an activation written out
+x / norm(x)   the same channel: a statistic over the channels that it normalizes is not a parent
+x * weight    a channel scaled by a parameter (layer scale, the weight of a norm)
+x * number    a channel scaled by a number
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
-from lap_ext.topology.channels import Arcs
+from lap_ext.topology.channels import ChannelEdges
 from lap_ext.topology.static import Scale
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
@@ -42,24 +42,24 @@ def _unary(t: Tracer, call: Call) -> Result:
     x = call.values[0]
     if not x.has_channels:
         return plain(call.shape)
-    if call.name == "cumsum" and x.labels.shape[call["dim"]] > 1:
+    if call.name == "cumsum" and x.ids.shape[call["dim"]] > 1:
         return t.unknown(call)
-    result = x.passed(call.name, call.shape, x.labels)
+    result = x.passed(call.name, call.shape, x.ids)
     return [result, plain(call.shape)] if call.name == "native_dropout" else result
 
 
 @rule("pow", "clamp", "clamp_min", "clamp_max", "clip")
 def _of_several(t: Tracer, call: Call) -> Result:
-    """An activation, but exponents and bounds may be tensors with channels of their own."""
+    """Handles activations whose exponents or bounds may be tensors with their own channels."""
     return joined(t, call, call.values)
 
 
 @rule("tril", "triu")
 def _triangle(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    if max(x.labels.shape[-2:]) > 1:
+    if max(x.ids.shape[-2:]) > 1:
         return t.unknown(call)
-    return x.passed(call.name, call.shape, x.labels) if x.has_channels else plain(call.shape)
+    return x.passed(call.name, call.shape, x.ids) if x.has_channels else plain(call.shape)
 
 
 @rule(
@@ -76,13 +76,13 @@ def _no_channels(t: Tracer, call: Call) -> Result:
 
 @rule("floor_divide", "remainder", "fmod", "sum_to_size")
 def _integers(t: Tracer, call: Call) -> Result:
-    """Arithmetic of indices; no layer of a network does this to its channels."""
+    """Handles arithmetic on indices, which layers do not apply to their channels."""
     return t.unknown(call) if any(x.has_channels for x in call.values) else plain(call.shape)
 
 
 @rule("argmax", "argmin", "argsort", "one_hot", "histc", "bucketize", "item", "multinomial")
 def _choice(t: Tracer, call: Call) -> Result:
-    """A decision: channels end in it as in an output."""
+    """Handles decisions, in which channels end as in an output."""
     for x in call.values:
         t.end(x, call.name)
     return plain(call.shape)
@@ -94,8 +94,8 @@ def _sum(t: Tracer, call: Call) -> Result:
     values = call.values
     alpha = call.get("alpha", 1)
     if alpha not in (1, None) and len(values) > 1:
-        place = 0 if call.name == "rsub" else 1
-        values[place] = by_number(t, call, values[place], float(alpha))
+        index = 0 if call.name == "rsub" else 1
+        values[index] = by_number(t, call, values[index], float(alpha))
     return joined(t, call, values)
 
 
@@ -103,9 +103,9 @@ def _sum(t: Tracer, call: Call) -> Result:
 def _add_product(t: Tracer, call: Call) -> Result:
     """Computes self + value * tensor1 * tensor2, or / tensor2."""
     factors = {"self": call["tensor1"], "other": call["tensor2"]}
-    made = _product(t, replace(call, name=call.name.removeprefix("addc"), arguments=factors))
-    assert isinstance(made, Value)
-    return joined(t, call, [call["self"], by_number(t, call, made, float(call["value"]))])
+    product = _product(t, replace(call, name=call.name.removeprefix("addc"), arguments=factors))
+    assert isinstance(product, Value)
+    return joined(t, call, [call["self"], by_number(t, call, product, float(call["value"]))])
 
 
 @rule("lerp")
@@ -142,14 +142,14 @@ def _product(t: Tracer, call: Call) -> Result:
     (x,) = with_channels
     other = values[1] if values[0] is x else values[0]
     if other.static is None or (inverse and other is values[0]):
-        return x.passed(call.name, call.shape, lab.broadcast(x.labels, len(call.shape)))
+        return x.passed(call.name, call.shape, channel_ids.broadcast(x.ids, len(call.shape)))
     return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
 
 
 def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
-    """The one of two factors that a softmax over positions gave, as in an attention; or None."""
-    found = [bool(t.channels.of_kind(x.labels[x.labels != 0], "softmax").all()) for x in (a, b)]
-    return None if found[0] == found[1] else (a if found[0] else b)
+    """Returns the one of two factors that comes from a softmax over positions; or None."""
+    of_a, of_b = (bool(t.channels.of_kind(x.ids[x.ids != 0], "softmax").all()) for x in (a, b))
+    return None if of_a == of_b else (a if of_a else b)
 
 
 def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
@@ -157,11 +157,11 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
     if not x.has_channels:
         return plain(call.shape)
     if factor == 0.0:
-        return x.passed(call.name, call.shape, torch.where(x.labels != 0, t.channels.zero(), 0))
+        return x.passed(call.name, call.shape, torch.where(x.ids != 0, t.channels.zero(), 0))
     if abs(factor) == 1.0 or not math.isfinite(factor):
-        return x.passed(call.name, call.shape, x.labels)
-    parents, inverse = torch.unique(x.labels, return_inverse=True)
-    arcs = Arcs(
+        return x.passed(call.name, call.shape, x.ids)
+    parents, inverse = torch.unique(x.ids, return_inverse=True)
+    edges = ChannelEdges(
         torch.arange(parents.numel()),
         parents,
         x.trail,
@@ -169,61 +169,66 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
         torch.zeros_like(parents),
     )
     live = parents != 0
-    space = t.channels.add(
-        parents.numel(), "number", f"{call.name} {factor:g}", [_where_live(arcs, live)],
+    group = t.channels.add(
+        parents.numel(),
+        "number",
+        f"{call.name} {factor:g}",
+        [_where_live(edges, live)],
         t.channels.root(parents),
-    )  # fmt: skip
-    made = torch.where(live, space.labels, 0)[inverse]
-    return Value(call.shape, lab.broadcast(made, len(call.shape)))
+    )
+    ids = torch.where(live, group.ids, 0)[inverse]
+    return Value(call.shape, channel_ids.broadcast(ids, len(call.shape)))
 
 
-def _where_live(arcs: Arcs, live: Tensor) -> Arcs:
-    entry = None if arcs.entry is None else arcs.entry[live]
-    weight = None if arcs.weight is None else arcs.weight[live]
-    return Arcs(arcs.child[live], arcs.parent[live], arcs.trail, arcs.scale, entry, weight)
+def _where_live(edges: ChannelEdges, live: Tensor) -> ChannelEdges:
+    entry = None if edges.entry is None else edges.entry[live]
+    weight = None if edges.weight is None else edges.weight[live]
+    return ChannelEdges(
+        edges.child[live], edges.parent[live], edges.trail, edges.scale, entry, weight
+    )
 
 
 def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Value:
-    """Multiplies channels by a static tensor: per channel exactly; by position its mean square.
+    """Multiplies channels by a static tensor: exactly by channel, by its mean square by position.
 
-    A constant (no parameter in it) that changes with the position counts as 1: a rotary embedding's
-    cosines, a mask.
+    A constant (without parameters) that changes with the position counts as 1: the cosines of a
+    rotary embedding, a mask.
     """
     rank = len(call.shape)
-    labels = lab.broadcast(x.labels, rank)
+    ids = channel_ids.broadcast(x.ids, rank)
     sizes = torch.Size(factor.shape)
-    entries = lab.broadcast(torch.arange(sizes.numel()).reshape(sizes), rank)
-    steady = [dim for dim in range(rank) if labels.shape[dim] == 1 < entries.shape[dim]]
-    if bool(t.channels.of_kind(labels, "input").any()):
-        steady = []  # all that the input has is one label, but each entry is a channel of its own
+    entries = channel_ids.broadcast(torch.arange(sizes.numel()).reshape(sizes), rank)
+    steady = [dim for dim in range(rank) if ids.shape[dim] == 1 < entries.shape[dim]]
+    if bool(t.channels.of_kind(ids, "input").any()):
+        steady = []  # the input has one id for all channels, but each entry is a channel of its own
     first = entries
     for dim in steady:
         first = first.narrow(dim, 0, 1)
-    parents, _, place = lab.unique_pairs(labels, first)
+    parents, _, child_of = channel_ids.unique_pairs(ids, first)
     n, live = parents.numel(), parents != 0
     assert factor.static is not None
     if steady and not factor.static.trainable:
-        arcs = Arcs(torch.arange(n), parents, x.trail)
-        space = t.channels.add(n, "position", call.name, [_where_live(arcs, live)])
+        edges = ChannelEdges(torch.arange(n), parents, x.trail)
+        group = t.channels.add(n, "position", call.name, [_where_live(edges, live)])
     else:
-        rows = _entries_of(entries, steady, place, n)  # [n, entries by position]
+        rows = _entries_of(entries, steady, child_of, n)  # [n, entries by position]
         count = rows.shape[1]
         child = torch.arange(n).repeat_interleave(count)
         weight = torch.full([n * count], 1.0 / count, dtype=torch.float64) if count > 1 else None
-        arcs = Arcs(child, parents[child], x.trail, scale, rows.flatten(), weight)
+        edges = ChannelEdges(child, parents[child], x.trail, scale, rows.flatten(), weight)
         kind = scale.kind if scale.kind == "batch_norm" else "scale"
-        space = t.channels.add(n, kind, call.name, [_where_live(arcs, live[child])])
-    return Value(call.shape, torch.where(live, space.labels, 0)[place])
+        group = t.channels.add(n, kind, call.name, [_where_live(edges, live[child])])
+    return Value(call.shape, torch.where(live, group.ids, 0)[child_of])
 
 
-def _entries_of(entries: Tensor, steady: list[int], place: Tensor, n: int) -> Tensor:
-    """The entries that meet each of n children, [n, entries along the steady dimensions]."""
-    sizes = [entries.shape[d] if d in steady else m for d, m in enumerate(place.shape)]
+def _entries_of(entries: Tensor, steady: list[int], child_of: Tensor, n: int) -> Tensor:
+    """Returns the entries that scale each of n children, [n, entries along steady dimensions]."""
+    sizes = [entries.shape[d] if d in steady else m for d, m in enumerate(child_of.shape)]
     ends = list(range(entries.dim() - len(steady), entries.dim()))
-    rows = entries.expand(sizes).movedim(steady, ends).reshape(place.numel(), -1)
-    found = torch.zeros(n, dtype=torch.int64)
-    found[place.flatten()] = torch.arange(place.numel())  # any element of the child will do
-    return rows[found]
+    rows = entries.expand(sizes).movedim(steady, ends).reshape(child_of.numel(), -1)
+    element = torch.zeros(n, dtype=torch.int64)
+    element[child_of.flatten()] = torch.arange(child_of.numel())  # any element of the child
+    return rows[element]
 
 
 def joined(
@@ -235,13 +240,13 @@ def joined(
     for x in values:
         if not x.has_channels:
             continue
-        wide = x.passed(call.name, shape, lab.broadcast(x.labels, len(shape)))
+        wide = x.passed(call.name, shape, channel_ids.broadcast(x.ids, len(shape)))
         result = wide if result is None else _join(t, call, result, wide)
     return result or plain(shape)
 
 
 def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
-    left, right, place = lab.unique_pairs(a.labels, b.labels)
+    left, right, pair = channel_ids.unique_pairs(a.ids, b.ids)
     channels = t.channels
     root_a, root_b = channels.root(left), channels.root(right)
     same = root_a == root_b
@@ -249,25 +254,27 @@ def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
     nothing_b = (right == 0) | channels.of_kind(right, "zero")
     only_a = nothing_b | channels.is_parent(left, root_b)
     only_b = nothing_a | channels.is_parent(right, root_a)
-    made = torch.where(only_a, left, torch.where(only_b, right, torch.where(same, root_a, -1)))
-    new = made == -1
+    ids = torch.where(only_a, left, torch.where(only_b, right, torch.where(same, root_a, -1)))
+    new = ids == -1
     trail = merged(a.trail, b.trail)
     if bool(new.any()):
         n = int(new.sum())
         half = _rotary(t, left[new], right[new])
-        arcs = [Arcs(torch.arange(n), side[new], x.trail, weight=half)
-                for side, x in ((left, a), (right, b))]  # fmt: skip
-        space = channels.add(n, "join", call.name, arcs)
-        made[new] = space.labels
+        edges = [
+            ChannelEdges(torch.arange(n), side[new], x.trail, weight=half)
+            for side, x in ((left, a), (right, b))
+        ]
+        group = channels.add(n, "join", call.name, edges)
+        ids[new] = group.ids
         trail = ()
     terms = (*(a.terms or (a,)), *(b.terms or (b,))) if bool(new.all()) else ()
-    return Value(a.shape, lab.compressed(made[place]), trail=trail, terms=terms)
+    return Value(a.shape, channel_ids.compressed(ids[pair]), trail=trail, terms=terms)
 
 
 def _rotary(t: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
-    """Weights 1/2 where both operands are channels times constants that change with the position.
+    """Returns weights 1/2 where both operands are channels times constants of the position.
 
-    That is a rotation of a pair: cos^2 and sin^2 are 1/2 on average.
+    Such a sum is a rotation of a pair: cos^2 and sin^2 are 1/2 on average. Else weights 1 or None.
     """
     turned = t.channels.of_kind(a, "position") & t.channels.of_kind(b, "position")
     return torch.where(turned, 0.5, 1.0).double() if bool(turned.any()) else None
@@ -276,6 +283,6 @@ def _rotary(t: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
 @rule("glu")
 def _glu(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    halves = x.labels.expand(x.shape).chunk(2, call["dim"])
-    parts = [Value(call.shape, lab.compressed(half), trail=x.trail) for half in halves]
+    halves = x.ids.expand(x.shape).chunk(2, call["dim"])
+    parts = [Value(call.shape, channel_ids.compressed(half), trail=x.trail) for half in halves]
     return joined(t, call, parts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Operations that move data: they are run on the labels themselves.
+"""Operations that move data: they are applied to the channel ids themselves.
 
 Where a constant is joined to a tensor along a dimension in which channels do not change (a class
-token before the patches, padding around an image), the channels go on through it.
+token before the patches, padding around an image), its elements take the tensor's channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call, mapped
 from lap_ext.topology.rules.mixing import mixed
 from lap_ext.topology.rules.routing import picked
@@ -25,7 +25,7 @@ _FLOAT_ONLY = {"pixel_shuffle", "pixel_unshuffle", "im2col", "channel_shuffle", 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
 def _reshape(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    return x.passed(call.name, call.shape, lab.reshaped(x.labels, x.shape, call.shape))
+    return x.passed(call.name, call.shape, channel_ids.reshaped(x.ids, x.shape, call.shape))
 
 
 @rule(
@@ -36,8 +36,8 @@ def _reshape(t: Tracer, call: Call) -> Result:
 )  # fmt: skip
 def _move(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    moved = _run(call, call.args, call.kwargs)
-    return x.passed(call.name, call.shape, lab.compressed(moved))
+    moved = _applied(call, call.args, call.kwargs)
+    return x.passed(call.name, call.shape, channel_ids.compressed(moved))
 
 
 @rule(
@@ -45,10 +45,10 @@ def _move(t: Tracer, call: Call) -> Result:
 )
 def _split(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    parts = _run(call, call.args, call.kwargs)
+    moved = _applied(call, call.args, call.kwargs)
     return [
-        x.passed(call.name, shape, lab.compressed(part))
-        for part, shape in zip(parts, call.shapes, strict=True)
+        x.passed(call.name, shape, channel_ids.compressed(ids))
+        for ids, shape in zip(moved, call.shapes, strict=True)
     ]
 
 
@@ -58,7 +58,7 @@ def _repeat_interleave(t: Tracer, call: Call) -> Result:
     repeats, dim = call["repeats"], call.get("dim")
     if not isinstance(repeats, int) or dim is None:
         return t.unknown(call)
-    moved = lab.compressed(_expanded(x).repeat_interleave(repeats, dim))
+    moved = channel_ids.compressed(_expanded(x).repeat_interleave(repeats, dim))
     return x.passed(call.name, call.shape, moved)
 
 
@@ -69,7 +69,7 @@ def _cat(t: Tracer, call: Call) -> Result:
     if call.name in {"cat", "concat", "concatenate"}:
         through = _through(values, dim)
         if through is not None:
-            return through.passed(call.name, call.shape, through.labels)
+            return through.passed(call.name, call.shape, through.ids)
     expanded = [_expanded(x) for x in values]
     if call.name in {"cat", "concat", "concatenate"}:
         moved = torch.cat(expanded, dim)
@@ -77,34 +77,36 @@ def _cat(t: Tracer, call: Call) -> Result:
         moved = torch.stack(expanded, dim)
     else:
         moved = {"hstack": torch.hstack, "vstack": torch.vstack}[call.name](expanded)
-    joined = Value(call.shape, lab.none(len(call.shape)), trail=merged(*(x.trail for x in values)))
-    return joined.passed(call.name, call.shape, lab.compressed(moved))
+    joined = Value(
+        call.shape, channel_ids.none(len(call.shape)), trail=merged(*(x.trail for x in values))
+    )
+    return joined.passed(call.name, call.shape, channel_ids.compressed(moved))
 
 
 def _through(values: list[Value], dim: int) -> Value | None:
-    """The tensor that goes on through its constant companions, if it is the only one."""
-    found = [x for x in values if x.has_channels]
-    if len(found) == len(values) or not found:
+    """Returns the tensor whose channels the joined constants take; None if there is none."""
+    live = [x for x in values if x.has_channels]
+    if len(live) == len(values) or not live:
         return None
-    first = found[0]
-    same = all(torch.equal(x.labels, first.labels) for x in found)
-    steady = first.labels.shape[dim] == 1 and all(x.shape[dim] > 1 for x in found)
+    first = live[0]
+    same = all(torch.equal(x.ids, first.ids) for x in live)
+    steady = first.ids.shape[dim] == 1 and all(x.shape[dim] > 1 for x in live)
     return first if same and steady else None
 
 
 @rule("pad", "constant_pad_nd")
 def _pad(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    padded = [x.labels.dim() - 1 - place // 2 for place, n in enumerate(call["pad"]) if n]
-    if all(x.labels.shape[dim] == 1 for dim in padded):
-        grown = any(x.shape[dim] == 1 for dim in padded)  # one channel more: not the same one
+    padded = [x.ids.dim() - 1 - i // 2 for i, n in enumerate(call["pad"]) if n]
+    if all(x.ids.shape[dim] == 1 for dim in padded):
+        grown = any(x.shape[dim] == 1 for dim in padded)  # an additional channel, not the same one
         if not grown or call.get("mode", "constant") != "constant":
-            return x.passed(call.name, call.shape, x.labels)
+            return x.passed(call.name, call.shape, x.ids)
     mode, value = call.get("mode", "constant"), call.get("value")
     args = (mode, None) if mode != "constant" else (mode, 0.0)
     zero = t.channels.zero() if mode == "constant" and not value else 0
     moved = torch.nn.functional.pad(_expanded(x).double() - zero, call["pad"], *args).long() + zero
-    return x.passed(call.name, call.shape, lab.compressed(moved))
+    return x.passed(call.name, call.shape, channel_ids.compressed(moved))
 
 
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
@@ -112,9 +114,9 @@ def _pad(t: Tracer, call: Call) -> Result:
 def _pad_image(t: Tracer, call: Call) -> Result:
     x = call.values[0]
     dims = range(len(x.shape) - len(call["padding"]) // 2, len(x.shape))
-    if any(x.labels.shape[dim] > 1 for dim in dims):
+    if any(x.ids.shape[dim] > 1 for dim in dims):
         return t.unknown(call)
-    return x.passed(call.name, call.shape, x.labels)
+    return x.passed(call.name, call.shape, x.ids)
 
 
 @rule("slice_scatter", "select_scatter")
@@ -122,11 +124,11 @@ def _scatter_part(t: Tracer, call: Call) -> Result:
     x, src = call.values[:2]
     if call.name == "slice_scatter" and not x.has_channels:
         dim = call["dim"]
-        if src.shape[dim] > 1 == src.labels.shape[dim]:  # a part of the positions
-            return src.passed(call.name, call.shape, src.labels)
-    moved = _run(call, call.args, call.kwargs)
+        if src.shape[dim] > 1 == src.ids.shape[dim]:  # some of the positions
+            return src.passed(call.name, call.shape, src.ids)
+    moved = _applied(call, call.args, call.kwargs)
     trail = merged(x.trail, src.trail)
-    return Value(call.shape, lab.compressed(moved), trail=(*trail, call.name))
+    return Value(call.shape, channel_ids.compressed(moved), trail=(*trail, call.name))
 
 
 @rule("index", "_unsafe_index")
@@ -136,28 +138,31 @@ def _index(t: Tracer, call: Call) -> Result:
         return picked(t, call, x, indices[0])
     if not x.has_channels:
         return t.unknown(call) if x.static is not None and x.static.trainable else plain(call.shape)
-    labels, shape = x.labels, call.shape
-    known: list[Tensor | None] = []  # the places, one index a dimension; None: all
+    ids, shape = x.ids, call.shape
+    known: list[Tensor | None] = []  # constant indices by dimension; None: all
     for index in indices:
         dim = len(known)
-        found = None if index is None else t.constant(index)
+        constant = None if index is None else t.constant(index)
         if index is None:
             known.append(None)
-        elif found is not None and found.dtype == torch.bool:
-            known += found.nonzero(as_tuple=True)
-        elif found is not None or labels.shape[dim] == 1:
-            known.append(torch.zeros(index.shape, dtype=torch.int64) if found is None else found)
+        elif constant is not None and constant.dtype == torch.bool:
+            known += constant.nonzero(as_tuple=True)
+        elif constant is not None:
+            known.append(constant)
+        elif ids.shape[dim] == 1:
+            known.append(torch.zeros(index.shape, dtype=torch.int64))
         elif index.static is not None:  # a constant without values
             return t.unknown(call)
         else:  # by data: any channel may come
-            labels = mixed(t.channels, call.name, labels, [dim])
+            ids = mixed(t.channels, call.name, ids, [dim])
             known.append(torch.zeros(index.shape, dtype=torch.int64))
-    known = [None if places is None else places * (labels.shape[dim] > 1)
-             for dim, places in enumerate(known)]  # fmt: skip
-    sizes = [n if labels.shape[d] > 1 or d >= len(known) or known[d] is None else 1
-             for d, n in enumerate(x.shape)]  # fmt: skip
-    moved = torch.ops.aten.index.Tensor(labels.expand(sizes), known)
-    return x.passed(call.name, shape, lab.compressed(moved))
+    known = [None if x is None else x * (ids.shape[dim] > 1) for dim, x in enumerate(known)]
+    sizes = [
+        n if ids.shape[d] > 1 or d >= len(known) or known[d] is None else 1
+        for d, n in enumerate(x.shape)
+    ]
+    moved = torch.ops.aten.index.Tensor(ids.expand(sizes), known)
+    return x.passed(call.name, shape, channel_ids.compressed(moved))
 
 
 @rule("index_select", "gather", "take_along_dim")
@@ -167,29 +172,29 @@ def _gather(t: Tracer, call: Call) -> Result:
         return picked(t, call, x, index)
     if x.static is not None and x.static.trainable:
         return t.unknown(call)
-    labels = x.labels
-    if len(labels.shape) and labels.shape[dim] > 1:
+    ids = x.ids
+    if len(ids.shape) and ids.shape[dim] > 1:
         known = t.constant(index) if call.name == "index_select" else None
         if known is not None:
-            moved = labels.expand(x.shape).index_select(dim, known.long())
-            return x.passed(call.name, call.shape, lab.compressed(moved))
-        labels = mixed(t.channels, call.name, labels, [dim % len(x.shape)])
+            moved = ids.expand(x.shape).index_select(dim, known.long())
+            return x.passed(call.name, call.shape, channel_ids.compressed(moved))
+        ids = mixed(t.channels, call.name, ids, [dim % len(x.shape)])
     for other, n in enumerate(call.shape):  # gather reads the first n of any other dimension
-        labels = labels.narrow(other, 0, min(n, labels.shape[other]))
-    return x.passed(call.name, call.shape, labels)
+        ids = ids.narrow(other, 0, min(n, ids.shape[other]))
+    return x.passed(call.name, call.shape, ids)
 
 
 def _expanded(x: Value) -> Tensor:
-    return x.labels.expand(x.shape)
+    return x.ids.expand(x.shape)
 
 
-def _run(call: Call, args: Any, kwargs: Any) -> Any:
-    """The operation on labels in place of tensors."""
+def _applied(call: Call, args: Any, kwargs: Any) -> Any:
+    """Applies the operation to channel ids in place of tensors."""
 
-    def labels(x: Any) -> Any:
+    def ids_of(x: Any) -> Any:
         if not isinstance(x, Value):
             return x
         return _expanded(x).double() if call.name in _FLOAT_ONLY else _expanded(x)
 
-    result = call.target(*mapped(args, labels), **mapped(kwargs, labels))
+    result = call.target(*mapped(args, ids_of), **mapped(kwargs, ids_of))
     return result.long() if isinstance(result, Tensor) else result

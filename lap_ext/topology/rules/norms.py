@@ -25,7 +25,7 @@ def _batch_norm(t: Tracer, call: Call) -> Result:
 
 
 def _running(t: Tracer, call: Call) -> Result:
-    """By the running statistics: exactly gamma / sqrt(running_var + eps)."""
+    """Normalizes by the running statistics: exactly gamma / sqrt(running_var + eps)."""
     x, gamma, variance = call["input"], call["weight"], call["running_var"]
     sources = (None if gamma is None else gamma.static, variance.static)
     scale = Scale("batch_norm", sources, eps=float(call["eps"]))
@@ -38,7 +38,7 @@ def _layer_norm(t: Tracer, call: Call) -> Result:
     if not x.has_channels:
         return _several(call, plain(call.shape))
     if weight is None or weight.static is None:
-        return _several(call, x.passed(call.name, call.shape, x.labels))
+        return _several(call, x.passed(call.name, call.shape, x.ids))
     scale = Scale("parameter", (weight.static,))
     return _several(call, scaled(t, call, x, weight, scale))
 
@@ -59,7 +59,7 @@ def _unsupported(t: Tracer, call: Call) -> Result:
 def _times(t: Tracer, call: Call, x: Value, weight: Value | None) -> Value:
     """Multiplies by a weight of each channel; None counts as 1."""
     if weight is None or weight.static is None:
-        return x.passed(call.name, call.shape, x.labels)
+        return x.passed(call.name, call.shape, x.ids)
     return _by_channel(t, call, x, Scale("parameter", (weight.static,)), weight)
 
 
@@ -69,10 +69,10 @@ def _by_channel(t: Tracer, call: Call, x: Value, scale: Scale, source: Value) ->
         return plain(call.shape)
     shape = tuple(n if d == 1 else 1 for d, n in enumerate(x.shape))
     static = source.static or Static()
-    return scaled(t, call, x, Value(shape, source.labels, static), scale)
+    return scaled(t, call, x, Value(shape, source.ids, static), scale)
 
 
 def _several(call: Call, value: Value) -> Any:
-    """The first of several results; the others are statistics."""
+    """Makes a value the first of several results, of which the others are statistics."""
     shapes = call.shapes
     return value if len(shapes) == 1 else [value, *map(plain, shapes[1:])]

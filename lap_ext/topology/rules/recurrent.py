@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""LSTM, GRU and plain RNN layers: every gate's row j of both weights makes the state's channel j.
+"""LSTM, GRU and plain RNN layers: row j of every gate of both weights feeds state channel j.
 
     state j: parents weight_ih[g * H + j] and weight_hh[g * H + j] for all gates g
     weight_hh reads the state itself: the state's consumers are weight_hh and what follows
 
-A gate multiplies what another one adds: linearized at 1, both are parents, as everywhere.
+One gate multiplies what another one adds: linearized at 1, both are parents, as everywhere.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
-from lap_ext.topology.channels import Arcs, Trail
+from lap_ext.topology.channels import ChannelEdges, Trail
 from lap_ext.topology.roles import Part
 from lap_ext.topology.rules.routing import role_of
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -35,7 +35,7 @@ def _recurrent(t: Tracer, call: Call) -> Result:
         return t.unknown(call)
     per_cell = len(weights) // (layers * directions)
     starts = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    inputs = lab.pairs_along(x.labels, 2, x.shape[2])
+    inputs = channel_ids.pairs_along(x.ids, 2, x.shape[2])
     finals: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the outputs, of an LSTM's cells
     sides: list[Tensor] = []
     for layer in range(layers):
@@ -66,31 +66,29 @@ def _cell(
     starts: Sequence[Any],
     cell: int,
 ) -> tuple[Tensor, Tensor]:
-    """One layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr].
+    """Adds one layer and direction: [w_ih, w_hh] or [w_ih, w_hh, w_hr].
 
     Returns:
-        The labels of its output and of its cell, which differ only where w_hr projects the output.
+        The ids of its output and of its cell, which differ only where w_hr projects the output.
     """
     nothing = (torch.zeros(0, dtype=torch.int64),) * 2
     roles = []
-    for place, weight in enumerate(weights):
+    for index, weight in enumerate(weights):
         assert weight.view is not None
         part = Part(weight.shape)
-        given = inputs if place == 0 else nothing
+        given = inputs if index == 0 else nothing
         roles.append(role_of(t, call, weight.view.parameter, part, given, call.name))
     roles[0].trail = trail
     hidden = weights[1].shape[1] if len(weights) == 2 else weights[2].shape[1]
     gates = weights[0].shape[0] // hidden
     child = torch.arange(hidden).repeat(gates)
-    made = [Arcs(child, role.out.labels) for role in roles[:2]]
-    carried = (
-        starts[:1] if call.name == "gru" else starts[1:]
-    )  # a first state that goes on as it is
-    made += [Arcs(*_first(x, cell, hidden)) for x in carried]
-    state = inner = t.channels.add(hidden, "state", call.name, made).labels
+    edges = [ChannelEdges(child, role.out.ids) for role in roles[:2]]
+    carried = starts[:1] if call.name == "gru" else starts[1:]  # first states that are kept in part
+    edges += [ChannelEdges(*_first(x, cell, hidden)) for x in carried]
+    state = inner = t.channels.add(hidden, "state", call.name, edges).ids
     if len(weights) == 3:  # an LSTM's projection of the state
         roles[2].inputs = torch.arange(hidden), state
-        state = roles[2].out.labels
+        state = roles[2].out.ids
     more, first = _first(None if call.name == "gru" else starts[0], cell, state.numel())
     roles[1].inputs = (
         torch.cat([torch.arange(state.numel()), more]),
@@ -100,8 +98,8 @@ def _cell(
 
 
 def _first(start: Any, cell: int, size: int) -> tuple[Tensor, Tensor]:
-    """(place, label) pairs of a first state [cells, batch, size] that is computed; else none."""
+    """Returns (index, id) pairs of a first state [cells, batch, size] if it is computed."""
     if not isinstance(start, Value) or not start.has_channels:
         return (torch.zeros(0, dtype=torch.int64),) * 2
-    labels = start.labels[cell if start.labels.shape[0] > 1 else 0]  # [batch or 1, size]
-    return lab.pairs_along(labels, 1, size)
+    ids = start.ids[cell if start.ids.shape[0] > 1 else 0]  # [batch or 1, size]
+    return channel_ids.pairs_along(ids, 1, size)

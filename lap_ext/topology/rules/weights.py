@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Weighted layers: each use of a weight is a role, its outputs are new channels.
+"""Weighted layers: each use of a weight is a role, and its outputs are new channels.
 
 Linear (also as addmm, mm or matmul with a weight, on either side), batched weights [E, I, O],
 convolutions and their transposes, embeddings.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lap_ext.topology import labels as lab
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.roles import Part, part_of
 from lap_ext.topology.rules.attention import product
@@ -26,12 +26,12 @@ def _linear(t: Tracer, call: Call) -> Result:
 
 @rule("addmm", "mm", "mv", "matmul", "bmm", "baddbmm")
 def _matmul(t: Tracer, call: Call) -> Result:
-    """A product, or beta * self + alpha * product."""
-    made = _multiplied(t, call)
-    if call.name not in {"addmm", "baddbmm"} or not isinstance(made, Value):
-        return made
-    parts = ((call["self"], call["beta"]), (made, call["alpha"]))
-    return joined(t, call, [by_number(t, call, x, float(factor)) for x, factor in parts])
+    """Handles a product, or beta * self + alpha * product."""
+    result = _multiplied(t, call)
+    if call.name not in {"addmm", "baddbmm"} or not isinstance(result, Value):
+        return result
+    terms = ((call["self"], call["beta"]), (result, call["alpha"]))
+    return joined(t, call, [by_number(t, call, x, float(factor)) for x, factor in terms])
 
 
 def _multiplied(t: Tracer, call: Call) -> Result:
@@ -65,7 +65,7 @@ def _times_weight(t: Tracer, call: Call, x: Value, w: Value, flipped: bool) -> R
     part = part_of(view, t.full_shape(view.parameter))
     if part is None:
         return t.unknown(call)
-    pairs = lab.pairs_along(x.labels, x.labels.dim() - 1, x.shape[-1])
+    pairs = channel_ids.pairs_along(x.ids, x.ids.dim() - 1, x.shape[-1])
     into, out = (len(x.shape) - 1,), len(call.shape) - 1
     return weigh(t, call, "linear", view.parameter, part, pairs, x, into, out)
 
@@ -77,8 +77,8 @@ def _weight_times(t: Tracer, call: Call, w: Value, x: Value) -> Result:
     part = part_of(w.view, t.full_shape(w.view.parameter))
     if part is None:
         return t.unknown(call)
-    dim = max(x.labels.dim() - 2, 0)
-    pairs = lab.pairs_along(x.labels, dim, x.shape[dim])
+    dim = max(x.ids.dim() - 2, 0)
+    pairs = channel_ids.pairs_along(x.ids, dim, x.shape[dim])
     out = max(len(call.shape) - 2, 0) if len(x.shape) > 1 else len(call.shape) - 1
     return weigh(t, call, "linear", w.view.parameter, part, pairs, x, (dim,), out)
 
@@ -87,7 +87,7 @@ def _routed(t: Tracer, call: Call, x: Value, w: Value, dim: int) -> Result:
     """Multiplies x [S, 1, I] by w[e] [S, I, O], or w[e] [S, O, I] by x [S, I, 1]; data picks e."""
     assert w.view is not None
     part = _experts(t, w.view, inner=dim == -2)
-    if part is None or x.labels.shape[0] > 1:
+    if part is None or x.ids.shape[0] > 1:
         return t.unknown(call)
     out = len(call.shape) + (-1 if dim == -1 else -2)
     return routed(t, call, w.view.parameter, part, x, dim % len(x.shape), out, w.view.routed)
@@ -95,9 +95,9 @@ def _routed(t: Tracer, call: Call, x: Value, w: Value, dim: int) -> Result:
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 def _grouped(t: Tracer, call: Call) -> Result:
-    """Multiplies x [S, I], rows sorted by expert, by w [E, I, O]; offsets say where each begins."""
+    """Multiplies x [S, I], rows sorted by expert, by w [E, I, O]; offsets mark the rows."""
     x, w = call.values[:2]
-    if w.view is None or len(w.shape) != 3 or len(x.shape) != 2 or x.labels.shape[0] > 1:
+    if w.view is None or len(w.shape) != 3 or len(x.shape) != 2 or x.ids.shape[0] > 1:
         return t.unknown(call)
     part = _experts(t, w.view, inner=False)
     if part is None:
@@ -106,7 +106,7 @@ def _grouped(t: Tracer, call: Call) -> Result:
 
 
 def _experts(t: Tracer, view: WeightView, inner: bool) -> Part | None:
-    """The part of a view [E, I, O] (inner: [E, O, I]) of a whole parameter; None if it is not."""
+    """Finds the part of a view [E, I, O] (inner: [E, O, I]) of a full parameter; else None."""
     full = t.full_shape(view.parameter)
     meta = view.meta.transpose(1, 2) if inner and view.meta.dim() == 3 else view.meta
     if meta.dim() != 3 or len(full) != 3 or meta.shape[0] != full[0] or meta.storage_offset():
@@ -120,15 +120,15 @@ def _experts(t: Tracer, view: WeightView, inner: bool) -> Part | None:
 
 
 def _batched(t: Tracer, call: Call, x: Value, w: Value) -> Result:
-    """Multiplies x [E, N, I] by w [E, I, O], views of a parameter [E, A, B]: a group an expert."""
+    """Multiplies x [E, N, I] by w [E, I, O], a view of a parameter; one group per expert."""
     assert w.view is not None
     part = _experts(t, w.view, inner=False)
     if part is None or len(x.shape) != 3:
         return t.unknown(call)
     experts, into = w.shape[:2]
-    labels = x.labels.movedim(1, -1)  # [E or 1, I or 1, N or 1]
-    flat = lab.reshaped(labels, (experts, into, x.shape[1]), (experts * into, x.shape[1]))
-    pairs = lab.pairs_along(flat, 0, experts * into)
+    ids = x.ids.movedim(1, -1)  # [E or 1, I or 1, N or 1]
+    flat = channel_ids.reshaped(ids, (experts, into, x.shape[1]), (experts * into, x.shape[1]))
+    pairs = channel_ids.pairs_along(flat, 0, experts * into)
     return weigh(t, call, "linear", w.view.parameter, part, pairs, x, (0, 2), (0, 2))
 
 
@@ -138,11 +138,11 @@ def _convolution(t: Tracer, call: Call) -> Result:
     x, w = call["input"], call["weight"]
     transposed = "transpose" in call.name or bool(call.get("transposed", False))
     spatial = len(w.shape) - 2
-    if w.view is None or not _whole(w.view, t.full_shape(w.view.parameter), w.shape):
+    if w.view is None or not _is_full(w.view, t.full_shape(w.view.parameter), w.shape):
         return t.unknown(call)
     dim = len(x.shape) - 1 - spatial
     part = Part(w.shape, call["groups"], transposed)
-    pairs = lab.pairs_along(x.labels, dim, x.shape[dim])
+    pairs = channel_ids.pairs_along(x.ids, dim, x.shape[dim])
     kind = f"conv_transpose{spatial}d" if transposed else f"conv{spatial}d"
     return weigh(t, call, kind, w.view.parameter, part, pairs, x, (dim,), dim)
 
@@ -150,18 +150,27 @@ def _convolution(t: Tracer, call: Call) -> Result:
 @rule("embedding", "embedding_bag")
 def _embedding(t: Tracer, call: Call) -> Result:
     w = call["weight"]
-    if w.view is None or not _whole(w.view, t.full_shape(w.view.parameter), w.shape):
+    if w.view is None or not _is_full(w.view, t.full_shape(w.view.parameter), w.shape):
         return t.unknown(call)
     empty = torch.zeros(0, dtype=torch.int64)
     part = Part(w.shape, 1, transposed=True)  # rows are inputs: the entries
     indices = call["indices"]
-    made = weigh(t, call, "embedding", w.view.parameter, part, (empty, empty), indices,
-                 (), len(call.shape) - 1)  # fmt: skip
-    return [made, *[None] * (len(call.shapes) - 1)] if len(call.shapes) > 1 else made
+    result = weigh(
+        t,
+        call,
+        "embedding",
+        w.view.parameter,
+        part,
+        (empty, empty),
+        indices,
+        (),
+        len(call.shape) - 1,
+    )
+    return [result, *[None] * (len(call.shapes) - 1)] if len(call.shapes) > 1 else result
 
 
-def _whole(view: WeightView, full: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a view is the whole parameter, up to dimensions of size 1."""
+def _is_full(view: WeightView, full: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a view is the full parameter, up to dimensions of size 1."""
     return (
         view.meta.is_contiguous()
         and torch.Size(full).numel() == torch.Size(shape).numel()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Step "rivals": what else there is on the same GPU, same tensors, results checked equal, then timed.
+"""Step "baselines": what else there is on the same GPU, checked to be equal, then timed.
 
 Eager score + topk, kthvalue, sort; torch.compile of the score with topk; prune.global_unstructured;
-cub's radix sort of the toolkit (cub_rival.cu); and the two issues of PyTorch that ask for such a
+cub's radix sort of the toolkit (cub_baseline.cu); and the two issues of PyTorch that ask for such a
 selection, run again: #75599 (kthvalue is slow) and #77049 (the memory of sort).
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from benchmarks import cases, checks, rivals
+from benchmarks import baselines, cases, checks
 from benchmarks.gpu import cub
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.steps import NotRunError, Save, each
@@ -27,7 +27,7 @@ SLOW_PAIRS = 3
 
 
 def run(device: Device, limit_s: float, save: Save) -> None:
-    """Each contest is independent of the others."""
+    """Runs all contests, each independent of the others."""
     del limit_s  # the parent keeps it
     device.require_kernels()
     rows: list[dict[str, Any]] = []
@@ -56,18 +56,18 @@ def contest(
     timer: Timer,
     case: str,
     ours: tuple[str, Call],
-    rival: tuple[str, Call],
+    baseline: tuple[str, Call],
     check: Check,
     pairs: int | None = None,
 ) -> dict[str, Any]:
-    """Both checked against each other, then timed in pairs."""
-    found = timer.compare(ours[1], rival[1], check, pairs)
+    """Checks both against each other, then times them in pairs."""
+    found = timer.compare(ours[1], baseline[1], check, pairs)
     return {
         "case": case,
         "ours": ours[0],
-        "rival": rival[0],
+        "baseline": baseline[0],
         "ours_s": Stats.of(found.ours).median,
-        "rival_s": Stats.of(found.rival).median,
+        "baseline_s": Stats.of(found.baseline).median,
         "times_faster": found.ratio.median,
     }
 
@@ -76,38 +76,38 @@ class Layer:
     """One large weight, norms given, and what is needed to compare its masks."""
 
     def __init__(self, device: Device) -> None:
-        self.w = device.normal(device.sizes.rivals, 1, torch.float32)
-        rows, cols = device.sizes.rivals
+        self.w = device.normal(device.sizes.baselines, 1, torch.float32)
+        rows, cols = device.sizes.baselines
         self.norms = device.uniform(cols, 2), device.uniform(rows, 3)
         self.narrow = self.norms[0].float(), self.norms[1].float()
         self.keep = cases.keep_of(cases.DEFAULT_SPARSITY, self.w.numel())
-        self.scores = lap_ext.score_from_factors(self.w, *self.norms)
+        self.scores = lap_ext.score_from_norms(self.w, *self.norms)
         self.mask: Call = partial(
-            lap_ext.mask_from_factors, self.w, *self.norms, keep=self.keep, check_finite=False
+            lap_ext.mask_from_norms, self.w, *self.norms, keep=self.keep, check_finite=False
         )
         self.threshold = checks.is_top([self.mask()], [self.scores], self.keep)
         self.case = f"{rows}x{cols}, {cases.DEFAULT_SPARSITY} removed"
 
     def check(self, exact: bool) -> Check:
-        """exact: the rival claims to keep exactly as many."""
+        """Makes the check of a baseline; exact: it claims to keep exactly as many."""
         return checks.same_choice([self.scores], self.threshold, 0 if exact else None)
 
 
 def eager(device: Device, timer: Timer, add: Add) -> None:
-    """The formula as one writes it, then a selection."""
+    """Compares with the formula as one writes it, then a selection."""
     layer = Layer(device)
 
-    def path(select: rivals.Select) -> Tensor:
-        return select(rivals.eager_score_from_norms(layer.w, *layer.narrow), layer.keep)
+    def path(select: baselines.Select) -> Tensor:
+        return select(baselines.eager_score_from_norms(layer.w, *layer.narrow), layer.keep)
 
     for name in ("topk", "kthvalue", "sort"):
-        rival = f"eager score + {name}", partial(path, rivals.SELECTIONS[name])
+        baseline = f"eager score + {name}", partial(path, baselines.SELECTIONS[name])
         add(
             contest(
                 timer,
                 layer.case,
                 ("mask", layer.mask),
-                rival,
+                baseline,
                 layer.check(name != "kthvalue"),
                 SLOW_PAIRS,
             )
@@ -115,11 +115,11 @@ def eager(device: Device, timer: Timer, add: Add) -> None:
 
 
 def compiled(device: Device, timer: Timer, add: Add) -> None:
-    """torch.compile of the eager formula with topk."""
+    """Compares with torch.compile of the eager formula with topk."""
     layer = Layer(device)
 
     def whole(w: Tensor, into: Tensor, out: Tensor) -> Tensor:
-        return rivals.topk(rivals.eager_score_from_norms(w, into, out), layer.keep)
+        return baselines.topk(baselines.eager_score_from_norms(w, into, out), layer.keep)
 
     call = partial(torch.compile(whole, dynamic=False), layer.w, *layer.narrow)
     try:
@@ -127,26 +127,26 @@ def compiled(device: Device, timer: Timer, add: Add) -> None:
             call()
     except Exception as error:  # whatever the compiler's back end raises
         raise NotRunError(f"{type(error).__name__}: {str(error)[:300]}") from error
-    rival = "torch.compile of score + topk", call
-    add(contest(timer, layer.case, ("mask", layer.mask), rival, layer.check(True), SLOW_PAIRS))
+    baseline = "torch.compile of score + topk", call
+    add(contest(timer, layer.case, ("mask", layer.mask), baseline, layer.check(True), SLOW_PAIRS))
 
 
 def unstructured(device: Device, timer: Timer, add: Add) -> None:
-    """torch.nn.utils.prune over a list of tensors."""
+    """Compares with torch.nn.utils.prune over a list of tensors."""
     count = 20 if device.cuda else 3
-    per_tensor = device.sizes.rivals[0] * device.sizes.rivals[1] // count
+    per_tensor = device.sizes.baselines[0] * device.sizes.baselines[1] // count
     scores = [device.normal((per_tensor + t,), t, torch.float32).abs_() for t in range(count)]
     n = sum(x.numel() for x in scores)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
     ours = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
     threshold = checks.is_top(lap_ext.topk_mask(scores, keep), scores, keep)
-    rival = partial(rivals.global_unstructured, scores, keep)
+    baseline = partial(baselines.global_unstructured, scores, keep)
     add(
         contest(
             timer,
             f"{count} tensors, {n / 1e6:.0f} M",
             ("topk_mask", ours),
-            ("prune.global_unstructured", rival),
+            ("prune.global_unstructured", baseline),
             checks.same_choice(scores, threshold, 0),
             SLOW_PAIRS,
         )
@@ -154,19 +154,19 @@ def unstructured(device: Device, timer: Timer, add: Add) -> None:
 
 
 def radix_sort(device: Device, timer: Timer, add: Add) -> None:
-    """cub::DeviceRadixSort of (score, index), its first `keep` indices set in a mask."""
+    """Compares with cub::DeviceRadixSort of (score, index), whose first `keep` make the mask."""
     layer = Layer(device)
     sort = cub.RadixSort(device)
-    rival = "cub::DeviceRadixSort, scores given", partial(sort.mask, layer.scores, layer.keep)
+    baseline = "cub::DeviceRadixSort, scores given", partial(sort.mask, layer.scores, layer.keep)
     ours = partial(lap_ext.topk_mask, layer.scores, layer.keep, check_finite=False)
-    add(contest(timer, layer.case, ("topk_mask", ours), rival, checks.equal))
+    add(contest(timer, layer.case, ("topk_mask", ours), baseline, checks.equal))
 
 
 # --- PyTorch's issues -----------------------------------------------------------------------------
 
 
 def issue_75599(device: Device, timer: Timer, add: Add) -> None:
-    """The second smallest of 100 M uniform numbers."""
+    """Finds the second smallest of 100 M uniform numbers."""
     n = device.sizes.issue_75599
     x = device.uniform(n, 1).float()
 
@@ -183,7 +183,7 @@ def issue_75599(device: Device, timer: Timer, add: Add) -> None:
 
 
 def issue_77049(device: Device, add: Add) -> None:
-    """Peak memory of sorting 1.5 GiB, and of selecting a tenth of it."""
+    """Measures peak memory of sorting 1.5 GiB, and of selecting a tenth of it."""
     x = device.normal((device.sizes.issue_77049,), 1, torch.float32)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, x.numel())
     calls: dict[str, Call] = {

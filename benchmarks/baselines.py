@@ -27,27 +27,27 @@ QUANTILE_MAX = 1 << 24  # torch.quantile refuses more (until torch 2.14)
 
 
 def _per_channel(w: Tensor, in_norm: Tensor, out_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """in_norm [I] and out_norm [O], shaped to be multiplied with w [O, I, *K]."""
+    """Shapes in_norm [I] and out_norm [O] so that they multiply w [O, I, *K]."""
     ones = [1] * (w.dim() - 2)
     return in_norm.view(1, -1, *ones), out_norm.view(-1, 1, *ones)
 
 
 def eager_norms(w_prev: Tensor, w_next: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of the producer's rows [I] and of the consumer's columns [O]."""
+    """Computes norms of the producer's rows [I] and of the consumer's columns [O]."""
     in_norm = torch.linalg.vector_norm(w_prev, dim=tuple(range(1, w_prev.dim())))
     out_norm = torch.linalg.vector_norm(w_next, dim=(0, *range(2, w_next.dim())))
     return in_norm, out_norm
 
 
-def eager_energies(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of w's rows and columns in float64: what sums as exactly as ours."""
+def eager_squared_norms(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums squares of w's rows and columns in float64: as exact as ours."""
     squares = w.double().square()
     rest = tuple(range(2, w.dim()))
     return squares.sum((1, *rest)), squares.sum((0, *rest))
 
 
 def vector_norms(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of w's rows and columns in float32, each by one call."""
+    """Computes norms of w's rows and columns in float32, each by one call."""
     rest = tuple(range(2, w.dim()))
     norm = partial(torch.linalg.vector_norm, w, dtype=torch.float32)
     return norm(dim=(1, *rest)), norm(dim=(0, *rest))
@@ -59,18 +59,18 @@ def eager_score_from_norms(w: Tensor, in_norm: Tensor, out_norm: Tensor) -> Tens
 
 
 def eager_score(w_prev: Tensor, w: Tensor, w_next: Tensor) -> Tensor:
-    """The formula as one writes it."""
+    """Scores by the formula as one writes it."""
     return eager_score_from_norms(w, *eager_norms(w_prev, w_next))
 
 
 def eager_score_in_place(w_prev: Tensor, w: Tensor, w_next: Tensor) -> Tensor:
-    """The formula with one temporary: what a careful user writes."""
+    """Scores by the formula with one temporary, as a careful user writes it."""
     into, out = _per_channel(w, *eager_norms(w_prev, w_next))
     return w.abs().mul_(into).mul_(out)
 
 
 def compiled_score() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch.compile of eager_score; needs a C++ compiler at its first call."""
+    """Compiles eager_score by torch.compile; needs a C++ compiler at its first call."""
     return torch.compile(eager_score, dynamic=False)
 
 
@@ -93,7 +93,7 @@ def kthvalue(scores: Tensor, keep: int) -> Tensor:
 
 
 def sort(scores: Tensor, keep: int) -> Tensor:
-    """Stable, so that ties go to the lower index as in lap_ext."""
+    """Sorts stably, so that ties go to the lower index as in lap_ext."""
     order = scores.flatten().sort(descending=True, stable=True).indices
     return _from_index(scores, order[:keep])
 
@@ -128,14 +128,14 @@ def _module(w: Tensor) -> nn.Module:
 
 
 def l1_unstructured(w: Tensor, scores: Tensor, keep: int) -> Tensor:
-    """The mask in w's dtype, as prune makes it (it also multiplies w by it)."""
+    """Makes the mask in w's dtype, as prune does (it also multiplies w by it)."""
     module = _module(w)
     prune.l1_unstructured(module, "weight", scores.numel() - keep, importance_scores=scores)
     return module.get_buffer("weight_mask")
 
 
 def global_unstructured(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """Masks in the weights' dtype; the scores stand for the weights, too."""
+    """Makes masks in the weights' dtype; the scores stand for the weights, too."""
     named = [(_module(score), "weight") for score in scores]
     prune.global_unstructured(
         named,
@@ -165,7 +165,7 @@ def cat_topk(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def public_code(w_prev: Tensor, w: Tensor, w_next: Tensor, keep: int) -> Tensor:
-    """Norms repeated to w's size, squares multiplied, all scores sorted to find one threshold.
+    """Repeats norms to w's size, multiplies squares, sorts all scores to find one threshold.
 
     The public code runs this on the CPU. Its masks are float. Written from its description, not
     from its text; it has no license.
@@ -182,6 +182,6 @@ def public_code(w_prev: Tensor, w: Tensor, w_next: Tensor, keep: int) -> Tensor:
 
 
 def as_masks(result: Any) -> list[Tensor]:
-    """A rival's mask, or masks, as bool tensors."""
+    """Turns a baseline's mask, or masks, into bool tensors."""
     masks = [result] if isinstance(result, Tensor) else list(result)
     return [mask if mask.dtype == torch.bool else mask != 0 for mask in masks]
