@@ -59,7 +59,7 @@ dev: $(STAMPS)/dev
 
 # --- C++ without Python or torch: cmake and ninja come from pip, so they need not be installed ---------------------------
 CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -S .
-CTEST = $(BIN)/ctest --output-on-failure --test-dir
+CTEST = $(BIN)/ctest --output-on-failure --parallel $(MAX_JOBS) --test-dir
 # ThreadSanitizer of older compilers stops on kernels that randomize addresses more than it knows
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 

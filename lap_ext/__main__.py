@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m lap_ext is the command lap-ext."""
+"""Runs the command lap-ext as `python -m lap_ext`."""
 
 import sys
 

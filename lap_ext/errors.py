@@ -21,17 +21,18 @@ ARGUMENT = "{argument}"  # in the parts of an error: stands for the argument's n
 
 
 class LapError(Exception):
-    """The base class of all errors of lap_ext, which holds the parts of their message.
+    """The base class of all errors of lap_ext; its attributes are the parts of the message.
 
-    Each subclass also derives from the usual built-in error: ValueError, TypeError, OSError.
+    Each subclass also derives from the usual built-in error: ValueError, TypeError, OSError, ...
 
     Attributes:
         expected: what was expected, with the reason in parentheses.
         got: what was passed or found; "" if expected says it all.
         cure: what to do about it, in full sentences.
         argument: the argument at fault, if any; "{argument}" in the other parts stands for it.
-        option: an option of the tensor functions that accepts such values, the last part of the
-            cure. It is omitted once a layer is known: functions of models lack the option.
+        option: another cure that only the functions of tensors offer, such as check_finite=False;
+            the message appends it to the cure, unless a layer is known (functions of models do not
+            have such an option).
         layer: the layer of a model at fault, or None.
         function: the public function that was called, or None.
 

@@ -63,9 +63,10 @@ def test_the_stub_is_one_table_of_single_names() -> None:
             assert ast.unparse(line) == "__version__: str"
 
 
-@pytest.mark.parametrize("name", MODULES.split())
-def test_submodules_load_on_first_use(name: str) -> None:
-    assert fresh(f"import lap_ext; print(lap_ext.{name}.__name__)") == f"lap_ext.{name}"
+def test_submodules_load_on_first_use() -> None:
+    names = MODULES.split()
+    code = f"import lap_ext; print(*(getattr(lap_ext, x).__name__ for x in {names}))"
+    assert fresh(code).split() == [f"lap_ext.{name}" for name in names]
 
 
 def test_the_readmes_own_line() -> None:
@@ -121,3 +122,45 @@ def test_no_old_name_is_left_in_a_docstring(path: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
             text = ast.get_docstring(node) or ""
             assert not re.search(RENAMED, text), f"{path}: {getattr(node, 'name', 'module')}"
+
+
+OWN = {
+    "model",
+    "sparsity",
+    "masks",
+    "apply",
+}  # parameters of prune that a pruner or a callback has not
+
+
+def shared_signatures() -> dict[str, Any]:
+    """Callables that offer the options of prune, and those that they cannot offer."""
+    from lap_ext.adapters import torch_prune
+    from lap_ext.adapters._callback import TrainingCallback
+
+    layered = {"scope", "order", "rounds"}  # how scores are ranked
+    files = {"topology", "order", "rounds", "residual", "data", "neighbors"}  # see checkpoint.prune
+    return {
+        "scores": (lap_ext.scores, layered),
+        "Pruner": (lap_ext.Pruner.__init__, set()),
+        "checkpoint.prune": (lap_ext.checkpoint.prune, files),
+        "checkpoint.scores": (lap_ext.checkpoint.scores, files | layered),
+        "TrainingCallback": (TrainingCallback.__init__, set()),
+        "torch_prune.scores": (torch_prune.scores, layered),
+    }
+
+
+@pytest.mark.parametrize("name", list(shared_signatures()))
+def test_shared_options_are_the_same_everywhere(name: str) -> None:
+    """The same name, default and type as in prune: what is spelled out cannot drift apart."""
+    function, lacks = shared_signatures()[name]
+    prune, mine = (
+        inspect.signature(lap_ext.prune).parameters,
+        inspect.signature(function).parameters,
+    )
+    for option, parameter in prune.items():
+        if option in OWN | lacks or option == "example_inputs":
+            continue
+        assert option in mine, f"{name} lacks {option}="
+        assert mine[option].default == parameter.default, option
+        annotation = mine[option].annotation.replace("lap_ext.Topology", "Topology")
+        assert annotation == parameter.annotation, option

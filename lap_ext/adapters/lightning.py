@@ -36,13 +36,13 @@ What each event does:
     on_train_end        removes all hooks; the module is a plain module with zeros
 
 Gradient accumulation, mixed precision, torch.compile, manual optimization with several optimizers
-and DistributedDataParallel need nothing else. Averages of the weights (EMAWeightAveraging) that
+and DistributedDataParallel need no setup. Averages of the weights (EMAWeightAveraging) that
 begin before a pruning need `masks.apply(average)`; if their callback precedes this one, the average
 that they leave in the module at the end is masked. A strategy that spawns its processes (ddp_spawn,
 ddp_notebook) does not change the callback of the main process: read the masks with `load_masks`.
 
-The callback derives from `lightning`, or from `pytorch_lightning` if only that is installed. A
-Trainer of either takes it, in a list of callbacks.
+The callback derives from `lightning`, or from `pytorch_lightning` if only that is installed. The
+Trainer of either package accepts it, in a list of callbacks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning in llm-compressor: a modifier for oneshot, without data.
+"""Lookahead pruning in llm-compressor: a modifier for oneshot that needs no data.
 
     >>> import tempfile, transformers
     >>> from llmcompressor import oneshot
@@ -23,7 +23,7 @@ What each event does:
     initialize          traces the model and rejects what cannot be pruned, before any modifier of
                         the recipe has begun
     calibration_start   prunes the whole model, in its turn among the modifiers: exactly the
-                        requested number of weights, ties as everywhere in lap_ext
+                        requested number of weights, ties broken as everywhere in lap_ext
 
 Once this module is imported, recipe files can name the modifier:
 
@@ -32,8 +32,8 @@ Once this module is imported, recipe files can name the modifier:
         LookaheadModifier: {sparsity: 0.5, ignore: [lm_head]}
 
 Weights that llm-compressor has moved to another device are pruned on that device; weights on disk
-cannot be pruned. Put it before quantization: a symmetric scheme keeps zeros zero. GPTQ does not, it
-moves pruned weights too.
+cannot be pruned. Put the modifier before quantization: a symmetric scheme keeps zeros at zero. GPTQ
+does not: it changes pruned weights too.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@
 
 torch gives a sparsifier one tensor after the other, without its neighbors. So `prepare` traces the
 model once, and all masks of a step come from the same weights: `step` calls `lap_ext.prune`,
-`update_mask` writes the result. Exactly the requested number of weights is kept, ties as everywhere
-in lap_ext, and pruned weights never return, not even where a scheduler lowers the sparsity.
+`update_mask` writes the result. Exactly the requested number of weights is kept, ties are broken as
+everywhere in lap_ext, and pruned weights never return, not even where a scheduler lowers the
+sparsity.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead scores in Torch-Pruning: an importance of whole channels, also coupled ones.
+"""Lookahead scores in Torch-Pruning: an importance for whole channels, including coupled ones.
 
     importance[c] = sum of score(w)^2 over the weights w that are removed with channel c
 

@@ -26,15 +26,16 @@ What each event does:
                         pruned weights do not count in the gradient's norm
     on_optimizer_step   counts the step and prunes if the schedule says so
     on_log              adds "sparsity". Reporters (TensorBoard, ...) that precede this callback
-                        have read their logs by then: put it first with
+                        have already read the logs by then: put this callback first with
                         `trainer.callback_handler.callbacks.insert(0, pruning)`
     on_save             writes masks.safetensors into the checkpoint directory; `lap_ext.Masks.load`
                         reads it
     on_train_end        removes all hooks; the model is a plain model with zeros
 
-A callback is given accelerate's wrapper of the optimizer, whose hooks never run: the hooks are on
-the optimizer inside. Gradient accumulation, mixed precision, torch.compile and
-DistributedDataParallel need nothing else. FSDP and DeepSpeed, which shard parameters, are rejected.
+transformers passes callbacks accelerate's wrapper of the optimizer, whose hooks never run, so the
+hooks are placed on the optimizer that it wraps. Gradient accumulation, mixed precision,
+torch.compile and DistributedDataParallel need no setup. FSDP and DeepSpeed, which shard parameters,
+are rejected.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ class PruningCallback(TrainingCallback, TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the masks into the checkpoint directory.
 
-        The trials of a hyperparameter search have other directories and get no file.
+        No file is written for the trials of a hyperparameter search: their checkpoints are in
+        other directories.
         """
         directory = _checkpoint(args, state)
         if state.is_world_process_zero and directory.is_dir():

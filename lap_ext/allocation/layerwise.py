@@ -2,17 +2,18 @@
 """Layer-wise sparsity: from layer shapes to the number of weights that each layer keeps.
 
     uniform        density d in every layer
-    uniform_plus   first convolution dense, last layer d or 1/5 if that is more, d solves the total
-    er, erk        density ~ sum(dims) / prod(dims), at most 1, scaled to solve the total;
-                   er counts a convolution's channels only, erk also its window
+    uniform_plus   first convolution dense, last layer max(d, 1/5), the others d, which is chosen
+                   to meet the total
+    er, erk        density ~ sum(dims) / prod(dims), at most 1, scaled to meet the total;
+                   er counts only a convolution's channels, erk also its kernel size
     per_layer      a sparsity for each pattern of names; layers that match nothing stay dense
     compounded     1 - (1 - ratio)^times, a ratio for each layer
 
 n is the number of all weights. uniform_plus, er and erk keep exactly
-floor((1 - sparsity) * n + 1/2) in total: each layer gets its share rounded down, and the rest goes,
-one weight each, to the largest remainders, of equal ones to the earlier layer. The others round
-each layer by itself, floor((1 - sparsity) * size + 1/2). All of this is computed in integers and
-fractions, without rounding errors.
+floor((1 - sparsity) * n + 1/2) in total: each layer gets its share rounded down, and the weights
+that remain go, one each, to the layers with the largest remainders (ties: the earlier layer). The
+others round each layer by itself, floor((1 - sparsity) * size + 1/2). All of this is computed in
+integers and fractions, without rounding errors.
 
 Sources: uniform_plus as in Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning",
 ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in Park et al., ICLR
@@ -240,10 +241,10 @@ class per_layer:  # noqa: N801
 
     @calling("per_layer")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer, all of them where no pattern matches.
+        """Counts the weights to keep in each layer; a layer that no pattern matches keeps all.
 
         Raises:
-            ValueError: a pattern matches no layer, or none that an earlier one has not taken.
+            ValueError: a pattern matches no layer, or only layers that earlier patterns match.
         """
         given = _by_layer(self.sparsity, shapes)
         return {name: check.keep_count(given[name], None, n) for name, n in _sizes(shapes).items()}

@@ -2,7 +2,7 @@
 """Sparsities as text, for command lines and for the record of a pruning.
 
     0.9             of every layer
-    PATTERN=0.9     of the layers that the pattern names; one text for each pattern
+    PATTERN=0.9     of the layers whose names match the pattern; one text for each pattern
     erk:0.9         of all layers together, by an allocation: erk, er, uniform or uniform_plus
 
 Other allocations have no such text.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Figures of each layer's scores, as a table and for JSON.
+"""Statistics of each layer's scores, as a table and for JSON.
 
-    q %            the smallest score such that at least q % of the layer's weights score it or less
+    q %            the smallest score that at least q % of the layer's weights do not exceed
     squared norm   sum of the squares of the layer's scores
 
 Ranks are exact: nothing is interpolated.

@@ -5,7 +5,7 @@
     directory   model.safetensors, or shards and model.safetensors.index.json: name -> shard
 
 The safetensors package checks each header (offsets without holes or overlaps, sizes that fit dtypes
-and the file); the same JSON is read here for the offsets, which that package does not tell.
+and the file); the same JSON is read here for the offsets, which that package does not expose.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def open_directory(path: Path) -> Checkpoint:
     """Reads the headers of a checkpoint directory.
 
     Raises:
-        LapValueError: a file is missing, damaged or of something else.
+        LapValueError: a file is missing, damaged or of the wrong kind.
     """
     if not path.is_dir():
         raise LapValueError("a checkpoint directory", repr(str(path)))

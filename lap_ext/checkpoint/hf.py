@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hugging Face checkpoints: the model of a config.json, example inputs for it, names in its files.
+"""Hugging Face checkpoints: the model of a config.json, its example inputs, names in the files.
 
 transformers is imported here and nowhere else, and only when a config.json is needed. Code in the
 checkpoint directory is never run (trust_remote_code=False).

@@ -3,12 +3,13 @@
 
     lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j          (selection.lamp)
 
-Within a layer LAMP scores decrease as scores do, so a layer is walked from its largest score on:
-keys of scores are sorted, a range of them at a time, and squares are added in that order, one by
-one, as in memory: the same bits. A walk ends where LAMP scores are below the interval of the
-threshold search (ranking.py). The next one, of a narrower interval, begins at a mark of the last.
+Within a layer LAMP scores decrease as scores do, so each layer is read from its largest score
+down: the keys of scores are sorted, a range of them at a time, and squares are added in that order,
+one by one, as for a layer in memory, so that the bits are the same. A pass ends where LAMP scores
+fall below the interval of the threshold search (ranking.py). The next pass, over a narrower
+interval, begins at a position that an earlier one has recorded (a mark).
 
-Each layer then keeps so many weights by their squares: equal squares are ranked by index alone.
+Each layer then keeps that many weights, ranked by their squares; of equal ones the lower index.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Scores of a layer's weights, a chunk of rows at a time: the same bits as of the full layer.
 
 A score depends on its weight and on the norms of its row and column, so that chunks of rows can be
-scored by themselves. With groups a chunk is split where a group ends.
+scored by themselves. If the layer has groups, a chunk is split where a group ends.
 
     scaled  norms times powers of two, the largest in [0.5, 1): keys then sort as those of the
             fused mask do, unless products underflow
@@ -208,7 +208,7 @@ def _to_one(norm: Tensor) -> Tensor:
 
 
 def _wide(chunk: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int) -> Tensor:
-    """Computes float64 scores, rounded to 24 bits as the formula rounds."""
+    """Computes scores in float64, rounded to 24 bits wherever the formula rounds."""
     ones = torch.ones(1, dtype=torch.float64)
     rows = ones.expand(chunk.shape[0]) if rows is None else rows
     cols = ones.expand(groups * chunk.shape[1]) if cols is None else cols

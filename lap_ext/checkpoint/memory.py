@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """How much of a layer fits into a memory budget at a time.
 
-Counted is everything that pruning allocates itself: buffers, what operators need beside them,
-masks, squared norms and norms of all channels, samples, candidates of a ranking. Not counted are
-the interpreter, the libraries and the traced model, which are there before a weight is read.
+The budget covers everything that pruning itself allocates: buffers, the temporary memory of
+operators, masks, squared norms and norms of all channels, samples, candidates of a ranking. It does
+not cover the interpreter, the libraries and the traced model, which are loaded before any weight.
 
     full    a full layer: its bytes, its mask (n bytes); if the next one is read ahead, that one's
             bytes; if the one before is written back in the background, its bytes and its mask

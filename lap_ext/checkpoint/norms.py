@@ -3,7 +3,7 @@
 
 A weight that fits is measured at once. A larger one comes in chunks of rows, in order. The squared
 norm of a row needs no other row. Column squared norms are added 64 rows at a time
-(csrc/math/sums.h): rows wait until 64 of them are there, or their group ends.
+(csrc/math/sums.h): rows are held back until there are 64 of them, or until their group ends.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: the largest one, and how
              many weights a layer keeps
     rank     the threshold of a ranking over more than fits into memory: of all layers
-             (scope="global"), or of one that does not fit, is used twice or is stored in slices
+             (scope="global"), or of a layer that does not fit, is used twice or is stored in slices
 
 Each gives the bits that the same step over full tensors in memory gives.
 """

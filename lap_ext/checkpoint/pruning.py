@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""prune: a checkpoint directory to a pruned one, within a memory budget.
+"""prune: turns a checkpoint directory into a pruned one, within a memory budget.
 
-    check    directory, model, names, options, memory, disk: nothing has been written so far
-    measure  each tensor once: row and column squared norms, a few MB; then all norms are known
-    rank     passes over the scores of rankings that do not fit into memory
-    write    each tensor once more, masked, into a directory beside OUT that is renamed to OUT at
-             the end
+    check    directory, model, names, options, memory, disk, before anything is written
+    measure  reads each tensor once: row and column squared norms, a few MB, give all norms
+    rank     passes over the scores, for rankings that do not fit into memory
+    write    reads each tensor once more and writes it, masked, into a directory next to OUT that is
+             renamed to OUT at the end
 
 The plan is made in plan.py; the passes are in passes.py and shards.py.
 """
@@ -71,16 +71,16 @@ def prune(
     """Prunes a checkpoint that may be larger than memory; the result is that of `lap_ext.prune`.
 
     The directory is only read. The new one has the same files, tensors, order, metadata and dtypes;
-    tensors that are no layer, and all other files, are copied byte for byte. An interrupted run
-    leaves a directory .OUT.lap_ext beside out, and is resumed there when it is called again.
+    tensors that are not layers, and all other files, are copied byte for byte. An interrupted run
+    leaves a directory .OUT.lap_ext next to out (OUT: the name of out); the same call resumes it.
 
     Args:
         directory: the checkpoint directory: config.json with model.safetensors, or with shards and
             model.safetensors.index.json.
-        out: the directory to make; it must not exist, or be empty.
+        out: the directory to write; it must be empty or not exist yet.
         sparsity: as in `lap_ext.prune`.
-        scope: as in `lap_ext.prune`. "global" reads everything once more for each pass of its
-            ranking: one for lookahead criteria, two or three for magnitudes.
+        scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
+            ranking: one pass for lookahead criteria, two or three for magnitudes.
         criterion: one that reads weights only: "lookahead", "lookforward", "lookback", "magnitude",
             "magnitude_bn" or "random".
         normalize: as in `lap_ext.prune`. "lamp" sorts all scores that may be kept, as many at a
@@ -88,31 +88,31 @@ def prune(
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
-        memory: how much pruning may hold at a time, such as "4GB", "512MiB" or a number of bytes,
-            beside the interpreter, the libraries and the traced model. Layers that do not fit are
+        memory: how much memory pruning may use at a time: "4GB", "512MiB" or a number of bytes, not
+            counting the interpreter, the libraries and the traced model. Layers that do not fit are
             pruned in chunks of rows, with the same result.
         example_inputs: for the trace: a tensor, a tuple or a dict of named ones. None: made from
-            the config, for models of text and of images of one size.
-        model: gives the structure, not the weights; it may be on the meta device. None: the class
-            of transformers that config.json names.
+            the config, for text models and for image models with one image size.
+        model: the module that gives the structure; its weights are not used, so it may be on the
+            meta device. None: the transformers class that config.json names.
         on_unsupported: as in `lap_ext.trace`.
-        save_masks: write the masks, one bit a weight, to lap_ext_masks.safetensors in out.
-        count_scores: count each layer's scores in bins, kept and pruned ones, for a report: a
-            histogram of the scores that `lap_ext.scores` returns, normalized by "norm", but not by
-            "lamp". No file is read again for it.
-        resume: resume an interrupted run of the same task, and keep what is done if this one is
-            interrupted. False: start anew, and leave nothing.
+        save_masks: write the masks, one bit per weight, to lap_ext_masks.safetensors in out.
+        count_scores: count the kept and the pruned scores of each layer in histogram bins, for a
+            report. They are the scores that `lap_ext.scores` returns, normalized by "norm", but
+            not by "lamp". No file is read again for this.
+        resume: resume an interrupted run with the same options, and keep the finished part if this
+            run is interrupted too. False: start over, and leave nothing behind if interrupted.
         on_progress: called with a `Progress` after each tensor or chunk of rows.
 
     Returns:
-        The table of `lap_ext.prune`; its masks stay on disk.
+        The counts of each layer, as from `lap_ext.prune`; the masks stay on disk.
 
     Raises:
         ValueError: a file is missing, damaged or does not fit the model, a weight is not finite, an
-            option is not one of the above, or a row does not fit into memory. Nothing is left.
-        TypeError: weights that are no floating-point numbers, an argument of the wrong type.
+            option is not one of the above, or a row does not fit into memory. No files are left.
+        TypeError: weights are not floating-point numbers, or an argument is of the wrong type.
         TopologyError: the model cannot be traced.
-        OSError: the disk is full, or another process writes out.
+        OSError: the disk is full, or another process is writing to out.
 
     Example:
         >>> import tempfile, torch

@@ -4,13 +4,13 @@
 The key of a score >= 0 is its IEEE bits as an integer. One pass over all keys counts, for each
 slice, those above an interval and those inside it, and holds the ones inside up to a capacity:
 
-    1  the interval: around the wanted rank in a sample, or all keys
-    2  a pass. If the rank is outside (the sample was misleading): 2 with the keys on that side
+    1  choose the interval: around the wanted rank in a sample, or all keys
+    2  make a pass; if the rank is outside (the sample was misleading), repeat 2 on that side
     3  if all keys inside are held, one of them is the threshold
-    4  else the interval shrinks to the histogram bin that contains the rank, and 2 again
+    4  otherwise shrink the interval to the histogram bin that contains the rank, and repeat 2
 
-The threshold is the smallest key that is kept, and how many of the equal ones each slice keeps: the
-first slices first. It is exact, whatever the sample says.
+The result is the smallest key that is kept, and how many of the keys equal to it each slice keeps:
+the first slices first. It is exact, whatever the sample.
 """
 
 from __future__ import annotations

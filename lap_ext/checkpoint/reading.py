@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Reads weights from files into buffers that are used again.
+"""Reads weights from files into buffers that are reused.
 
-By read(), not mmap: pages of a mapped file count as memory of the process, a buffer counts once.
+With read(), not mmap: every page of a mapped file counts as memory of the process, a buffer once.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""lap_ext.json beside pruned weights: the options of a pruning, and what each layer has left.
+"""lap_ext.json next to pruned weights: the options of a pruning, and what each layer has kept.
 
 The command line writes it, with the options as typed; `verify` reads it.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""scores: every weight of a checkpoint directory, a layer at a time, within a memory budget.
+"""scores: scores a checkpoint directory, one layer at a time, within a memory budget.
 
-In memory are one layer's scores, a chunk of its weights and the norms of all channels. The scores
+Memory holds one layer's scores, a chunk of its weights and the norms of all channels. The scores
 are those of `lap_ext.scores`, bit for bit.
 """
 
@@ -55,8 +55,8 @@ def scores(
 
         score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
 
-    The directory is only read. Everything is checked now; weights are read when the result is
-    iterated.
+    The directory is only read. Everything but the values of weights is checked in this call;
+    weights are read while the result is iterated over.
 
     Args:
         directory: as in `checkpoint.prune`.
@@ -76,8 +76,8 @@ def scores(
         normalized); its `save` writes them to a file.
 
     Raises:
-        ValueError, TypeError, TopologyError: as `checkpoint.prune`; errors of the weights come when
-            they are read.
+        ValueError, TypeError, TopologyError: as `checkpoint.prune`; errors about values of weights
+            are raised when the weights are read.
 
     Example:
         >>> import tempfile, torch

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The last pass: every shard is read once more, masked and written.
 
-A layer that fits is masked at once by the fused operator. The others have a threshold (passes.py)
-and are masked in chunks of rows. Tensors that are no layer are copied. A layer or chunk is zeroed
-and written in the background while the next one is masked.
+A layer that fits is masked at once by the fused operator. For the others a threshold is known
+(passes.py), and they are masked in chunks of rows. Tensors that are not layers are copied. A layer
+or chunk is zeroed and written in the background while the next one is masked.
 """
 
 from __future__ import annotations

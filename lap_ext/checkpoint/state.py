@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The working directory of a pruning, from which an interrupted one is resumed.
 
-    .OUT.lap_ext/          beside OUT, on the same disk
+    .OUT.lap_ext/          next to OUT, on the same disk
         files/             becomes OUT, by one rename at the end
         state.json         the options, and what is done
         squared norms.safetensors
-        lock               held while a process works here
+        lock               locked while a process works here
 
 A shard counts as done once it is complete and on the disk.
 """
@@ -31,11 +31,12 @@ _SQUARED_NORMS = "squared norms.safetensors"
 
 
 class Work:
-    """A working directory that this process holds.
+    """The working directory of a run, locked by this process.
 
     Attributes:
-        files: where the result is written.
-        facts: intermediate results as JSON: "done" (names of shards), and those of the passes.
+        files: the directory that the result is written to.
+        facts: intermediate results, saved as JSON: "done" (the names of finished shards), and the
+            results of the passes.
     """
 
     def __init__(self, directory: Path, options: dict[str, Any]) -> None:

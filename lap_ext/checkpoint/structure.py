@@ -2,8 +2,8 @@
 """The topology of a checkpoint, and where each layer is stored, before a layer's weights are read.
 
 The model is traced as a twin: the same modules with fake tensors in place of the parameters
-(torch.export computes nothing, so they need no memory). Only weights of norms and other small
-tensors that scale an edge are read now.
+(torch.export computes nothing, so they need no memory). Only the weights of norms and other small
+tensors that scale an edge are read at this point.
 """
 
 from __future__ import annotations

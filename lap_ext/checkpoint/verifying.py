@@ -4,7 +4,7 @@
     kept      the bits of the original's weight
     pruned    +0.0, all bits zero
     others    tensors without a mask: the bits of the original
-    counts    of the masks: those in the pruning's record (record.py)
+    counts    kept weights of each mask: as in the pruning's record (record.py)
 
 Without a mask file every weight must be the original's or +0.0. Files are read in chunks.
 """

@@ -2,7 +2,7 @@
 """Writes shards from front to back, and masks in any order.
 
 A shard has the header of its original, byte for byte, and the same tensors at the same offsets. The
-file of masks is that of `Masks.save` (masks/file.py): its layout is known before the first mask.
+mask file has the format of `Masks.save` (masks/file.py), whose layout is known before any mask is.
 """
 
 from __future__ import annotations

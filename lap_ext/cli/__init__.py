@@ -2,8 +2,8 @@
 """The command line: lap-ext prune, score, inspect, verify, bench, demo, info.
 
 It turns arguments into calls of the library and shows the results. Exit status: 0 success, 1 verify
-has findings, 2 a usage error or an unusable file (one line on stderr), 130 stopped with Ctrl-C, 143
-by SIGTERM.
+has found a difference, 2 a usage error or an unusable file (one line on stderr), 130 stopped with
+Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations

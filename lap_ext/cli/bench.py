@@ -6,10 +6,10 @@
                  stable sort
 
 The weights are random; their neighbors have as many weights (those of a convolution are 1x1).
-Results are compared first. Two calls are timed in pairs, side by side, by torch.utils.benchmark, so
-that a machine that slows down slows both; ratio = median over the pairs of (baseline's time /
-lap_ext's time). Memory is the peak of one call above what was in use before: of the process, or of
-the CUDA allocator.
+Results are compared first. The two calls are timed in pairs, one right after the other, by
+torch.utils.benchmark, so that a machine that slows down slows both; ratio = median over the pairs
+of (baseline's time / lap_ext's time). Memory is the peak of one call above what was in use before:
+of the process, or of the CUDA allocator.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MODEL of a command line: a checkpoint directory, a program, or the module that a factory returns.
+"""The argument MODEL: a checkpoint directory, a program, or the module that a factory returns.
 
 No pickle is loaded: weights come from safetensors files, or from a program that was checked not to
 execute code (program.py).

@@ -7,9 +7,9 @@ any function below torch as an operation. So the file is read first, by the read
 torch.export.load uses, and rejected unless all of it is harmless:
 
     records      tensors as bytes, JSON, example inputs for torch.load(weights_only=True); no others
-    operations   of aten, but for the one that opens files, and Python's arithmetic
+    operations   those of aten, except the one that opens files, and Python's arithmetic
     expressions  of sizes: numbers, symbols, + - * / and a few functions of sympy and torch
-    names        letters, digits, dots: some become Python code; texts are quoted in it
+    names        letters, digits and _ . + - only: some become Python code (strings are quoted)
     structures   tuples, lists and dicts
 """
 

@@ -71,13 +71,14 @@ Registered = TypeVar("Registered", bound=type[Criterion] | Callable[[Layer], Ten
 
 
 def register(name: str) -> Callable[[Registered], Registered]:
-    """Registers a criterion under a name, for prune(criterion=name) and all similar functions.
+    """Registers a criterion under a name, for every function with a criterion= option.
 
-    Decorates either a function that takes a layer and returns scores of its weight's shape (larger
-    ones are kept first), or a class derived from `Criterion`, which is created without arguments.
+    Decorates either a function that takes a layer and returns scores of its weight's shape (the
+    weights with larger scores are kept first), or a class derived from `Criterion` that can be
+    created without arguments.
 
     Args:
-        name: any that is not taken. The registration lasts as long as the process.
+        name: any name that is not taken yet. It stays registered until the process ends.
 
     Raises:
         ValueError: the name is taken, or empty.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The base of criteria: a criterion defines a score, not a selection, allocation or schedule.
+"""The base class of criteria, which define a score, not a selection, allocation or schedule.
 
     score = |w| * in[i] * out[o], summed in squares over the roles of the weight
 

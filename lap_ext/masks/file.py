@@ -6,8 +6,8 @@
     metadata: {"lap_ext": version, "format": "1", "layers": JSON object of name -> shape, in order}
 
 The file is written here (a length, a JSON header, the bytes): the same masks give the same bytes,
-which the safetensors package does not promise, and nothing but torch is needed. It is read by that
-package, which checks what it reads; BitMasks reads one mask at a time, or a chunk of one.
+which the safetensors package does not guarantee, and nothing but torch is needed. It is read by
+that package, which checks what it reads; BitMasks reads one mask at a time, or a chunk of one.
 """
 
 from __future__ import annotations

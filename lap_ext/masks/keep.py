@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Keeps pruned weights at zero while any torch optimizer trains: hooks on the optimizer alone.
 
-    before a step   the gradients of pruned weights become 0, also a closure's: moments stay 0
+    before a step   the gradients of pruned weights become 0 (a closure's too): moments stay 0
     after a step    pruned weights become +0.0, whatever the optimizer added to them
     at once, and after optimizer.load_state_dict
                     the optimizer's state of pruned weights becomes 0

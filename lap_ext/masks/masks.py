@@ -148,34 +148,37 @@ class Masks(Mapping[str, Tensor]):
     def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
         """Applies the masks and keeps pruned weights at zero while the optimizer trains the model.
 
-        Before each step the gradients of pruned weights become 0, after it the weights +0.0; the
-        optimizer's state of them becomes 0 now and after its load_state_dict. So the kept weights
-        train as if the pruned ones did not exist: bit for bit as with the weight multiplied by the
-        mask, for optimizers that treat each weight by itself. With gradient accumulation,
-        GradScaler, fused and foreach variants, DistributedDataParallel (the same masks on each
-        process) and torch.compile nothing else is needed.
+        Before each step, the gradients of pruned weights are set to 0; after it, the weights are
+        set to +0.0. The optimizer's state for them is set to 0 at once, and again after its
+        load_state_dict. So the kept weights train as if the pruned ones did not exist: for
+        optimizers that treat each weight separately, the result is bit for bit that of a forward
+        pass that multiplies the weight by the mask. Gradient accumulation, GradScaler, fused and
+        foreach variants, DistributedDataParallel (the same masks on each process) and torch.compile
+        work without further calls.
 
         LBFGS: gradients are masked at every evaluation of the closure, so pruned weights do not
         move within a step either; a history from before the pruning is dropped.
 
-        Two cases that you must handle: call apply() after model.load_state_dict(), and
-        mask_gradients() of the handle before clip_grad_norm_(), or pruned weights count in the
-        norm. Parameters outside this optimizer are masked once, not kept masked. A copy of the
-        optimizer has no hooks: call keep for it. On a 0-dimensional parameter the optimizer's
-        state is not cleared (a step count looks the same).
+        Two cases are yours to handle: call apply() after model.load_state_dict(), and call the
+        handle's mask_gradients() before clip_grad_norm_(), otherwise pruned weights count in the
+        norm. Parameters that this optimizer does not train are masked once, but not kept masked. A
+        copy of the optimizer has no hooks: call keep for it too. The optimizer's state of a
+        0-dimensional parameter is not cleared, because it cannot be told from a step count.
 
         Args:
             model: the model that the masks were made for.
-            optimizer: any torch.optim.Optimizer of its parameters; with several, call keep each.
+            optimizer: any torch.optim.Optimizer of its parameters; with several optimizers, call
+                keep once for each.
 
         Returns:
-            A handle: remove(), or the end of a `with` block, ends it. Several masks may be kept at
-            once; what one of them prunes stays zero.
+            A handle: its remove(), or the end of a `with` block, removes the hooks. Several `Masks`
+            may be kept at once; a weight that any of them prunes stays zero.
 
         Raises:
             ValueError: as `apply`, or the optimizer has none of the parameters; nothing was
                 changed.
-            TypeError: not a torch optimizer; from optimizer.step: a gradient is sparse.
+            TypeError: optimizer is not a torch optimizer; or, raised by optimizer.step(), a
+                gradient is sparse.
 
         Example:
             >>> import torch, lap_ext

@@ -4,7 +4,7 @@
 A layer is named after its parameter without ".weight": "conv1" is conv1.weight; a parameter that is
 not called weight keeps its full name, "attn.in_proj_weight". The names that wrappers put in between
 ("module" of DataParallel, DistributedDataParallel and AveragedModel, "_orig_mod" of torch.compile)
-may be there or not, in the mask's name and in the model.
+may be present or absent, both in the mask's name and in the model.
 """
 
 from __future__ import annotations

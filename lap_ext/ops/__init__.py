@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors: one layer between its neighbors, and rankings. Nothing here knows of a model.
+"""Functions of tensors: one layer between its neighbors, and rankings. No function takes a model.
 
 Importing the package loads nothing, so that lap_ext.numpy works without torch.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Checks of arguments without a framework: they see shapes, dtype names and numbers, never tensors.
 
-Errors speak of arguments by the names that the user's function has for them. Wrong values and
-shapes raise LapValueError, wrong types and dtypes LapTypeError.
+Errors call arguments by the names that they have in the function that the user called. Wrong
+values and shapes raise LapValueError, wrong types and dtypes LapTypeError.
 """
 
 from __future__ import annotations

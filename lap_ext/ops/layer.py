@@ -41,20 +41,20 @@ def score(
 
         score[o, i, ...] = |w[o, i, ...]| * ||w_prev[i]||_F * ||w_next[:, o]||_F
 
-    A small score means: removing the weight changes the product of the three layers little. The
+    A small score means that removing the weight hardly changes the product of the three layers. The
     norms are summed in float64 in a fixed order and rounded to the score's precision; their product
-    and the score are rounded once each. The result is the same bits on every device, memory layout
-    and number of threads.
+    and the score are rounded once each. The result has the same bits for every device, memory
+    layout and number of threads.
 
     Args:
-        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. A `Neighbor`
-        for
-            a grouped, depthwise or transposed convolution or a batch norm between, `IDENTITY` for a
-            skip connection, a list of these for several producers (their squares add). None for a
-            first layer: its norms count as 1. Its dtype may differ from w's.
+        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. Pass a
+            `Neighbor` for a grouped, depthwise or transposed convolution or if a batch norm lies
+            in between, `IDENTITY` for a skip connection, and a list of these for several producers
+            (their squared norms add). None for a first layer: the norms count as 1. Its dtype may
+            differ from w's.
         w: weight to score, [O, I / groups, *K], float32, float64, float16 or bfloat16, any strides.
-        w_next: weight of the layer after, [N, O, *K], likewise. Between a convolution and a linear
-            layer a channel-major flatten is understood: [N, O * S] for S positions per channel.
+        w_next: weight of the layer after, [N, O, *K], likewise. A channel-major flatten between a
+            convolution and a linear layer is recognized: [N, O * S] for S positions per channel.
         groups: groups of w.
         transposed: w is the weight of a transposed convolution, [I, O / groups, *K].
         check_finite: raise on a weight that is inf or NaN. False skips the check.
@@ -64,8 +64,8 @@ def score(
         differentiable.
 
     Raises:
-        ValueError: channels do not meet, the tensors are on different devices, or a weight is not
-            finite.
+        ValueError: channel counts do not match, the tensors are on different devices, or a weight
+            is not finite.
         TypeError: a weight is not a floating-point tensor.
 
     Example:
@@ -98,16 +98,16 @@ def mask(
 
         keep = floor((1 - sparsity) * w.numel() + 1/2)
 
-    Of equal scores the one with the lower flat (C-order) index is kept. The ranking is that of the
-    exact product: a product of norms too small or large for float32 does not decide. No score is
-    stored: w is read once.
+    Of equal scores the one with the lower flat (C-order) index is kept. The ranking stays exact
+    where a product of norms is too small or too large for float32. No score is stored: w is read
+    once.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
         w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
         w_next: weight of the layer after, [N, O, *K], as in `score`.
-        sparsity: fraction of all weights of w to remove, 0 to 1, taken for exactly the number it
-            is: 0.9 is the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
+        sparsity: fraction of all weights of w to remove, 0 to 1, taken exactly as given: 0.9 is
+            the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
         keep: number of weights to keep, instead of sparsity. More than there are keeps all.
         mask: bool, shape of w: the weights that may be kept. Pruned ones (False) never return; if
             fewer than keep survive, all survivors are kept.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loads the native kernels of the package, and tells what is loaded (`info`).
+"""Loads the native kernels of the package, and reports what is loaded (`info`).
 
 The reference kernels of schema.py serve every device; a native library only adds faster ones for
 CPU or CUDA. Where a library is missing, the reference is used, with one warning. A library that
@@ -112,7 +112,7 @@ def mistake(error: Exception) -> LapValueError | None:
 
 
 def info() -> Info:
-    """Tells what is loaded: native kernels, their SIMD level, CUDA, threads, versions, fallbacks.
+    """Reports what is loaded: native kernels, their SIMD level, CUDA, threads, versions, fallbacks.
 
     Returns:
         An `Info`; print it, or read its fields.

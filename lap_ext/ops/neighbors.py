@@ -5,9 +5,10 @@
     out_norm[o]^2 = sum over consumers of ||w_next[:, o]||^2 * scale[o]^2
 
 All in float64. An identity (a skip connection) adds 1. Across a flatten (feature = channel * S +
-position) the coarse side's squared norms repeat S times, the fine side's positions add up.
+position) a channel's squared norm is repeated for its S features, or the squared norms of the S
+features are added for their channel.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
-section 3. The code is one for torch and NumPy: what differs is the Backend.
+section 3. The same code serves torch and NumPy: only the Backend differs.
 """
 
 from __future__ import annotations

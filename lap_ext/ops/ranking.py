@@ -47,22 +47,24 @@ def topk_mask(
 
         keep = floor((1 - sparsity) * n + 1/2)      n: number of all scores
 
+    The pure-PyTorch fallback temporarily stores one integer key per score.
+
     Args:
         scores: tensor of any shape and strides, float32, float64, float16 or bfloat16, any sign,
-            +-inf allowed. A list or tuple of tensors (one dtype, one device) is one ranking.
+            +-inf allowed. A list or tuple of tensors (one dtype, one device) is ranked together.
         keep: number of scores to keep, over all tensors. More than there are keeps all.
         sparsity: fraction of all scores to drop, 0 to 1, instead of keep.
         mask: bool, shape of scores (a list for a list): the scores that may be kept.
         check_finite: raise on NaN. False skips the check; a NaN then ranks by its bits.
 
     Returns:
-        Bool tensor of the shape of scores, True: kept; for a list of scores a list of these.
-        The pure-PyTorch fallback needs the memory of one integer key per score.
+        Bool tensor of the shape of scores, True: kept; for a list of scores, a list of such
+        tensors.
 
     Raises:
-        ValueError: NaN; sparsity outside [0, 1], keep negative, both or neither given; a mask of
-            another shape; different devices.
-        TypeError: scores that are not floating-point tensors, or of different dtypes.
+        ValueError: a score is NaN; sparsity is outside [0, 1] or keep is negative; both or neither
+            of them is given; a mask has another shape; tensors are on different devices.
+        TypeError: scores are not floating-point tensors, or have different dtypes.
 
     Example:
         >>> import torch, lap_ext

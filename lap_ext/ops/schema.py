@@ -2,8 +2,8 @@
 """The operators of lap_ext: schemas, default kernels, shapes for tracing, calls with clear errors.
 
 The reference is the default kernel of every operator, on every device. The native libraries add
-kernels for CPU and CUDA: PyTorch's dispatcher chooses, no code here does. Only this file spells
-torch.ops.lap_ext. An operator does not check what check.py has checked.
+kernels for CPU and CUDA; PyTorch's dispatcher chooses among them, not the code here. Only this file
+spells torch.ops.lap_ext. An operator does not check what check.py has checked.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def floating(name: str, x: Any) -> Tensor:
 
 
 def weight(w: Any, groups: int, transposed: bool) -> Tensor:
-    """Checks that w is a floating tensor whose channels fit groups; returns it detached."""
+    """Checks that w is a floating-point tensor with channels divisible by groups; detaches it."""
     w = floating("w", w)
     check.layer_channels("w", tuple(w.shape), groups, transposed)
     return w

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Prunes models: trace, score, allocate, select, apply.
 
-The model is not changed before every mask is computed. In parallel order each weight is read twice:
-once for its norms, once for its mask.
+The model is not changed until every mask has been computed. In parallel order each weight is read
+twice: once for its norms, once for its mask.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 sections 3 and 4 (orders and rounds).
 """
@@ -72,12 +72,12 @@ def scores(
         data: as in `prune`.
         neighbors: as in `prune`.
         on_unsupported: as in `prune`.
-        masks: as in `prune`; pruned weights do not count in the norms of neighbors.
+        masks: as in `prune`; weights that they prune do not count in the neighbor norms.
         on_progress: as in `prune`.
 
     Returns:
-        Layer name -> scores >= 0 of the weight's shape, on its device, float32 (float64 for float64
-        weights, and for normalized scores).
+        Layer name -> scores >= 0, with the weight's shape and device, float32 (float64 for float64
+        weights and for normalized scores).
 
     Raises:
         TopologyError, TypeError, ValueError: as `prune`.
@@ -136,18 +136,19 @@ def prune(
     apply: bool = True,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> PruneResult:
-    """Prunes a model: keeps exactly the best weights of each layer, or of all, and zeroes the rest.
+    """Prunes a model: keeps exactly `keep` weights, those with the highest scores; zeroes the rest.
 
         score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
-        keep  = floor((1 - sparsity) * n + 1/2)             n: weights of the layer, or of all
+        keep  = floor((1 - sparsity) * n + 1/2)             n: weights of the layer or model
 
     Args:
         model: any module that `trace` can follow. Its layers are the weights of linear layers,
             convolutions, embeddings and recurrent layers; biases and norms are not pruned.
-        example_inputs: for the trace, what the model's forward takes: a tensor, a tuple of
-            positional arguments, or a dict of named ones. Small inputs suffice. None with topology.
-        sparsity: fraction of the weights to remove; a dict of name patterns and fractions (the
-            first match counts, layers without a match stay dense); or an allocation such as
+        example_inputs: inputs of the model's forward, for the trace: a tensor, a tuple of
+            positional arguments, or a dict of named ones. Small inputs suffice. None if topology
+            is given.
+        sparsity: fraction of the weights to remove; a dict from name pattern to fraction (the
+            first match counts; layers without a match stay dense); or an allocation such as
             `lap_ext.erk(0.9)`.
         topology: the result of an earlier `trace` of this model, instead of example_inputs.
         criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
@@ -155,23 +156,24 @@ def prune(
             a layer.
         scope: "layer" ranks the weights of each layer separately, "global" those of all layers
             together (one exact ranking of all scores, ties to the earlier layer and lower index).
-        normalize: makes scores comparable between layers: "none", "norm" (divided by the layer's
-            L2 norm of scores) or "lamp". None of them changes the ranking within a layer.
-        order: "parallel" scores all layers with their dense neighbors; "forward" from the first to
-            the last, with the already pruned producers; "backward" from the last to the first, with
-            the already pruned consumers.
+        normalize: makes scores comparable between layers: "none", "norm" (divided by the L2 norm
+            of the layer's scores) or "lamp". None of them changes the ranking within a layer.
+        order: "parallel" scores all layers with their dense neighbors; "forward" goes from the
+            first layer to the last and scores each with its already pruned producers; "backward"
+            goes from the last to the first, with the already pruned consumers.
         rounds: prunes in this many equal steps and recomputes the scores before each.
         layers: name patterns of the layers to prune; None: all.
         exclude: name patterns of layers not to prune.
-        batch_norm: "edge" counts a batch norm as a scale on the edge that it lies on; "fold" also
-            counts the one that follows a consumer, as if folded into its weight; "ignore" none.
-        residual: "sum" counts every producer and consumer of a channel; "chain" only the layers
-            just before and after in the network's order, without excluded ones. The paper's public
-            code treats residual networks like this; use it for comparisons.
+        batch_norm: "edge" counts a batch norm as a scale on the edge on which it lies; "fold" also
+            counts the batch norm after a consumer, as if it were folded into that consumer's
+            weight; "ignore" counts none.
+        residual: "sum" counts every producer and consumer of a channel; "chain" counts only the
+            layers just before and just after in the network's order, skipping excluded ones. The
+            paper's public code treats residual networks like this; use it for comparisons.
         data: batches for criteria that need activations or gradients.
         neighbors: as in `trace`.
         on_unsupported: as in `trace`.
-        masks: of an earlier pruning; pruned weights stay pruned.
+        masks: the masks of an earlier pruning; pruned weights stay pruned.
         apply: set the pruned weights to zero. False leaves the model unchanged;
             `result.apply(model)` does it later.
         on_progress: called with a `lap_ext.progress.Progress` after each layer that is measured,

@@ -56,14 +56,14 @@ class Pruner:
 
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
     In between, the optimizer cannot change a pruned weight: gradients and moments of pruned weights
-    are 0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile need
-    nothing else. After each pruning, call `pruner.masks.apply(average)` for an existing average of
-    the weights (AveragedModel), and capture a CUDA graph again.
+    are 0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
+    without further calls. If you keep an average of the weights (AveragedModel), call
+    `pruner.masks.apply(average)` after each pruning; if you use a CUDA graph, capture it again.
 
     Args:
         model: as in `prune`, or wrapped by torch.compile, DataParallel or DistributedDataParallel.
-            The processes of a DistributedDataParallel use the masks of the first one (the running
-            statistics of batch norms differ between them) and must all call `step`.
+            All processes of a DistributedDataParallel must call `step`; they use the masks of the
+            first process, because the running statistics of batch norms differ between processes.
         example_inputs: as in `prune`. The model is traced once, here.
         schedule: step -> the sparsity to prune to, or None. One of `lap_ext.schedule`, or your own
             function; the sparsity is anything that `prune` takes: a number, a dict, an allocation.

@@ -37,7 +37,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The masks of a pruning and the counts of each layer; print it for a table.
+    """The result of a pruning: its masks, and the counts of each layer; print it for a table.
 
     Attributes:
         masks: layer name -> mask, as `Masks`.

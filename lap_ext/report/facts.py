@@ -3,8 +3,8 @@
 
     kept mass        sum of w^2 over kept weights / over all
     dead rows        rows of the pruned weight as a matrix [rows, columns, *window], all zero
-    dead columns     the same for columns, of each group by itself
-    distribution     weights per quarter octave of |w| (or of the score), kept and pruned
+    dead columns     the same for columns, for each group separately
+    distribution     histograms of |w| (or of the score), kept and pruned; a bin spans 2^(1/4)
 
 A chunk is some rows of a layer, so that a layer larger than memory can be measured.
 """

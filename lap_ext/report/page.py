@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One self-contained HTML page about a pruning, drawn from what facts.py has measured.
 
-It has no script, no font and no request: it can be mailed, archived and read without a network.
+It needs no script, font or request, so that it can be mailed, archived and read offline.
 """
 
 from __future__ import annotations

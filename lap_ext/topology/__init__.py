@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model and example inputs to its topology: which channels of which layers feed each weight."""
+"""Traces a model to its topology: which channels of which layers feed each weight."""
 
 from lap_ext.errors import TopologyError as TopologyError
 from lap_ext.topology.edges import Edge as Edge

@@ -4,9 +4,9 @@
     up    F[c] = squared norm that arrives in channel c: the squared row norm for a role's output, 1
                  for the model's input, the sum of weight * scale^2 * F[parent] for a computed
                  channel
-    down  B[c] = squared norm of what reads channel c: squared column norms of the roles, 1 where it
-                 leaves the network, F of the channel it is multiplied with (q and k), and
-                 weight * scale^2 * B[child]
+    down  B[c] = squared norm of what reads channel c, the sum of: squared column norms of roles, 1
+                 where c leaves the network, F of the channels that c is multiplied with (q and k),
+                 and weight * scale^2 * B[child]
 
     in_norm[i] = sqrt(sum of F over the channels that feed i), out_norm[o] = sqrt(B[o])
 

@@ -33,26 +33,26 @@ def trace(
 
     Channels are followed through the graph of torch.export (nothing is computed or changed), not
     through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
-    attention. Neighbors are one hop away: the next weighted layers along the path. Several
-    producers or consumers of a channel add as sums of squares.
+    attention. Neighbors are one hop away: the next weighted layers along the path. If a channel
+    has several producers or consumers, their squared norms are added.
 
     Nonlinear operations are linearized: activations have gain 1, a product is d(ab) = da + db.
     Where data selects (max, top-k, sort, gather, an index over channels, the experts of a token),
-    every candidate counts as selected; a constant mask, index or matrix counts as it is. A softmax
-    over positions makes attention weights: channels end there, and queries and keys are each
-    other's neighbors. A layer over positions (a token mixer) meets every channel at both ends, and
-    all of them count: the layer has one factor, larger than those of layers over channels in a
-    global ranking.
+    every candidate counts as selected; a constant mask, index or matrix is applied as it is. A
+    softmax over positions gives attention weights: channels end there, and queries and keys are
+    each other's neighbors. A layer over positions (a token mixer) is fed by every channel and read
+    by every channel, and all of them count: all its weights have the same neighbor norms, which
+    are larger than those of layers over channels and favor it in a global ranking.
 
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.
         example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or
-            a dict of named ones. Small ones suffice. None: forward takes no arguments.
-        neighbors: layer name -> (previous, next) as in `lap_ext.score`, with layer names also
-            allowed for weights. They replace the result of the trace for these layers, and an
-            operation that only such layers feed is not an error.
+            a dict of named ones. Small ones suffice. None if forward takes no arguments.
+        neighbors: layer name -> (previous, next) as in `lap_ext.score`, where a layer name may
+            stand for its weight. They replace the result of the trace for these layers; an
+            operation that is not understood is no error if only such layers feed it.
         on_unsupported: what to do at an operation that is not understood. "raise" raises; "cut"
-            counts it as a boundary (factor 1 on both sides) and lists it in a warning.
+            counts it as a boundary (norm 1 on both sides) and lists it in a warning.
 
     Returns:
         The topology: `.layers[name]` with `.prev` and `.next`. Print it for a table.

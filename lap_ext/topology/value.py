@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the trace knows of a tensor: its shape, its channels, and whether it is a weight."""
+"""What the trace knows about a tensor: its shape, its channels, and whether it is a weight."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 """Statistics of activations per channel, in float64, accumulated batch by batch.
 
     mean_squares       input i of a role: mean of x_i^2 over batch and positions
-    active_fractions   output o of a role: how often it is > 0 after its activation function
+    active_fractions   output o of a role: the fraction > 0 after its activation function
 
-An embedding reads one-hot rows: the mean square of an entry is how often it occurs. Experts that
+An embedding reads one-hot rows: the mean square of an entry is its frequency. Experts that
 are chosen by the data count only the rows routed to them (experts.py); an expert without rows has
 statistics 0.
 """

@@ -4,9 +4,9 @@
     h = d^2 (mean loss over all examples) / d w^2        for each weight w on its own
 
 "hessian" is exactly this (DiagHessian) and may be negative. "ggn" (DiagGGNExact) leaves out the
-curvature of the network itself: it is never negative, and equal where the network is piecewise
-linear. BackPACK runs on a copy of the model (chain.py). It is an optional package: pip install
-lap_ext[obd].
+curvature of the network itself: it is never negative, and equals "hessian" where the network is
+piecewise linear. BackPACK runs on a copy of the model (chain.py). It is an optional package:
+pip install lap_ext[obd].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Finds the expert of each row of an input, where the data chooses the weights of a product.
 
-x [S, 1, I] times w[e] [S, I, O]     e [S], the experts, is the index of the node that picks weights
+x [S, 1, I] times w[e] [S, I, O]     e [S], the expert of each row, is the index that w is read with
 grouped_mm(x [S, I], w, ends [E])    rows are sorted by expert; ends[e] is where those of e end
 """
 

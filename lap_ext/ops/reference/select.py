@@ -4,10 +4,10 @@
 A score becomes an ordered integer key (csrc/math/key.h). The keep-th largest key is bracketed by a
 strided sample and found among the few keys inside the bracket (among all keys if the sample
 misled); then the weights above it are kept, and of those equal to it the first ones, found by
-counting halves. Counts are exact (int64); nothing is sorted but the sample.
+bisection. Counts are exact (int64); nothing is sorted but the sample.
 
-The score of a weight is a plain product of scaled norms. Where it underflows and that could decide,
-the same roundings are made again in float64.
+The score of a weight is a plain product of scaled norms. Where it underflows and that could change
+the mask, the same roundings are made again in float64.
 """
 
 from __future__ import annotations

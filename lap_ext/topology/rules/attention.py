@@ -4,9 +4,9 @@
 q k^T      contracts channels: q and k are each other's neighbors (the logit is bilinear, so that
            the distortion of one weight of q's layer is |w| * in_norm * ||row of k's||); the logits
            carry no channels
-a v        contracts positions: v's channels continue; those of weights a that come from a softmax
-           over positions, or over the rows of a matrix of channels, end here, as they do where a
-           product is written out
+a v        contracts positions: the channels of v continue; the channels of the attention weights a
+           (a softmax over positions, or over the rows of a matrix of channels) end here, also where
+           the product is written out as a multiplication and a sum
 otherwise  where the channel of one operand does not change along the contracted dimension: an
            element-wise product, summed
 """
