@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import warnings
 from collections.abc import Callable
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_PACKAGE = str(Path(__file__).parent)
 ARGUMENT = "{argument}"  # in the parts of an error: stands for the argument's name
 
 
@@ -30,9 +34,8 @@ class LapError(Exception):
         got: what was passed or found; "" if expected says it all.
         cure: what to do about it, in full sentences.
         argument: the argument at fault, if any; "{argument}" in the other parts stands for it.
-        option: another cure that only the functions of tensors offer, such as check_finite=False;
-            the message appends it to the cure, unless a layer is known (functions of models do not
-            have such an option).
+        option: the cure in functions of tensors, which have an option for such values, as
+            check_finite=False; it is shown in place of cure as long as no layer is known.
         layer: the layer of a model at fault, or None.
         function: the public function that was called, or None.
 
@@ -76,19 +79,22 @@ class LapError(Exception):
             spelled: converts an argument's name to what the user types, as in "--memory".
             named: begin with the function's name.
         """
-        got = f", got {self.got}" if self.got else ""
-        cure = self.cure
-        if self.option and self.layer is None:
-            cure = f"{cure.removesuffix('.')}, or {self.option}."
+        cure = self.option if self.option and self.layer is None else self.cure
         where = [self.function] if named and self.function else []
         argument = spelled(self.argument) if self.argument else ""
-        if self.layer is not None and self.argument == "w":  # not an argument of the user's call
-            argument = f"layer {self.layer!r}"
-        elif self.layer is not None:
-            where.append(f"layer {self.layer!r}")
-        sentence = f"expected {self.expected}{got}.{' ' if cure else ''}{cure}"
+        if self.layer is not None:
+            if self.argument == "w" and ARGUMENT in self.expected:  # no argument of the user's call
+                argument = f"layer {self.layer!r}"
+            else:
+                where.append(f"layer {self.layer!r}")
+        parts = [f"expected {self.expected.replace(ARGUMENT, argument)}"]
+        if self.got:
+            parts.append(f"got {self.got.replace(ARGUMENT, argument)}")
+        sentences = [", ".join(parts) + "."]
+        if cure:
+            sentences.append(cure.replace(ARGUMENT, argument))
         prefix = f"{', '.join(where)}: " if where else ""
-        return prefix + sentence.replace(ARGUMENT, argument)
+        return prefix + " ".join(sentences)
 
     def __str__(self) -> str:
         return self.text()
@@ -264,3 +270,11 @@ class callback(_Context):  # noqa: N801
     def complete(self, error: LapError) -> None:
         """Makes the error final, if it names a function."""
         error.final = error.function is not None
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's program that has called lap_ext."""
+    level, frame = 1, cast("FrameType | None", sys._getframe())
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lap_ext.errors import callback
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -54,4 +56,5 @@ class Step:
         """Counts size more bytes, of a layer or tensor, and reports them to the listener."""
         self.done += size
         if self._on_progress is not None:
-            self._on_progress(Progress(self.name, name, self.done, self.total))
+            with callback():
+                self._on_progress(Progress(self.name, name, self.done, self.total))

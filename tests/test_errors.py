@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import lap_ext
+from lap_ext import criteria
 from lap_ext.errors import (
     LapError,
     LapImportError,
@@ -53,13 +55,6 @@ def test_text_without_parts() -> None:
     assert str(LapValueError("a model", cure="Pass one.")) == "expected a model. Pass one."
     assert str(LapValueError("n >= 1", 0)) == "expected n >= 1, got 0."
     assert LapValueError("n >= 1", 0).got == "0"
-
-
-def test_an_option_ends_the_cure_until_a_layer_is_known() -> None:
-    error = LapValueError("numbers", "NaN", "Repair them.", option="pass check_finite=False")
-    assert str(error) == "expected numbers, got NaN. Repair them, or pass check_finite=False."
-    error.layer = "fc1"
-    assert str(error) == "layer 'fc1': expected numbers, got NaN. Repair them."
 
 
 def test_argument_stands_in_every_part() -> None:
@@ -232,3 +227,138 @@ def test_a_criterion_of_the_users() -> None:
     with pytest.raises(LapValueError, match=r"^score: expected groups >= 1 ") as caught:
         lap_ext.prune(model, torch.ones(1, 3), 0.5, criterion=criterion)
     assert caught.value.final and caught.value.layer is None
+
+
+# --- after a review: what was misattributed or misworded ----------------------------------------
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+X = torch.ones(1, 4)
+
+
+def wrong_call(*_: object) -> Any:
+    return lap_ext.score(None, None, None)  # type: ignore[arg-type]
+
+
+class Asking(criteria.Criterion):
+    def weight(self, network: object, layer: object) -> Any:
+        return wrong_call()
+
+
+class Preparing(criteria.Criterion):
+    def prepare(self, network: object, data: object) -> Any:
+        return wrong_call()
+
+
+def batches() -> Iterator[torch.Tensor]:
+    wrong_call()
+    yield X
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": wrong_call},
+        {"criterion": Asking()},
+        {"criterion": Preparing()},
+        {"on_progress": wrong_call},
+        {"criterion": "wanda", "data": batches()},
+        {"criterion": criteria.WeightGradient(loss=wrong_call), "data": [X]},
+    ],
+    ids=["function", "weight", "prepare", "on_progress", "data", "loss"],
+)
+def test_an_error_in_the_users_code_names_what_it_called(options: Any) -> None:
+    with pytest.raises(LapTypeError, match=r"^score: expected w to be a torch\.Tensor, got None"):
+        lap_ext.prune(small(), X, 0.5, **options)
+
+
+def test_layers_of_different_dtypes_are_named() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).double())
+
+    text = "got torch.float32 for layer 'a' and torch.float64 for layer 'b'"
+    with pytest.raises(
+        TypeError, match=f"^prune: expected all scores to share one dtype .* {text}"
+    ):
+        lap_ext.prune(Mixed(), X, 0.5, scope="global")
+
+
+def test_option_is_the_cure_until_a_layer_is_known() -> None:
+    error = LapValueError("x", "y", "Repair it.", option="Repair it, or pass z=1.")
+    assert str(error) == "expected x, got y. Repair it, or pass z=1."
+    error.layer = "fc"
+    assert str(error) == "layer 'fc': expected x, got y. Repair it."
+    error = LapValueError("x", "y", option="Pass z=1.")
+    assert str(error) == "expected x, got y. Pass z=1."
+
+
+def test_a_layer_is_never_lost() -> None:
+    error = LapValueError("finite values", "nan", argument="w")
+    error.layer = "fc"
+    assert str(error) == "layer 'fc': expected finite values, got nan."
+
+
+def test_a_name_with_the_mark_ends() -> None:
+    """The native text is filled from left to right, once."""
+    weight = torch.tensor([[float("nan")]])
+    with pytest.raises(ValueError, match=r"finite weights in \{argument\}, got 1 non-finite"):
+        torch.ops.lap_ext.row_squared_norms(weight, True, "{argument}")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, **given: lap_ext.trace(m, torch.ones(4, 4), **given),
+        lambda m, **given: lap_ext.scores(m, torch.ones(4, 4), **given),
+        lambda m, **given: lap_ext.prune(m, torch.ones(4, 4), 0.5, **given),
+        lambda m, **given: lap_ext.Pruner(m, torch.ones(4, 4), lap_ext.one_shot(0.5), **given),
+    ],
+    ids=["trace", "scores", "prune", "Pruner"],
+)
+def test_a_warning_is_at_the_users_line(call: Any) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.linalg.matrix_exp(self.a(x)))
+
+    with pytest.warns(UserWarning, match="it counts as a boundary") as found:
+        topology = call(Odd(), on_unsupported="cut") if callable(call) else None
+    assert found[0].filename == __file__, topology
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"layers": 5}, "^prune: expected layers to be patterns of layer names, got int"),
+        ({"exclude": None}, "^prune: expected exclude to be patterns of layer names, got NoneType"),
+        ({"layers": [5]}, "^prune: expected layers to be patterns of layer names, got int"),
+        ({"masks": 5}, "^prune: expected masks to be a mapping of layer name"),
+        ({"topology": "x"}, "^prune: expected topology alone"),
+    ],
+)
+def test_wrong_types(options: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        lap_ext.prune(small(), X, 0.5, **options)
+
+
+def test_layers_may_come_from_a_generator() -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = lap_ext.Pruner(
+        model, X, lap_ext.one_shot(0.5), optimizer=optimizer, layers=(n for n in ["2"])
+    )
+    assert list(pruner.step().masks) == ["2"]
+    nothing = lap_ext.Pruner(model, X, lap_ext.one_shot(0.5), optimizer=optimizer, layers=())
+    assert nothing.step() is None

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,21 +16,29 @@
 
 namespace lap::bind {
 
-// The parts of an error, as lap_ext/errors.py has them. "{argument}" in a part stands for argument.
-struct Mistake {
+// The parts of an error, as lap_ext/errors.py has them: option is the cure where the function has
+// an option for such values. "{argument}" in a part stands for argument.
+class Mistake {
+ public:
   std::string expected, got, cure, option, argument;
 
   std::string text(const std::string& op) const {
-    std::string out = op + ": expected " + expected;
-    if (!got.empty()) out += ", got " + got;
+    const std::string& way_out = option.empty() ? cure : option;
+    std::string out = op + ": expected " + filled(expected);
+    if (!got.empty()) out += ", got " + filled(got);
     out += ".";
-    if (!cure.empty()) out += " " + cure;
-    if (!option.empty()) out.replace(out.size() - 1, 1, ", or " + option + ".");
-    const std::string mark = "{argument}";
-    for (size_t at; (at = out.find(mark)) != std::string::npos;) {
-      out.replace(at, mark.size(), argument);
-    }
+    if (!way_out.empty()) out += " " + filled(way_out);
     return out;
+  }
+
+ private:
+  std::string filled(std::string part) const {
+    const std::string mark = "{argument}";
+    for (size_t at = part.find(mark); at != std::string::npos;
+         at = part.find(mark, at + argument.size())) {
+      part.replace(at, mark.size(), argument);
+    }
+    return part;
   }
 };
 
@@ -54,7 +63,8 @@ inline const char* part_of_last_mistake(int part) {
   return part >= 0 && part < 5 ? parts[part]->c_str() : nullptr;
 }
 
-inline constexpr const char* kRankAsTheyCome = "pass check_finite=False to rank them as they come";
+inline constexpr const char* kRankAsTheyCome =
+    "Repair them, or pass check_finite=False to rank them as they come.";
 
 // w [O, I / groups, *K], or [I, O / groups, *K] when transposed, with in_norm [I], out_norm [O].
 inline Layout layout_of(const char* op,
@@ -113,10 +123,16 @@ inline Layout layout_of(const char* op,
             "Multiply {argument} by a power of two; a common factor changes no mask.", "", name});
 }
 
+inline std::string number(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+
 // Norms given by the user: finite and not negative.
 [[noreturn]] inline void fail_norm(const char* op, const char* name, double norm, int64_t i) {
-  fail(op, {"finite norms >= 0 in {argument}",
-            std::to_string(norm) + " at index " + std::to_string(i), "", "", name});
+  fail(op, {"finite norms >= 0 in {argument}", number(norm) + " at index " + std::to_string(i), "",
+            "", name});
 }
 
 inline void check_keep(const char* op, int64_t keep) {

@@ -9,6 +9,7 @@ traced with.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from lap_ext.options import (
 from lap_ext.progress import Progress
 
 
-class TrainingCallback:
+class TrainingCallback(ABC):
     """Keeps masks, or prunes by a schedule; the subclasses document arguments and attributes."""
 
     @calling("PruningCallback")
@@ -67,8 +68,8 @@ class TrainingCallback:
             "normalize": normalize,
             "order": order,
             "rounds": rounds,
-            "layers": layers,
-            "exclude": exclude,
+            "layers": _reusable(layers),
+            "exclude": _reusable(exclude),
             "batch_norm": batch_norm,
             "residual": residual,
             "data": data,
@@ -98,10 +99,11 @@ class TrainingCallback:
         """Fraction of the weights of the pruned layers that has been removed so far."""
         return self.masks.sparsity
 
+    @abstractmethod
     def _inputs(self, model: Any) -> Inputs:
         """Returns what to trace a model with: example_inputs, or the framework's own example."""
-        raise NotImplementedError
 
+    @calling("PruningCallback")
     def _begin(
         self, model: nn.Module, optimizers: Sequence[Any], wrapped: nn.Module | None = None
     ) -> None:
@@ -166,6 +168,11 @@ class TrainingCallback:
             topology=pruner.topology,
             **self._options,
         )
+
+
+def _reusable(patterns: Patterns | None) -> Patterns | None:
+    """Patterns for two pruners: a generator ends after the first."""
+    return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:

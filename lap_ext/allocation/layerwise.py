@@ -308,8 +308,8 @@ def _by_layer(by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Num
         free = [name for name in fitting if name not in pattern_of]
         if not free:
             raise LapValueError(
-                "patterns of which each decides about a layer (the first match counts)",
-                f"{pattern!r} after {pattern_of[fitting[0]]!r}",
+                "each pattern to be the first match of some layer",
+                f"{pattern!r}, whose layers all match {pattern_of[fitting[0]]!r} before it",
                 "Put it first.",
             )
         pattern_of.update(dict.fromkeys(free, pattern))

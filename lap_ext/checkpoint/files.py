@@ -233,7 +233,9 @@ def read_shard(path: Path) -> Shard:
     table.pop("__metadata__", None)
     if set(table) != names:
         raise LapValueError(
-            f"{path.name!r} with one entry a tensor", "a header that can be read in two ways"
+            f"each tensor once in the header of {path.name!r}",
+            "a header that can be read in two ways",
+            "Save the file again.",
         )
     entries = []
     for name, facts in table.items():

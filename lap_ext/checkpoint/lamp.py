@@ -55,8 +55,9 @@ def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int,
     for walk, ties in zip(walks, threshold.ties, strict=True):
         if ties and threshold.key in walk.ambiguous:
             raise LapValueError(
-                "LAMP scores that distinguish the weights",
-                "float64 squares around the threshold that underflow",
+                "LAMP scores that differ in float64",
+                "different weights near the threshold whose squares underflow to one score",
+                "Multiply the layer's weights by a power of two.",
                 layer=walk.layer.name,
             )
     sizes = [float(walk.size) for walk in walks]

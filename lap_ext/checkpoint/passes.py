@@ -262,6 +262,7 @@ def _underflows(key: int, dtype: torch.dtype, layer: Layer) -> bool:
         raise LapValueError(
             "products within float64's range",
             "scores around the threshold that underflow",
+            "Multiply the weights of the layer by a power of two; a common factor changes no mask.",
             layer=layer.name,
         )
     return dtype != torch.float64

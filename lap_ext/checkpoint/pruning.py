@@ -13,7 +13,6 @@ The plan is made in plan.py; the passes are in passes.py and shards.py.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapValueError, calling
+from lap_ext.errors import LapValueError, calling, warn
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -169,13 +168,16 @@ def prune(
         _run(plan, masks, work, count_scores)
         scores = _scores(plan, work)
         if files.stamps() != options["files"]:
-            raise LapValueError("files that stay as they are while they are read", "changed ones")
+            raise LapValueError(
+                "files that do not change while they are read",
+                "changed ones",
+                "Run it again when nothing writes to them.",
+            )
         work.finish(target.resolve())
     unpruned = files.unpruned()
     if unpruned:
-        warnings.warn(
+        warn(
             f"These files may hold the weights too and are copied unpruned: {', '.join(unpruned)}",
-            stacklevel=3,  # of the caller: calling() stands between
         )
     return result_of(
         target, _rows(plan), checked.name, target / MASKS if save_masks else None, scores

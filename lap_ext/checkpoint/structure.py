@@ -131,7 +131,7 @@ def _value(model: nn.Module, names: Names, name: str) -> Tensor:
     if buffers[name].is_meta:
         raise LapValueError(
             f"a value for the buffer {name!r}, which scales channels and is in no file",
-            "one on the meta device",
-            "Build the model on the CPU.",
+            "a buffer on the meta device, without a value",
+            "Build the model on the CPU, so that its buffers have values.",
         )
     return buffers[name].detach().cpu()

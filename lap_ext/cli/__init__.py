@@ -77,7 +77,7 @@ def _text(error: Exception, options: Any) -> str:
     """Puts an error into one line, with arguments spelled as options."""
     if isinstance(error, LapError):
         names = parser.spellings(options.subcommand)
-        text = error.text(lambda argument: names.get(argument, argument), named=False)
+        text = error.text(lambda argument: names.get(argument, argument), named=error.final)
     elif isinstance(error, MemoryError):
         text = "out of memory. Give a smaller --memory, or run it on a larger machine."
     elif isinstance(error, OSError) and error.strerror:

@@ -24,6 +24,7 @@ from lap_ext.errors import (
     LapImportError,
     LapTypeError,
     LapValueError,
+    callback,
 )
 from lap_ext.options import OnUnsupported
 from lap_ext.topology import Topology, trace
@@ -137,7 +138,8 @@ def _of_program(options: Any) -> Made:
 
 
 def _of_factory(options: Any) -> Made:
-    returned = _factory(options.model)()
+    with callback():
+        returned = _factory(options.model)()
     is_pair = isinstance(returned, tuple) and len(returned) == 2
     module, inputs = returned if is_pair else (returned, None)
     if not isinstance(module, nn.Module):

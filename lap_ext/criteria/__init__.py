@@ -95,22 +95,30 @@ def register(name: str) -> Callable[[Registered], Registered]:
         {'0': tensor([[ 9., 16.]])}
     """
     with calling("criteria.register"):
-        if not isinstance(name, str) or not name or name in REGISTRY:
-            got = f"{name!r}, which is taken" if name in REGISTRY else repr(name)
-            raise LapValueError("{argument} to be a new one", got, argument="name")
+        _check_new(name)
 
     @calling("criteria.register")
     def add(target: Registered) -> Registered:
+        _check_new(name)
         if isinstance(target, type) and issubclass(target, Criterion):
+            if "name" not in vars(target):
+                target.name = name
             REGISTRY[name] = target
         elif callable(target) and not isinstance(target, type):
-            REGISTRY[name] = partial(Custom, target)
+            kind = type("Custom", (Custom,), {"name": name, "__doc__": Custom.__doc__})
+            REGISTRY[name] = partial(kind, target)
         else:
             got = target.__name__ if isinstance(target, type) else type(target).__name__
             raise LapTypeError("a function of a layer, or a class derived from Criterion", got)
         return target
 
     return add
+
+
+def _check_new(name: object) -> None:
+    if not isinstance(name, str) or not name or name in REGISTRY:
+        got = f"{name!r}, which is taken" if isinstance(name, str) and name else repr(name)
+        raise LapValueError("a {argument} that is not registered yet", got, argument="name")
 
 
 def of(criterion: CriterionLike) -> Criterion:

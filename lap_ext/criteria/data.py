@@ -145,7 +145,7 @@ class WeightGradient(DataCriterion):
         if gradient is None:
             raise LapValueError(
                 f"weights that require grad for criterion {self.name!r}",
-                f"a frozen one in layer {layer.name!r}",
+                "a frozen one",
                 f"Set model.requires_grad_(True), or pass exclude=[{layer.name!r}].",
             )
         return network.weight(layer) * gradient

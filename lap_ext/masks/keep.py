@@ -128,9 +128,9 @@ def check_hooks(optimizer: object) -> None:
     """
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise LapTypeError(
-            "a torch.optim.Optimizer with its step hooks",
+            "a torch.optim.Optimizer (with step hooks)",
             type(optimizer).__name__,
-            "Pass the optimizer that a wrapper holds.",
+            "If this is a wrapper, pass the optimizer inside it.",
         )
 
 

@@ -131,14 +131,15 @@ def floating(name: str, dtype: str) -> None:
     )
 
 
-def one_of_a_kind(what: str, kinds: Sequence[str]) -> None:
+def one_of_a_kind(what: str, kinds: Sequence[str], names: Sequence[str] | None = None) -> None:
     """Checks that all scores share one dtype (or one device): they are ranked together."""
     for t, kind in enumerate(kinds):
         if kind != kinds[0]:
+            first, second = (f"scores[{i}]" if names is None else names[i] for i in (0, t))
             error = LapTypeError if what == "dtype" else LapValueError
             raise error(
                 f"all scores to share one {what} (they are ranked together)",
-                f"{kinds[0]} for scores[0] and {kind} for scores[{t}]",
+                f"{kinds[0]} for {first} and {kind} for {second}",
                 "Move or convert them first.",
             )
 

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lap_ext import allocation
 from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.criteria.context import Network
-from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext.errors import LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks
 from lap_ext.options import (
     BatchNorm,
@@ -222,6 +224,9 @@ def sparsity(model: nn.Module) -> float:
 
         sparsity = zeros / n        over all parameters of two dimensions or more, tied ones once
 
+    Weights are counted as they are stored: a mask of torch.nn.utils.prune, or a parametrization,
+    counts only once it is made permanent.
+
     Args:
         model: any module with its weights in memory.
 
@@ -245,8 +250,11 @@ def sparsity(model: nn.Module) -> float:
         )
     zeros = total = 0
     for name, weight in model.named_parameters():
-        if weight.dim() < 2:
+        if weight.dim() < 2 and not is_lazy(weight):
             continue
+        if is_lazy(weight) or weight.layout != torch.strided:
+            got = "one that is not initialized" if is_lazy(weight) else f"layout {weight.layout}"
+            raise LapValueError("dense weights with data", got, layer=layer_name(name))
         if weight.is_meta:
             raise LapValueError(
                 "weights with data", "one on the meta device", layer=layer_name(name)
@@ -311,7 +319,8 @@ def _scoring(
     """Prepares the network; criteria that need data read it here."""
     if data is not None:
         Step(on_progress, "data", 0).read("", 0)
-    network = plan.criterion.prepare(plan.network(masks), data)
+    with callback():
+        network = plan.criterion.prepare(plan.network(masks), data)
     return _Scoring(plan, network, masks, on_progress)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lap_ext.ops import check
 from lap_ext.options import (
     BATCH_NORMS,
     NORMALIZATIONS,
+    ON_UNSUPPORTED,
     ORDERS,
     RESIDUALS,
     SCOPES,
@@ -118,8 +119,8 @@ def options_of(
         rounds=rounds,
         batch_norm=batch_norm,
         residual=residual,
-        layers=layers,
-        exclude=exclude,
+        layers=None if layers is None else _patterns(layers, "layers"),
+        exclude=_patterns(exclude, "exclude"),
     )
 
 
@@ -136,6 +137,7 @@ def topology_of(
     on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
     """Traces a model, or checks the topology that is given instead of example inputs."""
+    one_of("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     if topology is None:
         return trace(model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported)
     if example_inputs is not None or neighbors is not None:
@@ -145,8 +147,16 @@ def topology_of(
             f"{other} too",
             f"Leave out topology, or {other}.",
         )
+    if not isinstance(topology, Topology):
+        raise LapTypeError(
+            "{argument} to be what trace returned", type(topology).__name__, argument="topology"
+        )
     if topology.model is not model:
-        raise LapValueError("the topology of this model", "another's")
+        raise LapValueError(
+            "a topology traced from this model",
+            "one traced from another model",
+            "Call trace on this model.",
+        )
     return topology
 
 
@@ -166,10 +176,23 @@ def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> li
     return [layer for name, layer in topology.layers.items() if name in names]
 
 
+def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
+    """Lists the patterns once: they may come from a generator."""
+    if isinstance(patterns, str):
+        return (patterns,)
+    items = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    for item in items:
+        if not isinstance(item, str):
+            raise LapTypeError(
+                "{argument} to be patterns of layer names", type(item).__name__, argument=argument
+            )
+    return items
+
+
 def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]:
     """Finds the names of layers that match patterns; each pattern must match one."""
     names: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _patterns(patterns, argument):
         matching = [name for name in topology.layers if matches(name, pattern)]
         if not matching:
             raise LapValueError(
@@ -184,6 +207,12 @@ def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]
 
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Checks that masks of an earlier pruning fit the model's layers."""
+    if masks is not None and not isinstance(masks, Mapping):
+        raise LapTypeError(
+            "{argument} to be a mapping of layer name -> bool tensor",
+            type(masks).__name__,
+            argument="masks",
+        )
     given = dict(masks or {})
     for name, mask in given.items():
         if name not in topology.layers:

@@ -304,7 +304,9 @@ class Pruner:
         weights = {id(layer.weight) for layer in self.layers}
         for optimizer in self._optimizers:
             check_hooks(optimizer)
-            if not any(id(p) in weights for g in optimizer.param_groups for p in g["params"]):
+            if weights and not any(
+                id(p) in weights for g in optimizer.param_groups for p in g["params"]
+            ):
                 names = some((layer.name for layer in self.layers), _LISTED)
                 raise LapValueError(
                     "an optimizer that trains layers to prune",

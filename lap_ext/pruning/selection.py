@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
-from lap_ext.errors import LapError, LapValueError, in_layer
+from lap_ext.errors import LapError, LapValueError, callback, in_layer
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import exact_sqrt, score_dtype
 from lap_ext.topology import Layer
@@ -46,7 +46,7 @@ def comparable_scores(
 
 
 def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
-    weight = criterion.weight(network, layer)
+    weight = _weight(network, criterion, layer)
     roles = layer.roles
     if not criterion.by_role:
         return from_norms.score_from_norms(weight, None, None)
@@ -57,6 +57,12 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
         scores = _role_scores(network, criterion, role, weight)
         role.part.of(total).add_(scores.double().square_())
     return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
+
+
+@callback()
+def _weight(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
+    """Returns what the criterion scores; a user's criterion may call lap_ext itself."""
+    return criterion.weight(network, layer)
 
 
 def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Tensor) -> Tensor:
@@ -86,12 +92,12 @@ def _layer_mask(
     if criterion.rows:
         return row_mask(layer_scores(network, criterion, layer), layer.roles[0].part, keep, mask)
     if not criterion.by_role:
-        weight = criterion.weight(network, layer)
+        weight = _weight(network, criterion, layer)
         return from_norms.mask_from_norms(weight, None, None, keep=keep, mask=mask)
     if len(layer.roles) > 1 or not layer.roles[0].part.full:
         return ranking.topk_mask(layer_scores(network, criterion, layer), keep, mask=mask)
     role = layer.roles[0]
-    weight = criterion.weight(network, layer)
+    weight = _weight(network, criterion, layer)
     into, out = _on(weight, criterion.norms(network, role))
     part = role.part
     kept = from_norms.mask_from_norms(
@@ -193,7 +199,7 @@ def rankable(
         return Rankable(scores, none, none)
     part = layer.roles[0].part
     with in_layer(layer.name):
-        weight = criterion.weight(network, layer)
+        weight = _weight(network, criterion, layer)
         norms = criterion.norms(network, layer.roles[0]) if criterion.by_role else (None, None)
         x = torch_args.weight(part.of(weight), part.groups, part.transposed)
         into, out = _on(weight, norms)
@@ -211,8 +217,9 @@ def global_masks(
 ) -> dict[str, Tensor]:
     """Selects the best weights of all layers, keep in total, in one ranking; layers in order."""
     dtypes = [str(score_dtype(item.x.dtype)) for item in rankables]
-    check.one_of_a_kind("dtype", dtypes)
-    check.one_of_a_kind("device", [str(item.x.device) for item in rankables])
+    names = [f"layer {layer.name!r}" for layer in layers]
+    check.one_of_a_kind("dtype", dtypes, names)
+    check.one_of_a_kind("device", [str(item.x.device) for item in rankables], names)
     eligible = []
     if masks:
         given = [masks.get(layer.name) for layer in layers]

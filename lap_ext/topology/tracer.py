@@ -187,7 +187,9 @@ class Tracer:
             error = _computed_weight(call) if computed else _unsupported(call, feeding)
             if self.on_unsupported != "cut":
                 raise error
-            self.stops.append(str(error))
+            self.stops.append(
+                f"expected {error.expected}, got {error.got}: it counts as a boundary (factor 1)."
+            )
         for x in sources:
             self.end(x, call.name)
         group = self.channels.add(1, "boundary", call.name)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
-from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling
+from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling, warn
 from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
 from lap_ext.topology.export import arguments, export, first_names, named_tensors, placeholders
 from lap_ext.topology.graph import Graph
@@ -94,7 +93,7 @@ def trace(
     topology = Topology(model, graph, neighbors or {}, tracer.stops)
     _check_neighbors(topology, tracer.skipped)
     if topology.stops:
-        warnings.warn("\n".join(topology.stops), stacklevel=3)
+        warn("\n".join(topology.stops))
     return topology
 
 

@@ -177,7 +177,7 @@ def test_options_of_prune() -> None:
     plain = plain_copy(net)
     again = lap_ext.prune(plain, EXAMPLE, {"fc": 0.5}, exclude=["conv"])
     assert again.masks == result.masks
-    with pytest.raises(ValueError, match="expected the topology of this model"):
+    with pytest.raises(ValueError, match="expected a topology traced from this model"):
         adapter.prune_(net, None, 0.5, topology=lap_ext.trace(plain, EXAMPLE))
 
 

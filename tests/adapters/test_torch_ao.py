@@ -274,7 +274,7 @@ REFUSED: list[tuple[Callable[[nn.Module], None], type[Exception], str]] = [
     (tied, ValueError, "got '6.weight', which is tied. Leave it out of config."),
     (wrong_scope, ValueError, "expected scope to be 'layer' or 'global', got 'both'."),
     (example_and_topology, TypeError, "LookaheadSparsifier.prepare: expected topology alone (the"),
-    (others_topology, ValueError, "expected the topology of this model, got another's."),
+    (others_topology, ValueError, "expected a topology traced from this model, got one"),
 ]
 
 

@@ -204,8 +204,8 @@ def test_of() -> None:
          "per_layer: expected a pattern that names a layer, got 'layer*'. The layers are 0, 2."),
         (lambda: per_layer({"x": 0.5}).keeps({}), "got 'x'. There are no layers."),
         (lambda: per_layer({"fc*": 0.5, "fc1": 0.9}).keeps({"fc1": (2, 2)}),
-         "expected patterns of which each decides about a layer (the first match counts), got "
-         "'fc1' after 'fc*'. Put it first."),
+         "expected each pattern to be the first match of some layer, got 'fc1', whose layers all "
+         "match 'fc*' before it. Put it first."),
         (lambda: uniform_plus(0.95).keeps({"stem": (2, 2, 2), "out": (10, 8)}),
          "uniform_plus: expected a sparsity that leaves 24 of 88 weights (the first convolution "
          "stays dense, the last layer keeps a fifth), got 0.95, which leaves 4."),

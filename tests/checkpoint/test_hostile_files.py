@@ -122,7 +122,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not_utf8": (header(lambda x: b"\xff" + x.encode()), "expected a complete safetensors file"),
     "offsets": (header(lambda x: x.replace('"data_offsets":[0', '"data_offsets":[4')), "complete"),
     "shape": (header(lambda x: x.replace('"shape":[', '"shape":[2,')), "complete safetensors file"),
-    "twice": (header(twice), "(one entry a tensor|to have a JSON header|complete)"),
+    "twice": (header(twice), "(each tensor once|to have a JSON header|complete)"),
     "index_no_json": (table(lambda x: "{"), f"expected '{INDEX}' to be JSON"),
     "index_deep": (table(lambda x: "[" * 100_000), f"expected '{INDEX}' to be JSON"),
     "index_list": (table(lambda x: "[]"), "with a weight_map"),

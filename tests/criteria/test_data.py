@@ -284,7 +284,7 @@ class TestWeightGradient:
     def test_frozen_weights(self) -> None:
         net, x, data = cases.mlp(), torch.ones(1, 5), cases.rows(3)
         net[2].weight.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"frozen one in layer '2'. .* exclude=\['2'\]"):
+        with pytest.raises(ValueError, match=r"layer '2': .* frozen one. .* exclude=\['2'\]"):
             lap_ext.scores(net, x, criterion="weight_gradient", data=data)
         found = lap_ext.scores(net, x, criterion="weight_gradient", data=data, exclude=["2"])
         assert list(found) == ["0", "4"]
@@ -324,7 +324,7 @@ class TestWeightGradient:
                 lambda model, x: model(x).sum() * float("inf"),
                 [torch.ones(2, 5)],
                 ValueError,
-                "finite gradients, got inf or NaN for layer '0'",
+                "layer '0': expected finite gradients, got inf or NaN",
             ),
         ],
     )
@@ -394,5 +394,5 @@ class TestData:
             def forward(self, x: Tensor) -> Tensor:
                 return self.a(x) if len(x) == 1 else self.b(x)
 
-        with pytest.raises(ValueError, match=r"the same way .* operation linear of layer 'a'"):
+        with pytest.raises(ValueError, match=r"the same path .* operation linear of layer 'a'"):
             squares(traced(Net(), 2), [torch.ones(2, 2)])

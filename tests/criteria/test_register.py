@@ -37,6 +37,7 @@ def test_a_function() -> None:
     model = net()
     assert last_first(lap_ext.trace(model, X).layers["0"]).shape == (4, 3)  # it stays the function
     result = lap_ext.prune(model, X, 0.5, criterion="last_first")
+    assert result.criterion == "last_first"
     assert result.masks["0"].flatten().tolist() == [False] * 6 + [True] * 6
 
 
@@ -49,6 +50,7 @@ def test_a_class() -> None:
     model = net()
     found = lap_ext.scores(model, X, criterion="magnitude_twice")
     assert isinstance(criteria.of("magnitude_twice"), Twice)
+    assert lap_ext.prune(net(), X, 0.5, criterion="magnitude_twice").criterion == "magnitude_twice"
     assert torch.equal(found["0"], 2 * model[0].weight.detach().abs())
 
 
@@ -57,7 +59,7 @@ def test_a_class() -> None:
     [("lookahead", "got 'lookahead', which is taken"), ("", "got ''"), (3, "got 3")],
 )
 def test_names(name: object, text: str) -> None:
-    with pytest.raises(ValueError, match=f"^criteria.register: expected name .* one, {text}"):
+    with pytest.raises(ValueError, match=f"^criteria.register: expected a name .* yet, {text}"):
         criteria.register(name)  # type: ignore[arg-type]
 
 

@@ -77,7 +77,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module, Any], Any], type[Exception], str]
     "another's": (
         lambda m, t: lap_ext.prune(net(), None, 0.5, topology=t),
         ValueError,
-        "^prune: expected the topology of this model, got another's.$",
+        "^prune: expected a topology traced from this model, got one traced from another",
     ),
     "no inputs": (
         lambda m, t: lap_ext.prune(m, None, 0.5),

@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]]
     "another's topology": (
         lambda m: Pruner(m, None, one_shot(0.5), topology=lap_ext.trace(cases.net(), EXAMPLE)),
         ValueError,
-        "topology of this model",
+        "topology traced from this model",
     ),
     "another's optimizer": (
         lambda m: Pruner(

@@ -37,7 +37,7 @@ def program() -> None:
     topology: lap_ext.Topology = lap_ext.trace(model, {"input": x}, on_unsupported="cut")
     scores: dict[str, Tensor] = lap_ext.scores(model, x, "lookahead", normalize="lamp")
 
-    @lap_ext.criteria.register("squares")
+    @lap_ext.criteria.register("squares_of_a_user")
     def squares(layer: lap_ext.topology.Layer) -> Tensor:
         return layer.weight.detach().square()
 

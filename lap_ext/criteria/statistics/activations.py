@@ -125,9 +125,9 @@ def _check_no_projection(roles: list[Role]) -> None:
     for role in roles:
         if role.kind == "lstm" and role.layer.rpartition(".")[2].startswith("weight_hr"):
             raise LapValueError(
-                "recurrent layers whose inputs can be seen",
-                f"the projection {role.layer!r} (proj_size)",
-                "Use a criterion without data here.",
+                "recurrent layers without proj_size (inputs of projections are not observed)",
+                repr(role.layer),
+                "Use a criterion that needs no data, or exclude the layer.",
             )
 
 

@@ -145,8 +145,9 @@ def _finite(diagonals: dict[str, Tensor]) -> dict[str, Tensor]:
         if not bool(h.isfinite().all()):
             raise LapValueError(
                 "a finite Hessian",
-                f"inf or NaN for layer {name!r}",
+                "inf or NaN",
                 "Look for such values in data.",
+                layer=name,
             )
     return diagonals
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from lap_ext.criteria.statistics.isolation import unchanged
 from lap_ext.criteria.statistics.replay import batches, call_of
-from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.errors import LapTypeError, LapValueError, callback
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Topology
 
@@ -49,7 +49,7 @@ def weight_gradients(topology: Topology, data: Any, loss: Loss | None) -> dict[s
         return {}
     with unchanged(model), torch.inference_mode(False), torch.enable_grad(), _no_cudnn_rnn(model):
         for batch in batches(data):
-            value = cross_entropy(model, batch) if loss is None else loss(model, batch)
+            value = cross_entropy(model, batch) if loss is None else _called(loss, model, batch)
             _check_scalar(value)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
             for total, gradient in zip(totals.values(), gradients, strict=True):
@@ -59,10 +59,17 @@ def weight_gradients(topology: Topology, data: Any, loss: Loss | None) -> dict[s
         if not bool(total.isfinite().all()):
             raise LapValueError(
                 "finite gradients",
-                f"inf or NaN for layer {name!r}",
+                "inf or NaN",
                 "Look for such values in data, or scale the loss.",
+                layer=name,
             )
     return totals
+
+
+@callback()
+def _called(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """Calls a loss of the user's."""
+    return loss(model, batch)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:

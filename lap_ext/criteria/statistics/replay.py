@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lap_ext.criteria.statistics.isolation import same_random_state
-from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.errors import LapTypeError, LapValueError, callback
 from lap_ext.topology import Topology, TopologyError
 from lap_ext.topology.call import module_path, operation_name
 from lap_ext.topology.export import INLINED, export, named_tensors, placeholders
@@ -79,6 +79,9 @@ def program_of(
         ) from error
 
 
+_END = object()  # of the batches
+
+
 def batches(data: Any) -> Iterator[Any]:
     """Yields the batches of data, at least one."""
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
@@ -86,7 +89,13 @@ def batches(data: Any) -> Iterator[Any]:
             "data to be an iterable of batches", type(data).__name__, "Pass [batch] for one batch."
         )
     empty = True
-    for batch in data:
+    with callback():
+        iterator = iter(data)
+    while True:
+        with callback():
+            batch = next(iterator, _END)
+        if batch is _END:
+            break
         empty = False
         yield batch
     if empty:
@@ -129,8 +138,8 @@ def role_nodes(topology: Topology, program: ExportedProgram) -> list[fx.Node]:
         index = next((n for n in range(start, len(nodes)) if _node_key(nodes[n]) == key), None)
         if index is None:
             raise LapValueError(
-                "batches that take the same way through the model as the example_inputs",
-                f"one without the operation {role.node.name} of layer {role.layer!r}",
+                "batches that follow the same path through the model as the example_inputs",
+                f"one that does not run the operation {role.node.name} of layer {role.layer!r}",
                 "Trace the model with inputs like those of data.",
             )
         result.append(nodes[index])

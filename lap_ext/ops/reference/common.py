@@ -17,7 +17,7 @@ except ImportError:  # torch does not need it
     np = None  # type: ignore[assignment]
 
 
-RANK_AS_THEY_COME = "pass check_finite=False to rank them as they come"
+RANK_AS_THEY_COME = "Repair them, or pass check_finite=False to rank them as they come."
 
 
 def score_dtype(weight: torch.dtype) -> torch.dtype:
@@ -93,7 +93,7 @@ def _require_norms(norm: Tensor, name: str) -> None:
         index = int(bad.to(torch.uint8).argmax())
         raise LapValueError(
             "finite norms >= 0 in {argument}",
-            f"{float(norm[index]):f} at index {index}",
+            f"{float(norm[index]):g} at index {index}",
             argument=name,
         )
 
