@@ -96,8 +96,13 @@ def run(call: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Runs one call in a new process."""
     options = ["--child", "--call", call, "--only", model, "--threads", str(args.threads)]
     options += ["--quick"] if args.quick else []
-    done = subprocess.run([sys.executable, "-m", "benchmarks.whole", *options], cwd=machine.ROOT,
-                          check=True, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.whole", *options],
+        cwd=machine.ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -142,10 +147,13 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         ours = next(r for r in rows if (r["model"], r["call"]) == (row["model"], OURS[0]))
         table.add_row(
-            row["model"], row["call"], f"{row['seconds']:.2f}",
-            f"{row['seconds'] / ours['seconds']:.3g}", f"{row['extra_bytes'] / 1e6:.0f}",
+            row["model"],
+            row["call"],
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / ours['seconds']:.3g}",
+            f"{row['extra_bytes'] / 1e6:.0f}",
             f"{row['extra_bytes'] / row['bytes']:.0%}",
-        )  # fmt: skip
+        )
     console.print(table)
 
 

@@ -73,8 +73,10 @@ def test_safetensors_reads_the_header(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == {"who": "lap_ext"}
         assert {name: list(file.get_tensor(name).shape) for name in file.keys()} == {
-            "a.weight": [2, 3], "empty": [0], "ä": [],
-        }  # fmt: skip
+            "a.weight": [2, 3],
+            "empty": [0],
+            "ä": [],
+        }
         assert file.get_tensor("ä").dtype == torch.float64
 
 

@@ -80,8 +80,12 @@ def parser() -> argparse.ArgumentParser:
     add("--batches", type=_count, default=100, help="of 60 images, for methods that look at data")
     add("--device", default="cpu")
     add("--threads", type=_count, default=1, help="the nets are small: one is fastest (default)")
-    add("--out", type=Path, help="JSON file, the plot beside it (default: benchmarks/results for "
-        "the whole experiment on digits, else build/benchmarks)")  # fmt: skip
+    add(
+        "--out",
+        type=Path,
+        help="JSON file, the plot beside it (default: benchmarks/results for "
+        "the whole experiment on digits, else build/benchmarks)",
+    )
     add("--fresh", action="store_true", help="forget finished cells and dense nets")
     add("--report", action="store_true", help="only show what is finished")
     add("--markdown", action="store_true", help="print the tables as Markdown")

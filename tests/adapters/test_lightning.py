@@ -252,9 +252,14 @@ def test_trainer_of_the_other_name() -> None:
     pruning = PruningCallback(schedule=lap_ext.one_shot(0.7, at=1), example_inputs=EXAMPLE)
     assert not isinstance(pruning, other.Callback)
     trainer = other.Trainer(
-        max_steps=3, accelerator="cpu", callbacks=[pruning], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_steps=3,
+        accelerator="cpu",
+        callbacks=[pruning],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, Batches())
     assert pruning.sparsity > 0.69
     cases.check_zero(model, pruning.masks)

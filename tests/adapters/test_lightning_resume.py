@@ -122,9 +122,13 @@ def test_checkpoints_without_masks(tmp_path: Path) -> None:
     model, batches = Net(), Batches(5)
     file = tmp_path / "last.ckpt"
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, batches)
     trainer.save_checkpoint(file)
     used = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)

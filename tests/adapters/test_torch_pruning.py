@@ -167,9 +167,14 @@ def test_grouped_queries() -> None:
         model = queries()
         num_heads = {model.q: 6, model.k: 2, model.v: 2}
         pruner = tp.pruner.BasePruner(
-            model, x, LookaheadImportance(model, x), pruning_ratio=0.25, num_heads=num_heads,
-            ignored_layers=[model.head], **options,
-        )  # fmt: skip
+            model,
+            x,
+            LookaheadImportance(model, x),
+            pruning_ratio=0.25,
+            num_heads=num_heads,
+            ignored_layers=[model.head],
+            **options,
+        )
         pruner.step()
         model.width = width
         assert model(x).shape == (1, 5, 2)

@@ -89,9 +89,13 @@ class Watch(transformers.TrainerCallback):
 def trainer(model: nn.Module, args: Any, pruning: PruningCallback, **given: Any) -> Any:
     data = dataset()
     return transformers.Trainer(
-        model, args, train_dataset=data, eval_dataset=data[:8],
-        callbacks=[pruning, Watch(pruning)], **given,
-    )  # fmt: skip
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=data[:8],
+        callbacks=[pruning, Watch(pruning)],
+        **given,
+    )
 
 
 def written_out(

@@ -42,8 +42,14 @@ def test_rows(dense: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     assert (result.weights, result.zeros) == (12030, 20)
     assert result.bytes == sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     assert str(result).splitlines()[2].split() == [
-        "0", "linear", "150x6", "900", "2.00%", "input", "3"
-    ]  # fmt: skip
+        "0",
+        "linear",
+        "150x6",
+        "900",
+        "2.00%",
+        "input",
+        "3",
+    ]
     assert str(result).splitlines()[-2].split() == ["all", "12,030", "0.17%"]
     assert str(result).splitlines()[-1] == f"{result.bytes:,} bytes"
 
@@ -52,9 +58,16 @@ def test_for_json(dense: Path) -> None:
     told = inspect(dense).to_dict()
     assert list(told) == ["bytes", "weights", "zeros", "layers", "others", "stops"]
     assert told["layers"][2] == {
-        "name": "5", "kind": "linear", "shape": [9, 70], "dtype": "float32", "weights": 630,
-        "zeros": 0, "sparsity": 0.0, "fed_by": "3", "read_by": "output",
-    }  # fmt: skip
+        "name": "5",
+        "kind": "linear",
+        "shape": [9, 70],
+        "dtype": "float32",
+        "weights": 630,
+        "zeros": 0,
+        "sparsity": 0.0,
+        "fed_by": "3",
+        "read_by": "output",
+    }
 
 
 @pytest.mark.parametrize("name", ["hf_llama_sdpa", "hf_gpt2_sdpa", "hf_qwen3_moe"])

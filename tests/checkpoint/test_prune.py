@@ -176,9 +176,14 @@ def test_experts_that_are_stored_one_by_one(scope: str, tmp_path: Path) -> None:
 def test_batch_norms_are_read_from_the_files(memory: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2),
-        nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, groups=2),
+        nn.BatchNorm2d(6),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
     for norm in (net[1], net[4]):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.running_var, 0.5, 2)

@@ -49,8 +49,10 @@ def test_a_checkpoint_and_its_module_have_the_same_facts(
         }
         assert mine.scores is not None and mine.threshold is not None
     assert (measured.criterion, measured.options, measured.version) == (
-        expected.criterion, {"scope": "layer"}, lap_ext.__version__
-    )  # fmt: skip
+        expected.criterion,
+        {"scope": "layer"},
+        lap_ext.__version__,
+    )
     assert (measured.title, expected.title) == (str(dense), "net")
 
 
@@ -63,9 +65,11 @@ def test_sizes(dense: Path, tmp_path: Path) -> None:
     bits = sum((row.total + 7) // 8 for row in result.layers)
     assert measured.bytes_sparse == size - 4 * pruned + bits
     memory = in_memory(0.75)
-    assert memory.bytes_before == memory.bytes_after == 4 * sum(
-        x.numel() for x in network().parameters()
-    )  # fmt: skip
+    assert (
+        memory.bytes_before
+        == memory.bytes_after
+        == 4 * sum(x.numel() for x in network().parameters())
+    )
     assert memory.bytes_sparse == memory.bytes_before - 4 * pruned + bits
 
 

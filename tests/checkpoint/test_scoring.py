@@ -240,9 +240,11 @@ def test_save(dense: Path, tmp_path: Path) -> None:
     assert head % 8 == 0  # the tensors are aligned
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {
-            "lap_ext": lap_ext.__version__, "criterion": "lookback", "normalize": "norm",
+            "lap_ext": lap_ext.__version__,
+            "criterion": "lookback",
+            "normalize": "norm",
             "batch_norm": "ignore",
-        }  # fmt: skip
+        }
 
 
 def test_save_scores_of_a_module(tmp_path: Path) -> None:

@@ -20,14 +20,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     llama = transformers.LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
     transformers.LlamaForCausalLM(llama).save_pretrained(directory / "llama", max_shard_size="12KB")
     gpt2 = transformers.GPT2Config(
-        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=40,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(directory / "gpt2")
     return directory
 

@@ -46,15 +46,17 @@ def test_table(run: Run) -> None:
     assert status == 0 and "sparsity 0.9 on cpu" in out and "neither is measurably faster" in out
     rows = [line for line in lines if " topk " in line]
     assert [row.split()[:3] for row in rows] == [
-        ["6x5", "float32", "topk"], ["4x3x2x2", "float32", "topk"]
-    ]  # fmt: skip
+        ["6x5", "float32", "topk"],
+        ["4x3x2x2", "float32", "topk"],
+    ]
 
 
 def test_shapes_of_a_factory(run: Run) -> None:
     shown = json.loads(run("bench", "nets:net", "--json")[1])
     assert [(x["shape"], x["dtype"]) for x in shown["cases"]] == [
-        ([16, 8], "float32"), ([4, 16], "float32")
-    ]  # fmt: skip
+        ([16, 8], "float32"),
+        ([4, 16], "float32"),
+    ]
 
 
 def test_shapes_of_a_directory(
@@ -65,8 +67,10 @@ def test_shapes_of_a_directory(
     monkeypatch.setattr(bench, "_MOST_WEIGHTS", 767)
     shown = json.loads(run("bench", checkpoints / "llama", "--json")[1])
     assert [(x["shape"], x["layers"]) for x in shown["cases"]] == [
-        ([24, 16], 2), ([16, 16], 2), ([16, 24], 1)
-    ]  # fmt: skip
+        ([24, 16], 2),
+        ([16, 16], 2),
+        ([16, 24], 1),
+    ]
     assert shown["left_out"] == 2  # 48x16, which is too large, and 8x16
     assert "2 more shapes of the model were left out." in run("bench", checkpoints / "llama")[1]
 

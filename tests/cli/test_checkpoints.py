@@ -54,11 +54,33 @@ def test_pruned_reported_verified(run: Run, checkpoints: Path, name: str, tmp_pa
 
 def test_equals_the_library(run: Run, checkpoints: Path, tmp_path: Path) -> None:
     """The command passes its options on."""
-    run("prune", checkpoints / "llama", "--sparsity", "0.6", "--scope", "global", "--criterion",
-        "magnitude", "--layers", "model.*", "--exclude", "*.k_proj", "--memory", "1GB",
-        "--out", "a")  # fmt: skip
-    checkpoint.prune(checkpoints / "llama", tmp_path / "b", 0.6, scope="global",
-                     criterion="magnitude", layers=["model.*"], exclude=["*.k_proj"])  # fmt: skip
+    run(
+        "prune",
+        checkpoints / "llama",
+        "--sparsity",
+        "0.6",
+        "--scope",
+        "global",
+        "--criterion",
+        "magnitude",
+        "--layers",
+        "model.*",
+        "--exclude",
+        "*.k_proj",
+        "--memory",
+        "1GB",
+        "--out",
+        "a",
+    )
+    checkpoint.prune(
+        checkpoints / "llama",
+        tmp_path / "b",
+        0.6,
+        scope="global",
+        criterion="magnitude",
+        layers=["model.*"],
+        exclude=["*.k_proj"],
+    )
     shards = sorted(tmp_path.glob("b/*.safetensors"))
     assert len(shards) > 2
     for path in shards:
@@ -89,8 +111,15 @@ def test_verify_finds_what_was_changed(run: Run, checkpoints: Path, pruned: Path
         }
     ]
     assert list(shown) == [
-        "ok", "findings", "tensors", "masks", "kept", "total", "sparsity", "layers"
-    ]  # fmt: skip
+        "ok",
+        "findings",
+        "tensors",
+        "masks",
+        "kept",
+        "total",
+        "sparsity",
+        "layers",
+    ]
 
 
 def test_verify_sparsity(run: Run, checkpoints: Path, pruned: Path) -> None:

@@ -34,9 +34,21 @@ def test_factory(run: Run, tmp_path: Path) -> None:
     weights = {name: torch.randn_like(value) for name, value in dense().items()}
     save_file(weights, tmp_path / "w.safetensors")
     status, out, _ = run(
-        "prune", "nets:net", "--checkpoint", "w.safetensors", "--sparsity", "0=0.5", "--sparsity",
-        "2=0.75", "--out", "deep/out", "--report", "out.html", "--plot", "out.png",
-    )  # fmt: skip
+        "prune",
+        "nets:net",
+        "--checkpoint",
+        "w.safetensors",
+        "--sparsity",
+        "0=0.5",
+        "--sparsity",
+        "2=0.75",
+        "--out",
+        "deep/out",
+        "--report",
+        "out.html",
+        "--plot",
+        "out.png",
+    )
     assert status == 0 and "written: deep/out, out.html, out.png" in out
     pruned = load_file(tmp_path / "deep/out/model.safetensors")
     masks = lap_ext.Masks.load(tmp_path / "deep/out/lap_ext_masks.safetensors")
@@ -58,8 +70,14 @@ def test_factory_inputs(run: Run, model: list[str]) -> None:
 def test_inspect_factory(run: Run) -> None:
     status, out, _ = run("inspect", "nets:net")
     assert status == 0 and out.splitlines()[2].split() == [
-        "0", "linear", "16x8", "128", "0.00%", "input", "2"
-    ]  # fmt: skip
+        "0",
+        "linear",
+        "16x8",
+        "128",
+        "0.00%",
+        "input",
+        "2",
+    ]
     assert run("inspect", "nets:net", "--dot")[1].startswith("digraph")
 
 
@@ -345,8 +363,10 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
             progress.advance(2)
             progress.refresh()
     assert stream.getvalue().splitlines() == [
-        "read: 20%, 40 s left", "read: 40%, 30 s left", "read: 60%, 20 s left"
-    ]  # fmt: skip
+        "read: 20%, 40 s left",
+        "read: 40%, 30 s left",
+        "read: 60%, 20 s left",
+    ]
 
 
 def test_time_left_counts_from_where_the_work_began(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,8 +421,13 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_module_is_the_command() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "lap_ext", "--version"], env=environment,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lap_ext", "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == f"lap_ext {lap_ext.__version__}\n"
 
 
@@ -411,8 +436,9 @@ def test_help_does_not_load_torch() -> None:
         "import sys; from lap_ext.cli import main; main(['--help']); print('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False"
 
 

@@ -39,8 +39,15 @@ def test_factory(run: Run, tmp_path: Path, normalize: str) -> None:
     assert (shown["model"], shown["out"]) == ("nets:net", "s")
     row = shown["layers"][0]
     assert list(row) == [
-        "name", "kind", "shape", "dtype", "weights", "zeros", "quantiles", "squared_norm"
-    ]  # fmt: skip
+        "name",
+        "kind",
+        "shape",
+        "dtype",
+        "weights",
+        "zeros",
+        "quantiles",
+        "squared_norm",
+    ]
     assert (row["name"], row["kind"], row["shape"], row["weights"]) == ("0", "linear", [16, 8], 128)
     assert row["quantiles"]["max"] == scores["0"].max()
 
@@ -71,9 +78,11 @@ def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
     assert torch.equal(saved["2"], dense()["2.weight"].abs())
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {
-            "lap_ext": lap_ext.__version__, "criterion": "magnitude", "normalize": "none",
+            "lap_ext": lap_ext.__version__,
+            "criterion": "magnitude",
+            "normalize": "none",
             "batch_norm": "edge",
-        }  # fmt: skip
+        }
 
 
 def test_layers_are_chosen(run: Run, tmp_path: Path) -> None:

@@ -46,16 +46,28 @@ def loss(folder: str, data: list[dict[str, Tensor]]) -> float:
 
 def make(folder: str, data: list[dict[str, Tensor]]) -> None:
     config = transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=WORDS,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = transformers.LlamaForCausalLM(config)
     args = transformers.TrainingArguments(
-        "dense-run", max_steps=150, learning_rate=5e-3, per_device_train_batch_size=16,
+        "dense-run",
+        max_steps=150,
+        learning_rate=5e-3,
+        per_device_train_batch_size=16,
         use_cpu=True,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     transformers.Trainer(model, args, train_dataset=data).train()
     model.save_pretrained(folder, max_shard_size="60KB")
 
@@ -73,8 +85,11 @@ def looks_right(page: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'p'}"]
     dom = subprocess.run(
         [BROWSER, *flags, "--dump-dom", page.as_uri()],
-        check=True, capture_output=True, timeout=60, text=True,
-    ).stdout  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=60,
+        text=True,
+    ).stdout
     assert "model.layers.1.mlp.down_proj" in dom and "<svg" in dom
 
 

@@ -25,9 +25,13 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Three layers whose sizes are no powers of two, with a norm between them."""
     torch.manual_seed(1)
     net = nn.Sequential(
-        nn.Linear(6, 150), nn.LayerNorm(150), nn.ReLU(), nn.Linear(150, 70), nn.ReLU(),
+        nn.Linear(6, 150),
+        nn.LayerNorm(150),
+        nn.ReLU(),
+        nn.Linear(150, 70),
+        nn.ReLU(),
         nn.Linear(70, 9),
-    )  # fmt: skip
+    )
     nn.init.uniform_(net[1].weight, 0.5, 1.5)
     return net.to(dtype)
 

@@ -39,10 +39,17 @@ def residual() -> Model:
         return m.head(F.relu(m.down(x) + m.c(x)).flatten(1))
 
     return Model(
-        call, stem=conv(2, 6, bias=False), bn=nn.BatchNorm2d(6), a=conv(6, 4),
-        bn1=nn.BatchNorm2d(4), b=conv(4, 6), bn2=nn.BatchNorm2d(6), down=conv(6, 8, 1),
-        c=conv(6, 8), head=nn.Linear(8 * 16, 3),
-    )  # fmt: skip
+        call,
+        stem=conv(2, 6, bias=False),
+        bn=nn.BatchNorm2d(6),
+        a=conv(6, 4),
+        bn1=nn.BatchNorm2d(4),
+        b=conv(4, 6),
+        bn2=nn.BatchNorm2d(6),
+        down=conv(6, 8, 1),
+        c=conv(6, 8),
+        head=nn.Linear(8 * 16, 3),
+    )
 
 
 def dense() -> Model:
@@ -59,29 +66,38 @@ def dense() -> Model:
 def depthwise() -> Model:
     return Model(
         lambda m, x: m.head(F.relu(m.bn(m.d(m.a(x))))),
-        a=conv(2, 6, 1), d=conv(6, 6, groups=6), bn=nn.BatchNorm2d(6), head=conv(6, 4, 1),
-    )  # fmt: skip
+        a=conv(2, 6, 1),
+        d=conv(6, 6, groups=6),
+        bn=nn.BatchNorm2d(6),
+        head=conv(6, 4, 1),
+    )
 
 
 def grouped() -> Model:
     return Model(
         lambda m, x: m.head(F.relu(m.g(F.relu(m.a(x))))),
-        a=conv(2, 8), g=conv(8, 4, groups=2), head=conv(4, 3),
-    )  # fmt: skip
+        a=conv(2, 8),
+        g=conv(8, 4, groups=2),
+        head=conv(4, 3),
+    )
 
 
 def transposed() -> Model:
     return Model(
         lambda m, x: m.head(F.relu(m.u(m.a(x)))),
-        a=conv(2, 6, 1), u=nn.ConvTranspose2d(6, 5, 2, 2), head=conv(5, 4, 1),
-    )  # fmt: skip
+        a=conv(2, 6, 1),
+        u=nn.ConvTranspose2d(6, 5, 2, 2),
+        head=conv(5, 4, 1),
+    )
 
 
 def onto_itself() -> Model:
     return Model(
         lambda m, x: m.head(y + torch.relu(m.b(y)) if (y := m.a(x)) is not None else y),
-        a=nn.Linear(3, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 2),
-    )  # fmt: skip
+        a=nn.Linear(3, 5),
+        b=nn.Linear(5, 5),
+        head=nn.Linear(5, 2),
+    )
 
 
 def gated() -> Model:

@@ -71,10 +71,14 @@ def test_steps_of_scores() -> None:
     seen: list[Progress] = []
     found = lap_ext.scores(Tied(), torch.ones(1, 5), on_progress=seen.append)
     assert [(x.step, x.name, x.done // BYTES) for x in seen] == [
-        ("measure", "twice", 25), ("measure", "once", 50), ("measure", "twice", 75),
+        ("measure", "twice", 25),
+        ("measure", "once", 50),
+        ("measure", "twice", 75),
         ("measure", "head", 85),
-        ("score", "twice", 25), ("score", "once", 50), ("score", "head", 60),
-    ]  # fmt: skip
+        ("score", "twice", 25),
+        ("score", "once", 50),
+        ("score", "head", 60),
+    ]
     silent = lap_ext.scores(Tied(), torch.ones(1, 5))
     assert all(torch.equal(scores, silent[name]) for name, scores in found.items())
 

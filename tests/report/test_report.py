@@ -46,9 +46,17 @@ def some_facts(layers: int = 3, scored: bool = True) -> Facts:
         measure.finish()
         rows.append(facts)
     return Facts(
-        "a <model>", "lookahead", rows, {"sparsity": "0.9"}, ["pos_embed"], ["at torch.roll"],
-        10_000, 10_000, 1_500, "0.1",
-    )  # fmt: skip
+        "a <model>",
+        "lookahead",
+        rows,
+        {"sparsity": "0.9"},
+        ["pos_embed"],
+        ["at torch.roll"],
+        10_000,
+        10_000,
+        1_500,
+        "0.1",
+    )
 
 
 def test_mass_is_the_share_of_the_squares() -> None:
@@ -274,11 +282,21 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     report.write(page, some_facts())
     assert BROWSER is not None
     subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2400",
-         f"--screenshot={shot}", page.as_uri()],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1200,2400",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     with image.open(shot) as picture:
         pixels = picture.convert("RGB")
         assert pixels.size == (1200, 2400)

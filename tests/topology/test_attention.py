@@ -37,9 +37,13 @@ def test_packed_query_key_value(name: str) -> None:
         for branch in ("attn.proj", "mlp.3")
     )
     check(t, f"{block}.qkv", stream, f"{block}.proj: offset -16; {block}.qkv: permuted")
-    check(t, f"{block}.proj", f"{block}.qkv: offset +16 via reshape permute unbind transpose",
-          "blocks.1.mlp.0: same scaled via mul add layer_norm; "
-          "head: same scaled via mul add layer_norm select")  # fmt: skip
+    check(
+        t,
+        f"{block}.proj",
+        f"{block}.qkv: offset +16 via reshape permute unbind transpose",
+        "blocks.1.mlp.0: same scaled via mul add layer_norm; "
+        "head: same scaled via mul add layer_norm select",
+    )
     assert coupled(t, f"{block}.qkv") == {f"{block}.qkv": packed(8)}
     gains = (t.model.blocks[0].ls1 * t.model.blocks[1].norm1.weight).double()  # of attn.proj
     scale = t.layers[f"{block}.qkv"].prev[1].scale
@@ -50,8 +54,12 @@ def test_multi_head_attention_module() -> None:
     t = traced("vit_mha")
     block = "blocks.0.self_attention"
     assert t.layers[f"{block}.in_proj_weight"].parameter == f"{block}.in_proj_weight"
-    check(t, f"{block}.in_proj_weight", "patch: same scaled via cat add layer_norm",
-          f"{block}.out_proj: offset -16; {block}.in_proj_weight: permuted")  # fmt: skip
+    check(
+        t,
+        f"{block}.in_proj_weight",
+        "patch: same scaled via cat add layer_norm",
+        f"{block}.out_proj: offset -16; {block}.in_proj_weight: permuted",
+    )
     assert coupled(t, f"{block}.in_proj_weight") == {f"{block}.in_proj_weight": packed(8)}
 
 
@@ -62,12 +70,20 @@ def test_cross_attention_with_a_packed_weight() -> None:
     encoder, decoder = "transformer.encoder.layers.0", "transformer.decoder.layers.0"
     mine = f"{cross}.in_proj_weight"
     assert [role.part.rows for role in t.layers[mine].roles] == [(0, 8), (8, 24)]
-    check(t, mine, f"target: same scaled; {decoder}.self_attn.out_proj: same scaled; "
-          f"source: same scaled; {encoder}.self_attn.out_proj: same scaled; "
-          f"{encoder}.linear2: same scaled via dropout add layer_norm",
-          f"{mine}: offset +8; {cross}.out_proj: offset -16; {mine}: offset -8")  # fmt: skip
-    check(t, f"{cross}.out_proj", f"{mine}: offset +16", f"{decoder}.linear1: same scaled via add; "
-          "head: same scaled via add layer_norm")  # fmt: skip
+    check(
+        t,
+        mine,
+        f"target: same scaled; {decoder}.self_attn.out_proj: same scaled; "
+        f"source: same scaled; {encoder}.self_attn.out_proj: same scaled; "
+        f"{encoder}.linear2: same scaled via dropout add layer_norm",
+        f"{mine}: offset +8; {cross}.out_proj: offset -16; {mine}: offset -8",
+    )
+    check(
+        t,
+        f"{cross}.out_proj",
+        f"{mine}: offset +16",
+        f"{decoder}.linear1: same scaled via add; head: same scaled via add layer_norm",
+    )
 
 
 def test_windows_and_merged_patches() -> None:
@@ -123,13 +139,22 @@ def test_weights_kept_as_in_out_and_a_tied_head(name: str) -> None:
     block = "transformer.h.1"
     assert t.layers[f"{block}.attn.c_attn"].shape == (8, 24)
     assert all(role.part.transposed for role in t.layers[f"{block}.attn.c_attn"].roles)
-    stream = [f"transformer.{source}" for source in
-              ("wte", "wpe", "h.0.attn.c_proj", "h.0.mlp.c_proj")]  # fmt: skip
-    check(t, f"{block}.attn.c_attn", "; ".join(f"{source}: same scaled" for source in stream),
-          f"{block}.attn.c_proj: offset -16; {block}.attn.c_attn: permuted")  # fmt: skip
+    stream = [
+        f"transformer.{source}" for source in ("wte", "wpe", "h.0.attn.c_proj", "h.0.mlp.c_proj")
+    ]
+    check(
+        t,
+        f"{block}.attn.c_attn",
+        "; ".join(f"{source}: same scaled" for source in stream),
+        f"{block}.attn.c_proj: offset -16; {block}.attn.c_attn: permuted",
+    )
     assert coupled(t, f"{block}.attn.c_attn") == {f"{block}.attn.c_attn": packed(8)}
-    check(t, f"{block}.mlp.c_proj", f"{block}.mlp.c_fc: same via tanh",
-          "transformer.wte: same scaled via add layer_norm")  # fmt: skip
+    check(
+        t,
+        f"{block}.mlp.c_proj",
+        f"{block}.mlp.c_fc: same via tanh",
+        "transformer.wte: same scaled via add layer_norm",
+    )
     assert "lm_head" not in t.layers
     embedding, head = t.layers["transformer.wte"].roles
     assert (embedding.kind, head.kind) == ("embedding", "linear")
@@ -147,26 +172,30 @@ def test_weights_kept_as_in_out_and_a_tied_head(name: str) -> None:
 def test_cross_attention(name: str) -> None:
     """T5: queries read the decoder's stream, keys and values the encoder's after its last norm."""
     t = traced(name)
-    sources = [f"encoder.block.{i}.layer.{layer}" for i in (0, 1)
-               for layer in ("0.SelfAttention.o", "1.DenseReluDense.wo")]  # fmt: skip
+    sources = [
+        f"encoder.block.{i}.layer.{layer}"
+        for i in (0, 1)
+        for layer in ("0.SelfAttention.o", "1.DenseReluDense.wo")
+    ]
     encoder = "; ".join(f"{source}: same scaled" for source in ["shared", *sources])
     for i in (0, 1):
         cross = f"decoder.block.{i}.layer.1.EncDecAttention"
         check(t, f"{cross}.k", encoder, f"{cross}.q: same")
         check(t, f"{cross}.v", encoder, f"{cross}.o: same via view transpose reshape")
         assert coupled(t, f"{cross}.k") == {f"{cross}.q": [(j, j) for j in range(6)]}
-    agree(t.layers["decoder.block.0.layer.1.EncDecAttention.q"].prev,
-          ["shared: same scaled",
-           "decoder.block.0.layer.0.SelfAttention.o: same scaled via add"])  # fmt: skip
+    agree(
+        t.layers["decoder.block.0.layer.1.EncDecAttention.q"].prev,
+        ["shared: same scaled", "decoder.block.0.layer.0.SelfAttention.o: same scaled via add"],
+    )
     norm = t.model.encoder.final_layer_norm.weight.double().abs().detach()
     for edge in t.layers["decoder.block.1.layer.1.EncDecAttention.v"].prev:
         torch.testing.assert_close(edge.scale, norm)
     bias = t.layers["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"]
     assert [(edge.name, edge.kind) for edge in bias.next] == [("attention", "boundary")]
     torch.testing.assert_close(bias.next[0].scale, torch.full((2,), 2**0.5).double())  # two blocks
-    assert [(len(t.layers["shared"].roles),
-             role.kind) for role in t.layers["shared"].roles][1:] == [
-        (3, "embedding"), (3, "linear")]  # fmt: skip
+    assert [(len(t.layers["shared"].roles), role.kind) for role in t.layers["shared"].roles][
+        1:
+    ] == [(3, "embedding"), (3, "linear")]
 
 
 def test_a_block_that_is_shared() -> None:
@@ -206,7 +235,9 @@ def test_both_directions() -> None:
         back = [(4 + j, row) for j, row in sorted(gates(4, 4))]
         assert sorted(pairs(t, reader, "rnn.weight_hh_l0_reverse")) == back
     assert [e.name for e in t.layers["rnn.weight_hh_l1_reverse"].next] == [
-        "rnn.weight_hh_l1_reverse", "fc"]  # fmt: skip
+        "rnn.weight_hh_l1_reverse",
+        "fc",
+    ]
 
 
 def test_final_states() -> None:
@@ -224,8 +255,12 @@ def test_projected_state() -> None:
     """Gates make the cell, the projection reads it, and everything else reads the projection."""
     t = traced("lstm_projected")
     check(t, "rnn.weight_hh_l0", "rnn.weight_hr_l0: same", "rnn.weight_hr_l0: 16 pairs")
-    check(t, "rnn.weight_hr_l0", "rnn.weight_ih_l0: 16 pairs; rnn.weight_hh_l0: 16 pairs",
-          "rnn.weight_hh_l0: same; fc: same via lstm select")  # fmt: skip
+    check(
+        t,
+        "rnn.weight_hr_l0",
+        "rnn.weight_ih_l0: 16 pairs; rnn.weight_hh_l0: 16 pairs",
+        "rnn.weight_hh_l0: same; fc: same via lstm select",
+    )
 
 
 def states(m: Any, x: Tensor) -> Tensor:
@@ -241,9 +276,10 @@ def test_first_and_final_states(cell: str, size: int) -> None:
     """hh reads the first output; the first cell continues as the cell, GRU's as its state."""
     rnn = getattr(nn, cell)(4, 5, **({"proj_size": size} if size else {}))
     first = nn.ModuleList(nn.Linear(4, n) for n in ([size or 5, 5] if cell == "LSTM" else [5]))
-    t = lap_ext.trace(Net(states, rnn=rnn, first=first, b=nn.Linear(size or 5, 2),
-                          c=nn.Linear(5, 2)),
-                      torch.randn(3, 4))  # fmt: skip
+    t = lap_ext.trace(
+        Net(states, rnn=rnn, first=first, b=nn.Linear(size or 5, 2), c=nn.Linear(5, 2)),
+        torch.randn(3, 4),
+    )
     readers = {name: [edge.name for edge in t.layers[name].next] for name in t.layers}
     cellwise = ["rnn.weight_hr_l0"] if size else ["rnn.weight_hh_l0", "b"]
     if cell == "LSTM":
@@ -290,8 +326,12 @@ def test_tied_autoencoder() -> None:
     t = traced("tied_autoencoder")
     encoder, decoder = t.layers["weight"].roles
     assert encoder.part.channels == (6, 4) and decoder.part.channels == (4, 6)
-    check(t, "weight", "inlet: same via relu; weight: same via sigmoid",
-          "weight: same via sigmoid; outlet: same")  # fmt: skip
+    check(
+        t,
+        "weight",
+        "inlet: same via relu; weight: same via sigmoid",
+        "weight: same via sigmoid; outlet: same",
+    )
 
 
 def test_keys_without_queries() -> None:

@@ -93,7 +93,8 @@ def test_places_to_look_at() -> None:
     topology = lap_ext.trace(Net(rule, **layers), torch.randn(2, 3, 4, 4))
     assert pairs(topology, "b", "a") == [(i, i) for i in range(4)]
     assert [(edge.name, edge.kind) for edge in topology.layers["where"].next] == [
-        ("grid_sampler", "boundary")]  # fmt: skip
+        ("grid_sampler", "boundary")
+    ]
 
 
 # ---- by a constant -------------------------------------------------------------------------------
@@ -252,8 +253,9 @@ def test_routers(way: int, route: int) -> None:
     model.up, model.down = (nn.Parameter(torch.randn(E, *s)) for s in ((2 * H, 4), (4, H)))
     randomized(model)
     scores = lap_ext.scores(model, ROWS)
-    a, b, router, down = (w.detach() for w in (model.a.weight, model.b.weight, model.router.weight,
-                                               model.down))  # fmt: skip
+    a, b, router, down = (
+        w.detach() for w in (model.a.weight, model.b.weight, model.router.weight, model.down)
+    )
     into = down.square().sum((0, 2)) + router.square().sum()
     torch.testing.assert_close(scores["b"], b.abs() * into.sqrt())
     torch.testing.assert_close(scores["router"], router.abs() * a.norm(dim=1) * b.norm())
@@ -313,8 +315,9 @@ def test_products_without_channels_are_logits(equation: str) -> None:
     )
     scores = lap_ext.scores(randomized(model), ROWS)
     q, k = model.q.weight.detach(), model.k.weight.detach()
-    torch.testing.assert_close(scores, {"q": q.abs() * k.norm(dim=1)[:, None],
-                                        "k": k.abs() * q.norm(dim=1)[:, None]})  # fmt: skip
+    torch.testing.assert_close(
+        scores, {"q": q.abs() * k.norm(dim=1)[:, None], "k": k.abs() * q.norm(dim=1)[:, None]}
+    )
 
 
 # ---- weights of positions ------------------------------------------------------------------------
@@ -334,7 +337,8 @@ def test_pooling_by_attention(way: int) -> None:
     model = Net(rule, a=nn.Linear(6, 4), w=nn.Linear(4, 1), b=nn.Linear(4, 2))
     topology = lap_ext.trace(randomized(model), TOKENS)
     assert [(edge.name, edge.kind) for edge in topology.layers["w"].next] == [
-        ("attention", "boundary")]  # fmt: skip
+        ("attention", "boundary")
+    ]
     assert [edge.name for edge in topology.layers["b"].prev] == ["a"]
     assert pairs(topology, "b", "a") == [(i, i) for i in range(4)]
 

@@ -58,10 +58,18 @@ def test_groups() -> None:
     """Channels are counted through all groups: input 2 g + i is column i of group g."""
     t = traced("conv1d")
     assert (t.layers["4"].shape, t.layers["4"].groups) == ((6, 2, 3), 2)
-    check(t, "4", "0: same scaled via batch_norm relu max_pool1d",
-          "7: same scaled via group_norm leaky_relu")  # fmt: skip
-    check(t, "7", "4: same scaled via group_norm leaky_relu",
-          "12: same scaled via instance_norm prelu adaptive_avg_pool1d flatten")  # fmt: skip
+    check(
+        t,
+        "4",
+        "0: same scaled via batch_norm relu max_pool1d",
+        "7: same scaled via group_norm leaky_relu",
+    )
+    check(
+        t,
+        "7",
+        "4: same scaled via group_norm leaky_relu",
+        "12: same scaled via instance_norm prelu adaptive_avg_pool1d flatten",
+    )
     assert t.layers["7"].next[0].scale.tolist() == t.model[8].weight.abs().tolist()
     assert pairs(t, "4", "0") == [(i, i) for i in range(4)]
 
@@ -99,9 +107,13 @@ def test_residual_block_with_a_projection() -> None:
     check(t, "stages.1.0.downsample.0", into, out)
     both = "; ".join(f"stages.1.0.{name}: same scaled" for name in ("conv2", "downsample.0"))
     check(t, "stages.1.1.conv1", both, "stages.1.1.conv2: same scaled via batch_norm relu")
-    check(t, "fc", "stages.2.0.conv2: same scaled; stages.2.0.downsample.0: same scaled; "
-          "stages.2.1.conv2: same scaled via batch_norm add relu adaptive_avg_pool2d flatten",
-          "output: all")  # fmt: skip
+    check(
+        t,
+        "fc",
+        "stages.2.0.conv2: same scaled; stages.2.0.downsample.0: same scaled; "
+        "stages.2.1.conv2: same scaled via batch_norm add relu adaptive_avg_pool2d flatten",
+        "output: all",
+    )
     block = t.model.stages[1][0]
     for edge, norm in zip(t.layers["stages.1.1.conv1"].prev, (block.bn2, block.downsample[1]),
                           strict=True):  # fmt: skip
@@ -120,18 +132,28 @@ def test_concatenated_layers() -> None:
     """DenseNet: the k-th layer of a block has its producers at 0, 4, 7, and a norm of its own."""
     t = traced("densenet")
     block, scaled = "block1.layers.", "scaled via cat batch_norm relu"
-    check(t, f"{block}2.conv1",
-          f"stem.0.0: same scaled; {block}0.conv2: offset -4 scaled; {block}1.conv2: offset -7 "
-          f"scaled",
-          f"{block}2.conv2: same scaled via batch_norm relu")  # fmt: skip
-    check(t, f"{block}0.conv2", f"{block}0.conv1: same scaled via batch_norm relu",
-          f"{block}1.conv1: offset +4 scaled via cat batch_norm; {block}2.conv1: offset +4 scaled; "
-          "transition.2: offset +4 scaled via dropout cat batch_norm")  # fmt: skip
+    check(
+        t,
+        f"{block}2.conv1",
+        f"stem.0.0: same scaled; {block}0.conv2: offset -4 scaled; {block}1.conv2: offset -7 "
+        f"scaled",
+        f"{block}2.conv2: same scaled via batch_norm relu",
+    )
+    check(
+        t,
+        f"{block}0.conv2",
+        f"{block}0.conv1: same scaled via batch_norm relu",
+        f"{block}1.conv1: offset +4 scaled via cat batch_norm; {block}2.conv1: offset +4 scaled; "
+        "transition.2: offset +4 scaled via dropout cat batch_norm",
+    )
     assert pairs(t, f"{block}2.conv1", f"{block}1.conv2") == [(7, 0), (8, 1), (9, 2)]
-    check(t, "classifier",
-          f"transition.2: same {scaled}; block2.layers.0.conv2: offset -6 {scaled}; "
-          f"block2.layers.1.conv2: offset -9 {scaled} adaptive_avg_pool2d flatten",
-          "output: all")  # fmt: skip
+    check(
+        t,
+        "classifier",
+        f"transition.2: same {scaled}; block2.layers.0.conv2: offset -6 {scaled}; "
+        f"block2.layers.1.conv2: offset -9 {scaled} adaptive_avg_pool2d flatten",
+        "output: all",
+    )
     norm = t.model.block1.layers[2].norm1
     gain = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).abs()
     scales = [edge.scale for edge in t.layers[f"{block}2.conv1"].prev]
@@ -141,9 +163,13 @@ def test_concatenated_layers() -> None:
 def test_shuffled_channels() -> None:
     """[a0 a1 a2 a3 b0 b1 b2 b3], shuffled to [a0 b0 a1 b1 a2 b2 a3 b3]; its second half is read."""
     t = traced("shufflenet_v2")
-    check(t, "3.branch2.0.0", "2.branch1.1.0: permuted scaled; 2.branch2.2.0: permuted scaled "
-          "via batch_norm relu cat view transpose contiguous chunk",
-          "3.branch2.1.0: same scaled via batch_norm relu")  # fmt: skip
+    check(
+        t,
+        "3.branch2.0.0",
+        "2.branch1.1.0: permuted scaled; 2.branch2.2.0: permuted scaled "
+        "via batch_norm relu cat view transpose contiguous chunk",
+        "3.branch2.1.0: same scaled via batch_norm relu",
+    )
     assert pairs(t, "3.branch2.0.0", "2.branch1.1.0") == [(0, 2), (2, 3)]
     assert pairs(t, "3.branch2.0.0", "2.branch2.2.0") == [(1, 2), (3, 3)]
     assert pairs(t, "4.branch2.0.0", "2.branch1.1.0") == [(0, 1)]  # passed by a block
@@ -154,12 +180,20 @@ def test_shuffled_channels() -> None:
 def test_skip_beside_an_upsampled_branch() -> None:
     """U-Net: [skip, up]; the skip goes down through a pooling as well."""
     t = traced("unet_transposed")
-    check(t, "dec2.0.0", "down2.1.0: same scaled via batch_norm relu cat; up2: offset -6 via cat",
-          "dec2.1.0: same scaled via batch_norm relu")  # fmt: skip
+    check(
+        t,
+        "dec2.0.0",
+        "down2.1.0: same scaled via batch_norm relu cat; up2: offset -6 via cat",
+        "dec2.1.0: same scaled via batch_norm relu",
+    )
     check(t, "up2", "bottom.1.0: same scaled via batch_norm relu", "dec2.0.0: offset +6 via cat")
-    check(t, "down2.1.0", "down2.0.0: same scaled via batch_norm relu",
-          "bottom.0.0: same scaled via batch_norm relu max_pool2d; "
-          "dec2.0.0: same scaled via batch_norm relu cat")  # fmt: skip
+    check(
+        t,
+        "down2.1.0",
+        "down2.0.0: same scaled via batch_norm relu",
+        "bottom.0.0: same scaled via batch_norm relu max_pool2d; "
+        "dec2.0.0: same scaled via batch_norm relu cat",
+    )
     assert t.layers["up2"].kind == "conv_transpose2d"
 
 
@@ -167,16 +201,31 @@ def test_squeeze_and_excite() -> None:
     """The gate's last layer feeds what its product feeds; its first reads the mean of positions."""
     t = traced("mobilenet_v3")
     gated, gate = "2.block.1.0", "2.block.2"
-    check(t, gated, "2.block.0.0: same scaled",
-          f"{gate}.reduce: same scaled via batch_norm relu adaptive_avg_pool2d; "
-          "2.block.3.0: same scaled via batch_norm relu mul")  # fmt: skip
-    check(t, f"{gate}.reduce", f"{gated}: same scaled via adaptive_avg_pool2d",
-          f"{gate}.expand: same via relu")  # fmt: skip
-    check(t, f"{gate}.expand", f"{gate}.reduce: same via relu",
-          "2.block.3.0: same via hardsigmoid mul")  # fmt: skip
-    check(t, "2.block.3.0",
-          f"{gated}: same scaled via mul; {gate}.expand: same via hardsigmoid mul",
-          "3.block.0.0: same scaled; 4.block.0.0: same scaled via add")  # fmt: skip
+    check(
+        t,
+        gated,
+        "2.block.0.0: same scaled",
+        f"{gate}.reduce: same scaled via batch_norm relu adaptive_avg_pool2d; "
+        "2.block.3.0: same scaled via batch_norm relu mul",
+    )
+    check(
+        t,
+        f"{gate}.reduce",
+        f"{gated}: same scaled via adaptive_avg_pool2d",
+        f"{gate}.expand: same via relu",
+    )
+    check(
+        t,
+        f"{gate}.expand",
+        f"{gate}.reduce: same via relu",
+        "2.block.3.0: same via hardsigmoid mul",
+    )
+    check(
+        t,
+        "2.block.3.0",
+        f"{gated}: same scaled via mul; {gate}.expand: same via hardsigmoid mul",
+        "3.block.0.0: same scaled; 4.block.0.0: same scaled via add",
+    )
 
 
 @pytest.mark.parametrize("name", ["feature_pyramid"])
@@ -184,8 +233,12 @@ def test_one_layer_called_twice(name: str) -> None:
     """Each call is a role with edges of its own."""
     t = traced(name)
     assert len(t.layers["head"].roles) == 2
-    check(t, "head", "lateral3: same via upsample_nearest2d add; lateral2: same via add; "
-          "lateral3: same", "logits: same via relu; logits: same via relu")  # fmt: skip
+    check(
+        t,
+        "head",
+        "lateral3: same via upsample_nearest2d add; lateral2: same via add; lateral3: same",
+        "logits: same via relu; logits: same via relu",
+    )
     check(t, "logits", "head: same via relu; head: same via relu", "output: all; output: all")
 
 
@@ -236,9 +289,13 @@ def test_table_of_long_names() -> None:
     cells = {row.split()[0]: [x for x in row.split("  ") if x][3:] for row in table[2:]}
     layer = "model.layers.1"
     assert [x.strip() for x in cells[f"{layer}.mlp.gate_proj"]] == [
-        "model.embed_tokens, ..0.self_attn.o_proj and 2 more", "..down_proj"]  # fmt: skip
+        "model.embed_tokens, ..0.self_attn.o_proj and 2 more",
+        "..down_proj",
+    ]
     assert [x.strip() for x in cells[f"{layer}.self_attn.q_proj"]] == [
-        "model.embed_tokens, ..0.self_attn.o_proj and 1 more", "x ..k_proj (32 pairs)"]  # fmt: skip
+        "model.embed_tokens, ..0.self_attn.o_proj and 1 more",
+        "x ..k_proj (32 pairs)",
+    ]
     assert [x.strip() for x in cells["lm_head"]] == ["model.embed_tokens and 4 more", "output"]
     assert max(map(len, table)) < 160
 
@@ -248,23 +305,33 @@ def test_graph() -> None:
     rule = lambda m, x: m.o((m.q(x) @ m.k(x).T).softmax(-1) @ m.v(x).flip(1))  # noqa: E731
     model = Net(rule, **{name: nn.Linear(4, 4) for name in "qkvo"})
     topology = lap_ext.trace(model, torch.randn(3, 4))
-    assert topology.to_dot() == "\n".join([
-        "digraph topology {",
-        "  rankdir=LR; node [shape=box, fontname=Helvetica];",
-        r'  n0 [label="q\nlinear 4x4"];', r'  n1 [label="k\nlinear 4x4"];',
-        r'  n2 [label="v\nlinear 4x4"];', r'  n3 [label="o\nlinear 4x4"];',
-        '  o0 -> n0 [label="all"];', "  n0 -> n1 [style=dotted, dir=none];",
-        '  o0 -> n1 [label="all"];', '  o0 -> n2 [label="all"];',
-        '  n2 -> n3 [label="permuted"];', "  n3 -> o1;",
-        '  o0 [label="inputs_0", shape=ellipse];', '  o1 [label="output", shape=ellipse];',
-        "}",
-    ])  # fmt: skip
+    assert topology.to_dot() == "\n".join(
+        [
+            "digraph topology {",
+            "  rankdir=LR; node [shape=box, fontname=Helvetica];",
+            r'  n0 [label="q\nlinear 4x4"];',
+            r'  n1 [label="k\nlinear 4x4"];',
+            r'  n2 [label="v\nlinear 4x4"];',
+            r'  n3 [label="o\nlinear 4x4"];',
+            '  o0 -> n0 [label="all"];',
+            "  n0 -> n1 [style=dotted, dir=none];",
+            '  o0 -> n1 [label="all"];',
+            '  o0 -> n2 [label="all"];',
+            '  n2 -> n3 [label="permuted"];',
+            "  n3 -> o1;",
+            '  o0 [label="inputs_0", shape=ellipse];',
+            '  o1 [label="output", shape=ellipse];',
+            "}",
+        ]
+    )
 
 
 def test_queries_that_meet_the_input() -> None:
     """The other side of a coupling need not be a layer: the model's input counts 1."""
-    model = Net(lambda m, x: m.o((m.q(x) @ x.T).softmax(-1) @ m.v(x)),
-                **{name: nn.Linear(4, 4) for name in "qvo"})  # fmt: skip
+    model = Net(
+        lambda m, x: m.o((m.q(x) @ x.T).softmax(-1) @ m.v(x)),
+        **{name: nn.Linear(4, 4) for name in "qvo"},
+    )
     topology = lap_ext.trace(model, torch.randn(3, 4))
     (edge,) = topology.layers["q"].next
     assert (edge.name, edge.kind, edge.channel_map) == ("inputs_0", "coupled", "same")

@@ -34,8 +34,12 @@ def own(hidden: int, experts: int = E, interleaved: bool = False) -> set[tuple[i
 
 def every(width: int, readers: int, makers: int) -> set[tuple[int, int]]:
     """(Input c of each of some readers, output c of each of some makers)."""
-    return {(r * width + c, m * width + c)
-            for r in range(readers) for m in range(makers) for c in range(width)}  # fmt: skip
+    return {
+        (r * width + c, m * width + c)
+        for r in range(readers)
+        for m in range(makers)
+        for c in range(width)
+    }
 
 
 # ---- written here --------------------------------------------------------------------------------
@@ -202,8 +206,15 @@ def test_gpt_oss(how: str) -> None:
     """Weights kept as [E, in, out], gate and up in turns, and a bias for every expert."""
     pytest.importorskip("transformers", minversion="5")
     sizes = LLAMA | {"num_local_experts": 3, "num_experts_per_tok": 2}
-    entry = hf("gpt_oss", "GptOssForCausalLM", text, sizes, config="GptOssConfig",
-               attn_implementation="eager", experts_implementation=how)  # fmt: skip
+    entry = hf(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        text,
+        sizes,
+        config="GptOssConfig",
+        attn_implementation="eager",
+        experts_implementation=how,
+    )
     model, _, kwargs = entry.make()
     t = lap_ext.trace(model, kwargs)
     experts = "model.layers.1.mlp.experts"
@@ -230,21 +241,30 @@ def test_shared_experts() -> None:
     routing |= {"n_shared_experts": 1, "moe_intermediate_size": 5, "first_k_dense_replace": 1}
     sizes = IDS | heads | routing
     sizes |= {"hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12}
-    entry = hf("deepseek", "DeepseekV3ForCausalLM", text, sizes, config="DeepseekV3Config",
-               experts_implementation="batched_mm")  # fmt: skip
+    entry = hf(
+        "deepseek",
+        "DeepseekV3ForCausalLM",
+        text,
+        sizes,
+        config="DeepseekV3Config",
+        experts_implementation="batched_mm",
+    )
     model, _, kwargs = entry.make()
     t = lap_ext.trace(model, kwargs)
     block = "model.layers.1.mlp"
     result = pairs(t, f"{block}.experts.down_proj", f"{block}.experts.gate_up_proj")
     assert set(result) == own(5, experts=4)
     assert [e.name for e in t.layers[f"{block}.shared_experts.down_proj"].prev] == [
-        f"{block}.shared_experts.{which}_proj" for which in ("gate", "up")]  # fmt: skip
+        f"{block}.shared_experts.{which}_proj" for which in ("gate", "up")
+    ]
     attention = "model.layers.1.self_attn"
     latent = t.layers[
         f"{attention}.kv_a_proj_with_mqa"
     ].next  # rows 0 to 3: latent; 4, 5: rotary key
     assert [(e.name, e.kind) for e in latent] == [
-        (f"{attention}.kv_b_proj", "layer"), (f"{attention}.q_b_proj", "coupled")]  # fmt: skip
+        (f"{attention}.kv_b_proj", "layer"),
+        (f"{attention}.q_b_proj", "coupled"),
+    ]
     assert latent[0].here.tolist() == [0, 1, 2, 3] and set(latent[1].here.tolist()) == {4, 5}
     values = [8 * head + 4 + i for head in (0, 1) for i in range(4)]  # after 4 keys in each head
     assert pairs(t, f"{attention}.o_proj", f"{attention}.kv_b_proj") == list(enumerate(values))

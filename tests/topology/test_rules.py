@@ -138,8 +138,12 @@ def test_two_operands(name: str) -> None:
 
 def test_a_sum_across() -> None:
     """[N, 6, 1] + [N, 1, 6]: each of the 36 results has two parents."""
-    model = Net(lambda m, x: m.b((m.a(x)[:, :, None] + m.c(x)[:, None]).flatten(1)),
-                a=linear(), c=linear(), b=linear(2, 36))  # fmt: skip
+    model = Net(
+        lambda m, x: m.b((m.a(x)[:, :, None] + m.c(x)[:, None]).flatten(1)),
+        a=linear(),
+        c=linear(),
+        b=linear(2, 36),
+    )
     topology = lap_ext.trace(model, ROWS)
     assert pairs(topology, "b", "a") == [(n, n // 6) for n in range(36)]
     assert pairs(topology, "b", "c") == [(n, n % 6) for n in range(36)]
@@ -298,11 +302,18 @@ def weight_norms(weight: Tensor, order: str) -> Tensor:
 
 def test_sums_inside_a_product() -> None:
     """addmm and baddbmm add what they are given, with both of their numbers."""
-    model = Net(lambda m, x: m.b(torch.addmm(m.a(x), m.c(x), m.w, beta=2, alpha=3)),
-                a=linear(), c=linear(), b=linear(2), w=nn.Parameter(torch.randn(6, 6)))  # fmt: skip
+    model = Net(
+        lambda m, x: m.b(torch.addmm(m.a(x), m.c(x), m.w, beta=2, alpha=3)),
+        a=linear(),
+        c=linear(),
+        b=linear(2),
+        w=nn.Parameter(torch.randn(6, 6)),
+    )
     result = lap_ext.trace(model, ROWS).layers["b"].prev
     assert [(e.name, e.channel_map, set(e.scale.tolist())) for e in result] == [
-        ("a", "same", {2.0}), ("w", "same", {3.0})]  # fmt: skip
+        ("a", "same", {2.0}),
+        ("w", "same", {3.0}),
+    ]
     model.w = nn.Parameter(torch.randn(1, 6, 6))
     model.rule = lambda m, x: m.b(torch.baddbmm(m.a(x)[None], m.c(x)[None], m.w)[0])
     assert [edge.name for edge in lap_ext.trace(model, ROWS).layers["b"].prev] == ["a", "w"]
@@ -322,7 +333,10 @@ def test_parts_of_a_weight() -> None:
     topology = lap_ext.trace(model, ROWS)
     w, v = topology.layers["w"], topology.layers["v"]
     assert [(r.part.rows, r.part.cols, r.part.transposed) for r in (*w.roles, *v.roles)] == [
-        ((2, 5), None, False), ((0, 3), (1, 5), False), ((3, 5), (2, 6), True)]  # fmt: skip
+        ((2, 5), None, False),
+        ((0, 3), (1, 5), False),
+        ((3, 5), (2, 6), True),
+    ]
     shown = [list(zip(e.here.tolist(), e.there.tolist(), strict=True)) for e in (*w.prev, *v.prev)]
     everything = [(i, i) for i in range(6)]  # (input of the weight, channel of a)
     assert shown == [everything, [(1, 0), (2, 1), (3, 2), (4, 3)], [(3, 4), (4, 5)]]
@@ -345,9 +359,11 @@ def test_einsum_in_another_order() -> None:
 
 def test_einsum_meets_from_the_right() -> None:
     """As in broadcasting: [N, heads, channels] and [heads, channels]."""
-    rule = lambda m, x: m.b(torch.einsum(  # noqa: E731
-        "...d,...d->...d", m.a(x).unflatten(1, (2, 3)),
-                                         m.c(x)[0].unflatten(0, (2, 3))).flatten(1))  # fmt: skip
+
+    def rule(m: Any, x: torch.Tensor) -> torch.Tensor:
+        left, right = m.a(x).unflatten(1, (2, 3)), m.c(x)[0].unflatten(0, (2, 3))
+        return m.b(torch.einsum("...d,...d->...d", left, right).flatten(1))
+
     topology = lap_ext.trace(Net(rule, a=linear(), c=linear(), b=linear()), torch.randn(3, 6))
     for name in "ac":
         assert pairs(topology, "b", name) == [(i, i) for i in range(6)]
