@@ -211,7 +211,7 @@ class er:  # noqa: N801
 
 @dataclass(frozen=True)
 class erk(er):  # noqa: N801
-    """Prunes as er, with density ~ (out + in + height + width) / (out * in * height * width).
+    """Prunes like er, but with density ~ (out + in + height + width) / (out * in * height * width).
 
     Example:
         >>> erk(0.75).keeps({"conv": (4, 2, 3, 3), "fc": (3, 4)})  # 21 of 84, split 12 : 7

@@ -55,8 +55,8 @@ def scores(
 
         score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
 
-    The directory is only read. Everything but the values of weights is checked in this call;
-    weights are read while the result is iterated over.
+    The directory is only read. This call checks everything except the values of weights; weights
+    are read only while the result is iterated over.
 
     Args:
         directory: as in `checkpoint.prune`.
@@ -72,8 +72,8 @@ def scores(
         on_progress: as in `checkpoint.prune`.
 
     Returns:
-        A stream of (layer, scores), float32 (float64 for float64 weights, and where they are
-        normalized); its `save` writes them to a file.
+        A stream of (layer, scores). Scores are float32, or float64 if the weights are float64 or
+        the scores are normalized; the stream's `save` writes them to a file.
 
     Raises:
         ValueError, TypeError, TopologyError: as `checkpoint.prune`; errors about values of weights

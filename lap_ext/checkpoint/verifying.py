@@ -155,10 +155,10 @@ def verify(
 
     Args:
         pruned: a checkpoint directory or a safetensors file, with the masks beside it in
-            lap_ext_masks.safetensors. Without masks, zeros are taken for pruned weights.
+            lap_ext_masks.safetensors. Without masks, weights that are zero count as pruned.
         original: a checkpoint directory or a safetensors file.
-        sparsity: as in `lap_ext.prune`, that the counts must meet. None: the one that the pruning
-            has recorded in lap_ext.json, if there is one.
+        sparsity: the one that the counts must meet, as in `lap_ext.prune`. None: the one recorded
+            in lap_ext.json by the pruning, if any.
         scope: "layer" or "global", of the sparsity.
         on_progress: called with a `Progress` after each chunk.
 
@@ -168,7 +168,7 @@ def verify(
     Raises:
         ValueError: a file is missing, damaged or of something else; a sparsity that does not fit
             the layers.
-        TypeError: sparsity is no sparsity.
+        TypeError: sparsity is not a number, a dict or an allocation.
 
     Example:
         >>> import tempfile, torch

@@ -76,9 +76,9 @@ class DataCriterion(Criterion):
 class Wanda(DataCriterion):
     """Scores by |w| * sqrt(mean of x_i^2), where x_i is input i of the layer over the data.
 
-    per_row: keep the same number of weights in every output channel (as published; if the count
-    does not divide evenly, the first channels keep one more each). False compares all weights of
-    the layer. One ranking over all layers (scope="global") compares all weights in any case.
+    per_row: keep the same number of weights in every output channel, as published (if the count
+    does not divide evenly, the first channels keep one more each). False ranks all weights of the
+    layer together. With scope="global", all weights of all layers are always ranked together.
     """
 
     per_row: bool = True

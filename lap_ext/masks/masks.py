@@ -28,8 +28,8 @@ class Masks(Mapping[str, Tensor]):
 
     A layer is named after its parameter without ".weight" ("conv1"); a parameter that is not called
     weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer, under any of
-    its names. Names that DataParallel, DistributedDataParallel, torch.compile and AveragedModel put
-    in front are seen through.
+    its names. Prefixes that DataParallel, DistributedDataParallel, torch.compile and AveragedModel
+    add to names are ignored.
 
     Args:
         masks: layer name -> bool tensor, True: kept. The tensors are taken as they are, not copied.

@@ -108,7 +108,7 @@ def mask(
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         sparsity: fraction of all weights of w to remove, 0 to 1, taken exactly as given: 0.9 is
             the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
-        keep: number of weights to keep, instead of sparsity. More than there are keeps all.
+        keep: number of weights to keep, instead of sparsity; if it exceeds w.numel(), all are kept.
         mask: bool, shape of w: the weights that may be kept. Pruned ones (False) never return; if
             fewer than keep survive, all survivors are kept.
         groups: groups of w.
@@ -157,8 +157,7 @@ def prune_(
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
         w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed). It may
-        require
-            grad; autograd sees that it was changed.
+            require grad; autograd sees that it was changed.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         sparsity: fraction of all weights of w to remove, 0 to 1, as in `mask`.
         keep: number of weights to keep, instead of sparsity.
@@ -208,9 +207,11 @@ def neighbor_norms(
         in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2 * scale[i]^2)
         out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2 * scale[o]^2)
 
+    scale is that of a `Neighbor`, otherwise 1. Producers are in w_prev, consumers in w_next.
+
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
-        w: weight between them, [O, I / groups, *K]; only its shape and device count.
+        w: weight between them, [O, I / groups, *K]; only its shape and device matter.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         groups: groups of w.
         transposed: w is the weight of a transposed convolution, [I, O / groups, *K].

@@ -155,7 +155,7 @@ def writable(w: Array) -> None:
 
 
 def eligible(name: str, mask: Any, like: str, w: Array) -> Mask | None:
-    """Checks a mask of w; returns it as a contiguous bool array, or None."""
+    """Checks a mask of w; returns it as a contiguous bool array, or None if there is no mask."""
     if mask is None:
         return None
     if not isinstance(mask, np.ndarray):
@@ -165,7 +165,7 @@ def eligible(name: str, mask: Any, like: str, w: Array) -> Mask | None:
 
 
 def score_list(scores: Any) -> tuple[bool, list[Array]]:
-    """Checks scores; returns (whether they are one array, their arrays)."""
+    """Checks scores; returns (whether scores is a single array, the list of arrays)."""
     if not isinstance(scores, (list, tuple)):
         return True, [floating("scores", scores)]
     checked = [floating(f"scores[{t}]", x) for t, x in enumerate(scores)]

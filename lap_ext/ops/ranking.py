@@ -97,7 +97,7 @@ def kth_largest(
         0-d tensor, dtype and device of scores; a zero is +0.0.
 
     Raises:
-        ValueError: NaN; k outside 1 to n; different devices.
+        ValueError: NaN; k outside 1 to the number of all scores; different devices.
         TypeError: scores that are not floating-point tensors, or of different dtypes.
 
     Example:

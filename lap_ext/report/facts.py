@@ -187,7 +187,7 @@ class Facts:
 
     @property
     def sparsity(self) -> float:
-        """Computes the fraction of these weights that is removed."""
+        """Computes the fraction of all weights of the pruned layers that is removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
     @property

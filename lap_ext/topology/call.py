@@ -38,7 +38,7 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The result's shape, of the first result where there are several."""
+        """The shape of the result, or of the first result where there are several."""
         return self.shapes[0]
 
     @property

@@ -15,7 +15,7 @@ def key_dtype(scores: torch.dtype) -> torch.dtype:
 
 
 def never(integer: torch.dtype) -> int:
-    """Returns the key of a weight that may not be kept, below every other key."""
+    """Returns the key, below every other, of a weight that must not be kept."""
     return torch.iinfo(integer).min
 
 

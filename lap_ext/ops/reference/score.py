@@ -28,9 +28,9 @@ from lap_ext.ops.reference.scale import is_plain
 def score(
     w: Tensor, in_norm: Tensor, out_norm: Tensor, groups: int, transposed: bool, check_finite: bool
 ) -> Tensor:
-    """Computes |w| * c, c = in_norm * out_norm rounded, in float32 (float64 for float64 w).
+    """Computes |w| * c in float32 (float64 for float64 w); c is in_norm * out_norm, rounded.
 
-    Each score is rounded once: a denormal score is the nearest one.
+    Each score is rounded only once, so a denormal score is the one nearest to the exact |w| * c.
 
     w [O, I / groups, *K] ([I, O / groups, *K] when transposed), in_norm [I], out_norm [O].
     """
