@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The errors of lap_ext: they hold the parts of a message, which is built when it is shown.
+"""Defines the errors of lap_ext, which hold the parts of a message and build it when it is shown.
 
     <function>, layer '<layer>': expected <expected>, got <got>. <cure>
 
-The code that raises an error knows what was expected, what it got and the cure, but not its caller:
+The code that raises an error knows what was expected, what it got and the cure, but not its caller.
 `calling`, around every public function, adds the function; `in_layer`, around every loop over
 layers, adds the layer. No code parses or rewrites a message.
 """
@@ -31,11 +31,11 @@ class LapError(Exception):
 
     Attributes:
         expected: what was expected, with the reason in parentheses.
-        got: what was passed or found; "" if expected says it all.
-        cure: what to do about it, in full sentences.
+        got: what was passed or found; "" if expected alone is enough.
+        cure: what the user can do about the error, in full sentences.
         argument: the argument at fault, if any; "{argument}" in the other parts stands for it.
-        option: the cure in functions of tensors, which have an option for such values, as
-            check_finite=False; it is shown in place of cure as long as no layer is known.
+        option: the cure in functions of tensors that have an option for such values, such as
+            check_finite=False; it is shown instead of cure as long as no layer is known.
         layer: the layer of a model at fault, or None.
         function: the public function that was called, or None.
 
@@ -76,8 +76,8 @@ class LapError(Exception):
         """Builds the message.
 
         Args:
-            spelled: converts an argument's name to what the user types, as in "--memory".
-            named: begin with the function's name.
+            spelled: converts an argument's name to what the user types, such as "--memory".
+            named: whether the message begins with the function's name.
         """
         cure = self.option if self.option and self.layer is None else self.cure
         where = [self.function] if named and self.function else []
@@ -109,7 +109,7 @@ class LapTypeError(LapError, TypeError):
 
 
 class TopologyError(LapValueError):
-    """A model that lap_ext cannot trace; the message names the layer, the operation and the cure.
+    """A model that lap_ext cannot trace; the message gives the layer, the operation and the cure.
 
     Example:
         >>> import lap_ext
@@ -122,7 +122,7 @@ class LapImportError(LapError, ModuleNotFoundError):
     """An optional package that is required but not installed.
 
     Attributes:
-        name: of the package, as for every ModuleNotFoundError.
+        name: the name of the package, as in every ModuleNotFoundError.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class LapOSError(LapError, OSError):
         got: as in `LapError`.
         cure: as in `LapError`.
         argument: as in `LapError`.
-        number: the system's number of the error, for code that looks at errno.
+        number: the system's error number, for code that reads errno.
 
     Example:
         >>> import errno
@@ -179,7 +179,7 @@ class LapFileNotFoundError(LapOSError, FileNotFoundError):
 
 
 class LapFileExistsError(LapOSError, FileExistsError):
-    """A file or directory that exists, where a new one is to be written."""
+    """A file or directory that already exists where a new one is to be written."""
 
 
 class LapRuntimeError(LapError, RuntimeError):
@@ -216,7 +216,7 @@ class _Context:
 
 
 class calling(_Context):  # noqa: N801 (reads as a statement: with calling("prune"))
-    """Names the public function that the user called (the outermost one) in its errors.
+    """Adds the name of the public function that the user called (the outermost one) to its errors.
 
     Example:
         >>> @calling("halve")
@@ -231,12 +231,12 @@ class calling(_Context):  # noqa: N801 (reads as a statement: with calling("prun
         self.function = function
 
     def complete(self, error: LapError) -> None:
-        """Adds the function."""
+        """Adds the function to the error."""
         error.function = self.function
 
 
 class in_layer(_Context):  # noqa: N801
-    """Names a layer in the errors raised in one iteration of a loop over layers.
+    """Adds a layer's name to the errors raised in one iteration of a loop over layers.
 
     Example:
         >>> with in_layer("fc1"):
@@ -249,13 +249,13 @@ class in_layer(_Context):  # noqa: N801
         self.layer = layer
 
     def complete(self, error: LapError) -> None:
-        """Adds the layer, unless the error already names one."""
+        """Adds the layer, unless the error already has one."""
         if error.layer is None:
             error.layer = self.layer
 
 
 class callback(_Context):  # noqa: N801
-    """Keeps errors from a user's function unchanged: they name the function that it called.
+    """Keeps errors from a user's function unchanged; they name the lap_ext function it called.
 
     Example:
         >>> @calling("score")
@@ -268,12 +268,12 @@ class callback(_Context):  # noqa: N801
     """
 
     def complete(self, error: LapError) -> None:
-        """Makes the error final, if it names a function."""
+        """Makes the error final if it already names a function."""
         error.final = error.function is not None
 
 
 def warn(message: str) -> None:
-    """Warns at the line of the user's program that has called lap_ext."""
+    """Issues a warning that points to the line of the user's program that called lap_ext."""
     level, frame = 1, cast("FrameType | None", sys._getframe())
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The functions of lap_ext for NumPy arrays: the same names, meaning and bits, without torch.
+"""Offers the functions of lap_ext for NumPy arrays, without torch.
+
+The functions have the same names and meaning and return the same bits as those for tensors.
 
     import lap_ext.numpy as lap
     kept = lap.mask(w_prev, w, w_next, sparsity=0.9)
 
-Arrays are float32, float64 or float16 (or bfloat16 of ml_dtypes), of any strides; neighbors are
-those of lap_ext. The kernels are the native ones (lap_ext._np): there is no fallback.
+Arrays are float32, float64, float16 or the bfloat16 of ml_dtypes, with any strides; neighbors are
+those of lap_ext. Only the native kernels (lap_ext._np) are used; there is no fallback.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def prune_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """Does what `mask` does, and zeroes the other weights in place; see `lap_ext.prune_`.
+    """Selects weights like `mask` and zeroes the others in place; see `lap_ext.prune_`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
@@ -167,7 +169,7 @@ def mask_from_norms(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """Selects the keep largest scores, from norms; see `lap_ext.mask_from_norms`."""
+    """Selects the `keep` largest scores from norms; see `lap_ext.mask_from_norms`."""
     norms = numpy_args.given_norms(w, in_norm, out_norm, groups, transposed)
     count = check.keep_count(sparsity, keep, w.size)
     eligible = numpy_args.eligible("mask", mask, "w", w)
@@ -187,7 +189,7 @@ def prune_from_norms_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Mask:
-    """Selects as `mask_from_norms`, and prunes w in place; see `lap_ext.prune_from_norms_`."""
+    """Selects like `mask_from_norms` and prunes w in place; see `lap_ext.prune_from_norms_`."""
     norms = numpy_args.given_norms(w, in_norm, out_norm, groups, transposed)
     numpy_args.writable(w)
     count = check.keep_count(sparsity, keep, w.size)
@@ -230,7 +232,7 @@ def topk_mask(
     mask: Mask | Sequence[Mask] | None = None,
     check_finite: bool = True,
 ) -> Mask | list[Mask]:
-    """Selects exactly `keep` scores, the largest; see `lap_ext.topk_mask`.
+    """Selects exactly `keep` scores, the largest ones; see `lap_ext.topk_mask`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
@@ -250,7 +252,7 @@ def topk_mask(
 def kth_largest(
     scores: Array | Sequence[Array], k: SupportsIndex, *, check_finite: bool = True
 ) -> Any:
-    """Finds the k-th largest of all scores, a scalar of their dtype; see `lap_ext.kth_largest`.
+    """Finds the k-th largest score as a scalar of the same dtype; see `lap_ext.kth_largest`.
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap

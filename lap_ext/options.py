@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Types and checks of the options that prune, scores, Pruner, adapters and checkpoint share.
+"""Defines types and checks of options that prune, scores, Pruner, adapters and checkpoint share.
 
 `lap_ext.prune` documents each option.
 """

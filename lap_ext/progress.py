@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Progress events, counted in bytes of weights read."""
+"""Reports progress, counted in bytes of weights that are read or written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lap_ext.errors import callback
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one step of a pruning or scoring.
+    """The progress of one step in pruning or scoring.
 
     Attributes:
-        step: "measure" (neighbor norms), "score" (scores that are stored), "rank" (selects the
-            weights to keep), "write" (the files of a checkpoint), "verify", "count zeros" (of
-            inspected layers), or "data" (criteria that use data, whose length is not known). Each
-            round or pass reports a step once; norms that are measured again within a round
-            (sequential orders) are not reported.
-        name: the layer or tensor; "" for all of them.
-        done: bytes of weights that the step has read, or written, so far.
-        total: all bytes that it will read or write; 0: not known.
+        step: "measure" (measures neighbor norms), "score" (stores scores), "rank" (selects the
+            weights to keep), "write" (writes the files of a checkpoint), "verify", "count zeros"
+            (in inspected layers), or "data" (runs a criterion on data of unknown length). Each
+            round or pass reports a step once; norms that sequential orders measure again within a
+            round are not reported.
+        name: the name of the layer or tensor; "" stands for all of them.
+        done: bytes of weights that the step has read or written so far.
+        total: all bytes that the step will read or write, or 0 if this is not known.
     """
 
     step: str
@@ -36,8 +36,8 @@ class Step:
 
     Args:
         on_progress: the listener, or None.
-        name: of the step.
-        total: bytes of weights that it will read or write.
+        name: name of the step.
+        total: bytes of weights that the step will read or write.
 
     Example:
         >>> step = Step(lambda event: print(event.name, event.done, event.total), "rank", 8)
@@ -53,7 +53,7 @@ class Step:
         self.done, self.total = 0, total
 
     def read(self, name: str, size: int) -> None:
-        """Counts size more bytes, of a layer or tensor, and reports them to the listener."""
+        """Counts `size` more bytes of a layer or tensor and reports them to the listener."""
         self.done += size
         if self._on_progress is not None:
             with callback():

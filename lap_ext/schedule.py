@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""When to prune, and how much: a training step -> the sparsity to prune to, or None.
+"""Decides when to prune and how much: maps a training step to a sparsity or None.
 
     one_shot      s at one step
     linear        s0 + (s - s0) * u             the same number of weights each time
     cubic         s + (s0 - s) * (1 - u)^3      many at first, few at the end
     exponential   1 - (1 - s0) * ((1 - s) / (1 - s0))^u     the same fraction of the rest each time
-    iterative     1 - (1 - ratio)^k             the same, given that fraction: the k-th of rounds
+    iterative     1 - (1 - ratio)^k             the given fraction of the rest, at the k-th pruning
 
-u goes from 0 at step start to 1 at step end. Linear, cubic and exponential prune at start,
-start + every, start + 2 * every, ... and at end, where the sparsity is exactly s.
+The sparsity goes from s0 to s while u goes from 0 at step start to 1 at step end. Linear, cubic and
+exponential prune at start, start + every, start + 2 * every, ... and at end, where the sparsity is
+exactly s.
 
-A schedule is a pure function of the step: it stores nothing, so a resumed run continues as if it
-had never stopped. A sparsity is a fraction of all weights; with masks that carry over, as in the
-paper's iterative pruning, each step removes the difference.
+A schedule is a pure function of the step. It stores nothing, so a resumed run continues as if it
+had never stopped. A sparsity is a fraction of all weights; if masks carry over, as in the paper's
+iterative pruning, each step removes only what is missing to the new sparsity.
 
-Sources: cubic in Zhu and Gupta, "To prune, or not to prune", 2017; iterative in Park et al., ICLR
-2020, whose one-shot variant prunes the dense net to 1 - (1 - ratio)^k at once: see
+Sources: cubic is from Zhu and Gupta, "To prune, or not to prune", 2017; iterative is from Park et
+al., ICLR 2020. Its one-shot variant, which prunes the dense net to 1 - (1 - ratio)^k at once, is
 allocation.compounded.
 """
 
@@ -31,7 +32,7 @@ from lap_ext.ops.check import Number
 
 
 class Schedule(Protocol):
-    """Decides by the training step; your own function will do.
+    """Decides from the training step whether to prune and to what sparsity; any function will do.
 
     Example:
         >>> def every_thousand(step: int) -> float | None:
@@ -42,17 +43,17 @@ class Schedule(Protocol):
     """
 
     def __call__(self, step: int, /) -> float | None:
-        """Returns the sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step, or None not to prune."""
         ...
 
 
 @dataclass(frozen=True)
 class one_shot:  # noqa: N801 (reads as the function that it is used as)
-    """Prunes once.
+    """Prunes once, at one step.
 
     Args:
-        sparsity: the fraction removed.
-        at: the step.
+        sparsity: the fraction of all weights to remove.
+        at: the step at which to prune.
 
     Example:
         >>> schedule = one_shot(0.9, at=100)
@@ -69,7 +70,7 @@ class one_shot:  # noqa: N801 (reads as the function that it is used as)
         _steps(at=self.at)
 
     def __call__(self, step: int, /) -> float | None:
-        """Returns the sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step, or None not to prune."""
         return float(self.sparsity) if step == self.at else None
 
 
@@ -115,7 +116,7 @@ class _Ramp:
             )
 
     def __call__(self, step: int, /) -> float | None:
-        """Returns the sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step, or None not to prune."""
         if not self.start <= step <= self.end:
             return None
         if step == self.end:
@@ -133,7 +134,7 @@ class _Ramp:
 
 @dataclass(frozen=True)
 class linear(_Ramp):  # noqa: N801
-    """Removes the same number of weights each time.
+    """Removes the same number of weights at each pruning.
 
     Example:
         >>> schedule = linear(0.5, start=0, end=100, every=50)
@@ -163,7 +164,7 @@ class cubic(_Ramp):  # noqa: N801
 
 @dataclass(frozen=True)
 class exponential(_Ramp):  # noqa: N801
-    """Removes the same fraction of what is left each time.
+    """Removes the same fraction of the remaining weights at each pruning.
 
     Example:
         >>> schedule = exponential(0.75, start=0, end=100, every=50)
@@ -187,13 +188,13 @@ class exponential(_Ramp):  # noqa: N801
 
 @dataclass(frozen=True)
 class iterative:  # noqa: N801
-    """Removes the same fraction of what is left, several times: the paper's iterative pruning.
+    """Removes the same fraction of the remaining weights several times, as in the lookahead paper.
 
     Args:
         ratio: the fraction of the remaining weights that each pruning removes.
         rounds: the number of prunings.
-        every: steps from one pruning to the next, the training between them.
-        start: step of the first one.
+        every: the number of training steps from one pruning to the next.
+        start: the step of the first pruning.
 
     Example:
         >>> schedule = iterative(0.5, rounds=3, every=100)
@@ -213,7 +214,7 @@ class iterative:  # noqa: N801
         _steps(least=1, rounds=self.rounds, every=self.every)
 
     def __call__(self, step: int, /) -> float | None:
-        """Returns the sparsity to prune to at this step; None: do not prune."""
+        """Returns the sparsity to prune to at this step, or None not to prune."""
         done, off = divmod(step - self.start, self.every)
         if off or not 0 <= done < self.rounds:
             return None

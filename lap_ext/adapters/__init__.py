@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning inside other libraries: one module per framework, loaded when first used.
+"""Offers lookahead pruning in other libraries, with one module per framework, loaded when used.
 
     lap_ext.adapters.torch_prune     torch.nn.utils.prune: a pruning method, exact global masks
     lap_ext.adapters.torch_ao        torch.ao.pruning: a sparsifier, with torch's schedulers
@@ -7,10 +7,10 @@
     lap_ext.adapters.lightning       lightning: a callback of Trainer
     lap_ext.adapters.llmcompressor   llm-compressor: a modifier for oneshot
     lap_ext.adapters.torch_pruning   Torch-Pruning: an importance for groups of channels
-    lap_ext.adapters.nncf            nncf: lap_ext's masks in its models, so that export follows
+    lap_ext.adapters.nncf            nncf: lap_ext's masks in nncf's models, which export uses
 
-Nothing else in lap_ext imports them, and they use only what lap_ext exports. _callback.py is what
-the two callbacks share. Where a framework is not installed, its adapter raises a
+Nothing else in lap_ext imports these modules, and they use only what lap_ext exports. _callback.py
+holds what the two callbacks share. If a framework is not installed, its adapter raises a
 ModuleNotFoundError that says what to install.
 
     >>> import lap_ext

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the callbacks of trainers share: keeping masks, or pruning by a schedule, during training.
+"""Keeps masks or prunes by a schedule during training, for the callbacks of all trainers.
 
-The callback of each framework is a subclass named PruningCallback. It says when training begins,
-when the optimizer has stepped and when training ends, where masks are stored, and what the model is
-traced with.
+The callback of each framework is a subclass named PruningCallback. It says when training begins
+and ends, when the optimizer has stepped, where masks are stored, and with which inputs the model is
+traced.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class TrainingCallback(ABC):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights of the pruned layers that has been removed so far."""
+        """The fraction of the pruned layers' weights that has been removed so far."""
         return self.masks.sparsity
 
     @abstractmethod
@@ -176,7 +176,7 @@ def _reusable(patterns: Patterns | None) -> Patterns | None:
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:
-    """Checks that masks belong to the weights that the model has now: what they prune is zero."""
+    """Checks that masks belong to the model's current weights: all that they prune are zero."""
     for name, weight in weights_of(model, masks).items():
         if bool(weight.detach()[~masks[name].to(weight.device)].any()):
             raise LapValueError(
@@ -187,7 +187,7 @@ def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cur
 
 
 def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps names of masks to their parameters, where the model itself has these names."""
+    """Maps the names of masks to parameters, where the model itself has parameters so named."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Tensor] = {}
     for layer in masks:
@@ -198,7 +198,7 @@ def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def on_device(inputs: Any, device: torch.device) -> Any:
-    """Moves the tensors of inputs, also within tuples, lists and mappings, to a device."""
+    """Moves the tensors of inputs to a device, also inside tuples, lists and mappings."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning with Lightning's Trainer: a callback keeps masks or prunes by a schedule.
+"""Prunes with Lightning's Trainer: a callback keeps masks or prunes by a schedule.
 
     >>> import lap_ext, lightning, torch
     >>> from lap_ext.adapters.lightning import PruningCallback
@@ -79,42 +79,43 @@ _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 class PruningCallback(TrainingCallback, Callback):
-    """Keeps pruned weights at zero while a Trainer trains, and prunes by a schedule.
+    """Keeps pruned weights at zero while a Trainer trains, and prunes by a schedule if given one.
 
-    Pass exactly one of masks and schedule. The schedule's step is `trainer.global_step`: another
-    `fit` of the same trainer continues it, `fit` of a new trainer starts it anew. All other
-    arguments belong to a schedule.
+    Pass exactly one of masks and schedule. The schedule's step is `trainer.global_step`:
+    another `fit` of the same trainer continues the schedule, and `fit` of a new trainer starts it
+    anew. All other arguments apply only to a schedule.
 
     Args:
-        masks: the masks of the module that is trained, from `lap_ext.prune`: applied when training
-            begins, and kept.
-        schedule: optimizer step (from 0) -> the sparsity to prune to, or None; as in
-            `lap_ext.Pruner`.
-        example_inputs: as in `lap_ext.prune`. None: the module's example_input_array.
+        masks: the masks of the module that is trained, from `lap_ext.prune`. They are applied when
+            training begins, and kept during training.
+        schedule: a function from the optimizer step (from 0) to the sparsity to prune to, or to
+            None, as in `lap_ext.Pruner`.
+        example_inputs: as in `lap_ext.prune`. With None, the module's example_input_array is used.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
-        rounds: as in `lap_ext.prune`; of each pruning.
+        rounds: as in `lap_ext.prune`, for each pruning.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
-        data: as in `lap_ext.prune`; read at every pruning, so an iterator will not do.
+        data: as in `lap_ext.prune`; it is read at every pruning, so an iterator is not enough.
         neighbors: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
         on_progress: as in `lap_ext.prune`.
 
     Attributes:
-        masks: the masks so far, `lap_ext.Masks`; after a checkpoint is loaded, its masks.
+        masks: the current `lap_ext.Masks`; after a checkpoint is loaded, those of the checkpoint.
         result: the last pruning's `lap_ext.PruneResult`, or None.
 
     Raises:
-        TypeError: both or neither of masks and schedule, or masks with options of a schedule; from
-            the trainer's `fit`: as `lap_ext.Pruner` and `lap_ext.Masks.keep`.
-        ValueError: from `fit`: as `lap_ext.Pruner` and `lap_ext.Masks.keep`; a strategy that shards
-            parameters; a checkpoint without masks, from which a schedule cannot continue.
+        TypeError: both or neither of masks and schedule are given, or masks with options of a
+            schedule. The trainer's `fit` raises it as in `lap_ext.Pruner` and `lap_ext.Masks.keep`.
+        ValueError: raised by `fit` as in `lap_ext.Pruner` and `lap_ext.Masks.keep`; also if the
+            strategy shards parameters, or if a schedule cannot continue because the checkpoint has
+            no masks.
 
     Example:
         >>> import torch
@@ -128,12 +129,12 @@ class PruningCallback(TrainingCallback, Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint."""
+        """The key under which a checkpoint holds the state."""
         return STATE_KEY
 
     @calling("PruningCallback")
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that every process has whole parameters."""
+        """Checks that every process holds complete parameters."""
         kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
         for name in _SHARDING:
             if name in kinds:
@@ -165,7 +166,7 @@ class PruningCallback(TrainingCallback, Callback):
 
     @calling("PruningCallback")
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Removes all hooks, and applies the masks once more."""
+        """Removes all hooks and applies the masks once more."""
         self._end()
         self.masks.apply(pl_module)
 
@@ -174,11 +175,11 @@ class PruningCallback(TrainingCallback, Callback):
         self._end()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Forgets the state of an earlier fit, which is not the checkpoint's."""
+        """Forgets the state of an earlier fit, because it does not belong to the checkpoint."""
         self._state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the pruner's state, or the given masks in the same form: one bit per weight."""
+        """Returns the pruner's state, or the given masks in the same form (one bit per weight)."""
         if self._pruner is not None:
             return self._pruner.state_dict()
         if self._schedule is not None:
@@ -192,8 +193,8 @@ class PruningCallback(TrainingCallback, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a checkpoint's masks.
 
-        Ignored where masks were given, and during training: a search for the learning rate, which
-        reloads the state that it began with, has not pruned.
+        Does nothing if masks were given, or during training: a learning-rate search, which reloads
+        the state that it began with, has not pruned.
         """
         if self._schedule is None or self._pruner is not None:
             return
@@ -242,14 +243,14 @@ class PruningCallback(TrainingCallback, Callback):
 
 @calling("load_masks")
 def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
-    """Reads the masks in a Lightning checkpoint, to the CPU; no pickled code is executed.
+    """Reads the masks in a Lightning checkpoint to the CPU without executing pickled code.
 
     Args:
-        checkpoint: the file that a training with a `PruningCallback` has saved.
+        checkpoint: the file that training with a `PruningCallback` has saved.
 
     Raises:
-        ValueError: it has no masks (save_weights_only=True leaves them out), or torch.load rejects
-            it with weights_only=True.
+        ValueError: the file has no masks (save_weights_only=True leaves them out), or torch.load
+            with weights_only=True rejects the file.
 
     Example:
         >>> import tempfile, torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning in llm-compressor: a modifier for oneshot that needs no data.
+"""Prunes with llm-compressor through a modifier for oneshot that needs no data.
 
     >>> import tempfile, transformers
     >>> from llmcompressor import oneshot
@@ -22,8 +22,8 @@ What each event does:
 
     initialize          traces the model and rejects what cannot be pruned, before any modifier of
                         the recipe has begun
-    calibration_start   prunes the whole model, in its turn among the modifiers: exactly the
-                        requested number of weights, ties broken as everywhere in lap_ext
+    calibration_start   prunes the whole model when the modifier's turn comes: exactly the requested
+                        number of weights, with ties broken as everywhere in lap_ext
 
 Once this module is imported, recipe files can name the modifier:
 
@@ -33,7 +33,7 @@ Once this module is imported, recipe files can name the modifier:
 
 Weights that llm-compressor has moved to another device are pruned on that device; weights on disk
 cannot be pruned. Put the modifier before quantization: a symmetric scheme keeps zeros at zero. GPTQ
-does not: it changes pruned weights too.
+does not, because it changes pruned weights too.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class LookaheadModifier(Modifier):
     """Prunes a model by lookahead scores, or any other data-free criterion of lap_ext.
 
     Args:
-        sparsity: the fraction of the layers' weights to remove; or a dict of layer name patterns of
-            lap_ext and fractions, layers that match none stay dense.
-        targets: modules to prune, as in llm-compressor: names, classes, or "re:" patterns. All
-            layers of the model count as their neighbors.
-        ignore: modules among them that stay as they are.
-        criterion: as in `lap_ext.prune`; by name.
+        sparsity: the fraction of the layers' weights to remove; or a dict from layer name patterns
+            (as in lap_ext) to fractions, where layers that match no pattern stay dense.
+        targets: the modules to prune, as in llm-compressor: names, classes, or "re:" patterns. All
+            layers of the model count as neighbors of the targets.
+        ignore: the modules among the targets that stay as they are.
+        criterion: as in `lap_ext.prune`, by name.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -88,17 +88,17 @@ class LookaheadModifier(Modifier):
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
-        example_inputs: as in `lap_ext.prune`; not stored in recipes. None: the model's
-            dummy_inputs.
+        example_inputs: as in `lap_ext.prune`; not stored in recipes. With None, the model's
+            dummy_inputs are used.
 
     Attributes:
-        result: after oneshot, the `lap_ext.PruneResult`; None before.
+        result: the `lap_ext.PruneResult` after oneshot; None before.
         masks: the masks of the result.
 
     Raises:
-        TopologyError: from oneshot: the model cannot be traced.
-        ValueError: an argument is not one of the above (pydantic's ValidationError); from oneshot:
-            as `lap_ext.prune`; no layer is a target; several processes.
+        TopologyError: raised by oneshot if the model cannot be traced.
+        ValueError: an argument is not one of the above (pydantic's ValidationError). oneshot raises
+            it as in `lap_ext.prune`; also if no layer is a target, or with several processes.
 
     Example:
         >>> LookaheadModifier(sparsity={"*mlp*": 0.9}, scope="global").targets
@@ -123,7 +123,7 @@ class LookaheadModifier(Modifier):
 
     @property
     def result(self) -> lap_ext.PruneResult | None:
-        """The result of the pruning, or None before."""
+        """The result of the pruning; None before the pruning."""
         return self._result
 
     @property
@@ -133,7 +133,7 @@ class LookaheadModifier(Modifier):
 
     @calling("LookaheadModifier")
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Traces the model, and raises what the pruning would raise."""
+        """Traces the model and raises the errors that the pruning would raise."""
         if is_distributed():
             raise LapValueError(
                 "one process (there is no data to share, and processes may hold the same weights)",

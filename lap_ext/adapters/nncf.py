@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead masks in models that nncf.prune has prepared: batch norm adaptation and export follow.
+"""Writes lookahead masks into models of nncf.prune, for batch norm adaptation and export.
 
     >>> import lap_ext, nncf, torch
     >>> from lap_ext.adapters.nncf import write_masks_
@@ -20,17 +20,18 @@
     >>> nncf.pruning_statistic(net).pruning_ratio  # 123 of 164
     0.75
 
-nncf keeps a bool mask for each tensor and multiplies by it in the forward pass; the parameters stay
-as they are, and get no gradient where they are masked. Everything that uses the model afterwards
-sees the masks: training, `nncf.batch_norm_adaptation`, `nncf.pruning_statistic`, `nncf.quantize`,
-`nncf.strip` (which needs torchao), `nncf.torch.get_config`, and `openvino.convert_model`. nncf and
-OpenVINO send usage statistics unless told not to (opt_in_out --opt_out).
+nncf keeps a bool mask for each tensor and multiplies the tensor by its mask in the forward pass.
+The parameters stay as they are and get no gradient where they are masked. Everything that uses the
+model afterwards sees the masks: training, `nncf.batch_norm_adaptation`, `nncf.pruning_statistic`,
+`nncf.quantize`, `nncf.strip` (which needs torchao), `nncf.torch.get_config`, and
+`openvino.convert_model`. nncf and OpenVINO send usage statistics unless told not to
+(opt_in_out --opt_out).
 
-`nncf.prune(ratio=0.0)` itself prunes the smallest weight of each tensor, and all that are equal to
-it. They stay pruned in a layer for which no mask is written: leave it out with nncf's
-ignored_scope. nncf's own schedulers replace all masks with those of magnitudes: for a schedule call
-`prune_` instead. nncf adds a module to the model, so the model itself cannot be an nn.Sequential,
-which would call that module.
+`nncf.prune(ratio=0.0)` itself prunes the smallest weight of each tensor, and all weights equal to
+it. These weights stay pruned in a layer for which no mask is written: leave such a layer out with
+nncf's ignored_scope. nncf's own schedulers replace all masks with masks of magnitudes; for a
+schedule, call `prune_` instead. nncf adds a module to the model, so the model itself cannot be an
+nn.Sequential, which would call that module.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ _LISTED = 10  # of many problems, the first ones show what is wrong
 
 @calling("masks")
 def masks(model: nn.Module) -> lap_ext.Masks:
-    """Copies the masks that nncf has on a model's parameters now.
+    """Copies the masks that nncf currently has on a model's parameters.
 
     Args:
         model: what `nncf.prune` returned.
 
     Returns:
-        Layer name -> mask, with layers named as everywhere in lap_ext.
+        Layer name -> mask, with the layer names that lap_ext uses everywhere.
 
     Raises:
         ValueError: nncf has no masks on the model.
@@ -110,19 +111,20 @@ def masks(model: nn.Module) -> lap_ext.Masks:
 
 @calling("write_masks_")
 def write_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Puts masks into the buffers that nncf has on a model.
+    """Writes masks into the buffers that nncf has on a model.
 
     Layers without a mask keep the one that nncf has.
 
     Args:
         model: what `nncf.prune` returned, in a magnitude mode.
-        masks: layer name -> bool tensor of the parameter's shape, True: kept; on any device. As
-            from `lap_ext.prune(...).masks` and `lap_ext.Masks.load`.
+        masks: layer name -> bool tensor of the parameter's shape, on any device; True means kept.
+            `lap_ext.prune(...).masks` and `lap_ext.Masks.load` give such masks.
 
     Raises:
         TypeError: a mask is not a dense bool tensor.
-        ValueError: nncf has no masks on the model; layers that it does not mask, of another shape,
-            or named twice, all of them listed. Nothing was changed.
+        ValueError: nncf has no masks on the model, or there are layers that nncf does not mask,
+            that have another shape or that are named twice; the error lists all of them. Nothing
+            was changed.
 
     Example:
         >>> import nncf, torch
@@ -159,16 +161,16 @@ def prune_(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> lap_ext.PruneResult:
-    """Prunes a model that nncf has masks on further, scored with nncf's masks applied.
+    """Prunes further a model that has nncf's masks, and scores it with these masks applied.
 
-    Weights that the masks prune already never return, and do not count in their layers' neighbor
-    norms. Call it between epochs with growing sparsities in place of one of nncf's schedulers.
+    Weights that the masks already prune never return and do not count in neighbor norms. Call
+    this function between epochs with growing sparsities, in place of one of nncf's schedulers.
 
     Args:
         model: what `nncf.prune` returned, in a magnitude mode.
         example_inputs: as in `lap_ext.prune`.
-        sparsity: as in `lap_ext.prune`, of the layers that nncf masks: a fraction of all their
-            weights, including those that are pruned already.
+        sparsity: as in `lap_ext.prune`, for the layers that nncf masks; a fraction counts all their
+            weights, including those that are already pruned.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
@@ -188,8 +190,8 @@ def prune_(
         The result; its masks are written to the model.
 
     Raises:
-        TopologyError, TypeError, ValueError: as `lap_ext.prune`; nncf has no masks on the model.
-            Nothing was changed.
+        TopologyError, TypeError, ValueError: as in `lap_ext.prune`; also if nncf has no masks on
+            the model. Nothing was changed.
 
     Example:
         >>> import nncf, torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning in torch.ao.pruning: a sparsifier, for torch's own schedulers.
+"""Prunes with torch.ao.pruning through a sparsifier that works with torch's own schedulers.
 
     >>> import torch
     >>> from lap_ext.adapters.torch_ao import LookaheadSparsifier
@@ -17,11 +17,11 @@
     >>> int(net[0].weight.count_nonzero() + net[2].weight.count_nonzero())
     12
 
-torch gives a sparsifier one tensor after the other, without its neighbors. So `prepare` traces the
-model once, and all masks of a step come from the same weights: `step` calls `lap_ext.prune`,
-`update_mask` writes the result. Exactly the requested number of weights is kept, ties are broken as
-everywhere in lap_ext, and pruned weights never return, not even where a scheduler lowers the
-sparsity.
+torch gives a sparsifier one tensor after the other, without the neighbors. Therefore `prepare`
+traces the model once, and all masks of a step come from the same weights: `step` calls
+`lap_ext.prune`, and `update_mask` writes the result. Exactly the requested number of weights is
+kept, ties are broken as everywhere in lap_ext, and pruned weights never return, not even if a
+scheduler lowers the sparsity.
 """
 
 from __future__ import annotations
@@ -71,22 +71,22 @@ class LookaheadSparsifier(BaseSparsifier):
         sparsifier.step()                   new masks, to the sparsity_level of each tensor
         sparsifier.squash_mask()            a plain model again, pruned weights +0.0
 
-    Only the tensors of config are pruned; their neighbors are all layers of the model.
+    Only the tensors of config are pruned; all layers of the model count as neighbors.
 
     Args:
         example_inputs: as in `lap_ext.prune`.
-        sparsity_level: the fraction to remove, of all weights of a tensor; a tensor's own
+        sparsity_level: the fraction of a tensor's weights to remove. A tensor's own
             "sparsity_level" in config takes precedence, and torch's schedulers change it.
-        scope: "layer" ranks each tensor by itself; "global" all of them together, the sum of what
-            their levels keep.
+        scope: "layer" ranks each tensor by itself; "global" ranks all tensors together and keeps as
+            many weights as their levels keep in sum.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
-        rounds: as in `lap_ext.prune`; of each step.
+        rounds: as in `lap_ext.prune`, for each step.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
-        data: as in `lap_ext.prune`; read at every step, so an iterator will not do.
+        data: as in `lap_ext.prune`; it is read at every step, so an iterator is not enough.
         neighbors: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
         on_progress: as in `lap_ext.prune`.
@@ -146,15 +146,15 @@ class LookaheadSparsifier(BaseSparsifier):
         """Traces the model and puts a mask of ones on each tensor of config.
 
         Args:
-            model: changed as torch does it: the tensors become parametrizations.
+            model: the model, which is changed as in torch: its tensors become parametrizations.
             config: dicts with "tensor_fqn", a parameter's full name, and optionally
-                "sparsity_level". None: all layers of the model (in torch's own sparsifiers: its
-                linear layers).
+                "sparsity_level". None means all layers of the model (in torch's own sparsifiers,
+                all linear layers).
 
         Raises:
             TopologyError: the model cannot be traced.
-            TypeError, ValueError: as `lap_ext.prune`; a tensor is no layer of the model or is named
-                twice. The model was not changed.
+            TypeError, ValueError: as in `lap_ext.prune`; also if a tensor is no layer of the model
+                or is named twice. The model was not changed.
         """
         pruner = lap_ext.Pruner(  # traces the model and checks all options
             model, self._example, lambda step: None, **self._tracing, **self._options
@@ -169,11 +169,11 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @calling("LookaheadSparsifier.step")
     def step(self, use_path: bool = True) -> None:
-        """Makes new masks for all tensors, from the weights as they are now.
+        """Makes new masks for all tensors from their current weights.
 
         Raises:
-            ValueError: as `lap_ext.prune`; no mask was changed.
-            RuntimeError: before `prepare`.
+            ValueError: as in `lap_ext.prune`; no mask was changed.
+            RuntimeError: `prepare` has not been called.
         """
         if not self.enable_mask_update:
             return
@@ -185,9 +185,9 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @calling("LookaheadSparsifier.update_mask")
     def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
-        """Writes the mask of one tensor, in place: the mask's tensor stays the same one.
+        """Writes the mask of one tensor in place, so that the mask stays the same tensor.
 
-        `step` calls it. Called outside of a step, it ranks the whole model for this one mask.
+        `step` calls this method. Outside of a step, a call ranks the whole model for this one mask.
         """
         masks = self._rank() if self._ranked is None else self._ranked
         name = self._names()[kwargs["tensor_fqn"]]
@@ -197,17 +197,17 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @calling("LookaheadSparsifier.load_state_dict")
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Continues where `state_dict` was called; after `prepare` of the same tensors.
+        """Continues where `state_dict` was called; call `prepare` with the same tensors first.
 
-        torch's own method removes the masks from the dict that it is given, and then has none to
-        save again.
+        torch's own method removes the masks from the dict that it is given and cannot save them
+        again.
 
         Args:
             state_dict: what `state_dict` returned; it is not changed.
             strict: as in torch.
 
         Raises:
-            RuntimeError: before `prepare`.
+            RuntimeError: `prepare` has not been called.
         """
         self._traced()
         super().load_state_dict(copy.deepcopy(state_dict), strict)
@@ -217,16 +217,17 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @calling("LookaheadSparsifier.squash_mask")
     def squash_mask(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the tensors plain parameters again, pruned weights +0.0.
+        """Makes the tensors plain parameters again, with pruned weights +0.0.
 
-        torch's own method multiplies, which leaves -0.0, and NaN where a pruned weight is infinite.
+        torch's own method multiplies by the mask, which leaves -0.0, or NaN where a pruned weight
+        is infinite.
 
         Args:
             args: torch's params_to_keep and params_to_keep_per_layer.
-            kwargs: the same by name.
+            kwargs: the same arguments by name.
 
         Raises:
-            RuntimeError: before `prepare`.
+            RuntimeError: `prepare` has not been called.
         """
         masks = self.masks
         super().squash_mask(*args, **kwargs)
@@ -234,7 +235,7 @@ class LookaheadSparsifier(BaseSparsifier):
 
     @property
     def masks(self) -> lap_ext.Masks:
-        """Layer name -> current mask of the tensors of config; copies."""
+        """Copies of the current masks of the tensors of config: layer name -> mask."""
         names = self._names()
         return lap_ext.Masks(
             {

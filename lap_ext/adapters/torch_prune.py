@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead scores in torch.nn.utils.prune: per layer, over all layers, and repeatedly.
+"""Prunes by lookahead scores with torch.nn.utils.prune: per layer, over all layers, or repeatedly.
 
-A pruning method of torch sees one tensor and not the layer's neighbors, so that scores are computed
-for the whole model first:
+A pruning method of torch sees one tensor and not the layer's neighbors, so scores are first
+computed for the whole model:
 
     >>> import torch
     >>> from torch.nn.utils import prune
@@ -16,8 +16,8 @@ for the whole model first:
     >>> again = torch_prune.scores(net, torch.ones(1, 4))[net[2], "weight"]
     >>> net[2] = torch_prune.lookahead_unstructured(net[2], "weight", 0.5, again)  # of what is left
 
-Unlike torch's own methods these are deterministic: exactly the requested number is pruned, and of
-equal scores the one of the earlier layer, then of the lower index, is kept.
+Unlike torch's own methods, those of this module are deterministic: exactly the requested number is
+pruned, and of equal scores the one in the earlier layer, then at the lower index, is kept.
 
 torch recomputes a pruned weight when its module is called. A weight that is used without calling
 its module (MultiheadAttention.out_proj) is therefore not masked: leave it out with exclude.
@@ -55,16 +55,16 @@ class LookaheadUnstructured(prune.BasePruningMethod):
         float amount   keeps floor((1 - amount) * n + 1/2) of the n weights that are left
         int amount     prunes that many
 
-    For `prune.global_unstructured` and wherever else torch takes a pruning method. torch's
+    Use it in `prune.global_unstructured` and wherever else torch takes a pruning method. torch's
     L1Unstructured differs in three points: it ranks |score|, which keeps a score of -9; its choice
-    among equal scores is not specified; it rounds halves to even.
+    among equal scores is not specified; and it rounds halves to even.
 
     Args:
         amount: how much to prune of the weights that are not pruned yet.
 
     Raises:
         TypeError: amount is not a real number.
-        ValueError: a float outside [0, 1], a negative int.
+        ValueError: amount is a float outside [0, 1] or a negative int.
 
     Example:
         >>> import torch
@@ -84,18 +84,19 @@ class LookaheadUnstructured(prune.BasePruningMethod):
 
     @calling("LookaheadUnstructured")
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Computes the mask of the best scores.
+        """Computes the mask that keeps the best scores.
 
         Args:
-            t: importance scores >= 0, of the weight's shape; or 1-D, those of all weights that are
-                left, of one layer or several.
+            t: importance scores >= 0, in the weight's shape; or in 1-D, the scores of all weights
+                that are left, of one layer or several.
             default_mask: ones of the shape of t, in the dtype that the mask should have.
 
         Returns:
-            Ones and zeros like default_mask.
+            A tensor of ones and zeros like default_mask.
 
         Raises:
-            ValueError: a score is negative or NaN, or is a parameter; amount is more than there is.
+            ValueError: a score is negative or NaN, or is a parameter, or amount is more than is
+                left.
         """
         kept = lap_ext.topk_mask(_checked(t), **self._count(t.numel()), check_finite=False)
         return default_mask * kept.to(default_mask)  # dtype and device
@@ -117,9 +118,10 @@ class LookaheadUnstructured(prune.BasePruningMethod):
     def apply(  # type: ignore[override]  # as in torch's own methods
         cls, module: nn.Module, name: str, amount: float, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
-        """Prunes a tensor of a module; everything is checked before the module is changed.
+        """Prunes a tensor of a module after checking everything.
 
-        torch's own `apply` removes the hook of an earlier pruning before it finds a mistake.
+        The module is changed only after all checks; torch's own `apply` removes the hook of an
+        earlier pruning before it finds a mistake.
 
         Args:
             module: the module.
@@ -131,8 +133,8 @@ class LookaheadUnstructured(prune.BasePruningMethod):
             The hook, as torch returns it.
 
         Raises:
-            TypeError, ValueError: as `LookaheadUnstructured`; the scores are missing, or not of the
-                weight's shape and device. The module was not changed.
+            TypeError, ValueError: as in `LookaheadUnstructured`; also if the scores are missing, or
+                differ in shape or device from the weight. The module was not changed.
         """
         weight = getattr(module, name)
         if importance_scores is None:
@@ -171,7 +173,7 @@ def lookahead_unstructured(
         The module.
 
     Raises:
-        TypeError, ValueError: as `LookaheadUnstructured`; the module was not changed.
+        TypeError, ValueError: as in `LookaheadUnstructured`; the module was not changed.
 
     Example:
         >>> import torch
@@ -202,10 +204,10 @@ def scores(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[ModuleWeight, Tensor]:
-    """Scores every weight of a model, with the keys that torch.nn.utils.prune expects.
+    """Scores every weight of a model, under the keys that torch.nn.utils.prune expects.
 
-    A model that torch has pruned already is scored with its masks applied: only the weights that
-    are left count in their layers' neighbor norms.
+    A model that torch has already pruned is scored with its masks applied: only the weights that
+    are left count in neighbor norms.
 
     Args:
         model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not. It is not changed.
@@ -223,10 +225,10 @@ def scores(
         on_progress: as in `lap_ext.prune`.
 
     Returns:
-        (module, attribute) -> scores >= 0 of the weight's shape. A tied weight is listed once.
+        (module, attribute) -> scores >= 0 in the weight's shape. A tied weight is listed once.
 
     Raises:
-        TopologyError, TypeError, ValueError: as `lap_ext.scores`.
+        TopologyError, TypeError, ValueError: as in `lap_ext.scores`.
 
     Example:
         >>> import torch
@@ -281,7 +283,7 @@ def global_masks(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> lap_ext.Masks:
-    """Computes the masks of one exact ranking over all layers, for `prune.custom_from_mask`.
+    """Computes masks for `prune.custom_from_mask` by one exact ranking over all layers.
 
     `prune.global_unstructured` needs several copies of all weights for the same masks; here nothing
     is concatenated and no score is sorted.
@@ -289,8 +291,8 @@ def global_masks(
     Args:
         model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not. It is not changed.
         example_inputs: as in `lap_ext.prune`.
-        sparsity: as in `lap_ext.prune`, of all weights, including those that torch has pruned,
-            which never return.
+        sparsity: as in `lap_ext.prune`; a fraction counts all weights, including those that torch
+            has pruned, which never return.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
@@ -308,7 +310,7 @@ def global_masks(
         Layer name -> mask.
 
     Raises:
-        TopologyError, TypeError, ValueError: as `lap_ext.prune`.
+        TopologyError, TypeError, ValueError: as in `lap_ext.prune`.
 
     Example:
         >>> import torch
@@ -364,10 +366,10 @@ def apply_global_(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> lap_ext.Masks:
-    """Prunes a model with torch.nn.utils.prune, by the masks of `global_masks`.
+    """Prunes a model with torch.nn.utils.prune by the masks of `global_masks`.
 
-    A layer that torch has pruned already gets its new mask in its existing buffer: pruning in many
-    steps takes no more memory than in one.
+    A layer that torch has already pruned gets its new mask in its existing buffer, so pruning in
+    many steps takes no more memory than pruning in one.
 
     Args:
         model: as in `lap_ext.prune`; pruned by torch.nn.utils.prune or not.
@@ -390,8 +392,8 @@ def apply_global_(
         The masks. Their `remove(model)` makes the pruning permanent.
 
     Raises:
-        TopologyError, TypeError, ValueError: as `lap_ext.prune` and `Masks.to_torch_prune`. Nothing
-            was changed.
+        TopologyError, TypeError, ValueError: as in `lap_ext.prune` and `Masks.to_torch_prune`.
+            Nothing was changed.
 
     Example:
         >>> import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead scores in Torch-Pruning: an importance for whole channels, including coupled ones.
+"""Offers lookahead scores to Torch-Pruning as an importance of channels, coupled or not.
 
     importance[c] = sum of score(w)^2 over the weights w that are removed with channel c
 
@@ -26,9 +26,9 @@ weight that Torch-Pruning assigns to no single channel (the keys and values that
 share) does not count.
 
 Scores are computed anew for each pass over the groups. The model is traced again after channels
-were removed. If a model has hard-coded sizes (the number of heads, a reshape), correct them before
-the next step, as before any other use of the model. Where channels are split (chunk), Torch-Pruning
-1.6.1 itself needs a new pruner for each step.
+have been removed. If a model has hard-coded sizes (the number of heads, a reshape), correct them
+before the next step, as before any other use of the model. Where channels are split (chunk),
+Torch-Pruning 1.6.1 itself needs a new pruner for each step.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class LookaheadImportance(tp.importance.Importance):
     Args:
         model: the model that the pruner prunes.
         example_inputs: as in `lap_ext.prune`.
-        normalizer: what makes groups comparable where a pruner ranks them together
-            (global_pruning): any that Torch-Pruning's GroupMagnitudeImportance takes ("mean",
-            "sum", "max", "lamp", ..., a function). None: the formula itself.
+        normalizer: what makes groups comparable if a pruner ranks them together (global_pruning):
+            any normalizer that Torch-Pruning's GroupMagnitudeImportance takes ("mean", "sum",
+            "max", "lamp", ..., or a function). None leaves the result of the formula as it is.
         criterion: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
-        data: as in `lap_ext.prune`; read once a pass, so an iterator will not do.
+        data: as in `lap_ext.prune`; it is read once per pass, so an iterator is not enough.
         neighbors: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
         on_progress: as in `lap_ext.prune`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookahead pruning with transformers' Trainer: a callback keeps masks or prunes by a schedule.
+"""Prunes with transformers' Trainer: a callback keeps masks or prunes by a schedule.
 
     >>> import lap_ext, tempfile, torch, transformers
     >>> from lap_ext.adapters.transformers import PruningCallback
@@ -26,14 +26,14 @@ What each event does:
                         pruned weights do not count in the gradient's norm
     on_optimizer_step   counts the step and prunes if the schedule says so
     on_log              adds "sparsity". Reporters (TensorBoard, ...) that precede this callback
-                        have already read the logs by then: put this callback first with
+                        have already read the logs by then, so put this callback first with
                         `trainer.callback_handler.callbacks.insert(0, pruning)`
     on_save             writes masks.safetensors into the checkpoint directory; `lap_ext.Masks.load`
                         reads it
     on_train_end        removes all hooks; the model is a plain model with zeros
 
-transformers passes callbacks accelerate's wrapper of the optimizer, whose hooks never run, so the
-hooks are placed on the optimizer that it wraps. Gradient accumulation, mixed precision,
+transformers passes accelerate's wrapper of the optimizer to callbacks. Hooks on the wrapper never
+run, so the hooks are placed on the optimizer inside. Gradient accumulation, mixed precision,
 torch.compile and DistributedDataParallel need no setup. FSDP and DeepSpeed, which shard parameters,
 are rejected.
 """
@@ -94,45 +94,48 @@ MASKS_NAME = "masks.safetensors"  # in a checkpoint directory
 
 
 class PruningCallback(TrainingCallback, TrainerCallback):
-    """Keeps pruned weights at zero while a Trainer trains, and prunes by a schedule.
+    """Keeps pruned weights at zero while a Trainer trains, and prunes by a schedule if given one.
 
     Pass exactly one of masks and schedule. Another `train()` of the same trainer starts the
-    schedule anew. All other arguments belong to a schedule.
+    schedule anew. All other arguments apply only to a schedule.
 
     Args:
-        masks: the masks of the model that is trained, from `lap_ext.prune`: applied when training
-            begins, and kept.
-        schedule: optimizer step (from 0) -> the sparsity to prune to, or None; as in
-            `lap_ext.Pruner`.
+        masks: the masks of the model that is trained, from `lap_ext.prune`. They are applied when
+            training begins, and kept during training.
+        schedule: a function from the optimizer step (from 0) to the sparsity to prune to, or to
+            None, as in `lap_ext.Pruner`.
         example_inputs: as in `lap_ext.prune`; named inputs are what the model's tokenizer or
-            processor returns (without labels). None: the model's dummy_inputs.
+            processor returns (without labels). With None, the model's dummy_inputs are used.
         resume_from: the checkpoint directory that is passed to `train(resume_from_checkpoint=...)`.
-            Needed only if it is neither in the trainer's output directory nor named in
+            Needed only if that directory is neither in the trainer's output directory nor named in
             TrainingArguments.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
-        rounds: as in `lap_ext.prune`; of each pruning.
+        rounds: as in `lap_ext.prune`, for each pruning.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
-        data: as in `lap_ext.prune`; read at every pruning, so an iterator will not do.
+        data: as in `lap_ext.prune`; it is read at every pruning, so an iterator is not enough.
         neighbors: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
         on_progress: as in `lap_ext.prune`.
 
     Attributes:
-        masks: the masks so far, `lap_ext.Masks`.
+        masks: the current `lap_ext.Masks`.
         result: the last pruning's `lap_ext.PruneResult`, or None.
 
     Raises:
-        TypeError: both or neither of masks and schedule, or masks with options of a schedule; from
-            the trainer's `train`: as `lap_ext.Pruner` and `lap_ext.Masks.keep`.
-        ValueError: from `train`: as `lap_ext.Pruner` and `lap_ext.Masks.keep`; FSDP or DeepSpeed.
-        OSError: from `train`: a checkpoint without masks, from which a schedule cannot continue.
+        TypeError: both or neither of masks and schedule are given, or masks with options of a
+            schedule. The trainer's `train` raises it as in `lap_ext.Pruner` and
+            `lap_ext.Masks.keep`.
+        ValueError: raised by `train` as in `lap_ext.Pruner` and `lap_ext.Masks.keep`; also if FSDP
+            or DeepSpeed is used.
+        OSError: raised by `train` if a schedule cannot continue because the checkpoint has no
+            masks.
 
     Example:
         >>> import torch
@@ -185,7 +188,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
 
     @calling("PruningCallback")
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the masks, or builds the pruner; a resumed run gets the masks of its checkpoint."""
+        """Keeps the masks or builds the pruner; a resumed run gets the masks of its checkpoint."""
         self._end()
         _check_not_sharded(args)
         self._begin(kwargs["model"], [_innermost(kwargs["optimizer"])])
@@ -203,7 +206,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             self._take()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Adds the sparsity, also to the history that trainer_state.json will hold."""
+        """Adds the sparsity to the logs and to the history that trainer_state.json will hold."""
         if logs is not None and (self._hooks or self.masks):
             logs["sparsity"] = self.sparsity
             if state.log_history:
@@ -222,7 +225,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
 
     @calling("PruningCallback")
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Removes all hooks; if the trainer has loaded its best checkpoint, takes its masks."""
+        """Removes all hooks; takes the best checkpoint's masks if the trainer has loaded it."""
         self._end()
         model = kwargs["model"]
         best = state.best_model_checkpoint
@@ -294,14 +297,14 @@ def _check_agreed(masks: lap_ext.Masks) -> None:
 
 
 def inputs_of(model: Any, example: Inputs | None) -> Inputs:
-    """Returns what to trace a model with: dummy_inputs if need be, no cache, on its device.
+    """Returns inputs to trace a model with, without cache and on the model's device.
 
     Args:
         model: a model of transformers, or any other if there is an example.
-        example: positional inputs, named ones or None.
+        example: positional inputs or named inputs; None for the model's dummy_inputs.
 
     Raises:
-        TypeError: there is neither an example nor dummy_inputs.
+        TypeError: example is None and the model has no dummy_inputs.
     """
     if example is None:
         example = getattr(model, "dummy_inputs", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layer-wise sparsity: how many weights each layer keeps."""
+"""Allocates a sparsity to layers: decides how many weights each layer keeps."""
 
 from lap_ext.allocation.layerwise import Allocation as Allocation
 from lap_ext.allocation.layerwise import Shapes as Shapes

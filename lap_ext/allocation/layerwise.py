@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Layer-wise sparsity: from layer shapes to the number of weights that each layer keeps.
+"""Computes from layer shapes the number of weights that each layer keeps (layer-wise sparsity).
 
     uniform        density d in every layer
-    uniform_plus   first convolution dense, last layer max(d, 1/5), the others d, which is chosen
-                   to meet the total
+    uniform_plus   first convolution dense, last layer max(d, 1/5), other layers d; d is chosen to
+                   meet the total
     er, erk        density ~ sum(dims) / prod(dims), at most 1, scaled to meet the total;
-                   er counts only a convolution's channels, erk also its kernel size
+                   the dims of a convolution are its channels in er, also its kernel size in erk
     per_layer      a sparsity for each pattern of names; layers that match nothing stay dense
-    compounded     1 - (1 - ratio)^times, a ratio for each layer
+    compounded     sparsity 1 - (1 - ratio)^times, with a ratio for each layer
 
-n is the number of all weights. uniform_plus, er and erk keep exactly
-floor((1 - sparsity) * n + 1/2) in total: each layer gets its share rounded down, and the weights
-that remain go, one each, to the layers with the largest remainders (ties: the earlier layer). The
-others round each layer by itself, floor((1 - sparsity) * size + 1/2). All of this is computed in
-integers and fractions, without rounding errors.
+Let n be the number of all weights. uniform_plus, er and erk keep exactly
+floor((1 - sparsity) * n + 1/2) weights in total. Each layer gets its share rounded down; the
+weights that remain go, one each, to the layers with the largest remainders, and the earlier layer
+wins a tie. The other allocations round each layer by itself: floor((1 - sparsity) * size + 1/2).
+All of this is computed in integers and fractions, without rounding errors.
 
-Sources: uniform_plus as in Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning",
-ICLR 2021; ERK in Evci et al., "Rigging the lottery", ICML 2020; the ratios in Park et al., ICLR
-2020.
+Sources: uniform_plus is from Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning",
+ICLR 2021; ERK from Evci et al., "Rigging the lottery", ICML 2020; the ratios from Park et al.,
+ICLR 2020.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LAST_LAYER = Fraction(1, 5)  # uniform_plus: the last layer keeps at least this
 
 @runtime_checkable
 class Allocation(Protocol):
-    """Says how many weights each layer keeps; your own class needs this method only.
+    """Says how many weights each layer keeps; a class of your own needs only the method keeps.
 
     Example:
         >>> class HalfOfTheFirst:
@@ -53,7 +53,7 @@ class Allocation(Protocol):
     """
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer that shapes names, at most all of them."""
+        """Counts the weights to keep in each layer of shapes, at most all of its weights."""
         ...
 
 
@@ -61,10 +61,11 @@ Sparsity = Number | Mapping[str, Number] | Allocation  # what prune takes
 
 
 def of(sparsity: Sparsity) -> Allocation:
-    """Returns the allocation that a sparsity stands for: a number is uniform, a dict per_layer.
+    """Converts a sparsity to an allocation: a number to uniform, a dict to per_layer.
 
     Args:
-        sparsity: a number, a dict pattern -> number, or an allocation, which is returned as it is.
+        sparsity: a number, a dict from patterns to numbers, or an allocation, which is returned
+            unchanged.
 
     Example:
         >>> of(0.5), of({"fc*": 0.9})
@@ -87,10 +88,10 @@ def of(sparsity: Sparsity) -> Allocation:
 
 
 def total(allocation: Allocation, shapes: Shapes) -> int:
-    """Counts the weights to keep where all layers are ranked together.
+    """Counts the weights to keep in total when all layers are ranked together.
 
-    A uniform sparsity counts from all weights together, floor((1 - sparsity) * n + 1/2); any other
-    allocation gives the sum of what it keeps.
+    A uniform sparsity gives floor((1 - sparsity) * n + 1/2), where n is the number of all weights;
+    any other allocation gives the sum of the weights that it keeps in each layer.
 
     Example:
         >>> shapes = {"a": (1, 5), "b": (1, 5)}
@@ -119,7 +120,7 @@ class uniform:  # noqa: N801 (reads as the function that it is used as; so do th
         check.keep_count(self.sparsity, None, 0)
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer."""
+        """Counts the weights to keep in each layer."""
         return {
             name: check.keep_count(self.sparsity, None, n) for name, n in _sizes(shapes).items()
         }
@@ -127,19 +128,20 @@ class uniform:  # noqa: N801 (reads as the function that it is used as; so do th
 
 @dataclass(frozen=True)
 class uniform_plus:  # noqa: N801
-    """Keeps the first convolution dense and a fifth of the last layer or more; the rest is uniform.
+    """Keeps the first convolution dense, at least a fifth of the last layer, and the rest uniform.
 
     Args:
-        sparsity: the fraction removed of all weights together.
-        first: name of the layer that stays dense; None: the first weight of 3 dimensions or more,
-            no layer if there is none.
-        last: name of the layer that keeps a fifth at least; None: the last one.
+        sparsity: the fraction to remove of all weights together.
+        first: name of the layer that stays dense. None means the first layer whose weight has 3 or
+            more dimensions, or no layer if there is none.
+        last: name of the layer that keeps at least a fifth. None means the last layer.
 
     Example:
         >>> uniform_plus(0.75).keeps({"conv": (2, 1, 1, 1), "fc": (4, 4), "out": (2, 5)})
         {'conv': 2, 'fc': 3, 'out': 2}
 
-        28 weights, 7 to keep: 2 dense; of 5 for the rest 5/26 each, so that out has its minimum, 2.
+        Of 28 weights, 7 are kept. The dense layer takes 2 of them. With density 5/26 in the others,
+        out would keep less than its minimum of 2, so that out keeps 2 and fc keeps 3.
     """
 
     sparsity: Number
@@ -152,10 +154,10 @@ class uniform_plus:  # noqa: N801
 
     @calling("uniform_plus")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer.
+        """Counts the weights to keep in each layer.
 
         Raises:
-            ValueError: the dense layer and the fifth of the last one are more than the total.
+            ValueError: the dense layer and a fifth of the last layer together exceed the total.
         """
         for argument, name in (("first", self.first), ("last", self.last)):
             if name is not None and name not in shapes:
@@ -183,7 +185,7 @@ class uniform_plus:  # noqa: N801
 
 @dataclass(frozen=True)
 class er:  # noqa: N801
-    """Prunes wide layers more: density ~ (out + in) / (out * in), whatever a convolution's window.
+    """Prunes wide layers more: density ~ (out + in) / (out * in), for any convolution kernel size.
 
     Example:
         >>> er(0.75).keeps({"a": (8, 8), "b": (8, 2)})  # 20 of 80, split 16 : 10
@@ -197,7 +199,7 @@ class er:  # noqa: N801
             check.keep_count(self.sparsity, None, 0)
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer."""
+        """Counts the weights to keep in each layer."""
         sizes = _sizes(shapes)
         n = sum(sizes.values())
         total = check.keep_count(self.sparsity, None, n)
@@ -224,7 +226,7 @@ class erk(er):  # noqa: N801
 
 @dataclass(frozen=True)
 class per_layer:  # noqa: N801
-    """Takes a sparsity for each fnmatch pattern of names. The first that matches counts.
+    """Uses one sparsity for each fnmatch pattern of layer names; the first matching pattern counts.
 
     Example:
         >>> shapes = {"body.0": (4, 4), "body.1": (4, 4), "head": (2, 4)}
@@ -252,11 +254,12 @@ class per_layer:  # noqa: N801
 
 @dataclass(frozen=True)
 class compounded:  # noqa: N801
-    """Removes 1 - (1 - ratio)^times of a layer at once: the lookahead paper's one-shot levels.
+    """Removes 1 - (1 - ratio)^times of a layer at once, the one-shot levels of the lookahead paper.
 
     Args:
-        ratios: one for each layer, in order, or a dict pattern -> ratio (no match: dense).
-        times: how often the ratios are applied; 0 is the dense net.
+        ratios: a sequence with one ratio for each layer, in order, or a dict from patterns to
+            ratios; layers that match no pattern stay dense.
+        times: how many times the ratios are applied; 0 gives the dense net.
 
     Example:
         >>> compounded([0.5, 0.25], 2).keeps({"fc": (4, 4), "out": (2, 8)})  # 16 / 4, 16 * 9 / 16
@@ -280,7 +283,7 @@ class compounded:  # noqa: N801
 
     @calling("compounded")
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep of each layer."""
+        """Counts the weights to keep in each layer."""
         if isinstance(self.ratios, Mapping):
             ratios = _by_layer(self.ratios, shapes)
         elif len(self.ratios) != len(shapes):

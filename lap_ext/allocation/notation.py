@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Sparsities as text, for command lines and for the record of a pruning.
+"""Reads and writes sparsities as text, for command lines and for the record of a pruning.
 
-    0.9             of every layer
-    PATTERN=0.9     of the layers whose names match the pattern; one text for each pattern
-    erk:0.9         of all layers together, by an allocation: erk, er, uniform or uniform_plus
+    0.9             for every layer
+    PATTERN=0.9     for the layers whose names match the pattern; one text for each pattern
+    erk:0.9         for all layers together, by the allocation erk, er, uniform or uniform_plus
 
 Other allocations have no such text.
 """
@@ -26,10 +26,10 @@ _KINDS: dict[str, Callable[[Number], Allocation]] = {
 
 
 def of_texts(texts: Sequence[str]) -> Sparsity:
-    """Reads a sparsity, as `prune` takes it, from its texts.
+    """Reads a sparsity, in the form that `prune` accepts, from its texts.
 
     Args:
-        texts: one of the forms above, or several with patterns.
+        texts: one text in any of the forms above, or several texts with patterns.
 
     Raises:
         ValueError: a text has none of these forms.
@@ -63,7 +63,7 @@ def of_texts(texts: Sequence[str]) -> Sparsity:
 
 
 def text_of(sparsity: Sparsity) -> str:
-    """Writes a sparsity as its texts, with commas between; other allocations by their repr.
+    """Writes a sparsity as its texts, separated by commas, and other allocations as their repr.
 
     Example:
         >>> text_of(0.9), text_of({"fc*": 0.5, "*": 0.9}), text_of(erk(0.9))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Statistics of each layer's scores, as a table and for JSON.
+"""Computes statistics of each layer's scores, for a table and for JSON.
 
     q %            the smallest score that at least q % of the layer's weights do not exceed
     squared norm   sum of the squares of the layer's scores
@@ -30,12 +30,12 @@ class LayerFigures:
     """The scores of one layer in figures.
 
     Attributes:
-        name: of the layer, as its kind and shape.
-        dtype: of the scores, as in "float32".
-        weights: how many scores there are.
-        zeros: how many of them are zero (a dead channel before or after).
-        quantiles: "min", "10%", "median", "90%" and "max"; None where there is no weight.
-        squared_norm: sum of the squares of the scores.
+        name, kind, shape: those of the layer.
+        dtype: the dtype of the scores, for example "float32".
+        weights: the number of scores.
+        zeros: the number of scores that are zero (a channel before or after is dead).
+        quantiles: "min", "10%", "median", "90%" and "max"; None if the layer has no weight.
+        squared_norm: the sum of the squares of the scores.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LayerFigures:
     squared_norm: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a dict for JSON, which has no infinity: "inf" is a text there."""
+        """Returns a dict for JSON, which has no infinity, so that infinity is the text "inf"."""
         quantiles = {name: _json(value) for name, value in self.quantiles.items()}
         facts = vars(self) | {"shape": list(self.shape), "quantiles": quantiles}
         return facts | {"squared_norm": _json(self.squared_norm)}
@@ -59,7 +59,7 @@ class ScoreTable:
     """Figures of the scores of all layers; print it for a table.
 
     Attributes:
-        layers: one row a layer, in the order of the network.
+        layers: one row per layer, in the order of the network.
     """
 
     layers: Sequence[LayerFigures]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""inspect: the layers of a checkpoint directory, their neighbors, sizes and zeros."""
+"""Lists the layers of a checkpoint directory, with their neighbors, sizes and zeros (`inspect`)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class InspectedLayer:
     """A layer and its neighbors.
 
     Attributes:
-        name: of the layer, as its kind and shape.
-        dtype: of the weight in the model, as in "float32".
-        weights: how many there are.
-        zeros: how many of them are zero, of either sign.
-        fed_by: the layers whose outputs it reads, as text.
-        read_by: the layers that read its outputs, as text.
+        name, kind, shape: those of the layer.
+        dtype: the dtype of the weight in the model, for example "float32".
+        weights: the number of weights.
+        zeros: the number of weights that are zero (+0.0 or -0.0).
+        fed_by: the layers whose outputs this layer reads, as text.
+        read_by: the layers that read the outputs of this layer, as text.
     """
 
     name: str
@@ -50,7 +50,7 @@ class InspectedLayer:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights that is zero."""
+        """The fraction of the layer's weights that is zero."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,8 +74,9 @@ class Inspection:
 
     Attributes:
         topology: how the layers are connected.
-        layers: one row a layer, in the order of the network.
-        bytes: of the files with the weights; of a module: of its parameters and buffers.
+        layers: one row per layer, in the order of the network.
+        bytes: the size of the files with the weights; for a module, that of its parameters and
+            buffers.
     """
 
     topology: Topology
@@ -84,12 +85,12 @@ class Inspection:
 
     @property
     def weights(self) -> int:
-        """Weights of all layers."""
+        """The number of weights in all layers."""
         return sum(row.weights for row in self.layers)
 
     @property
     def zeros(self) -> int:
-        """How many of them are zero."""
+        """The number of weights in all layers that are zero."""
         return sum(row.zeros for row in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def inspect(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> Inspection:
-    """Traces a checkpoint that may be larger than memory, and counts the zeros of its layers.
+    """Traces a checkpoint that may be larger than memory and counts the zeros in its layers.
 
     Args:
         directory: as in `checkpoint.prune`; a single file does not say how its weights are
@@ -152,10 +153,10 @@ def inspect(
         on_progress: called with a `Progress` after each tensor.
 
     Returns:
-        `.topology`, `.layers` and `.bytes`; print it for a table.
+        An `Inspection` with `.topology`, `.layers` and `.bytes`; print it for a table.
 
     Raises:
-        ValueError, TypeError, TopologyError: as `checkpoint.prune`.
+        ValueError, TypeError, TopologyError: as in `checkpoint.prune`.
 
     Example:
         >>> import tempfile, torch
@@ -187,7 +188,7 @@ def inspect(
 def inspect_model(
     topology: Topology, on_progress: Callable[[Progress], Any] | None = None
 ) -> Inspection:
-    """Counts the zeros of a traced module's layers.
+    """Counts the zeros in the layers of a traced module.
 
     Example:
         >>> import torch, lap_ext
@@ -211,12 +212,12 @@ def inspect_model(
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Counts the bytes of all parameters and buffers, tied ones once."""
+    """Counts the bytes of all parameters and buffers; tied ones count once."""
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def neighbors(edges: Iterable[Edge]) -> str:
-    """Names the ends of edges, and how channels correspond if it is not one to one."""
+    """Names the ends of edges, and how channels correspond where it is not one-to-one."""
     marks = {"coupled": "coupled with "}
     names = [f"{marks.get(edge.kind, '')}{edge.name}{edge.how}" for edge in edges]
     return some(dict.fromkeys(names), _MOST)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""prune: turns a checkpoint directory into a pruned one, within a memory budget.
+"""Turns a checkpoint directory into a pruned one, within a memory budget (`prune`).
 
-    check    directory, model, names, options, memory, disk, before anything is written
-    measure  reads each tensor once: row and column squared norms, a few MB, give all norms
+    check    checks directory, model, names, options, memory and disk before anything is written
+    measure  reads each tensor once for its squared row and column norms: a few MB give all norms
     rank     passes over the scores, for rankings that do not fit into memory
     write    reads each tensor once more and writes it, masked, into a directory next to OUT that is
              renamed to OUT at the end
@@ -67,11 +67,12 @@ def prune(
     resume: bool = True,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> CheckpointResult:
-    """Prunes a checkpoint that may be larger than memory; the result is that of `lap_ext.prune`.
+    """Prunes a checkpoint that may be larger than memory, with the result of `lap_ext.prune`.
 
-    The directory is only read. The new one has the same files, tensors, order, metadata and dtypes;
-    tensors that are not layers, and all other files, are copied byte for byte. An interrupted run
-    leaves a directory .OUT.lap_ext next to out (OUT: the name of out); the same call resumes it.
+    The directory is only read. The new directory has the same files, tensors, order, metadata and
+    dtypes; tensors that are not layers, and all other files, are copied byte for byte. An
+    interrupted run leaves a directory .OUT.lap_ext next to out, where OUT is the name of out; the
+    same call resumes it.
 
     Args:
         directory: the checkpoint directory: config.json with model.safetensors, or with shards and
@@ -80,35 +81,39 @@ def prune(
         sparsity: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
             ranking: one pass for lookahead criteria, two or three for magnitudes.
-        criterion: one that reads weights only: "lookahead", "lookforward", "lookback", "magnitude",
-            "magnitude_bn" or "random".
-        normalize: as in `lap_ext.prune`. "lamp" sorts all scores that may be kept, as many at a
-            time as fit into memory.
+        criterion: a criterion that reads only weights: "lookahead", "lookforward", "lookback",
+            "magnitude", "magnitude_bn" or "random".
+        normalize: as in `lap_ext.prune`. "lamp" sorts all scores that may be kept; it holds only as
+            many at a time as fit into memory.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         memory: how much memory pruning may use at a time: "4GB", "512MiB" or a number of bytes, not
             counting the interpreter, the libraries and the traced model. Layers that do not fit are
             pruned in chunks of rows, with the same result.
-        example_inputs: for the trace: a tensor, a tuple or a dict of named ones. None: made from
-            the config, for text models and for image models with one image size.
+        example_inputs: inputs for the trace: a tensor, a tuple, or a dict of named inputs. With
+            None, they are made from the config, for text models and for image models with one image
+            size.
         model: the module that gives the structure; its weights are not used, so it may be on the
-            meta device. None: the transformers class that config.json names.
+            meta device. With None, the transformers class that config.json names is used.
         on_unsupported: as in `lap_ext.trace`.
-        save_masks: write the masks, one bit per weight, to lap_ext_masks.safetensors in out.
-        count_scores: count the kept and the pruned scores of each layer in histogram bins, for a
-            report. They are the scores that `lap_ext.scores` returns, normalized by "norm", but
-            not by "lamp". No file is read again for this.
-        resume: resume an interrupted run with the same options, and keep the finished part if this
-            run is interrupted too. False: start over, and leave nothing behind if interrupted.
+        save_masks: whether to write the masks, one bit per weight, to lap_ext_masks.safetensors in
+            out.
+        count_scores: whether to count the kept and the pruned scores of each layer in histogram
+            bins, for a report. They are the scores that `lap_ext.scores` returns, normalized by
+            "norm" but not by "lamp". No file is read again for this.
+        resume: whether to resume an interrupted run with the same options, and to keep the finished
+            part if this run is interrupted too. False starts over, and leaves nothing behind if
+            this run is interrupted.
         on_progress: called with a `Progress` after each tensor or chunk of rows.
 
     Returns:
-        The counts of each layer, as from `lap_ext.prune`; the masks stay on disk.
+        The counts of each layer, as `lap_ext.prune` returns them; the masks stay on disk.
 
     Raises:
         ValueError: a file is missing, damaged or does not fit the model, a weight is not finite, an
-            option is not one of the above, or a row does not fit into memory. No files are left.
+            option is not one of the above, or a row does not fit into memory. No files are left
+            behind.
         TypeError: weights are not floating-point numbers, or an argument is of the wrong type.
         TopologyError: the model cannot be traced.
         OSError: the disk is full, or another process is writing to out.

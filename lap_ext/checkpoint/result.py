@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The result of pruning a checkpoint: the table of `prune`, and masks that stay on disk."""
+"""Holds the result of pruning a checkpoint: the table of `prune` and masks that stay on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lap_ext.report import Histogram
 
 
 class StoredMasks(Masks):
-    """Masks in a file of `Masks.save`, each read when it is requested.
+    """Masks in a file that `Masks.save` wrote, each read when it is requested.
 
-    `Masks.load` of the same file has all of them in memory at once.
+    `Masks.load` reads all masks of the same file into memory at once.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -39,12 +39,12 @@ class StoredMasks(Masks):
 
 @dataclass(frozen=True)
 class CheckpointResult(PruneResult):
-    """The result of `checkpoint.prune`: as that of `prune`, and where it is on the disk.
+    """The result of `checkpoint.prune`: the same as that of `prune`, and where it is on disk.
 
     Attributes:
-        masks: read from masks_file one at a time; empty with save_masks=False.
+        masks: the masks, read from masks_file one at a time; empty with save_masks=False.
         directory: the pruned checkpoint.
-        masks_file: the masks beside the weights, as `Masks.load` reads them, or None.
+        masks_file: the file of masks beside the weights, which `Masks.load` can read, or None.
         scores: layer name -> its scores, counted in bins; empty without count_scores=True.
     """
 
@@ -60,7 +60,7 @@ def result_of(
     masks_file: Path | None,
     scores: Mapping[str, Histogram],
 ) -> CheckpointResult:
-    """Makes the result; the masks are in a file, or were not saved."""
+    """Makes the result of a pruning whose masks are in a file or were not saved."""
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
     return CheckpointResult(masks, rows, criterion, directory, masks_file, scores)

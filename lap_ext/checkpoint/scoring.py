@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""scores: scores a checkpoint directory, one layer at a time, within a memory budget.
+"""Scores a checkpoint directory one layer at a time, within a memory budget (`scores`).
 
 Memory holds one layer's scores, a chunk of its weights and the norms of all channels. The scores
 are those of `lap_ext.scores`, bit for bit.
@@ -51,7 +51,7 @@ def scores(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> ScoreStream:
-    """Scores a checkpoint that may be larger than memory; the scores are those of `lap_ext.scores`.
+    """Scores a checkpoint that may be larger than memory, with the result of `lap_ext.scores`.
 
         score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
 
@@ -65,7 +65,7 @@ def scores(
         layers: as in `checkpoint.prune`.
         exclude: as in `checkpoint.prune`.
         batch_norm: as in `checkpoint.prune`.
-        memory: as in `checkpoint.prune`; all scores of a layer must fit.
+        memory: as in `checkpoint.prune`; all scores of one layer must fit into it.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
         on_unsupported: as in `checkpoint.prune`.
@@ -76,8 +76,8 @@ def scores(
         the scores are normalized; the stream's `save` writes them to a file.
 
     Raises:
-        ValueError, TypeError, TopologyError: as `checkpoint.prune`; errors about values of weights
-            are raised when the weights are read.
+        ValueError, TypeError, TopologyError: as in `checkpoint.prune`; errors about the values of
+            weights are raised when the weights are read.
 
     Example:
         >>> import tempfile, torch

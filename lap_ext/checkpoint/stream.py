@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scores that are computed one layer at a time, and the file that holds all of them."""
+"""Computes scores one layer at a time and writes the file that holds all of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 class ScoreStream:
     """Scores of a model's layers, each computed when it is requested.
 
-    Iterating gives (layer, scores), with scores of the layer's shape. Each iteration, `table` and
-    `save` is one pass over the weights.
+    Iterating gives (layer, scores), with scores in the layer's shape. Each iteration, and each
+    call of `table` or `save`, is one pass over the weights.
 
     Args:
         layers: the layers that are scored, in the order of the network.
-        dtypes: of each layer's scores, float32 or float64.
-        compute: begins a pass; gives the scores of each layer.
-        options: option of the scoring -> value.
+        dtypes: the dtype of each layer's scores, float32 or float64.
+        compute: begins a pass that gives the scores of each layer.
+        options: name of a scoring option -> its value.
         source: the checkpoint directory that is read, if there is one.
     """
 
@@ -55,7 +55,7 @@ class ScoreStream:
     def of_model(
         cls, topology: Topology, scores: Mapping[str, Tensor], options: Mapping[str, str]
     ) -> ScoreStream:
-        """Makes a stream of the scores that `lap_ext.scores` returns, which are all in memory.
+        """Makes a stream from the scores that `lap_ext.scores` returns, which are all in memory.
 
         Example:
             >>> import lap_ext
@@ -75,25 +75,26 @@ class ScoreStream:
 
     @calling("ScoreStream.table")
     def table(self) -> ScoreTable:
-        """Computes the figures of all layers."""
+        """Computes the figures of the scores of all layers."""
         return ScoreTable([figures(layer, scores) for layer, scores in self])
 
     @calling("ScoreStream.save")
     def save(self, path: str | os.PathLike[str]) -> ScoreTable:
-        """Writes all scores to a safetensors file, a tensor for each layer.
+        """Writes all scores to a safetensors file, with one tensor per layer.
 
-        The file is complete or not there. Its metadata are the options and the version of lap_ext.
+        The file is either complete or absent. Its metadata hold the options and the version of
+        lap_ext.
 
         Args:
-            path: a file that is not there yet, outside of the directory that is read.
+            path: a file that does not exist yet, outside the directory that is read.
 
         Returns:
-            The figures of what was written.
+            The figures of the scores that were written.
 
         Raises:
-            OSError: path exists already (errno EEXIST), or its directory does not (ENOENT).
+            OSError: path already exists (errno EEXIST), or its directory does not exist (ENOENT).
             ValueError: path is in the directory that is read, the file does not fit on the disk, or
-                what scoring itself raises.
+                scoring itself raises it.
         """
         path = Path(path)
         check_new(path, self.source)
@@ -118,12 +119,12 @@ class ScoreStream:
 
 
 def check_new(path: Path, source: Path | None, argument: str = "path") -> None:
-    """Raises unless path can become a new file, outside of a directory that is only read.
+    """Raises an error unless path can become a new file outside a directory that is only read.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         source: the directory, or None.
-        argument: the argument that the path came in.
+        argument: the name of the argument in which the path was given.
     """
     if path.exists():
         raise LapFileExistsError(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""verify: compares a pruned checkpoint with its original, bit by bit, and counts its masks.
+"""Compares a pruned checkpoint with its original bit by bit, and counts its masks.
 
     kept      the bits of the original's weight
     pruned    +0.0, all bits zero
     others    tensors without a mask: the bits of the original
     counts    kept weights of each mask: as in the pruning's record (record.py)
 
-Without a mask file every weight must be the original's or +0.0. Files are read in chunks.
+Without a mask file, every weight must have the original's bits or be +0.0. Files are read in
+chunks.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Finding:
     """A difference between a pruned checkpoint and what it should be.
 
     Attributes:
-        tensor: where: a tensor, a layer, a file, or "all layers".
+        tensor: where the difference is: a tensor, a layer, a file, or "all layers".
         problem: the difference, in words.
-        count: how many weights differ, where it is about weights.
+        count: how many weights differ, if the difference is about weights.
     """
 
     tensor: str
@@ -52,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """How many weights of a layer are kept."""
+    """The number of weights of a layer that are kept."""
 
     name: str
     kept: int
@@ -64,10 +65,10 @@ class Verdict:
     """The result of a comparison; print it for a table.
 
     Attributes:
-        findings: the differences; empty: there are none.
+        findings: the differences; empty if there are none.
         layers: how many weights each layer keeps.
-        tensors: how many were compared.
-        masks: whether there was a mask file; without one, zeros were taken for pruned.
+        tensors: how many tensors were compared.
+        masks: whether there was a mask file; without one, zeros counted as pruned weights.
     """
 
     findings: Sequence[Finding]
@@ -77,26 +78,26 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no finding."""
+        """Whether the comparison found no difference."""
         return not self.findings
 
     @property
     def kept(self) -> int:
-        """Weights kept, of all layers."""
+        """The number of weights kept in all layers."""
         return sum(row.kept for row in self.layers)
 
     @property
     def total(self) -> int:
-        """Weights of all layers."""
+        """The number of weights in all layers."""
         return sum(row.total for row in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights of these layers that was removed."""
+        """The fraction of the weights in all layers that was removed."""
         return _sparsity(self.kept, self.total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a dict for JSON."""
+        """Returns the result as a dict for JSON."""
         return {
             "ok": self.ok,
             "findings": [asdict(finding) for finding in self.findings],
@@ -148,7 +149,7 @@ def verify(
     scope: Scope = "layer",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> Verdict:
-    """Compares a pruned checkpoint with its original; both are only read, in chunks.
+    """Compares a pruned checkpoint with its original; reads both in chunks and changes neither.
 
         kept weight     its original's bits
         pruned weight   +0.0
@@ -157,17 +158,17 @@ def verify(
         pruned: a checkpoint directory or a safetensors file, with the masks beside it in
             lap_ext_masks.safetensors. Without masks, weights that are zero count as pruned.
         original: a checkpoint directory or a safetensors file.
-        sparsity: the one that the counts must meet, as in `lap_ext.prune`. None: the one recorded
-            in lap_ext.json by the pruning, if any.
-        scope: "layer" or "global", of the sparsity.
+        sparsity: the sparsity that the counts must meet, as in `lap_ext.prune`. With None, it is
+            the one that the pruning recorded in lap_ext.json, if any.
+        scope: "layer" or "global": the scope in which the counts must meet the sparsity.
         on_progress: called with a `Progress` after each chunk.
 
     Returns:
         The verdict: `.ok`, `.findings`; print it for a table.
 
     Raises:
-        ValueError: a file is missing, damaged or of something else; a sparsity that does not fit
-            the layers.
+        ValueError: a file is missing, damaged or of another kind, or the sparsity does not fit the
+            layers.
         TypeError: sparsity is not a number, a dict or an allocation.
 
     Example:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Criteria: a pruning algorithm is defined by its score alone.
+"""Lists and registers the criteria; a criterion defines a pruning algorithm by its score alone.
 
     score = |w| * in[i] * out[o], summed in squares over the roles of the weight
 
-Each class defines w, in and out. The modules that compute them (lookahead norms, statistics of
-activations, gradients) are separate. A criterion of your own is a function that takes a layer and
-returns scores of its weight's shape; the weights with larger scores are kept first.
+Each class defines w, in and out. Separate modules compute them: lookahead norms, statistics of
+activations, gradients. A criterion of your own is a function that takes a layer and returns scores
+with the shape of its weight; the weights with larger scores are kept first.
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ Registered = TypeVar("Registered", bound=type[Criterion] | Callable[[Layer], Ten
 
 
 def register(name: str) -> Callable[[Registered], Registered]:
-    """Registers a criterion under a name, for every function with a criterion= option.
+    """Registers a criterion under a name for every function that has a criterion= option.
 
-    Decorates either a function that takes a layer and returns scores of its weight's shape (the
-    weights with larger scores are kept first), or a class derived from `Criterion` that can be
-    created without arguments.
+    Decorate either a function or a class. A function takes a layer and returns scores with the
+    shape of its weight; the weights with larger scores are kept first. A class is derived from
+    `Criterion` and can be created without arguments.
 
     Args:
-        name: any name that is not taken yet. It stays registered until the process ends.
+        name: any name that is not taken yet. The criterion stays registered until the process ends.
 
     Raises:
-        ValueError: the name is taken, or empty.
+        ValueError: the name is taken or empty.
         TypeError: the decorated object is neither a function nor such a class.
 
     Example:
@@ -122,7 +122,7 @@ def _check_new(name: object) -> None:
 
 
 def of(criterion: CriterionLike) -> Criterion:
-    """Looks up a criterion by name; passes an instance through and wraps a user's function."""
+    """Looks up a criterion by name, returns an instance unchanged, or wraps a user's function."""
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The base class of criteria, which define a score, not a selection, allocation or schedule.
+"""Defines the base class of criteria.
+
+A criterion defines a score, not a selection, an allocation or a schedule:
 
     score = |w| * in[i] * out[o], summed in squares over the roles of the weight
 
@@ -30,16 +32,16 @@ class Criterion:
 
     @property
     def by_role(self) -> bool:
-        """Whether it has norms, which differ between the uses of a weight."""
+        """Whether the criterion has norms, which differ between the uses of a weight."""
         return type(self).norms is not Criterion.norms
 
     @property
     def rows(self) -> bool:
-        """Whether weights are compared within each output channel, not within the layer."""
+        """Whether weights are ranked within each output channel instead of within the layer."""
         return False
 
     def prepare(self, network: Network, data: Any) -> Network:
-        """Prepares the scoring, once before any layer; returns the network to score with."""
+        """Prepares the scoring once, before any layer, and returns the network to score with."""
         if data is not None:
             raise LapValueError(
                 f"no data for criterion {self.name!r}, which reads weights only",
@@ -48,9 +50,9 @@ class Criterion:
         return network
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
-        """Returns what |w| is taken of, in the shape of the layer's weight."""
+        """Returns the values that stand for w in |w|, in the shape of the layer's weight."""
         return network.weight(layer)
 
     def norms(self, network: Network, role: Role) -> Norms:
-        """Returns (in [I], out [O]) of a role; None: ones."""
+        """Returns (in [I], out [O]) of a role, with None for ones."""
         return None, None

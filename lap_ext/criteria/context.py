@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The lookahead norms of every role of a traced model, from its weights as they are now.
+"""Computes the lookahead norms of every role of a traced model from its present weights.
 
     score^2 = w^2 * in_norm[i]^2 * out_norm[o]^2, summed over the roles of the weight
 
-Each weight is read once for its squared row and column norms (the operators of ops/schema.py); two
-passes over the channel graph (topology/propagate.py) give all norms. A mask that is set during
-sequential pruning counts at once: pruned weights no longer contribute to the neighbor norms.
+The operators of ops/schema.py read each weight once and give its squared row and column norms; two
+passes over the channel graph (topology/propagate.py) then give all norms. A mask that is set during
+sequential pruning takes effect at once: its pruned weights no longer count in the neighbor norms.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from lap_ext.topology.roles import Role
 
 
 class Network:
-    """A traced model whose weights are scored, and the norms of its roles.
+    """A traced model whose weights are scored, together with the norms of its roles.
 
     Args:
-        topology: of the model.
-        batch_norm: "edge" counts a batch norm on the edge that it lies on, "fold" also the one that
-            follows a consumer (in the rows of its column norms), "ignore" none.
-        weights: layer name -> a tensor to use in place of the parameter (a surrogate).
-        activity: per role, the probability that an output is active, float64 [O], or None: 1.
-        masks: layer name -> the weights that are kept.
-        check_finite: raise on a weight that is inf or NaN.
-        chain: names of layers. A layer then has only the neighbors just before and after it in this
-            list, as in the paper's public code, whatever residual connections there are. None: all
-            neighbors count.
+        topology: the topology of the model.
+        batch_norm: "edge" counts each batch norm on the edge on which it lies; "fold" also counts
+            the batch norm that follows a consumer, in the rows of the consumer's column norms;
+            "ignore" counts none.
+        weights: for each layer name, a tensor that replaces the parameter (a surrogate).
+        activity: for each role, the probability that each output is active, float64 [O], or None
+            for a probability of 1.
+        masks: for each layer name, a mask of the kept weights.
+        check_finite: whether to raise an error if a weight is inf or NaN.
+        chain: names of layers. Each layer then has only the neighbors just before and after it in
+            this list, as in the paper's public code, regardless of residual connections. With None,
+            all neighbors count.
     """
 
     def __init__(
@@ -67,11 +69,11 @@ class Network:
         self._norms: list[tuple[Tensor, Tensor]] | None = None
 
     def weight(self, layer: Layer) -> Tensor:
-        """Returns the weight of a layer to score: the surrogate or the parameter, detached."""
+        """Returns the weight to score for a layer, detached: the surrogate or the parameter."""
         return self._weights.get(layer.name, layer.weight).detach()
 
     def set_mask(self, name: str, mask: Tensor) -> None:
-        """Sets a layer's mask: from now on only these weights count in its neighbors' norms."""
+        """Sets a layer's mask; from now on, only the weights it keeps count in neighbor norms."""
         self.masks[name] = mask
         self._norms = None
         for index, role in enumerate(self.topology.roles):
@@ -79,11 +81,11 @@ class Network:
                 self._squared_norms[index] = None
 
     def norm_scale(self, role: Role) -> Tensor | None:
-        """Returns the scale of the batch norm that alone follows a role, float64 [O], or None."""
+        """Returns the scale, float64 [O], of the batch norm that alone follows a role, or None."""
         return self._propagation.norm_scale(role)
 
     def norms(self, role: Role) -> tuple[Tensor, Tensor]:
-        """Returns (in_norm [I], out_norm [O]) of a role, float64, on the CPU."""
+        """Returns (in_norm [I], out_norm [O]) of a role in float64, on the CPU."""
         if self._norms is None:
             for _ in self.take_norms():
                 pass
@@ -96,12 +98,12 @@ class Network:
         return self._norms[self.topology.roles.index(role)]
 
     def unmeasured(self) -> list[Role]:
-        """Lists the roles whose squared norms `norms` needs and that are not measured yet."""
+        """Lists the roles with squared norms that `norms` needs but that are not measured yet."""
         pairs = zip(self.topology.roles, self._squared_norms, strict=True)
         return [role for role, squared_norms in pairs if squared_norms is None]
 
     def take_norms(self) -> Iterator[Role]:
-        """Measures the squared norms that `norms` still needs; yields each role that was read."""
+        """Measures the squared norms that `norms` still needs and yields each role once read."""
         for index, role in enumerate(self.topology.roles):
             if self._squared_norms[index] is None:
                 with in_layer(role.layer):
@@ -144,7 +146,7 @@ class Network:
         return result.cpu()
 
     def row_weight(self, index: int, role: Role) -> Tensor | None:
-        """Returns the scale of each output channel in column norms, float64 [O]; None: ones."""
+        """Returns each output channel's scale in column norms, float64 [O], or None for ones."""
         scale = self.norm_scale(role) if self.batch_norm == "fold" else None
         active = self.activity[index]
         if active is not None:

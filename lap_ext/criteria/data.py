@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Criteria that run the model on data: activations, gradients, curvature.
+"""Defines the criteria that run the model on data for activations, gradients or curvature.
 
     wanda             |w| * sqrt(mean of x_i^2)
-    lookahead_act     lookahead with every unit's row times sqrt(p), p: fraction of active outputs
+    lookahead_act     lookahead with every unit's row times sqrt(p); p is its active fraction
     weight_gradient   |w * dL/dw|
-    obd               sqrt(h / 2) |w|, the same ranking as h w^2 / 2; h: the Hessian's diagonal
-    obd_lookahead     lookahead of the weights sqrt(h) |w|
+    obd               sqrt(h / 2) |w|, which ranks like h w^2 / 2; h is the Hessian's diagonal
+    obd_lookahead     lookahead with the weights sqrt(h) |w|
 
-The statistics are measured once, on the unpruned model before the first round, and not again
-between rounds.
+The statistics are measured only once, on the unpruned model before the first round.
 Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023
 (Wanda); Park et al., ICLR 2020 (lookahead_act, obd, obd_lookahead); Lee et al., "SNIP", 2019;
 LeCun et al., "Optimal Brain Damage", 1989.
@@ -35,7 +34,7 @@ from lap_ext.topology.roles import Role
 
 
 class Measured(Network):
-    """A network with statistics from data; otherwise a copy of the given network."""
+    """A copy of a network that also holds statistics from data."""
 
     def __init__(
         self,
@@ -74,11 +73,12 @@ class DataCriterion(Criterion):
 
 @dataclass(frozen=True)
 class Wanda(DataCriterion):
-    """Scores by |w| * sqrt(mean of x_i^2), where x_i is input i of the layer over the data.
+    """Scores by |w| * sqrt(mean of x_i^2), where x_i is input i of the layer, over all data.
 
-    per_row: keep the same number of weights in every output channel, as published (if the count
-    does not divide evenly, the first channels keep one more each). False ranks all weights of the
-    layer together. With scope="global", all weights of all layers are always ranked together.
+    If per_row is True, every output channel keeps the same number of weights, as published; if the
+    count does not divide evenly, the first channels keep one more each. If it is False, all weights
+    of the layer are ranked together. With scope="global", the weights of all layers are always
+    ranked together.
     """
 
     per_row: bool = True
@@ -86,7 +86,7 @@ class Wanda(DataCriterion):
 
     @property
     def rows(self) -> bool:
-        """Whether weights are compared within each output channel: `per_row`."""
+        """Whether weights are ranked within each output channel, the value of `per_row`."""
         return self.per_row
 
     def prepare(self, network: Network, data: Any) -> Network:
@@ -95,17 +95,17 @@ class Wanda(DataCriterion):
         return Measured(network, of_roles=[exact_sqrt(x) for x in squares])
 
     def norms(self, network: Network, role: Role) -> Norms:
-        """Returns (root mean square of the inputs, ones)."""
+        """Returns the root mean square of the inputs, and ones."""
         return _measured(network).of_roles[network.topology.roles.index(role)], None
 
 
 class LookaheadAct(DataCriterion):
-    """Scores by the lookahead of sqrt(p_o) W[o]; p_o is how often unit o is active (> 0).
+    """Scores by lookahead with the rows sqrt(p[o]) W[o], where p[o] is how often unit o is > 0.
 
         score^2 = w^2 * p[o] * p_prev[i] ||W_prev[i]||^2 * sum over n of p_next[n] W_next[n, o]^2
 
-    p is a mean over batch and positions, after the unit's activation function; 1 where none follows
-    before the next weighted layer or join.
+    p is a mean over batch and positions, taken after the unit's activation function. It is 1 if no
+    activation function follows before the next weighted layer or join.
     """
 
     name: ClassVar[str] = "lookahead_act"
@@ -116,7 +116,7 @@ class LookaheadAct(DataCriterion):
         return Measured(network, activity=active_fractions(network.topology, self._required(data)))
 
     def norms(self, network: Network, role: Role) -> Norms:
-        """Returns (in_norm, out_norm * sqrt(p)); the norms count the neighbors' active units."""
+        """Returns (in_norm, out_norm * sqrt(p)), with norms that count active neighbor units."""
         into, out = network.norms(role)
         active = network.activity[network.topology.roles.index(role)]
         return into, out if active is None else out * exact_sqrt(active)
@@ -124,10 +124,10 @@ class LookaheadAct(DataCriterion):
 
 @dataclass(frozen=True)
 class WeightGradient(DataCriterion):
-    """Scores by |w * dL/dw|: the first-order change of the loss if w is zeroed (SNIP, Taylor).
+    """Scores by |w * dL/dw|, the first-order change of the loss L if w is zeroed (SNIP, Taylor).
 
-    loss: (model, batch) -> a scalar. None: cross entropy, batches (inputs, target). Gradients are
-    summed over the batches, signed.
+    loss is a function of model and batch that returns a scalar. None means cross entropy on batches
+    (inputs, target). The signed gradients are summed over the batches.
     """
 
     loss: Loss | None = None
@@ -155,10 +155,10 @@ class WeightGradient(DataCriterion):
 class OBD(DataCriterion):
     """Scores by sqrt(h / 2) |w|, which ranks like h w^2 / 2, the second-order change of the loss.
 
-    curvature: "hessian" for h the diagonal of the Hessian of the mean loss, negative entries
-    counted as 0; "ggn" for that of the generalized Gauss-Newton matrix. loss: a loss module that
-    BackPACK supports; None: cross entropy. Batches are (inputs, target). Only for models that are
-    one chain of layers.
+    With curvature "hessian", h is the diagonal of the Hessian of the mean loss, with negative
+    entries counted as 0; with "ggn", it is the diagonal of the generalized Gauss-Newton matrix.
+    loss is a loss module that BackPACK supports, or None for cross entropy. Batches are (inputs,
+    target). The model must be a single chain of layers.
     """
 
     curvature: str = "hessian"
@@ -190,7 +190,7 @@ class OBD(DataCriterion):
 
 @dataclass(frozen=True)
 class OBDLookahead(OBD):
-    """Scores by the lookahead of sqrt(h) |w|."""
+    """Scores by lookahead with the weights sqrt(h) |w|, where h is that of `OBD`."""
 
     name: ClassVar[str] = "obd_lookahead"
     reads_norms = True
@@ -209,5 +209,5 @@ class OBDLookahead(OBD):
         return network.weight(layer)
 
     def norms(self, network: Network, role: Role) -> Norms:
-        """Returns (in_norm, out_norm) of the weights times sqrt(h)."""
+        """Returns (in_norm, out_norm), computed from the weights times sqrt(h)."""
         return network.norms(role)

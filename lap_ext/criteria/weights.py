@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Criteria that only read weights, and the wrapper of a user's own function.
+"""Defines the criteria that read only weights, and the wrapper of a user's own function.
 
-Sources: Park et al., ICLR 2020 (lookahead, lookforward, lookback); magnitude as in its section 2.
+Source: Park et al., ICLR 2020 (lookahead, lookforward, lookback; magnitude in section 2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lap_ext.topology.roles import Role
 
 
 class MagnitudeBN(Criterion):
-    """Scores by |a[o] w|, a the scale of the batch norm that follows: the baseline on BN nets."""
+    """Scores by |a[o] w|, where a is the scale of the next batch norm (the baseline on BN nets)."""
 
     name: ClassVar[str] = "magnitude_bn"
 
@@ -66,7 +66,7 @@ class Lookback(Criterion):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Scores at random, uniformly; the same seed and layer name give the same scores."""
+    """Scores uniformly at random; the same seed and layer name give the same scores."""
 
     seed: int = 0
     name: ClassVar[str] = "random"
@@ -79,7 +79,9 @@ class Random(Criterion):
 
 @dataclass(frozen=True)
 class Custom(Criterion):
-    """Scores by a user's function of a layer: scores >= 0 of its weight's shape, larger kept first.
+    """Scores by a user's function, which returns scores >= 0 of the layer's weight shape.
+
+    The weights with larger scores are kept first.
 
     Example:
         >>> import torch, lap_ext

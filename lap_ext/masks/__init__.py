@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Masks of a model's layers: applied, kept in training, saved with one bit per weight."""
+"""Applies the masks of a model's layers, keeps them in training and saves them as bits."""
 
 from lap_ext._text import layer_name as layer_name
 from lap_ext._text import parameter_in as parameter_in

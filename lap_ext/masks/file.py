@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Masks in a safetensors file: one bit per weight, never pickle.
+"""Writes and reads masks in a safetensors file, with one bit per weight and without pickle.
 
-    one uint8 tensor per layer, ceil(n / 8) bytes: bit b of byte i is weight 8 * i + b, in C order;
-    the bits after the last weight are 0
+    one uint8 tensor of ceil(n / 8) bytes for each layer of n weights; bit b of byte i is weight
+    8 * i + b in C order; the bits after the last weight are 0
     metadata: {"lap_ext": version, "format": "1", "layers": JSON object of name -> shape, in order}
 
-The file is written here (a length, a JSON header, the bytes): the same masks give the same bytes,
-which the safetensors package does not guarantee, and nothing but torch is needed. It is read by
-that package, which checks what it reads; BitMasks reads one mask at a time, or a chunk of one.
+This module itself writes the file (a length, a JSON header, the bytes). So the same masks give the
+same bytes, which the safetensors package does not guarantee, and only torch is needed. That package
+reads the file and checks what it reads; BitMasks reads one mask, or a chunk of one, at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_WEIGHTS = 1 << 62
 
 
 def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
-    """Writes masks to a file, which is the old one or the new one at any time."""
+    """Writes masks to a file atomically: at any time, path holds the old file or the new one."""
     head = header(masks)
     with replacing(path) as file:
         file.write(head)
@@ -42,23 +42,23 @@ def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads the masks of a file to the CPU, in their order.
+    """Reads the masks of a file to the CPU, in the order in which they were saved.
 
     Raises:
-        LapValueError: the file is damaged or of something else.
+        LapValueError: the file is damaged or does not contain masks.
     """
     with BitMasks(path) as file:
         return {name: file.mask(name) for name in file.shapes}
 
 
 class BitMasks:
-    """Masks of a file, each read when it is requested; open it with `with`.
+    """The masks of a file, each of which is read when requested; open it in a `with` statement.
 
     Attributes:
-        shapes: layer name -> shape, in the order in which they were saved.
+        shapes: the shape of each layer by name, in the order in which the masks were saved.
 
     Raises:
-        ValueError: the file is damaged or of something else.
+        ValueError: the file is damaged or does not contain masks.
         OSError: there is no such file.
         ModuleNotFoundError: safetensors is not installed.
 
@@ -98,7 +98,7 @@ class BitMasks:
         self._file.__exit__(kind, error, trace)
 
     def mask(self, name: str) -> Tensor:
-        """Reads the mask of a layer, in its shape."""
+        """Reads the mask of a layer, in the shape of its weight."""
         count = _count(self.shapes[name])
         packed = self._bits(name)[:]
         if count % 8 and int(packed[-1]) >> count % 8:
@@ -106,7 +106,7 @@ class BitMasks:
         return unpack(packed, self.shapes[name])
 
     def chunk(self, name: str, begin: int, count: int) -> Tensor:
-        """Reads whether weights [begin, begin + count) of a layer are kept, flat."""
+        """Reads the flat part [begin, begin + count) of a layer's mask."""
         first = begin // 8
         packed = self._bits(name)[first : (begin + count + 7) // 8]
         flat = unpack(packed, (packed.numel() * 8,))
@@ -121,7 +121,7 @@ class BitMasks:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Packs a bool tensor into bits, uint8 [ceil(n / 8)].
+    """Packs a bool tensor of n elements into bits, uint8 [ceil(n / 8)].
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Unpacks the bits of `pack` into a bool tensor of this shape."""
+    """Unpacks the bits made by `pack` into a bool tensor of the given shape."""
     flat = torch.empty(_count(shape), dtype=torch.bool, device=packed.device)
     for bit in range(8):
         column = flat[bit::8]
@@ -159,7 +159,7 @@ def _not_masks(path: Path, problem: str) -> LapValueError:
 
 
 def header(masks: Mapping[str, Tensor]) -> bytes:
-    """Makes the header of a file of masks; only their shapes matter."""
+    """Makes the header of a file of masks; only the shapes of the masks matter."""
     layers = {name: list(mask.shape) for name, mask in masks.items()}
     sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {

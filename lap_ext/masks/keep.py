@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Keeps pruned weights at zero while any torch optimizer trains: hooks on the optimizer alone.
+"""Keeps pruned weights at zero while any torch optimizer trains, by hooks on the optimizer alone.
 
-    before a step   the gradients of pruned weights become 0 (a closure's too): moments stay 0
+    before a step   the gradients of pruned weights become 0 (a closure's too), so moments stay 0
     after a step    pruned weights become +0.0, whatever the optimizer added to them
     at once, and after optimizer.load_state_dict
                     the optimizer's state of pruned weights becomes 0
 
 The model has no hook and no wrapper. A hook sees only the parameters that its optimizer has at that
-moment, never waits for the device, and writes in place: buckets of DistributedDataParallel and
-captured graphs keep their memory.
+moment, never waits for the device, and writes in place, so that DistributedDataParallel's buckets
+and captured graphs keep their memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lap_ext.ops import check
 
 
 class KeepHandle:
-    """The handle of `Masks.keep`: remove(), or the end of a `with` block, ends the keeping."""
+    """The handle of `Masks.keep`; remove() or the end of a `with` block ends the keeping."""
 
     def __init__(self, targets: Iterable[Target], optimizer: Optimizer) -> None:
         self._layers = [_Layer(target.name, target.weight, target.mask) for target in targets]
@@ -47,12 +47,13 @@ class KeepHandle:
     def mask_gradients(self) -> None:
         """Zeroes the gradients of pruned weights now, not at the next step.
 
-        Before `torch.nn.utils.clip_grad_norm_`, so that they do not count in the norm.
+        Call it before `torch.nn.utils.clip_grad_norm_`, so that these gradients do not count in the
+        norm.
         """
         _mask_gradients(self._layers)
 
     def remove(self) -> None:
-        """Removes the hooks: the optimizer is as before and may move pruned weights again."""
+        """Removes the hooks; the optimizer then works as before and may move pruned weights."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -124,7 +125,8 @@ class _Layer:
 def check_hooks(optimizer: object) -> None:
     """Checks that an optimizer can have hooks.
 
-    A wrapper may derive from Optimizer and yet have none: it was not initialized as one.
+    A wrapper may derive from Optimizer and yet have no hooks, if it was not initialized as an
+    Optimizer.
     """
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise LapTypeError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Masks of a model's layers: applied, kept in training, saved, handed to torch.nn.utils.prune.
+"""Applies, keeps and saves the masks of a model's layers, or hands them to torch.nn.utils.prune.
 
-A mask is a bool tensor of its parameter's shape, True: kept. The model stays the user's model: no
-wrapper, no parametrization, the same keys in state_dict. Every function checks all layers before it
-changes the first; the names are resolved in targets.py.
+A mask is a bool tensor with its parameter's shape; True marks a kept weight. The model gets no
+wrapper and no parametrization, and its state_dict keeps the same keys. Every function checks all
+layers before it changes the first; targets.py resolves the names.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, z
 
 
 class Masks(Mapping[str, Tensor]):
-    """Which weights of a model are kept: layer name -> bool tensor of the parameter's shape.
+    """Masks of a model's layers: a mapping from layer names to bool tensors of the weights' shapes.
 
-    A layer is named after its parameter without ".weight" ("conv1"); a parameter that is not called
-    weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer, under any of
-    its names. Prefixes that DataParallel, DistributedDataParallel, torch.compile and AveragedModel
-    add to names are ignored.
+    A layer has the name of its parameter without ".weight" ("conv1"); a parameter that is not
+    called weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer and may
+    be given under any of its names. Prefixes that DataParallel, DistributedDataParallel,
+    torch.compile and AveragedModel add to names are ignored.
 
     Args:
-        masks: layer name -> bool tensor, True: kept. The tensors are taken as they are, not copied.
+        masks: a bool tensor for each layer name, in which True marks a kept weight. The tensors
+            are not copied.
 
     Raises:
-        TypeError: a mask is not a dense bool tensor, or a name not a string.
+        TypeError: a mask is not a dense bool tensor, or a name is not a string.
         ValueError: a mask is on the meta device.
 
     Example:
@@ -93,7 +94,7 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def kept(self) -> int:
-        """Counts the weights kept in all layers, exactly."""
+        """Counts exactly the kept weights of all layers."""
         return sum(kept for kept, _ in self.counts().values())
 
     @property
@@ -103,12 +104,12 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights of all layers that is removed; 0.0 where there are none."""
+        """The fraction of all layers' weights that is removed; 0.0 if there are no weights."""
         total = self.total
         return (total - self.kept) / total if total else 0.0
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Counts (kept, total) of each layer, exactly.
+        """Counts exactly the kept weights and all weights of each layer: (kept, total).
 
         Example:
             >>> import torch, lap_ext
@@ -118,7 +119,7 @@ class Masks(Mapping[str, Tensor]):
         return {name: (int(m.count_nonzero()), m.numel()) for name, m in self.items()}
 
     def to(self, device: torch.device | str | int) -> Masks:
-        """Moves the masks to a device; those that are there already are not copied."""
+        """Moves the masks to a device; masks that are already there are not copied."""
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
     @calling("Masks.apply")
@@ -126,13 +127,14 @@ class Masks(Mapping[str, Tensor]):
         """Sets the weights that are not kept to +0.0, in place; autograd sees the change.
 
         Args:
-            model: the model that the masks were made for, or a copy: an average of the weights
-                (AveragedModel) that began before the pruning needs it once, later averages of
-                zeros are zero.
+            model: the model that the masks were made for, or a copy of it. An average of the
+                weights (AveragedModel) that began before the pruning needs one such call; after it,
+                averages of zeros stay zero.
 
         Raises:
-            ValueError: layers that the model does not have, of another shape, on another device or
-                not writable, all listed; nothing was changed.
+            ValueError: the model lacks some of the layers, or they have another shape, are on
+                another device or are not writable. The message lists all of them; nothing was
+                changed.
 
         Example:
             >>> import torch, lap_ext
@@ -148,36 +150,36 @@ class Masks(Mapping[str, Tensor]):
     def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
         """Applies the masks and keeps pruned weights at zero while the optimizer trains the model.
 
-        Before each step, the gradients of pruned weights are set to 0; after it, the weights are
-        set to +0.0. The optimizer's state for them is set to 0 at once, and again after its
-        load_state_dict. So the kept weights train as if the pruned ones did not exist: for
-        optimizers that treat each weight separately, the result is bit for bit that of a forward
-        pass that multiplies the weight by the mask. Gradient accumulation, GradScaler, fused and
-        foreach variants, DistributedDataParallel (the same masks on each process) and torch.compile
-        work without further calls.
+        Before each step, the gradients of pruned weights are set to 0; after the step, the pruned
+        weights are set to +0.0. The optimizer's state for them is set to 0 at once, and again after
+        optimizer.load_state_dict. The kept weights thus train as if the pruned ones did not exist.
+        For optimizers that treat each weight separately, the result is bit for bit the same as with
+        a forward pass that multiplies the weight by the mask. Gradient accumulation, GradScaler,
+        fused and foreach variants, DistributedDataParallel (with the same masks in each process)
+        and torch.compile work without further calls.
 
-        LBFGS: gradients are masked at every evaluation of the closure, so pruned weights do not
-        move within a step either; a history from before the pruning is dropped.
+        With LBFGS, gradients are masked at every evaluation of the closure, so pruned weights do
+        not move within a step either; a history from before the pruning is dropped.
 
-        Two cases are yours to handle: call apply() after model.load_state_dict(), and call the
-        handle's mask_gradients() before clip_grad_norm_(), otherwise pruned weights count in the
+        You must handle two cases yourself. Call apply() after model.load_state_dict(), and call the
+        handle's mask_gradients() before clip_grad_norm_(); otherwise pruned weights count in the
         norm. Parameters that this optimizer does not train are masked once, but not kept masked. A
-        copy of the optimizer has no hooks: call keep for it too. The optimizer's state of a
+        copy of the optimizer has no hooks, so call keep for it too. The optimizer's state of a
         0-dimensional parameter is not cleared, because it cannot be told from a step count.
 
         Args:
             model: the model that the masks were made for.
-            optimizer: any torch.optim.Optimizer of its parameters; with several optimizers, call
-                keep once for each.
+            optimizer: any torch.optim.Optimizer of the model's parameters. With several optimizers,
+                call keep once for each.
 
         Returns:
-            A handle: its remove(), or the end of a `with` block, removes the hooks. Several `Masks`
-            may be kept at once; a weight that any of them prunes stays zero.
+            A handle, whose remove() removes the hooks, as does the end of a `with` block. Several
+            `Masks` may be kept at once; a weight that any of them prunes stays zero.
 
         Raises:
-            ValueError: as `apply`, or the optimizer has none of the parameters; nothing was
+            ValueError: as for `apply`, or the optimizer has none of the parameters; nothing was
                 changed.
-            TypeError: optimizer is not a torch optimizer; or, raised by optimizer.step(), a
+            TypeError: optimizer is not a torch optimizer. Later, optimizer.step() raises it if a
                 gradient is sparse.
 
         Example:
@@ -203,8 +205,8 @@ class Masks(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the masks to a safetensors file, one bit per weight.
 
-        The write is atomic: the file is written beside path and renamed, so an old file stays until
-        then. The same masks give the same bytes.
+        The write is atomic: a new file is written beside path and then renamed, so an old file
+        stays intact until then. The same masks give the same bytes.
 
         Example:
             >>> import tempfile, torch, lap_ext
@@ -219,16 +221,17 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     @calling("Masks.load")
     def load(cls, path: str | os.PathLike[str], model: Module | None = None) -> Masks:
-        """Reads what `save` wrote. Needs the safetensors package.
+        """Reads the masks that `save` wrote; this needs the safetensors package.
 
         Args:
             path: the file.
-            model: must have every layer, of the same shape; each mask is then put on the device of
-                its parameter. None: no check, on the CPU.
+            model: a model that must have every layer with the same shape; each mask is put on the
+                device of its parameter. With None, nothing is compared and the masks are on the
+                CPU.
 
         Raises:
-            ValueError: the file is damaged or of something else; layers that do not fit the model,
-                all listed.
+            ValueError: the file is damaged or does not contain masks, or some layers do not fit the
+                model; the message lists all of those.
             ModuleNotFoundError: safetensors is not installed.
 
         Example:
@@ -251,16 +254,16 @@ class Masks(Mapping[str, Tensor]):
 
     @calling("Masks.to_torch_prune")
     def to_torch_prune(self, model: Module) -> None:
-        """Hands the masks to torch.nn.utils.prune: each weight is then computed as orig * mask.
+        """Hands the masks to torch.nn.utils.prune, which then computes each weight as orig * mask.
 
         The parameter is renamed to "<name>_orig", the mask becomes a buffer "<name>_mask", and tied
-        parameters are masked wherever they are used. The same Parameter objects stay, in the same
-        order, so an optimizer goes on; the keys of state_dict change. `remove` undoes it.
+        parameters are masked wherever they are used. The Parameter objects and their order stay the
+        same, so an optimizer can go on; the keys of state_dict change. `remove` undoes all this.
 
         Raises:
-            ValueError: as `apply`; a module that is never called itself, for torch recomputes the
-                weight in that call (MultiheadAttention.out_proj, ParameterList). Nothing was
-                changed.
+            ValueError: as for `apply`, or a layer's module is never called itself, as with
+                MultiheadAttention.out_proj and ParameterList; torch recomputes the weight in that
+                call. Nothing was changed.
 
         Example:
             >>> import torch, lap_ext
@@ -285,11 +288,11 @@ class Masks(Mapping[str, Tensor]):
 
     @calling("Masks.remove")
     def remove(self, model: Module) -> None:
-        """Undoes `to_torch_prune`: plain parameters again, pruned weights +0.0 for good.
+        """Undoes `to_torch_prune`: parameters are plain again, with pruned weights set to +0.0.
 
         Raises:
-            ValueError: layers that are not pruned with torch.nn.utils.prune, or of another shape,
-                all listed; nothing was changed.
+            ValueError: some layers are not pruned with torch.nn.utils.prune or have another shape.
+                The message lists all of them; nothing was changed.
 
         Example:
             >>> import torch, lap_ext

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Finds the parameters that masks are for, and checks all of them before one is changed.
 
-A layer is named after its parameter without ".weight": "conv1" is conv1.weight; a parameter that is
-not called weight keeps its full name, "attn.in_proj_weight". The names that wrappers put in between
+A layer has the name of its parameter without ".weight" ("conv1" for conv1.weight); a parameter that
+is not called weight keeps its full name ("attn.in_proj_weight"). The names that wrappers insert
 ("module" of DataParallel, DistributedDataParallel and AveragedModel, "_orig_mod" of torch.compile)
 may be present or absent, both in the mask's name and in the model.
 """
@@ -43,15 +43,15 @@ def find(model: Module, masks: Mapping[str, Tensor], *, write: bool = True) -> l
     """Finds the parameter of each mask.
 
     Raises:
-        LapTypeError: model is no module.
-        LapValueError: some do not fit, all listed; with write also those that cannot be changed in
-            place, by a mask on their device.
+        LapTypeError: model is not a module.
+        LapValueError: some masks do not fit their parameters or, if write is True, some parameters
+            cannot be changed in place by a mask on their device. The message lists all of them.
     """
     return _find(model, masks, _location, _why_not, write)
 
 
 def find_pruned(model: Module, masks: Mapping[str, Tensor]) -> list[tuple[Target, list[Target]]]:
-    """Does as `find` for a model pruned with torch.nn.utils.prune; adds all owners of each mask."""
+    """Works like `find` on a model pruned by torch.nn.utils.prune; adds each mask's owners."""
     why_not = "not pruned with torch.nn.utils.prune"
     targets = _find(model, masks, _pruned_location, lambda *_: why_not, write=False)
     return [(target, owners(model, target, "_orig")) for target in targets]
@@ -89,7 +89,7 @@ def _find(
 
 
 def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
-    """Lists the target once for each module that holds its parameter (several: it is tied)."""
+    """Lists the target once for each module that holds its parameter (several if it is tied)."""
     return [
         target._replace(owner=module, attribute=attribute[: len(attribute) - len(suffix)])
         for module in model.modules()
@@ -99,14 +99,14 @@ def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
 
 
 def zero_(x: Tensor, mask: Tensor) -> None:
-    """Sets x to +0.0 where mask is False, whatever stood there (a product would keep NaN)."""
+    """Sets x to +0.0 where mask is False, even where it is NaN (which a product would keep)."""
     x = x.detach()  # shares memory and version counter: autograd sees the change
     # one pass without a temporary: 1.5 times faster than masked_fill_ with the inverted mask
     torch.where(mask, x, x.new_zeros(()), out=x)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is memory with strides: not sparse, quantized, or a subclass such as DTensor."""
+    """Tells whether x is plain strided memory, not sparse, quantized or a subclass like DTensor."""
     ordinary = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
     return ordinary and x.layout == torch.strided and not x.is_quantized
 

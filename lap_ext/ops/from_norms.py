@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Scores and masks of one layer from neighbor norms that the caller has computed.
+"""Computes scores and masks of one layer from neighbor norms that the caller has computed.
 
     score[o, i, ...] = |w[o, i, ...]| * in_norm[i] * out_norm[o]
 
-For norms made from activations, gradients or a graph, and for reusing those of `neighbor_norms`.
+The norms may come from activations, gradients or a graph, or be reused from `neighbor_norms`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ def score_from_norms(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Scores every weight from one norm per input and one per output channel.
+    """Scores every weight from one norm per input channel and one per output channel.
 
         score[o, i, ...] = |w[o, i, ...]| * in_norm[i] * out_norm[o]
 
     Args:
-        w: weight to score, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
-        in_norm: [I], >= 0, any of the four floating dtypes. None: ones.
-        out_norm: [O], likewise.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution.
-        check_finite: raise on a weight or norm that is inf or NaN, and on a negative norm.
+        w: weight to score, [O, I / groups, *K], or [I, O / groups, *K] if transposed.
+        in_norm: norms [I] >= 0 in float32, float64, float16 or bfloat16. None stands for ones.
+        out_norm: norms [O], with the same choices as in_norm.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error if a weight or norm is inf or NaN, or a norm < 0.
 
     Returns:
-        Scores, shape of w, contiguous, w's device, float32 (float64 for float64 weights). Not
-        differentiable.
+        Scores with the shape of w, contiguous, on w's device. Their dtype is float64 if w is
+        float64, otherwise float32. They are not differentiable.
 
     Raises:
-        ValueError: a norm of another length or device, a norm < 0, a weight that is not finite.
+        ValueError: a norm tensor has another length or device, a norm is < 0, or a weight or norm
+            is not finite.
         TypeError: w or a norm is not a floating-point tensor.
 
     Example:
@@ -71,27 +72,27 @@ def mask_from_norms(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Selects the weights with the largest scores, from norms: a mask of exactly `keep` of them.
+    """Selects exactly `keep` weights of one layer, those with the largest scores, from given norms.
 
-    The scores are those of `score_from_norms`, the choice is that of `lap_ext.mask`.
+    The scores are those of `score_from_norms`; the selection follows the rules of `lap_ext.mask`.
 
     Args:
-        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
-        in_norm: [I], >= 0, any of the four floating dtypes. None: ones.
-        out_norm: [O], likewise.
+        w: weight to prune, [O, I / groups, *K], or [I, O / groups, *K] if transposed.
+        in_norm: norms [I] >= 0 in float32, float64, float16 or bfloat16. None stands for ones.
+        out_norm: norms [O], with the same choices as in_norm.
         sparsity: fraction of all weights of w to remove, 0 to 1.
-        keep: number of weights to keep, instead of sparsity.
-        mask: bool, shape of w: the weights that may be kept.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution.
-        check_finite: raise on a weight or norm that is inf or NaN, and on a negative norm.
+        keep: number of weights to keep, given instead of sparsity.
+        mask: bool tensor with the shape of w; True marks the weights that may be kept.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error if a weight or norm is inf or NaN, or a norm < 0.
 
     Returns:
-        Bool tensor, True: kept; shape of w, contiguous, w's device.
+        Bool tensor with the shape of w, contiguous, on w's device; True marks the kept weights.
 
     Raises:
-        ValueError: as `score_from_norms` and `lap_ext.mask`.
-        TypeError: as `score_from_norms` and `lap_ext.mask`.
+        ValueError: as for `score_from_norms` and `lap_ext.mask`.
+        TypeError: as for `score_from_norms` and `lap_ext.mask`.
 
     Example:
         >>> import torch, lap_ext
@@ -120,25 +121,25 @@ def prune_from_norms_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Does what `mask_from_norms` does, and sets the weights that are not kept to +0.0, in place.
+    """Selects weights like `mask_from_norms` and sets the other weights to +0.0, in place.
 
     Args:
-        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
-        in_norm: [I], >= 0, any of the four floating dtypes. None: ones.
-        out_norm: [O], likewise.
+        w: weight to prune, [O, I / groups, *K], or [I, O / groups, *K] if transposed.
+        in_norm: norms [I] >= 0 in float32, float64, float16 or bfloat16. None stands for ones.
+        out_norm: norms [O], with the same choices as in_norm.
         sparsity: fraction of all weights of w to remove, 0 to 1.
-        keep: number of weights to keep, instead of sparsity.
-        mask: bool, shape of w: the weights that may be kept.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution.
-        check_finite: raise on a weight or norm that is inf or NaN, and on a negative norm.
+        keep: number of weights to keep, given instead of sparsity.
+        mask: bool tensor with the shape of w; True marks the weights that may be kept.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error if a weight or norm is inf or NaN, or a norm < 0.
 
     Returns:
-        Bool tensor, True: kept; shape of w, contiguous, w's device.
+        Bool tensor with the shape of w, contiguous, on w's device; True marks the kept weights.
 
     Raises:
-        ValueError: as `mask_from_norms`; elements of w share memory (an expanded tensor).
-        TypeError: as `mask_from_norms`.
+        ValueError: as for `mask_from_norms`; or elements of w share memory (an expanded tensor).
+        TypeError: as for `mask_from_norms`.
 
     Example:
         >>> import torch, lap_ext

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Scores and masks of one layer from the weights of its neighbors.
+"""Computes scores and masks of one layer from its weight and those of its neighbors.
 
     score[o, i, ...] = |w[o, i, ...]| * in_norm[i] * out_norm[o]
     in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2)
     out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2)
 
-Each function checks its arguments, then calls the operators of schema.py; when an error is raised,
-nothing has changed. Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based
-Pruning", ICLR 2020, section 3.
+Each function checks its arguments and then calls the operators of schema.py. If it raises an error,
+it has changed nothing.
+Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
+section 3.
 """
 
 from __future__ import annotations
@@ -43,25 +44,27 @@ def score(
 
     A small score means that removing the weight hardly changes the product of the three layers. The
     norms are summed in float64 in a fixed order and rounded to the score's precision; their product
-    and the score are rounded once each. The result has the same bits for every device, memory
-    layout and number of threads.
+    and the score are each rounded once. The result has the same bits on every device, for every
+    memory layout and for every number of threads.
 
     Args:
-        w_prev: weight of the layer before, [I, P, *K]: its outputs feed w's inputs. Pass a
+        w_prev: weight of the layer before, [I, P, *K], whose outputs feed w's inputs. Pass a
             `Neighbor` for a grouped, depthwise or transposed convolution or if a batch norm lies
             in between, `IDENTITY` for a skip connection, and a list of these for several producers
-            (their squared norms add). None for a first layer: the norms count as 1. Its dtype may
-            differ from w's.
-        w: weight to score, [O, I / groups, *K], float32, float64, float16 or bfloat16, any strides.
-        w_next: weight of the layer after, [N, O, *K], likewise. A channel-major flatten between a
-            convolution and a linear layer is recognized: [N, O * S] for S positions per channel.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution, [I, O / groups, *K].
-        check_finite: raise on a weight that is inf or NaN. False skips the check.
+            (their squared norms are added). Pass None for a first layer; the norms then count as 1.
+            The dtype of w_prev may differ from w's.
+        w: weight to score, [O, I / groups, *K], in float32, float64, float16 or bfloat16, with any
+            strides.
+        w_next: weight of the layer after, [N, O, *K], with the same choices as w_prev. A
+            channel-major flatten between a convolution and a linear layer is recognized; the linear
+            weight then has the shape [N, O * S] for S positions per channel.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution, [I, O / groups, *K].
+        check_finite: whether to raise an error if a weight is inf or NaN.
 
     Returns:
-        Scores >= 0, shape of w, contiguous, w's device, float32 (float64 for float64 weights). Not
-        differentiable.
+        Scores >= 0 with the shape of w, contiguous, on w's device. Their dtype is float64 if w is
+        float64, otherwise float32. They are not differentiable.
 
     Raises:
         ValueError: channel counts do not match, the tensors are on different devices, or a weight
@@ -94,35 +97,39 @@ def mask(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Selects the weights with the largest lookahead scores: a mask of exactly `keep` of them.
+    """Selects exactly `keep` weights of one layer, those with the largest lookahead scores.
 
         keep = floor((1 - sparsity) * w.numel() + 1/2)
 
-    Of equal scores the one with the lower flat (C-order) index is kept. The ranking stays exact
-    where a product of norms is too small or too large for float32. No score is stored: w is read
-    once.
+    Of two equal scores, the one with the lower flat (C-order) index ranks first. The ranking stays
+    exact even where a product of norms is too small or too large for float32. No score is stored,
+    and w is read once.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
-        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed).
+        w: weight to prune, [O, I / groups, *K], or [I, O / groups, *K] if transposed.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
-        sparsity: fraction of all weights of w to remove, 0 to 1, taken exactly as given: 0.9 is
-            the double nearest to 9/10; pass Fraction(9, 10) or Decimal("0.9") for 9/10.
-        keep: number of weights to keep, instead of sparsity; if it exceeds w.numel(), all are kept.
-        mask: bool, shape of w: the weights that may be kept. Pruned ones (False) never return; if
-            fewer than keep survive, all survivors are kept.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution.
-        check_finite: raise on a weight that is inf or NaN. False skips the check; such weights then
+        sparsity: fraction of all weights of w to remove, 0 to 1, taken exactly as given. The float
+            0.9 is the double nearest to 9/10; for exactly 9/10, pass Fraction(9, 10) or
+            Decimal("0.9").
+        keep: number of weights to keep, given instead of sparsity. If it exceeds w.numel(), all
+            weights are kept.
+        mask: bool tensor with the shape of w; True marks the weights that may be kept. Weights
+            marked False never return. If fewer than keep are True, all of those are kept.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error if a weight is inf or NaN. If False, such weights
             rank by the bits of their scores.
 
     Returns:
-        Bool tensor, True: kept; shape of w, contiguous, w's device.
+        Bool tensor with the shape of w, contiguous, on w's device; True marks the kept weights.
 
     Raises:
-        ValueError: as `score`; sparsity outside [0, 1], keep negative, both or neither given; mask
-            of another shape; float64 scores that span more than float64's range.
-        TypeError: a weight is not a floating-point tensor, mask is not bool, keep not an integer.
+        ValueError: as for `score`; or sparsity is outside [0, 1], keep is negative, both or neither
+            of them is given, mask has another shape, or float64 scores span more than float64's
+            range.
+        TypeError: a weight is not a floating-point tensor, mask is not bool, or keep is not an
+            integer.
 
     Example:
         >>> import torch, lap_ext
@@ -152,26 +159,26 @@ def prune_(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
-    """Does what `mask` does, and sets the weights of w that are not kept to +0.0, in place.
+    """Selects weights like `mask` and sets the other weights of w to +0.0, in place.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
-        w: weight to prune, [O, I / groups, *K] ([I, O / groups, *K] when transposed). It may
-            require grad; autograd sees that it was changed.
+        w: weight to prune, [O, I / groups, *K], or [I, O / groups, *K] if transposed. It may
+            require grad; autograd sees the change.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         sparsity: fraction of all weights of w to remove, 0 to 1, as in `mask`.
-        keep: number of weights to keep, instead of sparsity.
-        mask: bool, shape of w: the weights that may be kept.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution.
-        check_finite: raise on a weight that is inf or NaN, before anything is changed.
+        keep: number of weights to keep, given instead of sparsity.
+        mask: bool tensor with the shape of w; True marks the weights that may be kept.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error, before any change, if a weight is inf or NaN.
 
     Returns:
-        Bool tensor, True: kept; shape of w, contiguous, w's device.
+        Bool tensor with the shape of w, contiguous, on w's device; True marks the kept weights.
 
     Raises:
-        ValueError: as `mask`; elements of w share memory (an expanded tensor).
-        TypeError: as `mask`.
+        ValueError: as for `mask`; or elements of w share memory (an expanded tensor).
+        TypeError: as for `mask`.
 
     Example:
         >>> import torch, lap_ext
@@ -202,27 +209,28 @@ def neighbor_norms(
     transposed: bool = False,
     check_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the neighbor norms that the scores of w are made of, per input and output channel.
+    """Computes the neighbor norms that enter the scores of w, one per input and output channel.
 
         in_norm[i]  = sqrt(sum over producers of ||w_prev[i]||_F^2 * scale[i]^2)
         out_norm[o] = sqrt(sum over consumers of ||w_next[:, o]||_F^2 * scale[o]^2)
 
-    scale is that of a `Neighbor`, otherwise 1. Producers are in w_prev, consumers in w_next.
+    Here scale is the scale of a `Neighbor`, or 1 if there is none. The producers are those in
+    w_prev, the consumers those in w_next.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
-        w: weight between them, [O, I / groups, *K]; only its shape and device matter.
+        w: weight between the two, [O, I / groups, *K]; only its shape and device matter.
         w_next: weight of the layer after, [N, O, *K], as in `score`.
-        groups: groups of w.
-        transposed: w is the weight of a transposed convolution, [I, O / groups, *K].
-        check_finite: raise on a neighbor's weight that is inf or NaN.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution, [I, O / groups, *K].
+        check_finite: whether to raise an error if a neighbor's weight is inf or NaN.
 
     Returns:
-        (in_norm [I], out_norm [O]), float64, w's device. Not differentiable.
+        (in_norm [I], out_norm [O]) in float64, on w's device. They are not differentiable.
 
     Raises:
-        ValueError: as `score`; float64 weights whose squares leave float64's range.
-        TypeError: as `score`.
+        ValueError: as for `score`; or the squares of float64 weights leave float64's range.
+        TypeError: as for `score`.
 
     Example:
         >>> import torch, lap_ext
@@ -236,22 +244,22 @@ def neighbor_norms(
 
 @calling("bn_scale")
 def bn_scale(module: torch.nn.Module) -> Tensor:
-    """Computes by what a batch norm in evaluation mode multiplies each channel.
+    """Computes the factor by which a batch norm in evaluation mode multiplies each channel.
 
-    For `Neighbor(scale=...)`.
+    Pass the result as `Neighbor(scale=...)`.
 
         scale[c] = gamma[c] / sqrt(running_var[c] + eps)
 
     Args:
-        module: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm; gamma [C] counts as 1 where
-            it is not affine.
+        module: a BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm. If it is not affine, its
+            gamma [C] counts as 1.
 
     Returns:
-        float64 [C], on the module's device. Not differentiable.
+        Factors [C] in float64, on the module's device. They are not differentiable.
 
     Raises:
-        TypeError: another module.
-        ValueError: a module without running statistics, or not initialized yet.
+        TypeError: module is of another type.
+        ValueError: module has no running statistics or is not initialized yet.
 
     Example:
         >>> import torch, lap_ext

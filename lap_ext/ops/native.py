@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Loads the native kernels of the package, and reports what is loaded (`info`).
+"""Loads the native kernels of the package and reports what is loaded (`info`).
 
 The reference kernels of schema.py serve every device; a native library only adds faster ones for
-CPU or CUDA. Where a library is missing, the reference is used, with one warning. A library that
-exists and does not load is an error: a fallback would hide a broken installation.
+CPU or CUDA. If a library is missing, the reference is used, with one warning. A library that
+exists but does not load is an error, because a fallback would hide a broken installation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).parents[1]  # the directory of lap_ext
 
 @dataclass(frozen=True)
 class Info:
-    """What lap_ext computes with; str() gives one line per fact."""
+    """The kernels, versions and settings that lap_ext uses; str() gives one line per fact."""
 
     version: str
     torch: str  # version
@@ -58,7 +58,7 @@ _state = _State()
 
 
 def load() -> None:
-    """Loads what is installed and usable; called once, after schema.py has defined operators."""
+    """Loads the installed, usable libraries; called once, after schema.py has defined operators."""
     if os.environ.get("LAP_EXT_NATIVE") == "0":
         _state.fallback = "LAP_EXT_NATIVE=0"
         return
@@ -93,10 +93,10 @@ def _load(file: str) -> bool:
 
 
 def mistake(error: Exception) -> LapValueError | None:
-    """Returns the user's mistake that a native kernel has found, in its parts; None for others.
+    """Returns the parts of a user's mistake that a native kernel found; None for other errors.
 
     PyTorch's stable ABI carries only the text of an error, so the library keeps the parts of the
-    last one of each thread.
+    last error of each thread.
     """
     if isinstance(error, LapError):
         return None
@@ -112,7 +112,7 @@ def mistake(error: Exception) -> LapValueError | None:
 
 
 def info() -> Info:
-    """Reports what is loaded: native kernels, their SIMD level, CUDA, threads, versions, fallbacks.
+    """Reports native kernels, their SIMD level, CUDA, threads, versions and fallbacks.
 
     Returns:
         An `Info`; print it, or read its fields.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Neighbors of a layer and their squared norms, one per channel of the layer between them.
+"""Describes a layer's neighbors and computes their norms, one per channel of that layer.
 
     in_norm[i]^2  = sum over producers of ||w_prev[i]||^2 * scale[i]^2
     out_norm[o]^2 = sum over consumers of ||w_next[:, o]||^2 * scale[o]^2
 
-All in float64. An identity (a skip connection) adds 1. Across a flatten (feature = channel * S +
-position) a channel's squared norm is repeated for its S features, or the squared norms of the S
-features are added for their channel.
+All of this is computed in float64. An identity (a skip connection) adds 1. Across a flatten
+(feature = channel * S + position), a channel's squared norm is repeated for its S features, or the
+squared norms of the S features are added for their channel.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 section 3. The same code serves torch and NumPy: only the Backend differs.
 """
@@ -25,12 +25,14 @@ class Neighbor:
     """Describes one producer or consumer of a layer.
 
     Args:
-        weight: its weight, [O, I / groups, *K] ([I, O / groups, *K] when transposed). None for an
-            identity, that is a skip connection, which adds 1 to the squared norm.
-        groups: groups of a grouped or depthwise convolution.
-        transposed: the weight of a transposed convolution (or a linear weight kept as [I, O]).
-        scale: what multiplies each shared channel, such as a batch norm between the two layers
-            (see `bn_scale`); its length is the channels of either side. None: ones.
+        weight: weight of the neighbor, [O, I / groups, *K], or [I, O / groups, *K] if transposed.
+            None stands for an identity (a skip connection), which adds 1 to the squared norm.
+        groups: number of groups of a grouped or depthwise convolution.
+        transposed: whether the weight is that of a transposed convolution, or a linear weight
+            stored as [I, O].
+        scale: factor for each shared channel, for example that of a batch norm between the two
+            layers (see `bn_scale`). Its length is the number of channels on either side. None
+            stands for ones.
 
     Example:
         >>> import torch, lap_ext
@@ -49,33 +51,33 @@ IDENTITY = Neighbor(None)
 
 
 class Backend(Protocol):
-    """What the norms of neighbors need from torch or NumPy. An array has .shape and .reshape."""
+    """What neighbor norms need from torch or NumPy, besides an array's .shape and .reshape."""
 
     def check_weight(self, name: str, x: Any) -> None:
-        """Raises unless x is a floating array on the device of w."""
+        """Raises an error unless x is a floating-point array on the device of w."""
 
     def row_squared_norms(self, x: Any, name: str) -> Any:
-        """Sums the squares of each row of x [R, ...], float64 [R]."""
+        """Sums the squares in each row of x [R, ...] and returns float64 [R]."""
 
     def col_squared_norms(self, x: Any, groups: int, name: str) -> Any:
-        """Sums the squares of each column of x [G * N, C, *K], float64 [G * C]."""
+        """Sums the squares in each column of x [G * N, C, *K] and returns float64 [G * C]."""
 
     def ones(self, n: int) -> Any:
-        """Makes float64 ones [n]."""
+        """Makes an array of ones, float64 [n]."""
 
     def as_float64(self, x: Any, name: str) -> Any:
-        """Returns a finite scale as float64, contiguous."""
+        """Converts a finite scale to a contiguous float64 array."""
 
     def repeat(self, x: Any, times: int) -> Any:
-        """Repeats each entry of x [n], [n * times]."""
+        """Repeats each entry of x [n] and returns [n * times]."""
 
     def norm(self, squared_norms: list[Any]) -> Any:
-        """Takes the square root of the sum of the squared norms [n], added in order."""
+        """Adds the squared norms [n] in order and takes the square root."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """The side of w on which neighbors are resolved, and w as it appears in messages."""
+    """The side of w on which the neighbors are, with the data about w that messages show."""
 
     name: str  # "w_prev" or "w_next"
     channels: int  # of w on this side
@@ -90,7 +92,7 @@ class Side:
 
 
 def side_of(name: str, w_shape: tuple[int, ...], groups: int, transposed: bool) -> Side:
-    """Makes the Side for w [O, I / groups, *K]; transposed [I, O / groups, *K]."""
+    """Makes the Side for w [O, I / groups, *K], or [I, O / groups, *K] if transposed."""
     channels = check.layer_channels("w", w_shape, groups, transposed)
     producer = name == "w_prev"
     by_row = producer == transposed
@@ -100,13 +102,13 @@ def side_of(name: str, w_shape: tuple[int, ...], groups: int, transposed: bool) 
 
 
 def norm_of(side: Side, neighbors: Any, backend: Backend) -> Any:
-    """Computes the norms over the channels of w, float64 [channels].
+    """Computes the norm for each channel of w on one side, float64 [channels].
 
     Args:
-        side: the side of w that they are on.
-        neighbors: None, a weight, a Neighbor, or a list or tuple of these (their squares add in
-            order).
-        backend: torch's or NumPy's.
+        side: the side of w on which the neighbors are.
+        neighbors: None, a weight, a Neighbor, or a list or tuple of these, whose squared norms are
+            added in order.
+        backend: the Backend of torch or NumPy.
     """
     if neighbors is None:
         return backend.ones(side.channels)

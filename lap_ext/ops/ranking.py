@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Exact selection among given scores, of one tensor or of a list of tensors ranked together.
+"""Selects exactly among given scores, of one tensor or of several tensors ranked together.
 
-The larger score comes first; of equal scores the one of the earlier tensor, then of the lower flat
-(C-order) index. -0.0 equals +0.0. Nothing is sorted and nothing is concatenated.
+Larger scores come first. Of equal scores, the one in the earlier tensor comes first, and within a
+tensor the one with the lower flat (C-order) index. -0.0 equals +0.0. Nothing is sorted or
+concatenated.
 """
 
 from __future__ import annotations
@@ -43,23 +44,25 @@ def topk_mask(
     mask: Tensor | Sequence[Tensor] | None = None,
     check_finite: bool = True,
 ) -> Tensor | list[Tensor]:
-    """Selects the largest scores: a mask of exactly `keep` of them.
+    """Selects exactly `keep` scores, the largest ones, and returns a mask of them.
 
         keep = floor((1 - sparsity) * n + 1/2)      n: number of all scores
 
     The pure-PyTorch fallback temporarily stores one integer key per score.
 
     Args:
-        scores: tensor of any shape and strides, float32, float64, float16 or bfloat16, any sign,
-            +-inf allowed. A list or tuple of tensors (one dtype, one device) is ranked together.
-        keep: number of scores to keep, over all tensors. More than there are keeps all.
-        sparsity: fraction of all scores to drop, 0 to 1, instead of keep.
-        mask: bool, shape of scores (a list for a list): the scores that may be kept.
-        check_finite: raise on NaN. False skips the check; a NaN then ranks by its bits.
+        scores: float32, float64, float16 or bfloat16 tensor with any shape and strides. Scores may
+            have any sign and may be +-inf. The tensors of a list or tuple must share one dtype and
+            one device; they are ranked together.
+        keep: number of scores to keep over all tensors. If it exceeds their number, all are kept.
+        sparsity: fraction of all scores to drop, 0 to 1, given instead of keep.
+        mask: bool tensor with the shape of scores (a list for a list); True marks the scores that
+            may be kept.
+        check_finite: whether to raise an error on NaN. If False, a NaN ranks by its bits.
 
     Returns:
-        Bool tensor of the shape of scores, True: kept; for a list of scores, a list of such
-        tensors.
+        Bool tensor with the shape of scores, in which True marks the kept scores; for a list of
+        scores, a list of such tensors.
 
     Raises:
         ValueError: a score is NaN; sparsity is outside [0, 1] or keep is negative; both or neither
@@ -86,19 +89,20 @@ def topk_mask(
 def kth_largest(
     scores: Tensor | Sequence[Tensor], k: SupportsIndex, *, check_finite: bool = True
 ) -> Tensor:
-    """Finds the k-th largest of all scores, exactly; k = 1 is the largest.
+    """Finds exactly the k-th largest of all scores; k = 1 gives the largest.
 
     Args:
         scores: tensor of any shape and strides, or a list or tuple of tensors, as in `topk_mask`.
         k: rank, 1 to the number of all scores.
-        check_finite: raise on NaN. False skips the check; a NaN then ranks by its bits.
+        check_finite: whether to raise an error on NaN. If False, a NaN ranks by its bits.
 
     Returns:
-        0-d tensor, dtype and device of scores; a zero is +0.0.
+        0-d tensor with the dtype and device of scores; a zero is returned as +0.0.
 
     Raises:
-        ValueError: NaN; k outside 1 to the number of all scores; different devices.
-        TypeError: scores that are not floating-point tensors, or of different dtypes.
+        ValueError: a score is NaN, k is not between 1 and the number of all scores, or tensors are
+            on different devices.
+        TypeError: scores are not floating-point tensors, or have different dtypes.
 
     Example:
         >>> import torch, lap_ext

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Prunes models: trace, score, allocate, select, apply.
+"""Prunes models in five steps: trace, score, allocate, select and apply.
 
-The model is not changed until every mask has been computed. In parallel order each weight is read
-twice: once for its norms, once for its mask.
+The model is not changed until every mask has been computed. In parallel order, each weight is read
+twice: once for its norms and once for its mask.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 sections 3 and 4 (orders and rounds).
 """
@@ -59,7 +59,7 @@ def scores(
     masks: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Scores every weight of a model; the model is not changed.
+    """Scores every weight of a model without changing the model.
 
     Args:
         model: as in `prune`.
@@ -74,15 +74,15 @@ def scores(
         data: as in `prune`.
         neighbors: as in `prune`.
         on_unsupported: as in `prune`.
-        masks: as in `prune`; weights that they prune do not count in the neighbor norms.
+        masks: as in `prune`; the weights that they prune do not count in the neighbor norms.
         on_progress: as in `prune`.
 
     Returns:
-        Layer name -> scores >= 0, with the weight's shape and device, float32 (float64 for float64
-        weights and for normalized scores).
+        Layer name -> scores >= 0, with the shape and device of the weight. Scores are float32, or
+        float64 if the weights are float64 or the scores are normalized.
 
     Raises:
-        TopologyError, TypeError, ValueError: as `prune`.
+        TopologyError, TypeError, ValueError: as in `prune`.
 
     Example:
         >>> import torch, lap_ext
@@ -138,7 +138,7 @@ def prune(
     apply: bool = True,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> PruneResult:
-    """Prunes a model: keeps exactly `keep` weights, those with the highest scores; zeroes the rest.
+    """Prunes a model: keeps the `keep` weights with the highest scores and sets the rest to zero.
 
         score = |w| * ||W_prev[i]|| * ||W_next[:, o]||      criterion="lookahead"
         keep  = floor((1 - sparsity) * n + 1/2)             n: weights of the layer or model
@@ -147,24 +147,26 @@ def prune(
         model: any module that `trace` can follow. Its layers are the weights of linear layers,
             convolutions, embeddings and recurrent layers; biases and norms are not pruned.
         example_inputs: inputs of the model's forward, for the trace: a tensor, a tuple of
-            positional arguments, or a dict of named ones. Small inputs suffice. None if topology
-            is given.
-        sparsity: fraction of the weights to remove; a dict from name pattern to fraction (the
-            first match counts; layers without a match stay dense); or an allocation such as
-            `lap_ext.erk(0.9)`.
+            positional arguments, or a dict of named arguments. Small inputs suffice. Pass None if
+            topology is given.
+        sparsity: the fraction of the weights to remove; or a dict from name pattern to fraction
+            (the first match counts, and layers without a match stay dense); or an allocation such
+            as `lap_ext.erk(0.9)`.
         topology: the result of an earlier `trace` of this model, instead of example_inputs.
         criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
             another name in `lap_ext.criteria`, an instance of one of its classes, or a function of
             a layer.
-        scope: "layer" ranks the weights of each layer separately, "global" those of all layers
-            together (one exact ranking of all scores, ties to the earlier layer and lower index).
-        normalize: makes scores comparable between layers: "none", "norm" (divided by the L2 norm
-            of the layer's scores) or "lamp". None of them changes the ranking within a layer.
+        scope: "layer" ranks the weights of each layer separately; "global" ranks the weights of all
+            layers together, in one exact ranking. Of equal scores, the one in the earlier layer, or
+            at the lower index in the same layer, ranks higher.
+        normalize: how to make scores comparable between layers: "none", "norm" (divides them by the
+            L2 norm of the layer's scores) or "lamp". None of these changes the ranking within
+            a layer.
         order: "parallel" scores all layers with their dense neighbors; "forward" goes from the
             first layer to the last and scores each with its already pruned producers; "backward"
-            goes from the last to the first, with the already pruned consumers.
-        rounds: prunes in this many equal steps and recomputes the scores before each.
-        layers: name patterns of the layers to prune; None: all.
+            goes from the last to the first and scores each with its already pruned consumers.
+        rounds: the number of equal steps to prune in; the scores are recomputed before each.
+        layers: name patterns of the layers to prune; None means all.
         exclude: name patterns of layers not to prune.
         batch_norm: "edge" counts a batch norm as a scale on the edge on which it lies; "fold" also
             counts the batch norm after a consumer, as if it were folded into that consumer's
@@ -176,7 +178,7 @@ def prune(
         neighbors: as in `trace`.
         on_unsupported: as in `trace`.
         masks: the masks of an earlier pruning; pruned weights stay pruned.
-        apply: set the pruned weights to zero. False leaves the model unchanged;
+        apply: whether to set the pruned weights to zero. False leaves the model unchanged;
             `result.apply(model)` does it later.
         on_progress: called with a `lap_ext.progress.Progress` after each layer that is measured,
             scored or ranked, not during the trace. An error that it raises stops the pruning and
@@ -220,7 +222,7 @@ def prune(
 
 @calling("sparsity")
 def sparsity(model: nn.Module) -> float:
-    """Measures the fraction of a model's weights that are zero, of either sign.
+    """Measures the fraction of a model's weights that are zero (+0.0 or -0.0).
 
         sparsity = zeros / n        over all parameters of two dimensions or more, tied ones once
 
@@ -231,7 +233,7 @@ def sparsity(model: nn.Module) -> float:
         model: any module with its weights in memory.
 
     Returns:
-        The fraction; 0.0 if there is no such parameter.
+        The fraction; 0.0 if no parameter has two dimensions or more.
 
     Raises:
         TypeError: model is not a module.
@@ -271,7 +273,7 @@ def run(
     data: Iterable[Any] | None,
     on_progress: Callable[[Progress], Any] | None,
 ) -> PruneResult:
-    """Computes the masks of a plan for a sparsity; the model is not changed."""
+    """Computes the masks of a plan for a sparsity without changing the model."""
     given = checked_masks(plan.topology, masks)
     shapes = {layer.name: layer.shape for layer in plan.layers}
     allocated = allocation.of(sparsity)

@@ -77,9 +77,9 @@ class Plan:
     """The layers of a model to prune, and the options.
 
     Attributes:
-        topology: of the model.
+        topology: the topology of the model.
         layers: the chosen layers, in the network's order.
-        options: of `prune`.
+        options: the options of `prune`.
     """
 
     topology: Topology
@@ -92,7 +92,7 @@ class Plan:
         return self.options.criterion
 
     def network(self, masks: Mapping[str, Tensor]) -> Network:
-        """Builds the network that computes scores; masks: the weights that are kept."""
+        """Builds the network that computes scores; masks gives the weights that are kept."""
         options = self.options
         chain = [layer.name for layer in self.layers] if options.residual == "chain" else None
         return Network(self.topology, options.batch_norm, masks=masks, chain=chain)
@@ -110,7 +110,7 @@ def options_of(
     layers: Patterns | None = None,
     exclude: Patterns = (),
 ) -> Options:
-    """Checks the options of `prune`, which documents them."""
+    """Checks the options that `prune` documents."""
     return Options(
         criteria.of(criterion),
         scope=scope,
@@ -125,7 +125,7 @@ def options_of(
 
 
 def plan_of(topology: Topology, options: Options) -> Plan:
-    """Chooses the layers to prune, by the options."""
+    """Chooses the layers to prune according to the options."""
     return Plan(topology, chosen(topology, options.layers, options.exclude), options)
 
 
@@ -161,11 +161,11 @@ def topology_of(
 
 
 def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> list[Layer]:
-    """Chooses the layers that match a pattern of layers and none of exclude.
+    """Chooses the layers that match a pattern in layers and no pattern in exclude.
 
     Args:
-        topology: of the model.
-        layers: patterns of the layers to take; None: all.
+        topology: the topology of the model.
+        layers: patterns of the layers to take; None means all.
         exclude: patterns of the layers to leave out.
 
     Raises:
@@ -206,7 +206,7 @@ def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]
 
 
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Checks that masks of an earlier pruning fit the model's layers."""
+    """Checks that the masks of an earlier pruning fit the model's layers."""
     if masks is not None and not isinstance(masks, Mapping):
         raise LapTypeError(
             "{argument} to be a mapping of layer name -> bool tensor",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Prunes during training: a schedule says when and how much; each pruning extends the last masks.
+"""Prunes during training, when and as far as a schedule says; each pruning extends the masks.
 
     step k   the k-th call of Pruner.step, from 0
              sparsity = schedule(k); None: nothing is scored
@@ -52,11 +52,11 @@ _LISTED = 10  # of many differences, errors list the first ones
 
 
 class Pruner:
-    """Prunes a model during training, and keeps pruned weights at zero.
+    """Prunes a model during training and keeps pruned weights at zero.
 
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
-    In between, the optimizer cannot change a pruned weight: gradients and moments of pruned weights
-    are 0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
+    In between, the optimizer cannot change a pruned weight: its gradient and its moments are
+    0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
     without further calls. If you keep an average of the weights (AveragedModel), call
     `pruner.masks.apply(average)` after each pruning; if you use a CUDA graph, capture it again.
 
@@ -65,10 +65,12 @@ class Pruner:
             All processes of a DistributedDataParallel must call `step`; they use the masks of the
             first process, because the running statistics of batch norms differ between processes.
         example_inputs: as in `prune`. The model is traced once, here.
-        schedule: step -> the sparsity to prune to, or None. One of `lap_ext.schedule`, or your own
-            function; the sparsity is anything that `prune` takes: a number, a dict, an allocation.
-        optimizer: the optimizer of the model, or several. None: `step` sets pruned weights back to
-            zero itself, so call it after every step; the optimizer's moments are not changed.
+        schedule: a function from the step to the sparsity to prune to, or to None: one from
+            `lap_ext.schedule`, or your own. The sparsity may be anything that `prune` takes: a
+            number, a dict or an allocation.
+        optimizer: the optimizer of the model, or several. With None, `step` itself sets pruned
+            weights back to zero, so call `step` after every step of the optimizer; the optimizer's
+            moments are not changed.
         topology: as in `prune`.
         criterion: as in `prune`.
         scope: as in `prune`.
@@ -79,20 +81,20 @@ class Pruner:
         exclude: as in `prune`.
         batch_norm: as in `prune`.
         residual: as in `prune`.
-        data: as in `prune`; every pruning iterates over it, so it must not be an iterator.
+        data: as in `prune`; every pruning iterates over it again, so an iterator is not enough.
         neighbors: as in `prune`.
         on_unsupported: as in `prune`.
         on_progress: as in `prune`.
 
     Attributes:
         layers: the layers to prune, in the network's order.
-        topology: the trace. Another pruner of this model accepts it instead of example_inputs.
-        masks: the masks so far, `Masks`; empty before the first pruning.
+        topology: the topology; another pruner of this model accepts it instead of example_inputs.
+        masks: the current `Masks`; empty before the first pruning.
         result: the `PruneResult` of the last pruning, or None.
 
     Raises:
         TopologyError: the model cannot be traced.
-        TypeError, ValueError: as `prune`; or the optimizer trains none of the layers.
+        TypeError, ValueError: as in `prune`; also if the optimizer trains none of the layers.
 
     Example:
         >>> import torch
@@ -180,7 +182,7 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed so far of the weights of the pruned layers; 0.0 at first."""
+        """The fraction of the pruned layers' weights that has been removed so far; 0.0 at first."""
         return self.masks.sparsity
 
     @calling("Pruner.step")
@@ -191,8 +193,8 @@ class Pruner:
             The result of the pruning, or None if this step did not prune.
 
         Raises:
-            ValueError: as `prune`; neither the model nor the pruner is changed.
-            RuntimeError: after `remove`.
+            ValueError: as in `prune`; neither the model nor the pruner is changed.
+            RuntimeError: `remove` has been called.
         """
         self._check_not_removed()
         with callback():
@@ -206,12 +208,12 @@ class Pruner:
         return None if sparsity is None else self.result
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs; save it with the states of the model and the optimizer.
+        """Returns the state that a resumed run needs; save it with those of model and optimizer.
 
         Returns:
-            step: number of calls of `step`. masks: layer name -> one bit per weight, uint8.
-            layers: name -> shape of every layer of the model. torch.load reads it with
-            weights_only=True.
+            A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
+            weight, as uint8; "layers" maps the name of every layer of the model to its shape.
+            torch.load reads the saved dict with weights_only=True.
 
         Example:
             >>> import io, torch
@@ -240,16 +242,17 @@ class Pruner:
 
     @calling("Pruner.load_state_dict")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes where `state_dict` was called; the masks are applied to the model at once.
+        """Resumes where `state_dict` was called and applies the masks to the model at once.
 
-        With the same batches, the run is bit-identical to one that was never interrupted. Load a
-        pruner that has pruned more since then before its optimizer, which would otherwise lose the
-        moments of weights that return; a new pruner can be loaded in any order.
+        With the same batches, the run is bit-identical to one that was never interrupted. If
+        this pruner has pruned more since `state_dict` was called, load the pruner before its
+        optimizer, which would otherwise lose the moments of weights that return. A new pruner and
+        its optimizer can be loaded in any order.
 
         Raises:
-            TypeError, ValueError: it is not such a state, or its layers differ; nothing is
-                changed.
-            RuntimeError: after `remove`.
+            TypeError, ValueError: the argument is not such a state, or its layers differ; nothing
+                is changed.
+            RuntimeError: `remove` has been called.
         """
         self._check_not_removed()
         step, masks = _unpacked(state, self._shapes())
@@ -257,7 +260,7 @@ class Pruner:
         self._step = step
 
     def remove(self) -> None:
-        """Removes the optimizer's hooks: it may then change pruned weights, which are zero now."""
+        """Removes the optimizer's hooks; it may then change pruned weights, which are now zero."""
         self._hooks.close()
         self._removed = True
 

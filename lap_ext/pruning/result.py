@@ -31,7 +31,7 @@ class LayerResult:
 
     @property
     def sparsity(self) -> float:
-        """The fraction that was removed."""
+        """The fraction of the layer's weights that was removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
 
@@ -40,7 +40,7 @@ class PruneResult:
     """The result of a pruning: its masks, and the counts of each layer; print it for a table.
 
     Attributes:
-        masks: layer name -> mask, as `Masks`.
+        masks: the `Masks`, layer name -> mask.
         layers: one row per layer, in the order of the network.
         criterion: the name of the criterion.
 
@@ -58,22 +58,22 @@ class PruneResult:
 
     @property
     def kept(self) -> int:
-        """Weights kept, of all layers that were pruned."""
+        """The number of weights kept in all pruned layers."""
         return sum(row.kept for row in self.layers)
 
     @property
     def total(self) -> int:
-        """Weights of all layers that were pruned."""
+        """The number of weights in all pruned layers."""
         return sum(row.total for row in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights of these layers that was removed."""
+        """The fraction of the weights in all pruned layers that was removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
 
     @calling("PruneResult.apply")
     def apply(self, model: Module) -> None:
-        """Sets the pruned weights of a model to zero: the pruned one, or a copy of it.
+        """Sets the pruned weights to zero in the model that was scored, or in a copy of it.
 
         Raises:
             ValueError: the model lacks a layer, or a layer has another shape; nothing is
@@ -113,14 +113,14 @@ class PruneResult:
         )
 
     def to_json(self) -> str:
-        """Returns the table as JSON: criterion, sparsity, kept, total and a list of layers."""
+        """Returns the table as JSON, with criterion, sparsity, kept, total and a list of layers."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in self.layers]
         facts = {"criterion": self.criterion, "sparsity": self.sparsity}
         counts = {"kept": self.kept, "total": self.total}
         return json.dumps(facts | counts | {"layers": rows}, indent=2)
 
     def plot(self) -> Any:
-        """Draws a matplotlib figure of each layer's sparsity and weights; a notebook shows it.
+        """Draws each layer's sparsity and weights in a matplotlib figure, which a notebook shows.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Computes scores and masks of layers from a criterion.
+"""Computes the scores and masks of layers from a criterion.
 
-Where a layer has one role that uses its full weight, scoring and masking are fused: no score is
-stored. A weight with several roles (tied, shared, packed in parts) has score sqrt(sum over roles of
-s^2). A criterion without norms is element-wise: |w|, however often the weight is used. A criterion
-with rows keeps the same number of weights in every output channel.
+Where a layer has one role that uses its full weight, scoring and masking are fused, and no score
+is stored. A weight with several roles (tied, shared or packed in parts) has the score sqrt(sum over
+roles of s^2), where s is the score in one role. A criterion without norms is element-wise: its
+score is |w|, however often the weight is used. A criterion with rows keeps the same number of
+weights in every output channel.
+
 Normalizations of scores for one ranking over several layers:
 
     norm    s / ||s||_2 of the layer
@@ -32,7 +34,10 @@ from lap_ext.topology.roles import Part, Role
 
 
 def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
-    """Scores a layer's weights, in the weight's shape, float32 (float64 for float64 weights)."""
+    """Scores a layer's weights in the weight's shape.
+
+    Scores are float32, or float64 if the weights are float64.
+    """
     with in_layer(layer.name):
         return _layer_scores(network, criterion, layer)
 
@@ -40,7 +45,7 @@ def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor
 def comparable_scores(
     network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
 ) -> Tensor:
-    """Scores a layer's weights and normalizes the scores; mask: the weights that count."""
+    """Scores a layer's weights and normalizes the scores over the weights that mask keeps."""
     with in_layer(layer.name):
         return normalized(_layer_scores(network, criterion, layer), normalize, mask)
 
@@ -81,7 +86,7 @@ def layer_mask(
     keep: int,
     mask: Tensor | None,
 ) -> Tensor:
-    """Selects a layer's best weights, keep of them, among those that mask keeps."""
+    """Selects the best keep weights of a layer among those that mask keeps."""
     with in_layer(layer.name):
         return _layer_mask(network, criterion, layer, keep, mask)
 
@@ -113,11 +118,11 @@ def _layer_mask(
 
 
 def row_mask(scores: Tensor, part: Part, keep: int, mask: Tensor | None) -> Tensor:
-    """Selects the best weights of every output channel, keep in total.
+    """Selects the best weights of every output channel, keep weights in total.
 
-    Every channel keeps the same number, as far as it has that many (mask: the weights that may be
-    kept). If weights remain to be kept, the first channels that have more keep one more each. Of
-    equal scores in a channel the one with the lower flat index is kept.
+    Only weights that mask keeps may be selected. Every channel keeps the same number, or all that
+    it has if it has fewer. If weights remain to be kept, the first channels that have more keep one
+    more each. Of equal scores in a channel, the one with the lower flat index is kept.
     """
     rows = _rows(scores, part)  # [O, weights per channel]
     eligible = None if mask is None else _rows(mask, part)
@@ -133,9 +138,9 @@ def row_mask(scores: Tensor, part: Part, keep: int, mask: Tensor | None) -> Tens
 
 
 def even_counts(capacity: Tensor, keep: int) -> Tensor:
-    """Splits keep evenly over rows, each up to its capacity: how many to keep, int64 [rows].
+    """Splits keep evenly over rows, up to the capacity of each; returns counts, int64 [rows].
 
-    The remainder goes to the first rows with capacity left, one each.
+    The first rows with capacity left get one more each from the remainder.
 
     Example:
         >>> even_counts(torch.tensor([5, 1, 5]), 8)     # 3, 1, 3 and one left over
@@ -175,7 +180,7 @@ def _from_rows(rows: Tensor, part: Part) -> Tensor:
 
 @dataclass(frozen=True)
 class Rankable:
-    """A layer in a ranking of several: a weight with norms of rows and columns, or its scores."""
+    """A layer in a ranking of several: its weight with row and column norms, or its scores."""
 
     x: Tensor
     rows: Tensor  # float64 [R]; empty: x holds scores
@@ -192,7 +197,7 @@ def stores_scores(criterion: Criterion, layer: Layer, normalize: str) -> bool:
 def rankable(
     network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
 ) -> Rankable:
-    """Prepares a layer for a ranking of several layers; mask: the weights that count."""
+    """Prepares a layer for a ranking of several; only the weights that mask keeps count."""
     if stores_scores(criterion, layer, normalize):
         scores = comparable_scores(network, criterion, layer, normalize, mask)
         none = scores.new_empty(0, dtype=torch.float64)
@@ -215,7 +220,7 @@ def global_masks(
     keep: int,
     masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Selects the best weights of all layers, keep in total, in one ranking; layers in order."""
+    """Selects the best keep weights of all layers in one ranking; layers are in network order."""
     dtypes = [str(score_dtype(item.x.dtype)) for item in rankables]
     names = [f"layer {layer.name!r}" for layer in layers]
     check.one_of_a_kind("dtype", dtypes, names)
@@ -250,7 +255,7 @@ def _in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
-    """Makes a layer's scores comparable with those of other layers; mask: the ones that count."""
+    """Makes a layer's scores comparable with those of other layers; counts only those in mask."""
     if how == "none":
         return scores
     masked = scores.double()
@@ -269,24 +274,24 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
 
 
 def row_squared_norms(scores: Tensor, width: int) -> list[float]:
-    """Sums the squares of each row of width scores: the same bits for any chunk of whole rows."""
+    """Sums the squares in each row of width scores, the same bits for any chunk of whole rows."""
     if scores.numel() == 0:
         return []
     return schema.row_squared_norms(scores.reshape(-1, width), False, "scores").tolist()
 
 
 def over(scores: Tensor, size: float) -> Tensor:
-    """Divides scores by size, the norm of all scores of their layer, in float64."""
+    """Divides scores by size, the norm of all scores of their layer; computes in float64."""
     scores = scores.double()
     return scores / size if size > 0 else scores
 
 
 def lamp(scores: Tensor) -> Tensor:
-    """Computes layer-adaptive magnitudes, float64: each square over the sum of those not smaller.
+    """Divides each squared score by the sum of the squares that are not smaller, in float64.
 
         lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j
 
-    Of equal scores, the one with the lower index is ranked above and so has the larger result.
+    Of equal scores, the one with the lower index ranks higher and so has the larger result.
     The largest result is 1, so that no layer is emptied before the others.
     """
     flat = scores.double().flatten()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Measures the facts of a report, in one pass over the chunks of each layer's weight.
 
-    kept mass        sum of w^2 over kept weights / over all
-    dead rows        rows of the pruned weight as a matrix [rows, columns, *window], all zero
-    dead columns     the same for columns, for each group separately
-    distribution     histograms of |w| (or of the score), kept and pruned; a bin spans 2^(1/4)
+    kept mass        sum of w^2 over the kept weights, divided by the sum over all weights
+    dead rows        all-zero rows of the pruned weight as a matrix [rows, columns, *window]
+    dead columns     all-zero columns of this matrix, counted in each group separately
+    distribution     histograms of kept and pruned |w| (or scores); a bin spans a factor 2^(1/4)
 
 A chunk is some rows of a layer, so that a layer larger than memory can be measured.
 """
@@ -56,7 +56,7 @@ class Histogram:
     lowest: float | None = None
 
     def add(self, values: Tensor, kept: Tensor) -> None:
-        """Counts values >= 0 (any shape) and whether each is kept."""
+        """Counts values >= 0, in any shape, each as kept or pruned."""
         counts: dict[int, Tensor] = {}
         flat = values.reshape(-1), kept.reshape(-1)
         for batch, chosen in zip(*(x.split(_BATCH) for x in flat), strict=True):
@@ -146,7 +146,7 @@ class LayerFacts:
 
     @property
     def threshold(self) -> float | None:
-        """Returns the lowest score that is kept; None without scores, or if none is kept."""
+        """Returns the lowest score that is kept, or None if there are no scores or none is kept."""
         return None if self.scores is None else self.scores.lowest
 
     @property
@@ -204,7 +204,7 @@ class Facts:
         return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """Converts the figures, without the distributions, for JSON."""
+        """Converts the figures to a dict for JSON, without the distributions."""
         names = "name kind shape kept total sparsity mass rows dead_rows columns dead_columns"
         rows = [{name: getattr(layer, name) for name in names.split()} for layer in self.layers]
         return {"mass": self.mass, "layers": rows}
@@ -214,9 +214,11 @@ class Measure:
     """Measures the facts of one layer from chunks of complete rows, in order.
 
     Args:
-        facts: of the layer, which this fills in.
-        matrix: the weight as [rows, columns, *window], a reshape of it; None: as its shape is.
-        groups: of a convolution or of experts: the rows are split between them.
+        facts: the facts of the layer, which this class fills in.
+        matrix: the shape [rows, columns, *window] to which the weight is reshaped; None means its
+            own shape.
+        groups: the number of groups of a convolution, or of experts, between which the rows are
+            split.
 
     Example:
         >>> import torch
@@ -242,12 +244,12 @@ class Measure:
 
     @property
     def step(self) -> int:
-        """Computes how many weights are measured at once: complete rows."""
+        """Computes how many weights, in complete rows, are measured at once."""
         row = max(1, math.prod(self.inner))
         return row * max(1, _CHUNK // row)
 
     def add(self, weight: Tensor, kept: Tensor, scores: Tensor | None = None) -> None:
-        """Measures the next rows, in any shape; scores: what ranked them."""
+        """Measures the next rows, in any shape; scores are those by which they were ranked."""
         tensors = [weight, kept] if scores is None else [weight, kept, scores]
         flat = [x.detach().reshape(-1) for x in tensors]
         for start in range(0, weight.numel(), self.step):
@@ -285,10 +287,10 @@ class Measure:
 def binned(
     histogram: Histogram, tail: float = 0.003, octaves: int = 24
 ) -> tuple[list[float], list[int], list[int]]:
-    """Computes edges (one more than bins), kept and pruned counts, for a chart.
+    """Computes a chart's bin edges (one more than bins), kept counts and pruned counts.
 
-    The first bin also holds the smallest values: the share tail of all, and those more than so many
-    octaves below the largest.
+    The first bin also holds the smallest values: the share `tail` of all values, and those more
+    than `octaves` octaves below the largest value.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One self-contained HTML page about a pruning, drawn from what facts.py has measured.
+"""Makes one self-contained HTML page about a pruning from what facts.py has measured.
 
-It needs no script, font or request, so that it can be mailed, archived and read offline.
+The page needs no script, font or request, so it can be mailed, archived and read offline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOWN = 24  # distributions of layers; the others are collapsed
 
 
 def write(path: str | os.PathLike[str], facts: Facts) -> None:
-    """Writes the page atomically: path has the old file or the complete new one."""
+    """Writes the page atomically: path holds either the old file or the complete new one."""
     with replacing(path) as file:
         file.write(html(facts).encode())
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The plots of a report, by matplotlib (pip install "lap_ext[plot]"), for notebooks and papers."""
+"""Draws the plots of a report for notebooks and papers.
+
+It needs matplotlib (pip install "lap_ext[plot]").
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def layers(rows: Sequence[Any], title: str = "") -> Any:
 
     Args:
         rows: `PruneResult.layers` or `Facts.layers` (see `Row`).
-        title: above the figure.
+        title: the text above the figure.
 
     Returns:
         A matplotlib Figure, which a notebook displays.
@@ -103,11 +106,11 @@ def save(path: str | os.PathLike[str], figure: Any) -> None:
 
 
 def check(path: Path) -> None:
-    """Checks that matplotlib is installed and writes the format that the suffix names.
+    """Checks that matplotlib is installed and can write the format that the suffix names.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: it does not write this format.
+        ValueError: matplotlib cannot write this format.
     """
     formats = _matplotlib()().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in formats:

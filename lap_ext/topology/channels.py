@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All channels of a network, numbered from 1, and the channels that each one is computed from.
+"""Numbers all channels of a network from 1 and notes which channels each is computed from.
 
 A channel group holds channels that one operation creates: the outputs of a weighted layer, the
 model's input, or the result of an operation that joins, scales or reduces channels. Channel edges
@@ -28,7 +28,7 @@ _BASE = 1 << 40  # more than there are channel ids: (child, id) is one int64 key
 
 @dataclass(frozen=True)
 class ChannelEdges:
-    """Children and parents, pair by pair, and the factor between them."""
+    """The child, the parent and the factor between them for each pair of channels."""
 
     child: Tensor  # int64 [n], index within the group
     parent: Tensor  # int64 [n], channel id
@@ -40,11 +40,11 @@ class ChannelEdges:
     def squared(
         self, tensors: Mapping[str, Tensor], known: dict[int, Any], batch_norm: bool = True
     ) -> Tensor | None:
-        """Returns weight * scale^2 of each edge, float64 [n]; None: ones.
+        """Returns weight * scale^2 of each edge, float64 [n]; None means ones.
 
         Args:
             tensors: the model's parameters and buffers by name.
-            known: static values that have been computed in this pass.
+            known: the static values computed so far in this pass.
             batch_norm: whether batch norms count.
         """
         if self.scale is None or self.entry is None:
@@ -57,11 +57,12 @@ class ChannelEdges:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels first, first + 1, ... that one operation creates.
+    """The channels first, first + 1, ... that one operation creates.
 
-    kind: role (a weighted layer's output), input, boundary, zero (padded), batch_norm, scale,
-    number (a scalar multiple), position (times a constant that changes with the position), softmax,
-    join, reduce, state (of a recurrent layer), routed (of experts that data chooses).
+    The kind is one of: role (the output of a weighted layer), input, boundary, zero (padding),
+    batch_norm, scale, number (multiplied by a scalar), position (multiplied by a constant that
+    changes with the position), softmax, join, reduce, state (of a recurrent layer), or routed (by
+    data, to experts).
     """
 
     first: int
@@ -72,7 +73,7 @@ class ChannelGroup:
 
     @property
     def ids(self) -> Tensor:
-        """Its channels, int64 [size]."""
+        """The group's channels, int64 [size]."""
         return torch.arange(self.first, self.first + self.size)
 
 
@@ -94,7 +95,7 @@ class Channels:
         edges: list[ChannelEdges] | None = None,
         roots: Tensor | None = None,
     ) -> ChannelGroup:
-        """Creates a group; roots: the channels that these are multiples of by a number."""
+        """Creates a group; roots are the channels of which these are scalar multiples."""
         group = ChannelGroup(self.size, size, kind, name, edges or [])
         end = self.size + size
         while end > self._roots.numel():
@@ -115,15 +116,15 @@ class Channels:
         return self.add(1, "zero", "zero").first
 
     def root(self, ids: Tensor) -> Tensor:
-        """Returns the channel that each one is a multiple of by a number: itself for most."""
+        """Returns the channel of which each is a scalar multiple: for most, the channel itself."""
         return self._roots[ids]
 
     def group_index(self, ids: Tensor) -> Tensor:
-        """Returns the index in groups of each channel's group; -1 for id 0."""
+        """Returns the index of each channel's group in groups; -1 for channel 0."""
         return self._group_indices[ids]
 
     def of_kind(self, ids: Tensor, *kinds: str) -> Tensor:
-        """Tells for each channel whether its group is of one of these kinds."""
+        """Tells for each channel whether its group has one of these kinds."""
         indices = self.group_index(ids)
         result = torch.zeros(ids.shape, dtype=torch.bool)
         for index in torch.unique(indices).tolist():
@@ -132,11 +133,11 @@ class Channels:
         return result
 
     def sum_of(self, child: Tensor, ids: Tensor) -> None:
-        """Notes that the newest group sums these channels, pair by pair, whatever its edges say."""
+        """Notes which channels the newest group sums, pair by pair, whatever its edges say."""
         self._members[len(self.groups) - 1] = child * _BASE + self.root(ids)
 
     def is_parent(self, ids: Tensor, of: Tensor) -> Tensor:
-        """Tells pair by pair whether a channel is a parent of a channel of kind "reduce"."""
+        """Tells for each pair whether the first is a parent of the second, of kind "reduce"."""
         result = torch.zeros(ids.shape, dtype=torch.bool)
         indices = self.group_index(of)
         for index in torch.unique(indices).tolist():

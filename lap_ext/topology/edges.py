@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Edges between layers, for people and for tests: one hop through the channel graph.
+"""Finds the edges between layers, one hop through the channel graph, for people and for tests.
 
-Scores do not need them (propagate.py passes over the full graph at once); a test checks that both
-agree.
+Scores do not need edges, because propagate.py passes over the full graph at once; a test checks
+that both agree.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Edge:
     Attributes:
         name: the neighbor's layer name; "input", "output" or the operation where a trace stopped.
         kind: "layer", "input", "output", "boundary" or "coupled" (q and k of an attention).
-        here: channel of this layer, pair by pair, int64 [n]; of the full weight where roles use
-            parts of it.
-        there: channel of the neighbor, pair by pair, int64 [n].
-        scale: factor along the path, pair by pair, float64 [n] (batch norm, norm weight, layer
-            scale; with the squared weights of a mean it is their root); None: ones.
-        via: operations along the path, each once; where paths meet, those of all of them.
+        here: this layer's channel in each pair, int64 [n]; counted in the full weight where roles
+            use parts of it.
+        there: the neighbor's channel in each pair, int64 [n].
+        scale: the factor along the path for each pair, float64 [n], from batch norms, norm weights
+            and layer scales; where a mean gives squared weights, their root. None means ones.
+        via: the operations along the path, each listed once; where paths meet, those of all
+            paths.
     """
 
     name: str
@@ -47,12 +48,12 @@ class Edge:
 
     @property
     def how(self) -> str:
-        """The channel map in parentheses, to follow a name; empty if one to one or all to all."""
+        """The channel map in parentheses, to follow a name; empty if one-to-one or all-to-all."""
         return "" if self.channel_map in ("same", "all") else f" ({self.channel_map})"
 
     @property
     def channel_map(self) -> str:
-        """The channel map in a word: "same", "offset +64", "repeat 4", "permuted", ..."""
+        """The channel map in short: "same", "offset +64", "repeat 4", "permuted", ..."""
         here, there = self.here, self.there
         if self.kind in ("input", "output", "boundary"):
             return "all"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The graph of a traced network: its channels, the roles of its weights, and who reads what.
+"""Defines the graph of a traced network: channels, roles of weights, and what reads what.
 
-Pure data: it knows neither the model nor the values of its weights.
+It is pure data and knows neither the model nor the values of its weights.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Graph:
     Attributes:
         channels: all channels, and the channels that each one is computed from.
         roles: the uses of the weights, in the order of the network.
-        couplings: channels that are each other's neighbors (q and k of an attention), pair by pair.
-        ends: channels that leave the network, and the name of what they leave by.
+        couplings: pairs of channels that are each other's neighbors (q and k of an attention).
+        ends: channels that leave the network, and the name of the end through which they leave.
         children: index of a group -> (index, edges) of the groups that are computed from it.
         readers: index of a group -> the roles that read it.
         coupled: index of a group -> (its channels, the channels that they are coupled with).
         ended: index of a group -> (channels, name) of what ends there.
-        norms: role -> the batch norm that alone reads its outputs, where there is one.
+        norms: role -> the batch norm that is the only reader of its outputs, where there is one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Graph:
         self.norms = {role: norm for role, norm in norms.items() if norm is not None}
 
     def channel(self, group: ChannelGroup, ids: Tensor) -> Tensor:
-        """Returns the channels of a source as its layer counts them."""
+        """Returns a source's channels as its layer numbers them."""
         role = self._by_output.get(group.first)
         return ids - group.first + (0 if role is None else role.part.first[1])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A role: one use of a weight in the network, and the part of the parameter it uses.
+"""Defines a role: one use of a weight in the network, and the part of the parameter it uses.
 
     out[o] = sum over i of w[o, i] x[i]
 
@@ -22,8 +22,8 @@ from lap_ext.topology.value import WeightView
 class Part:
     """A parameter seen as a matrix of channels, [rows, cols, *window], and the block that is used.
 
-    Rows are outputs and columns are inputs; transposed: the other way round. With groups, a row
-    meets only the columns of its group: column c of group g is channel g * cols + c.
+    Rows are outputs and columns are inputs; if transposed, it is the other way round. With groups,
+    a row meets only the columns of its group; column c of group g is channel g * cols + c.
     """
 
     shape: tuple[int, ...]  # [rows, cols, *window], a reshape of the parameter
@@ -38,7 +38,7 @@ class Part:
         return self.rows is None and self.cols is None
 
     def of(self, weight: Tensor) -> Tensor:
-        """Returns the block of a parameter, [rows, cols, *window]: a view where strides allow."""
+        """Returns a parameter's block, [rows, cols, *window], as a view where strides allow."""
         matrix = weight.reshape(self.shape)
         if self.rows is not None:
             matrix = matrix[self.rows[0] : self.rows[1]]
@@ -55,7 +55,7 @@ class Part:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """(input channels, output channels) of the block."""
+        """The numbers of channels of the block: (input, output)."""
         rows, cols = self.block[0], self.block[1] * self.groups
         return (rows, cols) if self.transposed else (cols, rows)
 
@@ -87,10 +87,10 @@ class Role:
 
 
 def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:
-    """Finds the part of a parameter of shape full that a view [A, B] shows; None if not a block.
+    """Finds the part that a view [A, B] shows of a parameter of shape full; None if not a block.
 
-    A is the output dimension (the input's when transposed): rows of the parameter, or its columns
-    where the view is a transpose.
+    A is the output dimension, or the input dimension if transposed. It counts rows of the
+    parameter, or columns where the view is a transpose.
     """
     (a, b), (stride_a, stride_b) = view.meta.shape, view.meta.stride()
     offset = int(view.meta.storage_offset())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Topology and Layer: a traced model as users see it."""
+"""Defines Topology and Layer, which show a traced model to users."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Layer:
     Attributes:
         name: the parameter's name without ".weight".
         parameter: the parameter's full name.
-        kind: of its first role: linear, conv2d, conv_transpose2d, embedding, lstm, ...
-        shape: of the parameter.
+        kind: the kind of its first role: linear, conv2d, conv_transpose2d, embedding, lstm, ...
+        shape: the parameter's shape.
         roles: its uses in the network, in order.
-        topology: of the model.
+        topology: the topology of the model.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Layer:
 
     @property
     def groups(self) -> int:
-        """The number of groups of a convolution, or of experts of a batched weight."""
+        """The number of groups in a convolution, or of experts in a batched weight."""
         return self.roles[0].part.groups
 
     @property
     def prev(self) -> list[Edge]:
-        """The edges to what feeds it: one per producer and role."""
+        """The edges to what feeds this layer, one per producer and role."""
         graph, tensors = self.topology.graph, self.topology.tensors()
         return [edge for role in self.roles for edge in edges.producers(graph, role, tensors)]
 
     @property
     def next(self) -> list[Edge]:
-        """The edges to what reads it: one per consumer and role."""
+        """The edges to what reads this layer, one per consumer and role."""
         graph, tensors = self.topology.graph, self.topology.tensors()
         return [edge for role in self.roles for edge in edges.consumers(graph, role, tensors)]
 
@@ -69,8 +69,8 @@ class Topology:
         graph: the channels between the layers (see graph.py).
         neighbors: the neighbors that the user gave for some layers.
         others: parameters of two dimensions or more that are not layers (a position embedding that
-            is added, a class token, a table of biases): they are never pruned.
-        stops: operations at which the trace stopped, a sentence each; empty unless
+            is added, a class token, a table of biases); they are never pruned.
+        stops: one sentence for each operation at which the trace stopped; empty unless
             on_unsupported="cut".
 
     Example:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The function `trace`: from a model and example inputs to its topology."""
+"""Provides `trace`, which turns a model and example inputs into a topology."""
 
 from __future__ import annotations
 
@@ -28,33 +28,35 @@ def trace(
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
-    """Traces a model: which channels of which layers feed each weight, and which read it.
+    """Traces which channels of which layers feed each weight of a model, and which read it.
 
-    Channels are followed through the graph of torch.export (nothing is computed or changed), not
-    through the order of the modules: sums, concatenations, splits, flatten, gates, norms,
-    attention. Neighbors are one hop away: the next weighted layers along the path. If a channel
+    Channels are followed through the graph of torch.export, not through the order of the modules:
+    through sums, concatenations, splits, flatten, gates, norms and attention. Nothing is computed
+    or changed. Neighbors are one hop away: the next weighted layers along the path. If a channel
     has several producers or consumers, their squared norms are added.
 
-    Nonlinear operations are linearized: activations have gain 1, a product is d(ab) = da + db.
+    Nonlinear operations are linearized: activations have gain 1, and for a product d(ab) = da + db.
     Where data selects (max, top-k, sort, gather, an index over channels, the experts of a token),
     every candidate counts as selected; a constant mask, index or matrix is applied as it is. A
     softmax over positions gives attention weights: channels end there, and queries and keys are
     each other's neighbors. A layer over positions (a token mixer) is fed by every channel and read
-    by every channel, and all of them count: all its weights have the same neighbor norms, which
-    are larger than those of layers over channels and favor it in a global ranking.
+    by every channel, and all of them count. Therefore all weights of such a layer have the same
+    neighbor norms, which are larger than those of layers over channels and favor the layer in a
+    global ranking.
 
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.
         example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or
-            a dict of named ones. Small ones suffice. None if forward takes no arguments.
+            a dict of named arguments. Small inputs suffice. Pass None if forward takes no
+            arguments.
         neighbors: layer name -> (previous, next) as in `lap_ext.score`, where a layer name may
-            stand for its weight. They replace the result of the trace for these layers; an
+            stand for its weight. These replace the result of the trace for their layers; an
             operation that is not understood is no error if only such layers feed it.
         on_unsupported: what to do at an operation that is not understood. "raise" raises; "cut"
             counts it as a boundary (norm 1 on both sides) and lists it in a warning.
 
     Returns:
-        The topology: `.layers[name]` with `.prev` and `.next`. Print it for a table.
+        The topology: `.layers[name]` with `.prev` and `.next`. Print the topology for a table.
 
     Raises:
         TopologyError: an operation is not understood, or torch.export cannot follow the model.
