@@ -53,7 +53,7 @@ class Allocation(Protocol):
     """
 
     def keeps(self, shapes: Shapes, /) -> dict[str, int]:
-        """Counts the weights to keep in each layer of shapes, at most all of its weights."""
+        """Returns how many weights to keep in each layer in shapes, never more than it has."""
         ...
 
 

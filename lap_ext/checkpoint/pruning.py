@@ -83,8 +83,8 @@ def prune(
             ranking: one pass for lookahead criteria, two or three for magnitudes.
         criterion: a criterion that reads only weights: "lookahead", "lookforward", "lookback",
             "magnitude", "magnitude_bn" or "random".
-        normalize: as in `lap_ext.prune`. "lamp" sorts all scores that may be kept; it holds only as
-            many at a time as fit into memory.
+        normalize: as in `lap_ext.prune`. "lamp" sorts the scores that are high enough to
+            survive, with only as many in memory at a time as fit.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
@@ -100,8 +100,8 @@ def prune(
         save_masks: whether to write the masks, one bit per weight, to lap_ext_masks.safetensors in
             out.
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
-            bins, for a report. They are the scores that `lap_ext.scores` returns, normalized by
-            "norm" but not by "lamp". No file is read again for this.
+            bins, for a report. They are the scores that `lap_ext.scores` returns;
+            normalize="norm" is applied to them, "lamp" is not. No file is read again for this.
         resume: whether to resume an interrupted run with the same options, and to keep the finished
             part if this run is interrupted too. False starts over, and leaves nothing behind if
             this run is interrupted.

@@ -65,9 +65,9 @@ class Pruner:
             All processes of a DistributedDataParallel must call `step`; they use the masks of the
             first process, because the running statistics of batch norms differ between processes.
         example_inputs: as in `prune`. The model is traced once, here.
-        schedule: a function from the step to the sparsity to prune to, or to None: one from
-            `lap_ext.schedule`, or your own. The sparsity may be anything that `prune` takes: a
-            number, a dict or an allocation.
+        schedule: a function that takes the step and returns the sparsity to prune to, or None to
+            skip pruning at that step. Use one from `lap_ext.schedule` or your own. The sparsity
+            may be anything that `prune` takes: a number, a dict or an allocation.
         optimizer: the optimizer of the model, or several. With None, `step` itself sets pruned
             weights back to zero, so call `step` after every step of the optimizer; the optimizer's
             moments are not changed.

@@ -35,7 +35,8 @@ def trace(
     or changed. Neighbors are one hop away: the next weighted layers along the path. If a channel
     has several producers or consumers, their squared norms are added.
 
-    Nonlinear operations are linearized: activations have gain 1, and for a product d(ab) = da + db.
+    Nonlinear operations are linearized: activations have gain 1, and a product counts as the sum of
+    its factors, d(ab) = da + db with both factors at 1.
     Where data selects (max, top-k, sort, gather, an index over channels, the experts of a token),
     every candidate counts as selected; a constant mask, index or matrix is applied as it is. A
     softmax over positions gives attention weights: channels end there, and queries and keys are
