@@ -370,3 +370,43 @@ def test_version_lives_in_one_place() -> None:
     assert version
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         assert f'"{version[1]}"' not in (ROOT / name).read_text(), name
+
+
+def test_no_function_takes_the_name_of_another() -> None:
+    """An error learns who was called on its way out: lap_ext/errors.py."""
+    for path in MODULES:
+        if path.stem == "errors":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                named = [x for x in arguments if x.arg == "function" and x.annotation is not None]
+                texts = [x for x in named if ast.unparse(x.annotation) == "str"]  # type: ignore[arg-type]
+                assert not texts, f"{path}:{node.lineno}: {node.name}"
+
+
+MISTAKES = {"ValueError", "TypeError", "RuntimeError", "OSError", "ModuleNotFoundError"}
+CAUGHT = {  # raised and caught within one module, or with what the system said
+    "checkpoint.files",
+    "checkpoint.record",
+    "checkpoint.state",
+    "cli.bench",
+    "cli.output",
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_errors_are_made_of_parts(path: Path) -> None:
+    if module_name(path) in CAUGHT:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            kind = ast.unparse(node.exc.func)
+            assert kind not in MISTAKES, f"{path}:{node.lineno}: {kind}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_text_of_our_own_is_parsed(path: Path) -> None:
+    """Texts of foreign errors may be cut to a line; nothing looks for the words of ours."""
+    source = path.read_text()
+    assert not re.search(r"(match|search|sub|partition|replace)\([^)]*expected", source), path

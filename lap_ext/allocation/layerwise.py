@@ -215,6 +215,8 @@ class er:  # noqa: N801
 class erk(er):  # noqa: N801
     """Prunes like er, but with density ~ (out + in + height + width) / (out * in * height * width).
 
+    A linear layer has no height and no width, neither in the sum nor in the product.
+
     Example:
         >>> erk(0.75).keeps({"conv": (4, 2, 3, 3), "fc": (3, 4)})  # 21 of 84, split 12 : 7
         {'conv': 13, 'fc': 8}

@@ -179,7 +179,7 @@ class OBD(DataCriterion):
         return Measured(network, of_layers=self._diagonals(network, data))
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
-        """Returns the weight times sqrt(h / 2)."""
+        """Returns the weight times sqrt(h / 2), where h is its entry of the Hessian's diagonal."""
         return network.weight(layer) * exact_sqrt(_measured(network).of_layers[layer.name] / 2)
 
     def _diagonals(self, network: Network, data: Any) -> dict[str, Tensor]:

@@ -165,7 +165,7 @@ class Masks(Mapping[str, Tensor]):
         handle's mask_gradients() before clip_grad_norm_(); otherwise pruned weights count in the
         norm. Parameters that this optimizer does not train are masked once, but not kept masked. A
         copy of the optimizer has no hooks, so call keep for it too. The optimizer's state of a
-        0-dimensional parameter is not cleared, because it cannot be told from a step count.
+        0-dimensional parameter is not cleared, because it looks the same as a step count.
 
         Args:
             model: the model that the masks were made for.

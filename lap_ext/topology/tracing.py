@@ -51,8 +51,9 @@ def trace(
             a dict of named arguments. Small inputs suffice. Pass None if forward takes no
             arguments.
         neighbors: layer name -> (previous, next) as in `lap_ext.score`, where a layer name may
-            stand for its weight. These replace the result of the trace for their layers; an
-            operation that is not understood is no error if only such layers feed it.
+            stand for its weight. They replace the result of the trace for these layers. An
+            operation that is not understood raises no error if all layers that feed it are named
+            here.
         on_unsupported: what to do at an operation that is not understood. "raise" raises; "cut"
             counts it as a boundary (norm 1 on both sides) and lists it in a warning.
 
