@@ -23,6 +23,7 @@ allocation.compounded.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +76,7 @@ class one_shot:  # noqa: N801 (reads as the function that it is used as)
 
 
 @dataclass(frozen=True)
-class _Ramp:
+class _Ramp(ABC):
     """Grows from initial to sparsity between start and end.
 
     Args:
@@ -127,9 +128,9 @@ class _Ramp:
         value = self._between(first, last, (step - self.start) / (self.end - self.start))
         return min(max(value, first), last)  # rounding must not leave the range
 
+    @abstractmethod
     def _between(self, first: float, last: float, u: float) -> float:
         """Returns the sparsity at u in (0, 1), between first and last."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lap_ext
+from lap_ext.adapters._torch_hooks import plain, torch_masks
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
@@ -46,7 +47,6 @@ from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Pattern
 from lap_ext.progress import Progress
 
 ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
-Hooks: TypeAlias = list[tuple[nn.Module, Any]]  # modules and torch's pruning hooks on them
 
 
 class LookaheadUnstructured(prune.BasePruningMethod):
@@ -236,30 +236,22 @@ def scores(
         >>> [(type(module).__name__, name) for module, name in scores(net, torch.ones(1, 1))]
         [('Linear', 'weight'), ('Linear', 'weight')]
     """
-    with _plain(model) as hooks:
-        if topology is None:
-            topology = lap_ext.trace(
-                model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported
-            )
-            example_inputs = neighbors = None
+    with _unpruned(model, example_inputs, topology, neighbors, on_unsupported) as given:
         by_layer = lap_ext.scores(
             model,
-            example_inputs,
-            criterion,
-            topology=topology,
+            criterion=criterion,
             normalize=normalize,
             layers=layers,
             exclude=exclude,
             batch_norm=batch_norm,
             residual=residual,
             data=data,
-            neighbors=neighbors,
-            masks=_torch_masks(hooks, topology),
             on_progress=on_progress,
+            **given,
         )
     result = {}
     for name, importance in by_layer.items():
-        path, _, attribute = topology.layers[name].parameter.rpartition(".")
+        path, _, attribute = given["topology"].layers[name].parameter.rpartition(".")
         result[model.get_submodule(path), attribute] = importance
     return result
 
@@ -320,17 +312,10 @@ def global_masks(
         >>> masks.kept, masks.total
         (12, 48)
     """
-    with _plain(model) as hooks:
-        if topology is None:
-            topology = lap_ext.trace(
-                model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported
-            )
-            example_inputs = neighbors = None
+    with _unpruned(model, example_inputs, topology, neighbors, on_unsupported) as given:
         return lap_ext.prune(
             model,
-            example_inputs,
-            sparsity,
-            topology=topology,
+            sparsity=sparsity,
             criterion=criterion,
             scope="global",
             normalize=normalize,
@@ -340,10 +325,9 @@ def global_masks(
             batch_norm=batch_norm,
             residual=residual,
             data=data,
-            neighbors=neighbors,
-            masks=_torch_masks(hooks, topology),
             apply=False,
             on_progress=on_progress,
+            **given,
         ).masks
 
 
@@ -423,7 +407,7 @@ def apply_global_(
         on_unsupported=on_unsupported,
         on_progress=on_progress,
     )
-    with _plain(model) as hooks:
+    with plain(model) as hooks:
         names = {id(p): layer_name(name) for name, p in model.named_parameters()}
         pruned = [names[id(module._parameters[hook._tensor_name])] for module, hook in hooks]
     fresh = {name: mask for name, mask in masks.items() if name not in pruned}
@@ -433,6 +417,33 @@ def apply_global_(
             getattr(module, f"{hook._tensor_name}_mask").copy_(masks[name])
             setattr(module, hook._tensor_name, hook.apply_mask(module))
     return masks
+
+
+@contextmanager
+def _unpruned(
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    topology: lap_ext.Topology | None,
+    neighbors: Mapping[str, Any] | None,
+    on_unsupported: OnUnsupported,
+) -> Iterator[dict[str, Any]]:
+    """Takes torch's pruning off a model for a while.
+
+    Yields what lap_ext.scores and lap_ext.prune are given of it: the trace, which is made once for
+    the names of the layers, and torch's masks.
+    """
+    with plain(model) as hooks:
+        if topology is None:
+            topology = lap_ext.trace(
+                model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported
+            )
+            example_inputs = neighbors = None  # they are in the trace
+        yield {
+            "example_inputs": example_inputs,
+            "topology": topology,
+            "neighbors": neighbors,
+            "masks": torch_masks(hooks, topology),
+        }
 
 
 def _check_amount(amount: Any) -> None:
@@ -474,49 +485,3 @@ def _checked(importance: Tensor) -> Tensor:
                 "Where no score is given, torch uses the weight itself; for magnitudes pass abs().",
             )
     return importance.detach()
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[Hooks]:
-    """Makes all weights plain parameters, also those that torch has pruned.
-
-    Yields the hooks of torch's pruning, each with its module; restores everything at the end.
-    """
-    hooks: Hooks = [
-        (module, hook)
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod)
-    ]
-    undo = []
-    try:
-        for module, hook in hooks:
-            name = hook._tensor_name
-            parameters, calls = module._parameters, module._forward_pre_hooks
-            undo.append((module, name, module.__dict__.pop(name), dict(parameters), dict(calls)))
-            keys = {f"{name}_orig": name}
-            _replace(parameters, {keys.get(key, key): p for key, p in parameters.items()})
-            _replace(calls, {key: call for key, call in calls.items() if call is not hook})
-        yield hooks
-    finally:
-        for module, name, computed, parameters, calls in reversed(undo):
-            _replace(module._parameters, parameters)
-            _replace(module._forward_pre_hooks, calls)
-            module.__dict__[name] = computed
-
-
-def _replace(store: dict[Any, Any], entries: dict[Any, Any]) -> None:
-    """Replaces the entries of a dict, in order: it decides the first name of a tied parameter."""
-    store.clear()
-    store.update(entries)
-
-
-def _torch_masks(hooks: Hooks, topology: lap_ext.Topology) -> dict[str, Tensor]:
-    """Maps layer names to torch's masks; the weights must be plain parameters."""
-    names = {id(layer.weight): name for name, layer in topology.layers.items()}
-    masks: dict[str, Tensor] = {}
-    for module, hook in hooks:
-        weight = module._parameters[hook._tensor_name]
-        if id(weight) in names:
-            masks[names[id(weight)]] = getattr(module, f"{hook._tensor_name}_mask") != 0
-    return masks
