@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Atomic writes of files and directories, headers of safetensors files, sizes such as "4GB"."""
+"""Atomic writes of files and directories, bounded reads, headers of safetensors files, sizes such as "4GB"."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -72,6 +73,35 @@ def _beside(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def small_file(path: str | os.PathLike[str], most: int = 10_000_000) -> bytes:
+    """Reads a regular file; one of another kind or of more than most bytes is refused unread.
+
+    Raises:
+        LapValueError: it is a directory, a pipe, a device, or too large.
+        OSError: there is none, or it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = (Path(directory) / "config.json").write_bytes(b"{}")
+        ...     small_file(Path(directory) / "config.json")
+        b'{}'
+    """
+    # a pipe without a writer would block open() itself
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise LapValueError(f"a regular file {str(path)!r}", "something else")
+        if facts.st_size > most:
+            raise LapValueError(f"{str(path)!r} of {most:,} bytes at most", f"{facts.st_size:,}")
+        data = file.read(most + 1)
+    if len(data) > most:  # it has grown meanwhile
+        raise LapValueError(f"{str(path)!r} of {most:,} bytes at most", "more")
+    return data
 
 
 def safetensors_header(
