@@ -25,7 +25,7 @@ from lap_ext.cli.output import Progress, result, writing
 from lap_ext.errors import LapFileExistsError, LapFileNotFoundError, LapOSError
 from lap_ext.report import Facts, plots
 
-_SINGLE, _PROGRAM = "model.safetensors", "model.pt2"
+_SINGLE = "model.safetensors"
 
 
 def prune(options: Any) -> int:
@@ -132,14 +132,11 @@ def _prune_module(
 
 
 def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None:
-    """Writes the pruned model, in the format it came in, its masks, and the options."""
+    """Writes the pruned weights, their masks, and the options."""
     from safetensors.torch import save_model
 
     with writing(options.out), new_directory(options.out) as directory:
-        if made.program is None:
-            save_model(made.module, str(directory / _SINGLE), metadata={"format": "pt"})
-        else:  # its weights are those of the module
-            torch.export.save(made.program, directory / _PROGRAM)
+        save_model(made.module, str(directory / _SINGLE), metadata={"format": "pt"})
         pruned.masks.save(directory / MASKS)
         record.write(directory, _chosen(options), pruned)
 

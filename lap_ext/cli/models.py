@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The argument MODEL: a checkpoint directory, a program, or the module that a factory returns.
+"""The argument MODEL: a checkpoint directory, or the module that a factory returns.
 
-No pickle is loaded: weights come from safetensors files, or from a program that was checked not to
-execute code (program.py).
+No file is loaded that can execute code: weights come from safetensors files. A pickle file or a
+torch.export program is refused without being opened; whoever trusts one loads it in a factory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lap_ext._text import some
-from lap_ext.cli import program
 from lap_ext.cli.output import Progress
 from lap_ext.errors import (
     LapFileNotFoundError,
@@ -31,24 +30,22 @@ from lap_ext.topology import Topology, trace
 
 _PROGRAM = ".pt2"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
-_KINDS = "a checkpoint directory, a .pt2 program or package.module:factory"
+_KINDS = "a checkpoint directory or package.module:factory"
 
 
 @dataclass
 class Made:
-    """A module with its weights, made by a factory or from a program, and inputs for the trace.
+    """A module with its weights, made by a factory, and inputs for the trace.
 
     Attributes:
         name: MODEL as it was given.
         module: in evaluation mode.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
-        program: the ExportedProgram that the module belongs to, or None.
     """
 
     name: str
     module: nn.Module
     example_inputs: Any
-    program: Any = None
 
     def trace(self, on_unsupported: OnUnsupported) -> Topology:
         """Finds the neighbors of each layer."""
@@ -60,14 +57,19 @@ def is_directory(options: Any) -> bool:
     given = options.model
     path = Path(given)
     if path.is_dir():
-        for name, kinds in (("checkpoint", "a factory"), ("input", "a factory or a program")):
+        for name in ("checkpoint", "input"):
             if getattr(options, name):
                 raise LapValueError(
-                    f"{{argument}} with {kinds} only", "a checkpoint directory", argument=name
+                    "{argument} with a factory only", "a checkpoint directory", argument=name
                 )
         return True
     if path.suffix == _PROGRAM:
-        return False
+        raise LapValueError(
+            _KINDS,
+            f"the program {given!r}, which can execute any code when it is loaded",
+            "If you trust it, write a factory: program = torch.export.load(path); "
+            "return program.module(), program.example_inputs[0].",
+        )
     if path.suffix in _PICKLES:
         raise LapValueError(
             _KINDS,
@@ -96,11 +98,10 @@ def scoring_options(options: Any) -> dict[str, Any]:
 
 
 def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:
-    """Makes the module of a factory or program, and traces it."""
+    """Makes the module of a factory, and traces it."""
     if getattr(options, "memory", None) is not None:
         raise LapValueError(
-            "{argument} with a checkpoint directory only (the module of a factory or program is in "
-            "memory)",
+            "{argument} with a checkpoint directory only (the module of a factory is in memory)",
             argument="memory",
         )
     progress.step(f"make {options.model}")
@@ -110,34 +111,7 @@ def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:
 
 
 def make(options: Any) -> Made:
-    """Makes the module of a factory with the weights of --checkpoint, or that of a program."""
-    is_program = Path(options.model).suffix == _PROGRAM
-    made = _of_program(options) if is_program else _of_factory(options)
-    if options.input:
-        made.example_inputs = tuple(example(text) for text in options.input)
-    if made.example_inputs is None:
-        cure = "Pass" if is_program else "Let it return (module, example_inputs), or pass"
-        raise LapValueError(
-            "example inputs",
-            f"none from {options.model}",
-            f"{cure} {{argument}} 1x3x224x224.",
-            argument="input",
-        )
-    return made
-
-
-def _of_program(options: Any) -> Made:
-    if options.checkpoint is not None:
-        raise LapValueError(
-            "{argument} with a factory only (a program has its weights)",
-            "a program",
-            argument="checkpoint",
-        )
-    exported, module = program.load(Path(options.model))
-    return Made(options.model, module, program.example_inputs(exported, module), exported)
-
-
-def _of_factory(options: Any) -> Made:
+    """Makes the module of a factory, with the weights of --checkpoint and the inputs of --input."""
     with callback():
         returned = _factory(options.model)()
     is_pair = isinstance(returned, tuple) and len(returned) == 2
@@ -149,7 +123,17 @@ def _of_factory(options: Any) -> Made:
         )
     if options.checkpoint is not None:
         _load(module, options.checkpoint)
-    module.eval()
+    for part in module.modules():
+        part.training = False  # the module of an exported program raises an error at eval()
+    if options.input:
+        inputs = tuple(example(text) for text in options.input)
+    if inputs is None:
+        raise LapValueError(
+            "example inputs",
+            f"none from {options.model}",
+            "Let it return (module, example_inputs), or pass {argument} 1x3x224x224.",
+            argument="input",
+        )
     return Made(options.model, module, inputs)
 
 

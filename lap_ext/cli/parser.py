@@ -18,12 +18,11 @@ MODEL is one of
   a checkpoint directory   of Hugging Face: config.json and safetensors files,
                            sharded or not. It is streamed, so it may be larger
                            than memory.
-  program.pt2              of torch.export.save. It is read first, and rejected
-                           if loading it could execute code.
   package.module:factory   your function, which returns a module, or (module,
                            example_inputs). The weights are those of
                            --checkpoint, or those that the function sets.
-Pickle files (.pt, .pth, .bin) are rejected: loading one can execute any code.
+Pickle files (.pt, .pth, .bin) and torch.export programs (.pt2) are rejected:
+loading one can execute any code. If you trust it, load it in a factory.
 """
 _EXAMPLES = """\
 examples:
@@ -151,7 +150,7 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     add = command.add_argument
     # fmt: off
     add("model", nargs=None if required else "?", metavar="MODEL",
-        help="a checkpoint directory, a .pt2 program or package.module:factory, see below")
+        help="a checkpoint directory or package.module:factory, see below")
     add("--checkpoint", type=Path, metavar="FILE",
         help="safetensors file with the weights of a factory's model")
     add("--input", action="append", default=[], metavar="SHAPE",

@@ -101,7 +101,7 @@ def test_inspect_factory(run: Run) -> None:
             "expected --checkpoint to be a complete safetensors file",
         ),
         (["nowhere"], "and no such directory"),
-        (["model.pt2"], "No such file or directory (model.pt2)"),
+        (["model.pt2"], "the program 'model.pt2', which can execute any code"),
         (["model.bin"], "can execute any code when it is loaded"),
         (["model.safetensors"], "does not say how its weights are connected"),
     ],

@@ -205,7 +205,7 @@ def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_directory_takes_no_input(run: Run, checkpoints: Path) -> None:
     for name in ("score", "inspect", "bench"):
         line = one_line(run(name, checkpoints / "llama", "--input", "1x3"))
-        assert "expected --input with a factory or a program only" in line
+        assert "expected --input with a factory only" in line
     assert "--memory with a checkpoint directory only" in one_line(
         run("score", "nets:net", "--memory", "1GB")
     )
