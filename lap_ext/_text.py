@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Text for people: aligned columns, enumerations, "did you mean", patterns and names of layers."""
+"""Text for people: aligned columns, enumerations, "did you mean", patterns and names of layers.
+
+Names come from files that anyone may have written. `visible` is what makes them safe to show; the
+functions that make text of them apply it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,53 @@ import difflib
 import html
 from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
+
+_WIDEST = 100  # letters of a column; a longer cell moves the rest of its own row only
+_LONGEST = 1000  # letters of a part of an error: a name in a file may have a million
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Replaces what is not printable by its escape: controls of terminals, lines and direction.
+
+    Letters and signs of all languages stay, with the joiners (U+200C, U+200D) that some need.
+
+    Args:
+        text: such as a name that a file contains.
+        keep: characters that stay, such as the line breaks of a text of several lines.
+
+    Example:
+        >>> print(visible("\x1b[31mfc\n\u202egnp"), visible("层.α"))
+        \x1b[31mfc\n\u202egnp 层.α
+    """
+    if text.isprintable():
+        return text
+    kept = f"{keep}\u200c\u200d"
+    return "".join(
+        letter
+        if letter.isprintable() or letter in kept
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def shortened(text: str, most: int = _LONGEST) -> str:
+    """Cuts a text that is too long to be read.
+
+    Example:
+        >>> shortened("abcdef", 3), shortened("abc", 3)
+        ('abc...', 'abc')
+    """
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def in_html(text: str) -> str:
+    r"""Makes a text that is safe to show part of a page, or of an attribute in quotes.
+
+    Example:
+        >>> print(in_html('<b>"\x1b"'))
+        &lt;b&gt;&quot;\x1b&quot;
+    """
+    return html.escape(visible(text))
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -23,7 +74,8 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         fc        8
         head     16
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widths = [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
             cell.rjust(width) if index in right else cell.ljust(width)
@@ -60,7 +112,7 @@ def html_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     def line(row: Sequence[str], tag: str) -> str:
         sides = ["right" if column in right else "left" for column in range(len(row))]
         cells = [
-            f'<{tag} style="text-align:{side}">{html.escape(cell)}</{tag}>'
+            f'<{tag} style="text-align:{side}">{in_html(cell)}</{tag}>'
             for side, cell in zip(sides, row, strict=True)
         ]
         return f"<tr>{''.join(cells)}</tr>"
@@ -77,7 +129,7 @@ def some(items: Iterable[str], most: int) -> str:
         >>> some(["a", "b", "c", "d"], 2), some(["a", "b"], 2)
         ('a, b and 2 more', 'a, b')
     """
-    items = list(items)
+    items = list(map(visible, items))
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
@@ -90,7 +142,7 @@ def lines(items: Sequence[str], most: int) -> str:
         '\n  fc: [1, 2].\n  and 1 more.'
     """
     more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return "".join(f"\n  {item}." for item in [*items[:most], *more])
+    return "".join(f"\n  {visible(item)}." for item in [*items[:most], *more])
 
 
 def did_you_mean(given: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext._files import replacing
+from lap_ext._text import visible
+from lap_ext.errors import LapFileExistsError
+from lap_ext.report import kinds
 
 WIDTHS = (64, 500, 500, 500, 500, 10)
 RATIOS = (0.5, 0.5, 0.5, 0.5, 0.25)  # the paper's, per round
@@ -290,8 +293,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     columns = [TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn(), Remaining()]
     print(lap_ext.info())
+    picture = options.out / "accuracy.png"
     try:
         options.out.mkdir(parents=True, exist_ok=True)  # fails now, not after a minute of training
+        if not kinds.is_one(picture, kinds.PLOTS[".png"]):
+            raise LapFileExistsError(f"a plot, or nothing yet, at {str(picture)!r}", "another file")
         with Progress(*columns) as progress:
             task = progress.add_task("", total=total_steps(options.seeds, options.steps))
             results = run(
@@ -301,14 +307,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda text: progress.update(task, advance=1, description=text),
             )
         print_table(results)
-        picture = options.out / "accuracy.png"
         draw(results, picture)
-        print(f"plot: {picture}")
+        print(f"plot: {visible(str(picture))}")
     except KeyboardInterrupt:
         print("Stopped; no plot was written.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of the table, which nobody reads
+        raise
     except OSError as error:
-        print(f"The plot cannot be written: {error}", file=sys.stderr)
+        print(f"The plot cannot be written: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
+from lap_ext._text import shortened, visible
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _PACKAGE = str(Path(__file__).parent)
 ARGUMENT = "{argument}"  # in the parts of an error: stands for the argument's name
@@ -87,14 +89,14 @@ class LapError(Exception):
                 argument = f"layer {self.layer!r}"
             else:
                 where.append(f"layer {self.layer!r}")
-        parts = [f"expected {self.expected.replace(ARGUMENT, argument)}"]
-        if self.got:
-            parts.append(f"got {self.got.replace(ARGUMENT, argument)}")
-        sentences = [", ".join(parts) + "."]
+        expected, got, cure = (
+            shortened(part.replace(ARGUMENT, argument)) for part in (self.expected, self.got, cure)
+        )
+        sentences = [f"expected {expected}{', got ' if got else ''}{got}."]
         if cure:
-            sentences.append(cure.replace(ARGUMENT, argument))
-        prefix = f"{', '.join(where)}: " if where else ""
-        return prefix + " ".join(sentences)
+            sentences.append(cure)
+        prefix = f"{shortened(', '.join(where))}: " if where else ""
+        return visible(prefix + " ".join(sentences), keep="\n")
 
     def __str__(self) -> str:
         return self.text()
@@ -277,4 +279,4 @@ def warn(message: str) -> None:
     level, frame = 1, cast("FrameType | None", sys._getframe())
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(visible(message, keep="\n"), stacklevel=level)

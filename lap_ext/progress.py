@@ -16,10 +16,10 @@ class Progress:
 
     Attributes:
         step: "measure" (measures neighbor norms), "score" (stores scores), "rank" (selects the
-            weights to keep), "write" (writes the files of a checkpoint), "verify", "count zeros"
-            (in inspected layers), or "data" (runs a criterion on data of unknown length). Each
-            round or pass reports a step once; norms that sequential orders measure again within a
-            round are not reported.
+            weights to keep), "write" (writes the files of a checkpoint), "check" (reads again what
+            an interrupted run has written), "verify", "count zeros" (in inspected layers), or
+            "data" (runs a criterion on data of unknown length). Each round or pass reports a step
+            once; norms that sequential orders measure again within a round are not reported.
         name: the name of the layer or tensor; "" stands for all of them.
         done: bytes of weights that the step has read or written so far.
         total: all bytes that the step will read or write, or 0 if this is not known.

@@ -33,7 +33,8 @@ CPP_ROOMS = {
 # From the ground up. A room (a package or module directly below lap_ext) imports only from rooms
 # on floors below its own; "" is lap_ext itself, which loads its names on demand.
 FLOORS = [
-    {"_text", "errors"},
+    {"_text"},
+    {"errors"},
     {"_files", "ops", "options", "progress"},
     {"allocation", "masks", "numpy", "report", "schedule", "topology"},
     {"criteria"},

@@ -25,6 +25,7 @@ from lap_ext.errors import (
     callback,
     calling,
     in_layer,
+    warn,
 )
 
 KINDS = {
@@ -68,6 +69,21 @@ def test_argument_stands_in_every_part() -> None:
 def test_braces_of_a_user_are_not_read() -> None:
     """A name with braces is shown as it is."""
     assert str(LapValueError("a name", "{0}", argument="{x}")) == "expected a name, got {0}."
+
+
+def test_names_in_a_text_are_visible() -> None:
+    """Names come from files; the breaks between the lines of a list are the text's own."""
+    error = LapValueError("a tensor \x1b[31m", "\u202eb\ud800:\n  c", "Rename \x07.")
+    error.function, error.layer = "prune", "d\x1b\n"
+    shown = (
+        r"prune, layer 'd\x1b\n': expected a tensor \x1b[31m, got \u202eb\ud800:"
+        "\n"
+        r"  c. Rename \x07."
+    )
+    assert str(error) == shown
+    with pytest.warns(UserWarning) as caught:
+        warn("a\x1b\nb")
+    assert str(caught[0].message) == "a\\x1b\nb"
 
 
 # ---- classes -------------------------------------------------------------------------------------

@@ -7,6 +7,41 @@ import pytest
 
 from lap_ext import _text
 
+HOSTILE = "\x1b[31m\x07\x7f\x9b\u202e\u2066\u200f\u061c\u2028\ud800\r\na\tb"
+SHOWN = r"\x1b[31m\x07\x7f\x9b\u202e\u2066\u200f\u061c\u2028\ud800\r\na\tb"
+
+
+def test_visible() -> None:
+    """Controls of a terminal, of writing direction and of lines, and halves of characters."""
+    assert _text.visible(HOSTILE) == SHOWN
+    assert _text.visible(SHOWN) == SHOWN  # once is enough, twice does no harm
+    assert _text.visible("a\n\x1bb", keep="\n") == "a\n\\x1bb"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "conv1", "a b", "$\\frac$", "Überschrift", "層.权重", "שכבה", "می\u200cخواهم"],
+)
+def test_ordinary_text_is_not_changed(name: str) -> None:
+    assert _text.visible(name) is name or _text.visible(name) == name
+
+
+def test_hostile_names_in_tables_and_lists() -> None:
+    assert _text.columns([("layer", "n"), (HOSTILE, "1")]).split("\n")[2].split("  ") == [
+        SHOWN,
+        "1",
+    ]
+    assert SHOWN in _text.html_table([("layer",), (HOSTILE,)])
+    assert _text.some([HOSTILE, "b"], 1) == f"{SHOWN} and 1 more"
+    assert _text.lines([HOSTILE], 1) == f"\n  {SHOWN}."
+    assert _text.in_html("<b>&\x1b") == r"&lt;b&gt;&amp;\x1b"
+
+
+def test_a_name_of_any_length_leaves_the_other_rows_short() -> None:
+    table = _text.columns([("layer", "n"), ("a" * 10_000, "1"), ("b", "2")]).split("\n")
+    assert table[2] == f"{'a' * 10_000}  1"
+    assert len(table[3]) < 200 and table[3].split() == ["b", "2"]
+
 
 def test_columns_are_aligned() -> None:
     rows = [("name", "n"), ("a", "1000"), ("longer", "2")]

@@ -47,6 +47,7 @@ Trainer of either package accepts it, in a list of callbacks.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,7 +116,7 @@ class PruningCallback(TrainingCallback, Callback):
             schedule. The trainer's `fit` raises it as in `lap_ext.Pruner` and `lap_ext.Masks.keep`.
         ValueError: raised by `fit` as in `lap_ext.Pruner` and `lap_ext.Masks.keep`; also if the
             strategy shards parameters, or if a schedule cannot continue because the checkpoint has
-            no masks.
+            no masks, or is of another schedule or other options.
 
     Example:
         >>> import torch
@@ -280,10 +281,18 @@ def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
 
 def _unpacked(state: Mapping[str, Any]) -> lap_ext.Masks:
     """Returns the masks of a state."""
-    shapes = state["layers"]
-    return lap_ext.Masks(
-        {name: unpack(x, tuple(shapes[name])) for name, x in state["masks"].items()}
-    )
+    try:
+        shapes = {name: tuple(state["layers"][name]) for name in state["masks"]}
+        packed = dict(state["masks"])
+        fits = all(
+            packed[name].dtype == torch.uint8 and packed[name].numel() == (math.prod(x) + 7) // 8
+            for name, x in shapes.items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise LapValueError("an undamaged state of PruningCallback", "masks that do not fit layers")
+    return lap_ext.Masks({name: unpack(packed[name], shape) for name, shape in shapes.items()})
 
 
 def _own_example(pl_module: Any) -> Any:

@@ -29,7 +29,9 @@ What each event does:
                         have already read the logs by then, so put this callback first with
                         `trainer.callback_handler.callbacks.insert(0, pruning)`
     on_save             writes masks.safetensors into the checkpoint directory; `lap_ext.Masks.load`
-                        reads it
+                        reads it. With a schedule also pruning.json, the options and the prunings so
+                        far, which those of a resumed run must match; remove it to continue by
+                        another schedule on purpose
     on_train_end        removes all hooks; the model is a plain model with zeros
 
 transformers passes accelerate's wrapper of the optimizer to callbacks. Hooks on the wrapper never
@@ -41,6 +43,7 @@ are rejected.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,7 @@ from lap_ext.errors import (
     LapValueError,
     calling,
 )
+from lap_ext.masks import pack
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -91,6 +95,8 @@ with calling("lap_ext.adapters.transformers"):
         )
 
 MASKS_NAME = "masks.safetensors"  # in a checkpoint directory
+STATE_NAME = "pruning.json"  # beside the masks
+_FACTS = ("options", "prunings")  # of the pruner's state
 
 
 class PruningCallback(TrainingCallback, TrainerCallback):
@@ -133,7 +139,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             schedule. The trainer's `train` raises it as in `lap_ext.Pruner` and
             `lap_ext.Masks.keep`.
         ValueError: raised by `train` as in `lap_ext.Pruner` and `lap_ext.Masks.keep`; also if FSDP
-            or DeepSpeed is used.
+            or DeepSpeed is used, or if the checkpoint is of another schedule or other options.
         OSError: raised by `train` if a schedule cannot continue because the checkpoint has no
             masks.
 
@@ -214,7 +220,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
 
     @calling("PruningCallback")
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the masks into the checkpoint directory.
+        """Writes the masks, and what a schedule has done, into the checkpoint directory.
 
         No file is written for the trials of a hyperparameter search: their checkpoints are in
         other directories.
@@ -222,6 +228,10 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         directory = _checkpoint(args, state)
         if state.is_world_process_zero and directory.is_dir():
             self.masks.save(directory / MASKS_NAME)
+            if self._pruner is not None:
+                saved = self._pruner.state_dict()
+                facts = {name: saved[name] for name in _FACTS}
+                (directory / STATE_NAME).write_text(json.dumps(facts))
 
     @calling("PruningCallback")
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -238,8 +248,6 @@ class PruningCallback(TrainingCallback, TrainerCallback):
 
     def _resume(self, pruner: lap_ext.Pruner, args: Any, state: Any) -> None:
         """Continues where the checkpoint was written: a schedule is a pure function of the step."""
-        from safetensors.torch import load_file
-
         directories = [self._resume_from, args.resume_from_checkpoint, _checkpoint(args, state)]
         files = [Path(x) / MASKS_NAME for x in directories if x and not isinstance(x, bool)]
         file = next((file for file in files if file.exists()), None)
@@ -252,9 +260,27 @@ class PruningCallback(TrainingCallback, TrainerCallback):
                 cure,
             )
         model = pruner.topology.model
-        check_pruned(model, lap_ext.Masks.load(file, model), repr(str(file)), cure)
-        bits = load_file(file)  # one bit per weight, as in the pruner's state
-        pruner.load_state_dict({**pruner.state_dict(), "step": state.global_step, "masks": bits})
+        masks = lap_ext.Masks.load(file, model)
+        check_pruned(model, masks, repr(str(file)), cure)
+        saved = {
+            "step": state.global_step,
+            "masks": {name: pack(mask) for name, mask in masks.items()},
+            "layers": pruner.state_dict()["layers"],
+        }
+        pruner.load_state_dict(saved | _facts(file.with_name(STATE_NAME)))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Reads the options and prunings of a checkpoint; what is not there is not compared."""
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+        return {name: facts[name] for name in _FACTS}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise LapValueError(
+            f"an undamaged {str(path)!r}", f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def _innermost(optimizer: Any) -> Any:

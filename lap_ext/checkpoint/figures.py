@@ -107,7 +107,6 @@ def figures(layer: Layer, scores: Tensor) -> LayerFigures:
         name: float(kth_largest(scores, count - rank + 1)) if count else None
         for name, rank in ranks.items()
     }
-    width = scores.shape[-1] if scores.dim() else 1
     return LayerFigures(
         layer.name,
         layer.kind,
@@ -116,7 +115,7 @@ def figures(layer: Layer, scores: Tensor) -> LayerFigures:
         count,
         count - int(scores.count_nonzero()),
         quantiles,
-        math.fsum(selection.row_squared_norms(scores, width)),
+        selection.squares_of(scores).value(),
     )
 
 

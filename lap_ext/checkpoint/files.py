@@ -10,7 +10,7 @@ and the file); the same JSON is read here for the offsets, which that package do
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from lap_ext._files import safetensors_package
+from lap_ext._files import parsed_json, safetensors_package, small_file
+from lap_ext.checkpoint import inside
+from lap_ext.checkpoint.inside import Stamp
 from lap_ext.errors import LapValueError
 
 MASKS = "lap_ext_masks.safetensors"  # the masks beside the weights
@@ -33,7 +35,7 @@ _LEAST_WEIGHTS = 1_000_000  # bytes of a file that may hold weights
 _LONGEST_JSON = 100_000_000  # bytes; the limit of safetensors for a header
 _WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}
 _PICKLES = {".pt", ".pth", ".bin", ".pt2"}
-_HIDDEN = {".git", ".cache"}  # what git and the hub's downloader keep beside a checkpoint
+_BESIDE = (MASKS, "config.json", "lap_ext.json")  # what may be read beside a single file
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,15 @@ class Shard:
     """A file: head bytes, then its entries without gaps."""
 
     name: str
-    path: Path
+    path: Path  # the real one, if its name is a link
     head: int
     entries: tuple[Entry, ...]  # in the order of the file
-    size: int
+    stamp: Stamp  # of the file whose head was read
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.stamp.size
 
 
 @dataclass(frozen=True)
@@ -112,19 +119,12 @@ class Checkpoint:
         mine = {shard.name for shard in self.shards} | {MASKS}
         for path in sorted(self.path.rglob("*")):
             inner = path.relative_to(self.path)
-            if path.is_file() and str(inner) not in mine and not _HIDDEN & set(inner.parts):
+            if path.is_file() and str(inner) not in mine and not inside.HIDDEN & set(inner.parts):
                 yield inner
 
     def unpruned(self) -> list[str]:
         """Lists other files that may hold the same weights again: they are copied as they are."""
         return [str(x) for x in self.others() if x.suffix in _WEIGHTS and not _is_small(self, x)]
-
-    def stamps(self) -> list[list[Any]]:
-        """Lists (name, size, time of change) of each file that decides the result."""
-        names = [shard.name for shard in self.shards] + [self.index or "", "config.json"]
-        paths = [(name, self.path / name) for name in names if name]
-        stats = [(name, path.stat()) for name, path in paths if path.exists()]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _is_small(checkpoint: Checkpoint, inner: Path) -> bool:
@@ -136,8 +136,10 @@ def open_path(path: Path) -> Checkpoint:
     """Reads the headers of a checkpoint directory, or of a single safetensors file."""
     if path.suffix in _PICKLES:
         raise LapValueError("a checkpoint directory or a safetensors file", repr(str(path)))
-    if path.is_file():
-        return Checkpoint(path.parent, (read_shard(path),), None)
+    if path.is_file():  # perhaps by a link: that is the user's choice
+        for name in _BESIDE:
+            inside.real(path.parent, name)
+        return Checkpoint(path.parent, (read_shard(path, Path(os.path.realpath(path))),), None)
     return open_directory(path)
 
 
@@ -145,13 +147,16 @@ def open_directory(path: Path) -> Checkpoint:
     """Reads the headers of a checkpoint directory.
 
     Raises:
-        LapValueError: a file is missing, damaged or of the wrong kind.
+        LapValueError: a file is missing, damaged, of the wrong kind, or a link that leaves the
+            directory.
     """
     if not path.is_dir():
         raise LapValueError("a checkpoint directory", repr(str(path)))
     index = _index_of(path)
     if index is None:
-        shards = [read_shard(path / _single_of(path))]
+        single = path / _single_of(path)
+        inside.check(path)
+        shards = [read_shard(single, inside.real(path, single.name))]
     else:
         shards = _shards_of(path, index)
     seen: dict[str, str] = {}
@@ -191,11 +196,9 @@ def _single_of(path: Path) -> str:
 
 def _shards_of(path: Path, index: str) -> list[Shard]:
     """Reads the files that an index names; they must hold the tensors that it says."""
-    if (path / index).stat().st_size > _LONGEST_JSON:
-        raise LapValueError(
-            f"{index!r} of {_LONGEST_JSON} bytes at most", (path / index).stat().st_size
-        )
-    table = _parsed((path / index).read_bytes(), f"{index!r} to be JSON")
+    inside.check(path)
+    text = small_file(inside.real(path, index), _LONGEST_JSON)
+    table = parsed(text, f"{index!r} to be JSON")
     table = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
         raise LapValueError(f"{index!r} with a weight_map of tensor name -> file", "none")
@@ -204,7 +207,8 @@ def _shards_of(path: Path, index: str) -> list[Shard]:
             raise LapValueError(f"files beside {index!r}", repr(name))
         if not (path / name).exists():
             raise LapValueError(f"all files that {index!r} names", f"no {name!r} in {str(path)!r}")
-    shards = [read_shard(path / name) for name in sorted(set(table.values()))]
+    names = sorted(set(table.values()))
+    shards = [read_shard(path / name, inside.real(path, name)) for name in names]
     held = {entry.name: shard.name for shard in shards for entry in shard.entries}
     for name in sorted(held.keys() ^ table.keys()):
         if name in table:
@@ -222,14 +226,17 @@ def _shards_of(path: Path, index: str) -> list[Shard]:
     return shards
 
 
-def read_shard(path: Path) -> Shard:
-    """Reads the header of a file, which safetensors checks first."""
+def read_shard(path: Path, real: Path) -> Shard:
+    """Reads the header of a file, which safetensors checks first; real: its path without links."""
     if not path.is_file():
         raise LapValueError(f"a file {path.name!r} in {str(path.parent)!r}", "something else")
-    names = _checked(path)
-    with path.open("rb") as file:
+    with inside.opened(real) as file:
+        names = _checked(path.name, real)
+        stamp = Stamp.of(os.fstat(file.fileno()))
+        if Stamp.of(real.stat()) != stamp:  # safetensors has opened it by its name
+            raise inside.changed(path.name)
         length = int.from_bytes(file.read(8), "little")
-        table = _parsed(file.read(length), f"{path.name!r} to have a JSON header")
+        table = parsed(file.read(length), f"{path.name!r} to have a JSON header")
     table.pop("__metadata__", None)
     if set(table) != names:
         raise LapValueError(
@@ -245,10 +252,10 @@ def read_shard(path: Path) -> Shard:
             Entry(name, path.name, facts["dtype"], shape, 8 + length + begin, end - begin)
         )
     entries.sort(key=lambda entry: (entry.begin, entry.size))
-    return Shard(path.name, path, 8 + length, tuple(entries), path.stat().st_size)
+    return Shard(path.name, real, 8 + length, tuple(entries), stamp)
 
 
-def _checked(path: Path) -> set[str]:
+def _checked(name: str, path: Path) -> set[str]:
     """Lists the names in a file that safetensors accepts."""
     safetensors = safetensors_package("it checks the files")
     try:
@@ -256,22 +263,15 @@ def _checked(path: Path) -> set[str]:
             return set(file.keys())
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise LapValueError(
-            f"a complete safetensors file {path.name!r}",
+            f"a complete safetensors file {name!r}",
             str(error).rstrip("."),
             "Download it again.",
         ) from None
 
 
-def _parsed(text: bytes, expected: str) -> Any:
-    """Parses JSON without duplicate keys."""
-
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return result
-
+def parsed(text: bytes, expected: str, *, finite: bool = True) -> Any:
+    """Parses JSON from a file; an error says what was expected of it."""
     try:
-        return json.loads(text, object_pairs_hook=table)
-    except (ValueError, RecursionError) as error:
-        raise LapValueError(expected, str(error).rstrip(".")) from None
+        return parsed_json(text, _LONGEST_JSON, finite=finite)
+    except LapValueError as error:
+        raise LapValueError(expected, error.got) from None

@@ -1,92 +1,120 @@
 # SPDX-License-Identifier: MIT
 """Hugging Face checkpoints: the model of a config.json, its example inputs, names in the files.
 
-transformers is imported here and nowhere else, and only when a config.json is needed. Code in the
-checkpoint directory is never run (trust_remote_code=False).
+transformers is imported here and nowhere else, and only when a config.json is needed. It sees a
+checked config (config.py), is guarded while it builds (guard.py), and runs no code but its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lap_ext.errors import LapImportError, LapValueError
+from lap_ext._text import visible
+from lap_ext.checkpoint import config
+from lap_ext.checkpoint.files import Checkpoint
+from lap_ext.checkpoint.guard import guarded
+from lap_ext.errors import LapError, LapImportError, LapValueError
 
-_GIVE = "Pass model= (on the meta device will do) and example_inputs=."
 _LENGTH = 8  # tokens of the example: the topology does not depend on it
 _IMAGE = 224  # pixels, for models that take images of any size
+_LARGEST = 4_096  # of an image's side, ...: the trace follows each position
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Target = tuple[str, tuple[Any, ...]]  # name in the model, and how tensors are put together for it
 
 
-def build(path: Path) -> nn.Module:
+@contextmanager
+def telling(expected: str, cure: str) -> Iterator[None]:
+    """Turns whatever goes wrong in code of transformers into one error with a cure."""
+    try:
+        yield
+    except LapError:
+        raise
+    except Exception as error:
+        line = visible(str(error).strip().split("\n")[0][:300].rstrip("."))
+        got = f"{type(error).__name__}: {line}" if line else type(error).__name__
+        raise LapValueError(expected, got, cure) from error
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
     """Builds the model of a directory's config.json on the meta device, in its own class."""
-    if not (path / "config.json").is_file():
-        raise LapValueError(f"config.json in {str(path)!r}", "none", _GIVE)
+    read = config.read(checkpoint)
     transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        raise LapValueError(
-            f"a config.json that transformers {transformers.__version__} knows",
-            f"{type(error).__name__}: {_first_line(error)}",
-            _GIVE,
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise LapValueError(
-            "unquantized weights", "a config with quantization_config", "Dequantize first."
-        )
-    names = config.architectures or []
-    kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise LapValueError(
-            "config.architectures to name one class of transformers", names or "none", _GIVE
-        )
-    build_from = getattr(kind, "_from_config")  # noqa: B009 (unknown to a checker)
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build_from(config)
-    except Exception as error:
-        raise LapValueError(
-            f"a config that {names[0]} can be built from",
-            f"{type(error).__name__}: {_first_line(error)}",
-        ) from error
+    (name,) = read["architectures"]
+    known = f"a config.json that transformers {transformers.__version__} knows"
+    with guarded(checkpoint), tempfile.TemporaryDirectory() as empty:
+        with telling(known, config.GIVE):
+            # nothing but the checked config is in reach of transformers
+            (Path(empty) / "config.json").write_text(json.dumps(read))
+            made = transformers.AutoConfig.from_pretrained(
+                empty, trust_remote_code=False, local_files_only=True
+            )
+            kind: Any = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise LapValueError(
+                "config.architectures to name one class of transformers",
+                repr(name)[:80],
+                config.GIVE,
+            )
+        build_from = getattr(kind, "_from_config")  # noqa: B009 (unknown to a checker)
+        with telling(f"a config.json that {name} can be built from", config.GIVE):
+            with torch.device("meta"):
+                model: nn.Module = build_from(made)
     return model.eval()
 
 
 def inputs(model: Any) -> Shapes:
     """Makes named inputs of a model of transformers by its main input: shapes and dtypes."""
-    config, main = model.config, getattr(model, "main_input_name", None)
-    longest = getattr(config, "max_position_embeddings", None) or _LENGTH
+    made, main = model.config, getattr(model, "main_input_name", None)
+    longest = getattr(made, "max_position_embeddings", None) or _LENGTH
+    longest = _whole("max_position_embeddings", longest, sys.maxsize)
     ids = ((1, min(_LENGTH, longest)), torch.int64)
     result: Shapes = {}
     if main == "input_ids":
         result[main] = ids
     elif main == "pixel_values":
-        size = getattr(config, "image_size", None) or _IMAGE
-        height, width = (size, size) if isinstance(size, int) else size
-        result[main] = ((1, getattr(config, "num_channels", 3), height, width), torch.float32)
-    elif main == "input_features" and hasattr(config, "num_mel_bins"):
-        length = 2 * config.max_source_positions  # Whisper's encoder halves it
-        result[main] = ((1, config.num_mel_bins, length), torch.float32)
+        size = getattr(made, "image_size", None) or _IMAGE
+        sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+        height, width = (_whole("image_size", side) for side in sides)
+        channels = _whole("num_channels", getattr(made, "num_channels", 3))
+        result[main] = ((1, channels, height, width), torch.float32)
+    elif main == "input_features" and hasattr(made, "num_mel_bins"):
+        bins = _whole("num_mel_bins", made.num_mel_bins)
+        frames = getattr(made, "max_source_positions", None)
+        length = 2 * _whole("max_source_positions", frames)  # Whisper's encoder halves it
+        result[main] = ((1, bins, length), torch.float32)
     else:
         raise LapValueError(
             "a model whose inputs follow from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
             "Pass example_inputs=: a tensor, a tuple, or a dict of named ones.",
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(made, "is_encoder_decoder", False):
         if "decoder_input_ids" in inspect.signature(model.forward).parameters:
             result["decoder_input_ids"] = ids
     return result
+
+
+def _whole(name: str, value: Any, most: int = _LARGEST) -> int:
+    """Returns a size that the config gives to inputs."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise LapValueError(
+            f"config.{name} to be a whole number from 1 to {most:,}",
+            repr(value)[:80],
+            "Pass example_inputs=.",
+        )
+    return value
 
 
 def targets(model: Any, names: Iterable[str]) -> dict[str, Target]:
@@ -160,11 +188,13 @@ def _transformers() -> Any:
         raise LapImportError(
             "the transformers package (it knows the model of a config.json)",
             "none",
-            f"Run: pip install transformers. Or: {_GIVE}",
+            f"Run: pip install transformers. Or: {config.GIVE}",
             name="transformers",
         ) from None
     return transformers
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300].rstrip(".")
+def ignores(model: Any, name: str) -> bool:
+    """Whether transformers leaves a stored tensor that the model does not have without a word."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lap_ext._text import columns, html_table, some
+from lap_ext._text import columns, html_table, in_html, some, visible
 from lap_ext.checkpoint.files import open_directory, size_of
 from lap_ext.checkpoint.reading import Buffer, Source, zeros
 from lap_ext.checkpoint.structure import structure_of
@@ -108,7 +107,7 @@ class Inspection:
         return "\n".join([columns(self._rows(), right=_NUMBERS), *self._notes()])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        notes = "".join(f"<p>{in_html(note)}</p>" for note in self._notes())
         return html_table(self._rows(), right=_NUMBERS) + notes
 
     def _rows(self) -> list[Sequence[str]]:
@@ -130,7 +129,7 @@ class Inspection:
         if self.topology.others:
             notes.append(f"no layers, never pruned: {', '.join(self.topology.others)}")
         notes += [f"stopped at: {text}" for text in self.topology.stops]
-        return [*notes, f"{self.bytes:,} bytes"]
+        return [*map(visible, notes), f"{self.bytes:,} bytes"]
 
 
 @calling("checkpoint.inspect")
@@ -173,7 +172,7 @@ def inspect(
     structure = structure_of(files, model, example_inputs, on_unsupported)
     first = {name: copies[0] for name, copies in structure.copies.items()}
     step = Step(on_progress, _STEP, sum(map(size_of, first.values())))
-    source, buffer = Source(files.path), Buffer()
+    source, buffer = Source(files), Buffer()
 
     def count(layer: Layer) -> int:
         total = 0

@@ -71,8 +71,7 @@ def _sampled(task: Task, layers: Sequence[Layer]) -> Tensor:
         weight, step = task.samples.get(layer.name), task.steps.get(layer.name, 1)
         if weight is None:
             return lamps[0]
-        index = torch.arange(weight.numel()) * step
-        scores = LayerScores(task.network, task.criterion, layer).at(weight, index)
+        scores = LayerScores(task.network, task.criterion, layer).at(weight, step)
         squares = scores.sort(descending=True).values
         squares = (squares / squares[:1].clamp(min=1e-300)).square()
         lamps.append(torch.where(squares > 0, squares / (squares.cumsum(0) * step), 0.0))
@@ -152,7 +151,6 @@ class _Walk:
         scores = LayerScores(self.task.network, self.task.criterion, self.layer)
         for first, weight in self.task.chunks(self.layer, copy, self._buffer):
             counted.add(0, ranking.keys_of(scores.of(weight, first)))
-        del scores  # Random's are as large as the layer
         count = counted.inside[0]
         if low == high:
             one = torch.tensor([low], dtype=key_dtype(self._dtype))

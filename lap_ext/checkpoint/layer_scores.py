@@ -18,11 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lap_ext.criteria import Criterion, Random
+from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapError, LapValueError, in_layer
 from lap_ext.ops import from_norms
-from lap_ext.ops.reference.common import exact_sqrt, outer, rounded, score_dtype
+from lap_ext.ops.reference.common import (
+    exact_sqrt,
+    outer,
+    require_finite,
+    rounded,
+    score_dtype,
+)
 from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part
@@ -100,11 +106,9 @@ class LayerScores:
     ) -> None:
         self.layer = layer
         self.how = how
-        self._given: Tensor | None = None  # Random's: no function of the weight
+        self._criterion = criterion
         self._parts: list[tuple[Part, Tensor | None, Tensor | None]] = []
-        if isinstance(criterion, Random):
-            self._given = criterion.weight(network, layer).flatten()
-        elif criterion.by_role:
+        if criterion.by_role:
             for role in layer.roles:
                 into, out = criterion.norms(network, role)
                 rows, cols = (into, out) if role.part.transposed else (out, into)
@@ -123,8 +127,9 @@ class LayerScores:
             return self._of(weight, first)
 
     def _of(self, weight: Tensor, first: int) -> Tensor:
-        if self._given is not None:
-            weight = self._given[first : first + weight.numel()]
+        if self._criterion.replaces:  # no operator sees the weights
+            require_finite(weight, "w")
+        weight = self._criterion.values(self.layer, weight, first)
         if not self._parts:
             return self._times(weight[None], None, None, 1).flatten()
         if self.simple:
@@ -141,13 +146,12 @@ class LayerScores:
                 _rows_of(total, first, part, x).add_(ranged.double().square_())
         return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
-    def at(self, weight: Tensor, index: Tensor) -> Tensor:
-        """Approximates the scores of single weights at flat indices, float64."""
-        if self._given is not None:
-            weight = self._given[index]
-        size = weight.double().abs()
+    def at(self, weight: Tensor, step: int) -> Tensor:
+        """Approximates the scores of every step-th weight, float64."""
+        size = self._criterion.values(self.layer, weight, 0, step).double().abs()
         if not self._parts:
             return size
+        index = torch.arange(size.numel()) * step
         total = torch.zeros_like(size)
         for part, rows, cols in self._parts:
             length, window = _length(part), max(1, torch.Size(part.shape[2:]).numel())

@@ -12,16 +12,20 @@ not cover the interpreter, the libraries and the traced model, which are loaded 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from lap_ext._files import parsed_size
 from lap_ext.checkpoint.files import DTYPES, Copy
 from lap_ext.checkpoint.layer_scores import row_length
-from lap_ext.criteria import Criterion, Random
+from lap_ext.criteria import Criterion
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import native
-from lap_ext.options import BatchNorm
+from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.norms import SEGMENT_ROWS
+from lap_ext.options import BatchNorm, Normalize
 from lap_ext.topology import Layer, Topology
 
 _CHUNK = 1 << 18  # weights of a chunk, if they fit: its scores stay in the cache
@@ -31,6 +35,8 @@ _FOLDED = 16  # the same for norms of weights times their batch norm, in float64
 _KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
 _SORTED = 48  # bytes per score that is sorted: itself, the sorted one, its index, merging, slack
 _CHANNEL = 40  # bytes per channel in the two passes over the channel graph
+# bytes per score that normalizing needs beside it, all of a layer at once
+_NORMALIZING: dict[Normalize, int] = {"none": 0, "norm": 16, "lamp": 64}
 _SHARE = 8  # candidates and samples get 1/8 of the budget each
 
 
@@ -80,24 +86,26 @@ def limits(
     copies: Mapping[str, list[Copy]],
     criterion: Criterion,
     batch_norm: BatchNorm,
+    held: int = 0,
 ) -> Limits:
-    """Computes the limits of a budget.
+    """Computes the limits of a budget, of which scores that the caller holds take some bytes.
 
     Raises:
         LapValueError: it is too small for a row of the layer with the longest one.
     """
     channels = sum(sum(role.part.channels) for role in topology.roles)
-    left = memory - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
+    left = memory - held - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
     layers = topology.layers.values()
+    if criterion.reads_norms:
+        left -= max((_segments(x, copies[x.name], batch_norm) for x in layers), default=0)
     needed = {x.name: row_length(x) * (_SCRATCH + _itemsize(copies[x.name])) for x in layers}
-    if isinstance(criterion, Random):  # scores all weights of a layer at once
-        needed = {x.name: needed[x.name] + 8 * _count(x) for x in layers}
     if needed and 2 * max(needed.values()) > left:
         name = max(needed, key=lambda x: needed[x])
         least = memory - left + 2 * needed[name]
+        scores = f"{held:,} bytes of scores of two layers, " if held else ""
         raise LapValueError(
-            f"{{argument}} of {least:,} bytes or more (a row of layer {name!r} and the norms of "
-            "all channels must fit)",
+            f"{{argument}} of {least:,} bytes or more ({scores}a row of layer {name!r} and the "
+            "norms of all channels must fit)",
             f"{memory:,}",
             argument="memory",
         )
@@ -110,7 +118,7 @@ def limits(
     sizes = {x.name: _count(x) * _itemsize(copies[x.name]) for x in layers}
     folded = _FOLDED if batch_norm == "fold" else 0
     measured = {x.name: sizes[x.name] + folded * _count(x) for x in layers}
-    beside = 1 + (0 if native.info().native else _FALLBACK) + 8 * isinstance(criterion, Random)
+    beside = 1 + (0 if native.info().native else _FALLBACK) + 8 * criterion.replaces
     masked = {x.name: sizes[x.name] + beside * _count(x) for x in layers}
     fits_measured = {name for name, need in measured.items() if need <= rest}
     fits_masked = {name for name, need in masked.items() if need <= rest}
@@ -127,6 +135,28 @@ def limits(
         left // _SHARE // _SAMPLED,
         max(1, rest // _SORTED),
     )
+
+
+def _segments(layer: Layer, copies: list[Copy], batch_norm: BatchNorm) -> int:
+    """Counts the bytes of sums over columns, and of the rows that wait to be added to them."""
+    widths = sum(x.part.groups * torch.Size(x.part.block[1:]).numel() for x in layer.roles)
+    rows = sum(torch.Size(x.part.block[1:]).numel() for x in layer.roles) * SEGMENT_ROWS
+    return 24 * widths + rows * (8 if batch_norm == "fold" else _itemsize(copies))
+
+
+def held_by_scores(
+    layers: Sequence[Layer], copies: Mapping[str, list[Copy]], normalize: Normalize
+) -> int:
+    """Counts the bytes of one layer's scores, and of those before it, which the caller still holds.
+
+    The largest sum of any two layers in a row.
+    """
+    most = before = 0
+    for layer in layers:
+        score = score_dtype(DTYPES[copies[layer.name][0][0].entry.dtype]).itemsize
+        most = max(most, before + _count(layer) * (score + _NORMALIZING[normalize]))
+        before = _count(layer) * (score if normalize == "none" else torch.float64.itemsize)
+    return most
 
 
 def _largest(needs: dict[str, int], fits: set[str]) -> int:

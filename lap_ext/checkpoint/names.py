@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lap_ext._text import some
 from lap_ext.checkpoint import hf
 from lap_ext.checkpoint.files import DTYPES, Checkpoint, Copy, Slice
 from lap_ext.checkpoint.reading import Source, same
-from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.errors import LapTypeError, LapValueError, warn
+
+_SHOWN = 3  # names in a warning
 
 
 class Names:
@@ -23,6 +26,7 @@ class Names:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
+        self._model = model
         self._entries = checkpoint.entries
         self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._tensors.update(model.named_buffers(remove_duplicate=False))
@@ -86,6 +90,28 @@ class Names:
     def has(self, name: str) -> bool:
         """Whether a tensor of this name or an alias of it is stored."""
         return any(x in self._stored for x in self._aliases[id(self._tensors[name])])
+
+    def warn_of_unknown(self) -> None:
+        """Warns of stored matrices that the model has no place for: they are never pruned."""
+        unknown = [
+            name
+            for target, sources in self._stored.items()
+            if target not in self._tensors
+            for name, _ in sources
+            if self._is_matrix(name) and not hf.ignores(self._model, name)
+        ]
+        if unknown:
+            warn(
+                f"The model has no parameter for {len(unknown)} stored tensors, which stay as they "
+                f"are, unpruned: {some(map(repr, sorted(unknown)), _SHOWN)}. If they are layers, "
+                "pass model=, or name the class that has them in config.architectures."
+            )
+
+    def _is_matrix(self, name: str) -> bool:
+        """Whether a stored tensor may be a layer's weight."""
+        entry = self._entries[name]
+        is_float = entry.dtype.startswith(("F", "BF"))
+        return is_float and len(entry.shape) > 1 and entry.numel > 0
 
     def _joined(self, name: str, slices: list[tuple[str, tuple[Any, ...]]]) -> tuple[str, ...]:
         """Lists the names whose tensors make up a parameter, in order."""

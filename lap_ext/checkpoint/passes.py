@@ -29,9 +29,10 @@ from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.criteria import Criterion
-from lap_ext.errors import LapValueError
+from lap_ext.errors import LapValueError, in_layer
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
+from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 
 Key = tuple[str, int]  # a slice of a layer: the layer's name, the first element
@@ -179,13 +180,11 @@ def score_sizes(task: Task) -> dict[str, float]:
     task.begin("rank", task.layers)
     for layer in task.layers:
         scores = LayerScores(task.network, task.criterion, layer)
-        squared_norms: list[float] = []
+        squares = ExactSum()
         for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
-            squared_norms += selection.row_squared_norms(scores.of(weight, first), layer.shape[-1])
-        size = math.sqrt(math.fsum(squared_norms))
-        if not math.isfinite(size):
-            raise LapValueError("scores with a finite norm", size, layer=layer.name)
-        sizes[layer.name] = size
+            selection.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
+        with in_layer(layer.name):
+            sizes[layer.name] = selection.size_of(squares)
     return sizes
 
 
@@ -244,11 +243,10 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
         weight = task.samples.get(layer.name)
         if weight is None:
             return sampled[0]
-        index = torch.arange(weight.numel()) * task.steps[layer.name]
         squared = how == "squared"
         scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
         size = task.sizes.get(layer.name) or 1.0
-        values = scores.at(weight, index) / size
+        values = scores.at(weight, task.steps[layer.name]) / size
         sampled.append(values.square() if squared else values)
     return torch.cat(sampled)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ from lap_ext import allocation, criteria
 from lap_ext.allocation import Sparsity
 from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.files import Checkpoint, Copy
-from lap_ext.checkpoint.memory import limits
+from lap_ext.checkpoint.memory import held_by_scores, limits
 from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.passes import Key, SliceThreshold, Task
 from lap_ext.checkpoint.reading import Source, same
+from lap_ext.checkpoint.state import occupied
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import (
     Criterion,
@@ -114,13 +116,13 @@ def check_options(
 
 def check_out(source: Path, target: Path) -> None:
     """Raises unless target can become a new directory outside of source."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if occupied(target):
         raise LapValueError(
             "{argument} not to exist, or to be an empty directory",
             repr(str(target)),
             argument="out",
         )
-    inner, outer = target.resolve(), source.resolve()
+    inner, outer = (Path(os.path.realpath(path)) for path in (target, source))
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise LapValueError(
             f"{{argument}} outside of {str(source)!r}, which is only read",
@@ -141,21 +143,23 @@ def plan_of(
     exclude: Patterns,
     batch_norm: BatchNorm,
     memory: int,
+    scored: Normalize | None = None,
 ) -> Plan:
-    """Makes the plan.
+    """Makes the plan; scored says that the caller holds scores, and how they are normalized.
 
     Raises:
         LapValueError: options, files or the memory do not allow it.
         LapTypeError: weights of one ranking have float64 scores beside others.
     """
     topology, copies = structure.topology, structure.copies
-    limit = limits(memory, topology, copies, criterion, batch_norm)
     pruned = chosen(topology, layers, exclude)
+    held = 0 if scored is None else held_by_scores(pruned, copies, scored)
+    limit = limits(memory, topology, copies, criterion, batch_norm, held)
     shapes = {layer.name: layer.shape for layer in pruned}
     allocated = allocation.of(sparsity)
     keeps = allocated.keeps(shapes)
     pruned = [layer for layer in pruned if layer.name in keeps]
-    source = Source(files.path)
+    source = Source(files)
     _check_copies(source, copies)
     task = Task(source, FileNetwork(topology, batch_norm), criterion, pruned, copies, limit)
     if scope == "global":

@@ -21,8 +21,9 @@ from torch import nn
 
 import lap_ext
 from lap_ext.allocation import Sparsity
-from lap_ext.checkpoint import lamp, passes
+from lap_ext.checkpoint import identity, lamp, passes
 from lap_ext.checkpoint.files import MASKS, open_directory
+from lap_ext.checkpoint.finished import finished
 from lap_ext.checkpoint.memory import parsed
 from lap_ext.checkpoint.passes import SliceThreshold
 from lap_ext.checkpoint.plan import Plan, check_options, check_out, plan_of
@@ -32,7 +33,7 @@ from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapValueError, calling, warn
+from lap_ext.errors import calling, warn
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -102,21 +103,22 @@ def prune(
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
             bins, for a report. They are the scores that `lap_ext.scores` returns;
             normalize="norm" is applied to them, "lamp" is not. No file is read again for this.
-        resume: whether to resume an interrupted run with the same options, and to keep the finished
-            part if this run is interrupted too. False starts over, and leaves nothing behind if
-            this run is interrupted.
+        resume: whether to resume an interrupted run with the same options, model and files, and to
+            keep the finished part if this run is interrupted too. What an earlier run has left is
+            read again and compared with checksums; what does not match is done anew, with a
+            warning. False starts over, and leaves nothing behind if this run is interrupted.
         on_progress: called with a `Progress` after each tensor or chunk of rows.
 
     Returns:
         The counts of each layer, as `lap_ext.prune` returns them; the masks stay on disk.
 
     Raises:
-        ValueError: a file is missing, damaged or does not fit the model, a weight is not finite, an
-            option is not one of the above, or a row does not fit into memory. No files are left
-            behind.
+        ValueError: a file is missing, damaged, a link that leaves the directory or does not fit the
+            model, a weight is not finite, an option is not one of the above, a row does not fit
+            into memory, or the files change meanwhile. No files are left behind.
         TypeError: weights are not floating-point numbers, or an argument is of the wrong type.
         TopologyError: the model cannot be traced.
-        OSError: the disk is full, or another process is writing to out.
+        OSError: the disk is full, or another process is writing to out or has just written it.
 
     Example:
         >>> import tempfile, torch
@@ -152,9 +154,11 @@ def prune(
         memory=budget,
     )
     plan.task.on_progress = on_progress
-    options = {
+    options: dict[str, Any] = {
         "lap_ext": lap_ext.__version__,
-        "files": files.stamps(),
+        "path": str(files.path.resolve()),
+        "files": identity.files_of(files),
+        "network": identity.network_of(structure),
         "save_masks": save_masks,
         "scope": scope,
         "normalize": normalize,
@@ -164,20 +168,16 @@ def prune(
         "criterion": [checked.name, getattr(checked, "seed", 0)],
         "layers": [[x.name, x.shape, plan.keeps[x.name]] for x in plan.task.layers],
         "count_scores": count_scores,
-        "roles": [[x.layer, x.part.shape] for x in structure.topology.roles],
     }
     with working(target.resolve(), options, resume) as work:  # a link stays a link
+        if work.notice:
+            warn(work.notice)
         masks = None
         if save_masks:
             masks = MaskFile(work.files, {x.name: x.shape for x in plan.task.layers})
         _run(plan, masks, work, count_scores)
         scores = _scores(plan, work)
-        if files.stamps() != options["files"]:
-            raise LapValueError(
-                "files that do not change while they are read",
-                "changed ones",
-                "Run it again when nothing writes to them.",
-            )
+        identity.check_same(files, options["files"])
         work.finish(target.resolve())
     unpruned = files.unpruned()
     if unpruned:
@@ -192,12 +192,11 @@ def prune(
 def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
     """Runs all passes, from where an earlier run has stopped."""
     task, files = plan.task, plan.files
-    kept = {shard.name for shard in files.shards if work.has(shard.name, shard.size)}
-    if masks is not None and not masks.complete:
-        kept = set()
-    work.facts["done"] = sorted(kept)
+    done = finished(task, files, work, masks)
+    work.facts["done"] = {name: x for name, x in work.facts["done"].items() if name in done}
+    work.keep({*done, MASKS} if done else ())
     check_disk(files, work, masks)
-    if masks is not None and not masks.complete:
+    if masks is not None and not done:
         masks.create()
     if plan.measured and not _measured_before(plan, work):
         task.steps = plan.steps()
@@ -230,8 +229,14 @@ def _normalize(plan: Plan, work: Work) -> None:
 
 def _measured_before(plan: Plan, work: Work) -> bool:
     """Loads the squared norms of an earlier run; False if there are none."""
-    tensors = work.tensors() if "steps" in work.facts else None
+    if "steps" not in work.facts:
+        return False
+    tensors = work.tensors()
     if tensors is None:
+        warn(
+            f"What an interrupted run has left in {str(work.directory)!r} is damaged in part. "
+            "These are done again: the squared norms."
+        )
         return False
     task = plan.task
     task.network.load_state(tensors)

@@ -172,16 +172,16 @@ class Pass:
 
     def intervals(self) -> Iterator[tuple[int, int]]:
         """Splits the interval, highest keys first: each range fits the capacity, or is one bin."""
-        last, count = self.high, 0
-        for index, more in reversed(list(enumerate(self.histogram.tolist()))):
-            if count and count + more > self.capacity:
-                yield self.low + ((index + 1) << self.shift), last
-                count = 0
-            if not count:
-                last = min(self.low + ((index + 1) << self.shift) - 1, self.high)
-            count += more
-        if count:
-            yield self.low, last
+        upward = self.histogram.flip(0).cumsum(0)  # of the bins from the top
+        total, passed = int(upward[-1]), 0
+        while passed < total:
+            first, beyond = torch.searchsorted(
+                upward, torch.tensor([passed, passed + self.capacity]), right=True
+            ).tolist()
+            beyond = max(beyond, first + 1)
+            high = self.low + ((BINS - first) << self.shift) - 1
+            yield self.low + ((BINS - beyond) << self.shift), min(high, self.high)
+            passed = int(upward[beyond - 1])
 
 
 def _solved(counted: Pass, keep: int) -> Threshold:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint.files import DTYPES, Copy, Entry
-from lap_ext.errors import LapValueError
+from lap_ext.checkpoint import inside
+from lap_ext.checkpoint.files import DTYPES, Checkpoint, Copy, Entry, Shard
 
 CHUNK = 1 << 24  # bytes of a chunk; a multiple of 8 elements of every dtype
-_COMPARED = 1 << 22  # bytes of each of two tensors that are compared at a time
+_COMPARED = 1 << 19  # bytes of each of two tensors that are compared at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,22 +44,30 @@ class Buffer:
 
 
 class Source:
-    """The files of a checkpoint directory, to read from."""
+    """The files of a checkpoint directory, to read from; each must be the one that was opened."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._shards = {shard.name: shard for shard in checkpoint.shards}
 
     def fill(self, entry: Entry, offset: int, into: memoryview) -> None:
         """Reads bytes [offset, offset + len(into)) of a tensor."""
-        with (self._directory / entry.shard).open("rb", buffering=0) as file:
-            file.seek(entry.begin + offset)
+        self._fill(entry.shard, entry.begin + offset, into)
+
+    def head(self, shard: Shard) -> bytes:
+        """Reads the bytes before a shard's tensors."""
+        head = bytearray(shard.head)
+        self._fill(shard.name, 0, memoryview(head))
+        return bytes(head)
+
+    def _fill(self, name: str, begin: int, into: memoryview) -> None:
+        shard = self._shards[name]
+        with inside.opened(shard.path, shard.stamp) as file:
+            file.seek(begin)
             done = 0
             while done < len(into):
                 count = file.readinto(into[done:])
-                if not count:
-                    raise LapValueError(
-                        f"{entry.shard!r} as it was at the start", "a shorter file", "Start anew."
-                    )
+                if not count:  # it became shorter just now
+                    raise inside.changed(name)
                 done += count
 
     def full(self, copy: Copy, buffer: Buffer) -> Tensor:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import lap_ext
-from lap_ext._files import replacing
+from lap_ext import allocation
+from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
-from lap_ext.errors import LapValueError
+from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, Scope
 from lap_ext.pruning.result import PruneResult
 
 RECORD = "lap_ext.json"
+_LONGEST = 30_000_000  # bytes; that of 100,000 layers has 20 million
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,14 @@ class Record:
             LapValueError: they are damaged.
         """
         with _damage():
-            if self.options["scope"] not in SCOPES:
+            texts, scope = self.options["sparsity"], self.options["scope"]
+            if scope not in SCOPES:
                 raise ValueError("no such scope")
-            return notation.of_texts(self.options["sparsity"]), self.options["scope"]
+            if not isinstance(texts, list) or not texts:
+                raise ValueError("no sparsity")
+            sparsity = notation.of_texts(texts)
+            allocation.of(sparsity)  # raises where it is no fraction
+            return sparsity, scope
 
 
 def write(directory: Path, options: Mapping[str, Any], result: PruneResult) -> None:
@@ -70,13 +77,21 @@ def read(directory: Path) -> Record | None:
     Raises:
         LapValueError: it is damaged.
     """
-    path = directory / RECORD
-    if not path.is_file():
+    try:
+        with _damage():
+            facts = parsed_json(small_file(directory / RECORD, _LONGEST), _LONGEST)
+            if not isinstance(facts["layers"], list):
+                raise ValueError("no list of layers")
+            counts: dict[str, tuple[int, int]] = {}
+            for row in facts["layers"]:
+                name, kept, total = row["name"], row["kept"], row["total"]
+                whole = type(kept) is int and type(total) is int and 0 <= kept <= total
+                if type(name) is not str or name in counts or not whole:
+                    raise ValueError("no counts of layers")
+                counts[name] = kept, total
+            return Record(counts, facts.get("asked"))
+    except FileNotFoundError:
         return None
-    with _damage():
-        facts = json.loads(path.read_bytes())
-        counts = {row["name"]: (int(row["kept"]), int(row["total"])) for row in facts["layers"]}
-        return Record(counts, facts.get("asked"))
 
 
 @contextmanager
@@ -84,5 +99,6 @@ def _damage() -> Iterator[None]:
     """Turns the errors of a damaged record into one LapValueError."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LapValueError(f"an undamaged {RECORD}", error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        got = error.got if isinstance(error, LapError) else error
+        raise LapValueError(f"an undamaged {RECORD}", got) from None

@@ -75,7 +75,7 @@ def checkpoint_facts(
     with BitMasks(result.masks_file) as masks:
         before, after = open_directory(Path(directory)), open_directory(result.directory)
         structure = structure_of(before, model, example_inputs, on_unsupported)
-        source, buffer = Source(before.path), Buffer()
+        source, buffer = Source(before), Buffer()
 
         def weights(layer: Layer) -> LayerWeights:
             copies = structure.copies[layer.name]

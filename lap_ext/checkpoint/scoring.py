@@ -17,23 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lap_ext.checkpoint import memory as budgets
 from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.files import open_directory
+from lap_ext.checkpoint.memory import parsed
 from lap_ext.checkpoint.plan import Plan, check_options, plan_of
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.stream import ScoreStream
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapValueError, calling, in_layer
+from lap_ext.errors import calling, in_layer
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Patterns
 from lap_ext.progress import Progress
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
-
-# numbers in memory per weight, each of a score's size: the score, and those that normalizing needs
-_PER_WEIGHT = {"none": 1, "norm": 5, "lamp": 16}
 
 
 @calling("checkpoint.scores")
@@ -65,7 +62,8 @@ def scores(
         layers: as in `checkpoint.prune`.
         exclude: as in `checkpoint.prune`.
         batch_norm: as in `checkpoint.prune`.
-        memory: as in `checkpoint.prune`; all scores of one layer must fit into it.
+        memory: as in `checkpoint.prune`; the scores of two layers must fit into it: those that the
+            caller still holds, and the next ones.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
         on_unsupported: as in `checkpoint.prune`.
@@ -92,7 +90,7 @@ def scores(
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
     checked = check_options("layer", criterion, normalize, batch_norm)
-    budget = budgets.parsed(memory)
+    budget = parsed(memory)
     files = open_directory(Path(directory))
     structure = structure_of(files, model, example_inputs, on_unsupported)
     plan = plan_of(
@@ -106,9 +104,9 @@ def scores(
         exclude=exclude,
         batch_norm=batch_norm,
         memory=budget,
+        scored=normalize,
     )
     task = plan.task
-    task.limits = _limits(task, normalize, batch_norm, budget)
     task.on_progress = on_progress
     dtypes = [_dtype(normalize, task.dtype(layer)) for layer in task.layers]
     options = {"criterion": checked.name, "normalize": normalize, "batch_norm": batch_norm}
@@ -125,39 +123,19 @@ def _computed(plan: Plan, normalize: Normalize) -> Iterator[Tensor]:
         buffer = Buffer()
         task.begin("score", task.layers)
         for layer in task.layers:
-            scorer = passes.scorer(task, layer, "plain")
-            values = torch.empty(math.prod(layer.shape), dtype=score_dtype(task.dtype(layer)))
-            for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
-                values[first : first + weight.numel()] = scorer(weight, first)
-            with in_layer(layer.name):
-                normalized = selection.normalized(values.view(layer.shape), normalize, None)
-            yield normalized
+            yield _scored(task, layer, normalize, buffer)
+
+
+def _scored(task: passes.Task, layer: Layer, normalize: Normalize, buffer: Buffer) -> Tensor:
+    """Computes the scores of a layer; nothing else stays in memory."""
+    scorer = passes.scorer(task, layer, "plain")
+    values = torch.empty(math.prod(layer.shape), dtype=score_dtype(task.dtype(layer)))
+    for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
+        values[first : first + weight.numel()] = scorer(weight, first)
+    with in_layer(layer.name):
+        return selection.normalized(values.view(layer.shape), normalize, None)
 
 
 def _dtype(normalize: Normalize, weight: torch.dtype) -> torch.dtype:
     """Returns the dtype of scores, as that of lap_ext.scores."""
     return score_dtype(weight) if normalize == "none" else torch.float64
-
-
-def _limits(
-    task: passes.Task, normalize: Normalize, batch_norm: BatchNorm, budget: int
-) -> budgets.Limits:
-    """Computes the limits of what the budget leaves beside the scores of the largest layer."""
-
-    def needed(layer: Layer) -> int:
-        width = score_dtype(task.dtype(layer)).itemsize
-        return math.prod(layer.shape) * width * _PER_WEIGHT[normalize]
-
-    largest = max(task.layers, key=needed, default=None)
-    size = 0 if largest is None else needed(largest)
-    topology, criterion = task.network.topology, task.criterion
-    try:
-        return budgets.limits(budget - size, topology, task.copies, criterion, batch_norm)
-    except ValueError:
-        name = "" if largest is None else largest.name
-        raise LapValueError(
-            f"{{argument}} of more than {size:,} bytes (all scores of layer {name!r} are in memory "
-            "at a time, and a chunk of its weights)",
-            f"{budget:,}",
-            argument="memory",
-        ) from None

@@ -9,7 +9,9 @@ or chunk is zeroed and written in the background while the next one is masked.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.checkpoint import ranking
+from lap_ext.checkpoint import inside, ranking
 from lap_ext.checkpoint.files import Checkpoint, Copy, Entry, Shard, Slice
 from lap_ext.checkpoint.layer_scores import LayerScores, in_chunk
 from lap_ext.checkpoint.passes import Key, SliceThreshold, Task, scorer
@@ -32,7 +34,7 @@ from lap_ext.pruning import selection
 from lap_ext.report import Histogram
 from lap_ext.topology import Layer
 
-_COPIED = 1 << 23  # bytes copied at a time
+_COPIED = 1 << 20  # bytes copied at a time
 
 
 class Background:
@@ -85,14 +87,10 @@ class Writer:
     counted: bool = False
 
     def __post_init__(self) -> None:
-        self._layers: dict[str, tuple[Layer, Slice]] = {
-            stored.entry.name: (layer, stored)
-            for layer in self.task.layers
-            for copy in self.task.copies[layer.name]
-            for stored in copy
-        }
+        self._layers = stored_layers(self.task)
         self._buffer, self._other = Buffer(), Buffer()
         self._counts: dict[str, Histogram] = {}  # of the layers in the shard that is written
+        self._checksum = 0  # of their masks
 
     def run(self, work: Work) -> None:
         """Writes the shards that are not done, and the other files."""
@@ -104,7 +102,7 @@ class Writer:
         try:
             full = self.task.full(list(self._full(left)), self.task.limits.background)
             for shard in left:
-                self._counts = {}
+                self._counts, self._checksum = {}, 0
                 with ShardFile(work.files / shard.name) as file:
                     self._shard(shard, file, full)
                 if self.masks is not None:
@@ -112,10 +110,12 @@ class Writer:
                 if self.counted:
                     counts = {name: x.to_json() for name, x in self._counts.items()}
                     work.facts.setdefault("scores", {})[shard.name] = counts
-                work.facts["done"].append(shard.name)
+                work.facts["done"][shard.name] = [file.checksum, self._checksum]
                 work.save()
             for _ in full:  # ends its thread
                 pass
+            if self.masks is not None:
+                self.masks.seal()
         finally:
             if self.masks is not None:
                 self.masks.close()
@@ -133,8 +133,7 @@ class Writer:
 
     def _shard(self, shard: Shard, file: ShardFile, full: Iterator[Tensor]) -> None:
         """Writes a shard from front to back."""
-        with shard.path.open("rb") as original:
-            file.write(original.read(shard.head))
+        file.write(self.task.source.head(shard))
         with Background() as background:
             for entry in shard.entries:
                 if entry.name in self._layers and self._key(entry) not in self.thresholds:
@@ -212,6 +211,7 @@ class Writer:
         for chunk, kept in zip(bits.split(ranking.CHUNK), mask.split(ranking.CHUNK), strict=True):
             chunk.mul_(kept.view(torch.int8))  # of integers: 0 is +0.0, and 1 changes no bit
         if self.masks is not None:
+            self._checksum = zlib.crc32(bytes_of(mask), self._checksum)
             self.masks.write(self._layers[entry.name][0].name, first, mask)
         file.write(bytes_of(weight))
 
@@ -220,7 +220,27 @@ class Writer:
         for inner in self.checkpoint.others():
             (files / inner).parent.mkdir(parents=True, exist_ok=True)
             with on_disk(files):
-                shutil.copy2(self.checkpoint.path / inner, files / inner)
+                _copy(inside.real(self.checkpoint.path, inner), files / inner)
+
+
+def stored_layers(task: Task) -> dict[str, tuple[Layer, Slice]]:
+    """Maps the name of each stored tensor of a layer to the layer, and to what is stored of it."""
+    return {
+        stored.entry.name: (layer, stored)
+        for layer in task.layers
+        for copy in task.copies[layer.name]
+        for stored in copy
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file with its times and permissions, but not those to run as another user."""
+    with inside.opened(source) as old, target.open("xb") as new:
+        shutil.copyfileobj(old, new, _COPIED)
+        new.flush()
+        facts = os.fstat(old.fileno())
+        os.fchmod(new.fileno(), facts.st_mode & 0o777)
+        os.utime(new.fileno(), ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 _INTEGER = {

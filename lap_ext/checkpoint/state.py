@@ -3,31 +3,42 @@
 
     .OUT.lap_ext/          next to OUT, on the same disk
         files/             becomes OUT, by one rename at the end
-        state.json         the options, and what is done
+        state.json         the task, what is done, and a hash of both
         squared norms.safetensors
-        lock               locked while a process works here
+        lock               locked while a process works here (place.py)
 
-A shard counts as done once it is complete and on the disk.
+A shard counts as done once it is complete and on the disk. What is taken over from an earlier run
+is compared with a hash first; of another task, or damaged, it is done anew, with a warning.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lap_ext.errors import LapOSError, LapValueError
+from lap_ext._files import small_file
+from lap_ext.checkpoint import place
+from lap_ext.errors import LapFileExistsError, LapOSError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_SQUARED_NORMS = "squared norms.safetensors"
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+_FILES, _STATE, _SQUARED_NORMS = "files", "state.json", "squared norms.safetensors"
+_PARTS = (f"{_STATE}.part", f"{_SQUARED_NORMS}.part")
+_LARGEST_STATE, _LARGEST_TENSORS = 1 << 26, 1 << 30  # bytes; larger ones are not ours
+_OTHERS = {  # what the tasks of two runs differ in -> what the earlier one was of
+    "path": "another directory",
+    "files": "this directory before its files have changed",
+    "network": "another model",
+}
 
 
 class Work:
@@ -35,81 +46,118 @@ class Work:
 
     Attributes:
         files: the directory that the result is written to.
-        facts: intermediate results, saved as JSON: "done" (the names of finished shards), and the
-            results of the passes.
+        options: what the run does: a table for JSON. Only a run of equal options is resumed.
+        facts: intermediate results, saved as JSON: "done" (name of a finished shard -> its
+            checksums), and the results of the passes.
+        notice: why the facts of an earlier run are not used, for a warning, or "".
     """
 
     def __init__(self, directory: Path, options: dict[str, Any]) -> None:
         self.directory = directory
-        self.files = directory / "files"
+        self.files = directory / _FILES
         self.options = json.loads(json.dumps(options))  # as it is read back
-        self.facts: dict[str, Any] = {"done": []}
+        self.facts: dict[str, Any] = {"done": {}}
+        self.notice = ""
 
     def begin(self, resume: bool) -> None:
         """Takes over what an earlier run of the same task has left, or starts from nothing."""
-        if resume and self._load():
-            return
-        self.facts = {"done": []}
-        shutil.rmtree(self.files, ignore_errors=True)
-        (self.directory / _SQUARED_NORMS).unlink(missing_ok=True)
-        self.files.mkdir()
-        self.save()
+        for name in (_STATE, _SQUARED_NORMS, *_PARTS):
+            if (self.directory / name).is_dir():
+                place.delete(self.directory / name)
+        if not self.files.is_dir():
+            place.delete(self.files)
+        found = any((self.directory / name).exists() for name in (_STATE, _FILES))
+        problem = self.take_over() if resume and found else "of another run"
+        if problem:
+            if resume and found:
+                self.notice = (
+                    "The pruning starts anew: what an interrupted one has left in "
+                    f"{str(self.directory)!r} is {problem}."
+                )
+            self.facts = {"done": {}}
+            for name in (_FILES, _STATE, _SQUARED_NORMS, *_PARTS):
+                place.delete(self.directory / name)
+            self.save()
+        self.files.mkdir(exist_ok=True)
 
-    def _load(self) -> bool:
-        """Reads the facts of an earlier run; False if they are of another task, or damaged."""
+    def take_over(self) -> str:
+        """Reads the facts of an earlier run; says what they are if they can't be used, else ""."""
         try:
-            state = json.loads((self.directory / "state.json").read_bytes())
-            if state["options"] != self.options or not self.files.is_dir():
-                return False
-            self.facts = dict(state["facts"])
-            return isinstance(self.facts["done"], list)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            state = json.loads(small_file(self.directory / _STATE, _LARGEST_STATE))
+            options, facts = state["options"], state["facts"]
+            if state != _sealed(options, facts):
+                return "damaged"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "damaged"
+        if options != self.options:
+            differing = [x for x in _OTHERS if options.get(x) != self.options.get(x)]
+            return f"of {_OTHERS[differing[0]] if differing else 'other options'}"
+        self.facts = facts
+        return ""
 
-    def has(self, name: str, size: int) -> bool:
-        """Whether a shard is done and still there."""
-        path = self.files / name
-        return name in self.facts["done"] and path.is_file() and path.stat().st_size == size
+    def keep(self, names: Collection[str]) -> None:
+        """Removes all files of the result so far but these."""
+        for path in self.files.iterdir():
+            if path.name not in names:
+                place.delete(path)
 
     def save(self) -> None:
-        """Writes the facts atomically; the temporary file has a name that a resumed run expects."""
-        text = json.dumps({"options": self.options, "facts": self.facts}).encode()
-        temporary = self.directory / "state.json.part"
-        with on_disk(self.directory), temporary.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.directory / "state.json")
+        """Writes the facts atomically."""
+        self._write(_STATE, json.dumps(_sealed(self.options, self.facts)).encode())
 
     def save_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Saves the results of the first pass."""
-        from safetensors.torch import save_file
+        """Writes the results of the first pass; `save` adds their hash to the state."""
+        from safetensors.torch import save
 
-        temporary = self.directory / f"{_SQUARED_NORMS}.part"
-        with on_disk(self.directory):
-            save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
-        temporary.replace(self.directory / _SQUARED_NORMS)
+        data = save({name: x.contiguous() for name, x in tensors.items()})
+        self._write(_SQUARED_NORMS, data)
+        self.facts["tensors"] = _hash(data)
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """Reads what save_tensors has saved; None if there is nothing, or it is incomplete."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """Reads what save_tensors has written; None if it is not there, or damaged."""
+        from safetensors.torch import load
 
         try:
-            return load_file(self.directory / _SQUARED_NORMS)
-        except (OSError, SafetensorError):
+            data = small_file(self.directory / _SQUARED_NORMS, _LARGEST_TENSORS)
+        except (OSError, ValueError):
             return None
+        return load(data) if _hash(data) == self.facts["tensors"] else None
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes a file atomically; the temporary one has a name that a resumed run expects."""
+        temporary = self.directory / f"{name}.part"
+        place.delete(temporary)
+        with on_disk(self.directory), temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.directory / name)
 
     def finish(self, out: Path) -> None:
         """Renames the result to out, and removes the working directory."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.files.rename(out)
+        try:
+            self.files.rename(out)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            raise _occupied("something that came meanwhile", error.errno) from None
         descriptor = os.open(out.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        place.remove(self.directory)
+
+
+def _sealed(options: Any, facts: Any) -> dict[str, Any]:
+    """Makes the content of a state file: it has a hash of itself."""
+    content = {"options": options, "facts": facts}
+    return {**content, "sha256": _hash(json.dumps(content, sort_keys=True).encode())}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
@@ -121,49 +169,37 @@ def working(out: Path, options: dict[str, Any], resume: bool) -> Iterator[Work]:
     directory = out.with_name(f".{out.name}.lap_ext")
     with on_disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(exist_ok=True)
-    with _locked(directory, out):
-        _check_ours(directory)
+        lock = place.hold(directory, out, {_FILES, _STATE, _SQUARED_NORMS, *_PARTS})
+    try:
+        if occupied(out):  # it was not, before the lock
+            place.leave(directory)
+            raise _occupied("the output of another run that has just ended", errno.EEXIST)
         work = Work(directory, options)
-        work.begin(resume)
         try:
+            work.begin(resume)
             yield work
-        except (ValueError, TypeError):
-            shutil.rmtree(directory, ignore_errors=True)
+        except BaseException as error:
+            if not resume or isinstance(error, (ValueError, TypeError)):
+                place.remove(directory)
             raise
-        except BaseException:
-            if not resume:
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
+    finally:
+        os.close(lock)
 
 
-def _check_ours(directory: Path) -> None:
-    ours = {
-        "files",
-        "state.json",
-        "state.json.part",
-        _SQUARED_NORMS,
-        f"{_SQUARED_NORMS}.part",
-        "lock",
-    }
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours)
-    if foreign:
-        raise LapValueError(f"nothing but an earlier run's files in {str(directory)!r}", foreign[0])
+def occupied(path: Path) -> bool:
+    """Whether a path leads to anything but an empty directory."""
+    real = Path(os.path.realpath(path))  # links in a circle lead to a link
+    return os.path.lexists(real) and (not real.is_dir() or any(real.iterdir()))
 
 
-@contextmanager
-def _locked(directory: Path, out: Path) -> Iterator[None]:
-    with (directory / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LapOSError(
-                f"one process at a time that writes {str(out)!r}",
-                "another one at work",
-                "Wait for it, or choose another name.",
-                number=error.errno,
-            ) from None
-        yield
+def _occupied(got: str, number: int | None) -> LapFileExistsError:
+    return LapFileExistsError(
+        "{argument} not to exist, or to be an empty directory",
+        got,
+        "Choose another name.",
+        argument="out",
+        number=number,
+    )
 
 
 @contextmanager
@@ -175,10 +211,6 @@ def on_disk(directory: Path) -> Iterator[None]:
         if error.errno not in _DISK_FULL:
             raise
         raise _disk_full(error.errno, directory, "space", "none") from None
-    except Exception as error:  # safetensors raises an error of its own
-        if "No space left" not in str(error):
-            raise
-        raise _disk_full(errno.ENOSPC, directory, "space", "none") from None
 
 
 def check_free(directory: Path, size: int) -> None:

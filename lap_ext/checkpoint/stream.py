@@ -126,14 +126,15 @@ def check_new(path: Path, source: Path | None, argument: str = "path") -> None:
         source: the directory, or None.
         argument: the name of the argument in which the path was given.
     """
-    if path.exists():
+    real = Path(os.path.realpath(path))  # links in a circle lead to a link
+    if os.path.lexists(real):
         raise LapFileExistsError(
             "{argument} to be a new file",
             repr(str(path)),
             argument=argument,
             number=errno.EEXIST,
         )
-    directory = path.resolve().parent
+    directory = real.parent
     if not directory.is_dir():
         raise LapFileNotFoundError(
             "{argument} in a directory that exists",

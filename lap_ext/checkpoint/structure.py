@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lap_ext.checkpoint import hf
+from lap_ext.checkpoint.config import GIVE
 from lap_ext.checkpoint.files import Checkpoint, Copy
 from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import Buffer, Source
@@ -56,7 +58,7 @@ def structure_of(
     on_unsupported: OnUnsupported,
 ) -> Structure:
     """Traces the model of a checkpoint, or the given one, and finds its tensors in the files."""
-    own = hf.build(checkpoint.path) if model is None else model
+    own = hf.build(checkpoint) if model is None else model
     if not isinstance(own, nn.Module):
         raise LapTypeError(
             "{argument} to be a torch.nn.Module", type(own).__name__, argument="model"
@@ -65,11 +67,14 @@ def structure_of(
     inputs = _fake_inputs(own, example_inputs, mode)
     names = Names(checkpoint, own)
     if model is None:
-        hf.untie(own, names.unlike(Source(checkpoint.path)))
+        hf.untie(own, names.unlike(Source(checkpoint)))
         names = Names(checkpoint, own)
-    topology = trace(twin(own, mode), inputs, on_unsupported=on_unsupported)
+    traceable = hf.telling("a config.json whose model can be traced", GIVE)
+    with traceable if model is None else nullcontext():
+        topology = trace(twin(own, mode), inputs, on_unsupported=on_unsupported)
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
+    names.warn_of_unknown()
     return Structure(FileTopology(topology, scales), copies, scales)
 
 
@@ -124,7 +129,7 @@ def _value(model: nn.Module, names: Names, name: str) -> Tensor:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     if name not in buffers or names.has(name):
         shape = names.shape(name)
-        return Source(names.checkpoint.path).full(names.copies(name)[0], Buffer()).reshape(shape)
+        return Source(names.checkpoint).full(names.copies(name)[0], Buffer()).reshape(shape)
     if buffers[name].is_meta and hasattr(model, "_init_weights"):
         hf.initialize(model, [name])
         return model.get_buffer(name)

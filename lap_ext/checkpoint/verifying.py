@@ -5,14 +5,16 @@
     pruned    +0.0, all bits zero
     others    tensors without a mask: the bits of the original
     counts    kept weights of each mask: as in the pruning's record (record.py)
+    files     all other files of the original: the same bytes
 
 Without a mask file, every weight must have the original's bits or be +0.0. Files are read in
-chunks.
+chunks. How tensors are spread over files, and thus the index, may differ. A directory that has
+nothing but weights, masks and record is the output of a factory's model: other files are not
+demanded of it.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from lap_ext import allocation
-from lap_ext._text import columns, html_table, layer_name, parameter_in
+from lap_ext._text import (
+    columns,
+    html_table,
+    in_html,
+    layer_name,
+    parameter_in,
+    visible,
+)
 from lap_ext.allocation import Sparsity, notation
-from lap_ext.checkpoint import hf, record
+from lap_ext.checkpoint import hf, inside, record
 from lap_ext.checkpoint.files import Checkpoint, Entry, open_path
 from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import CHUNK, Buffer, Source, bits
@@ -34,6 +43,8 @@ from lap_ext.options import SCOPES, Scope, one_of
 from lap_ext.progress import Progress, Step
 
 _NUMBERS = (1, 2, 3)  # columns of numbers
+_OTHER_BYTES = "its bytes are not those of the original"
+_DAMAGED = "it is damaged"
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,14 @@ class Verdict:
         layers: how many weights each layer keeps.
         tensors: how many tensors were compared.
         masks: whether there was a mask file; without one, zeros counted as pruned weights.
+        files: how many other files of the original were demanded.
     """
 
     findings: Sequence[Finding]
     layers: Sequence[LayerCount]
     tensors: int
     masks: bool
+    files: int = 0
 
     @property
     def ok(self) -> bool:
@@ -103,6 +116,7 @@ class Verdict:
             "findings": [asdict(finding) for finding in self.findings],
             "tensors": self.tensors,
             "masks": self.masks,
+            "files": self.files,
             "kept": self.kept,
             "total": self.total,
             "sparsity": self.sparsity,
@@ -113,7 +127,7 @@ class Verdict:
         return "\n".join([columns(self._rows(), right=_NUMBERS), "", *self._notes()])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        notes = "".join(f"<p>{in_html(note)}</p>" for note in self._notes())
         return html_table(self._rows(), right=_NUMBERS) + notes
 
     def _rows(self) -> list[Sequence[str]]:
@@ -126,13 +140,14 @@ class Verdict:
 
     def _notes(self) -> list[str]:
         """Lists the findings, and says how many there are."""
-        notes = [f"{finding.tensor}: {finding.problem}" for finding in self.findings]
+        notes = [visible(f"{finding.tensor}: {finding.problem}") for finding in self.findings]
         how = "" if self.masks else " There is no mask file: zeros were taken for pruned."
         if self.findings:
             return [*notes, f"{len(self.findings)} findings in {self.tensors} tensors.{how}"]
+        same = f" {self.files} other files are the same." if self.files else ""
         return [
             f"{self.tensors} tensors compared: every kept weight has its original's bits, "
-            f"every pruned one is zero.{how}"
+            f"every pruned one is zero.{same}{how}"
         ]
 
 
@@ -153,6 +168,11 @@ def verify(
 
         kept weight     its original's bits
         pruned weight   +0.0
+        other files     the bytes of the original
+
+    Other files are compared where both are directories and the pruned one has any: a config or a
+    tokenizer that was changed or is gone is a finding. What the pruned directory has besides is
+    not.
 
     Args:
         pruned: a checkpoint directory or a safetensors file, with the masks beside it in
@@ -191,7 +211,10 @@ def verify(
         masks = None
         if after.masks is not None:
             masks = stack.enter_context(BitMasks(after.masks))
-        return _Comparison(after, before, masks).run(wanted, on_progress)
+        comparison = _Comparison(after, before, masks)
+        if Path(pruned).is_dir() and Path(original).is_dir():
+            comparison.demand_others()
+        return comparison.run(wanted, on_progress)
 
 
 class _Comparison:
@@ -202,7 +225,8 @@ class _Comparison:
         self.findings: list[Finding] = []
         self.layers: list[LayerCount] = []
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the layers
-        self._sources = Source(after.path), Source(before.path)
+        self.others: list[Path] = []  # files of the original that the pruned one must have
+        self._sources = Source(after), Source(before)
         self._buffers = Buffer(), Buffer()
         self._locations = {} if masks is None else self._layers_of(masks)
 
@@ -213,13 +237,23 @@ class _Comparison:
     ) -> Verdict:
         """Compares everything; wanted: a sparsity and its scope, None: those that are recorded."""
         both = list(self._both())
-        step = Step(on_progress, "verify", sum(old.size for _, old in both))
+        files = list(self._both_files())
+        sizes = [old.size for _, old in both] + [old.stat().st_size for _, _, old in files]
+        step = Step(on_progress, "verify", sum(sizes))
         for new, old in both:
             self._compare(new, old, step)
+        for name, mine, theirs in files:
+            self._compare_files(name, mine, theirs, step)
         if self.masks is not None:
             self._count(self.masks)
         self._check_record(wanted)
-        return Verdict(self.findings, self.layers, len(both), self.masks is not None)
+        masked, others = self.masks is not None, len(self.others)
+        return Verdict(self.findings, self.layers, len(both), masked, others)
+
+    def demand_others(self) -> None:
+        """Demands the other files of the original, unless the pruned one has weights alone."""
+        if any(_others(self.after)):
+            self.others = list(_others(self.before))
 
     def _find(self, tensor: str, problem: str, count: int = 1) -> None:
         self.findings.append(Finding(tensor, problem, count))
@@ -239,6 +273,29 @@ class _Comparison:
                 self._find(name, f"{mine.dtype} {list(mine.shape)}, in the original {theirs}")
             else:
                 yield mine, entry
+
+    def _both_files(self) -> Iterator[tuple[str, Path, Path]]:
+        """Gives the name and the real paths of the other files that both have, of the same size."""
+        mine = set(_others(self.after))
+        for inner in self.others:
+            if inner not in mine:
+                self._find(str(inner), "the pruned checkpoint lacks it")
+                continue
+            new, old = (inside.real(x.path, inner) for x in (self.after, self.before))
+            if new.stat().st_size != old.stat().st_size:
+                self._find(str(inner), _OTHER_BYTES)
+            else:
+                yield str(inner), new, old
+
+    def _compare_files(self, name: str, mine: Path, theirs: Path, step: Step) -> None:
+        """Compares the bytes of two files of the same size."""
+        same = True
+        with inside.opened(mine) as new, inside.opened(theirs) as old:
+            while data := old.read(CHUNK):
+                same = new.read(CHUNK) == data and same
+                step.read(name, len(data))
+        if not same:
+            self._find(name, _OTHER_BYTES)
 
     def _layers_of(self, masks: BitMasks) -> Mapping[str, tuple[str, int]]:
         """Maps tensors to their layer and the index of the first of its weights that they hold."""
@@ -309,12 +366,13 @@ class _Comparison:
 
     def _check_record(self, wanted: tuple[Sparsity, Scope] | None) -> None:
         """Checks the counts against those that are recorded, and those of the sparsity."""
+        given = wanted is not None
         try:
             recorded = record.read(self.after.path)
             if recorded is not None and wanted is None:
                 wanted = recorded.wanted()
         except ValueError:
-            self._find(record.RECORD, "it is damaged")
+            self._find(record.RECORD, _DAMAGED)
             return
         if recorded is not None:
             actual = {row.name: (row.kept, row.total) for row in self.layers}
@@ -323,8 +381,14 @@ class _Comparison:
                 if counts.get(name) != actual.get(name):
                     pair = f"{actual.get(name)} in the masks, {counts.get(name)} recorded"
                     self._find(name, f"(kept, total) is {pair}")
-        if wanted is not None:
+        if wanted is None:
+            return
+        try:
             self._check_sparsity(*wanted)
+        except ValueError:
+            if given:
+                raise
+            self._find(record.RECORD, _DAMAGED)  # its sparsity is not one of these layers
 
     def _check_sparsity(self, sparsity: Sparsity, scope: Scope) -> None:
         """Checks the counts against those of a sparsity, of each layer or of all."""
@@ -343,12 +407,17 @@ class _Comparison:
                 self._find(row.name, f"{row.kept} weights are kept, {expected} {keep}")
 
 
+def _others(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Lists the files that hold neither weights nor what lap_ext has written, relative."""
+    return (x for x in checkpoint.others() if str(x) not in (record.RECORD, checkpoint.index))
+
+
 def _by_model(checkpoint: Checkpoint, masks: BitMasks) -> dict[str, tuple[str, int]]:
     """Maps tensors to layers by the model of config.json.
 
     It knows names that transformers changes, and tied copies.
     """
-    model = hf.build(checkpoint.path)
+    model = hf.build(checkpoint)
     names, known = Names(checkpoint, model), dict(model.named_parameters())
     locations = {}
     for layer in masks.shapes:

@@ -8,6 +8,7 @@ mask file has the format of `Masks.save` (masks/file.py), whose layout is known 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,25 +20,32 @@ from lap_ext.checkpoint.files import MASKS
 from lap_ext.checkpoint.ranking import CHUNK
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.state import on_disk
-from lap_ext.masks.file import header, pack
+from lap_ext.masks.file import CHUNK as HASHED
+from lap_ext.masks.file import checksum, header, pack, unpack
 
 _SPREAD = 0x0102040810204080  # moves bit 0 of byte b of 8 bytes to bit 56 + b
 
 
 class ShardFile:
-    """A file that is written once, from front to back; leaving `with` puts it on the disk."""
+    """A new file that is written once, from front to back; leaving `with` puts it on the disk.
+
+    Attributes:
+        checksum: CRC-32 of what has been written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checksum = 0
 
     def __enter__(self) -> ShardFile:
         with on_disk(self.path.parent):
-            self._file = self.path.open("wb", buffering=0)
+            self._file = self.path.open("xb", buffering=0)  # never what a link leads to
         return self
 
     def write(self, data: memoryview | bytes) -> None:
         """Writes the next bytes."""
         done, left = 0, memoryview(data)
+        self.checksum = zlib.crc32(left, self.checksum)
         with on_disk(self.path.parent):
             while done < len(left):
                 done += self._file.write(left[done:])
@@ -52,16 +60,16 @@ class ShardFile:
 
 
 class MaskFile:
-    """A file of masks that is written in chunks, in any order."""
+    """A file of masks that is written in chunks, in any order; `seal` adds their checksums."""
 
     def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = directory / MASKS
-        empty = {
+        self._empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = header(empty)
+        self._head = header(self._empty)
         self._begin, begin = {}, len(self._head)
-        for name, mask in empty.items():
+        for name, mask in self._empty.items():
             self._begin[name] = begin
             begin += (mask.numel() + 7) // 8
         self.size = begin
@@ -69,7 +77,7 @@ class MaskFile:
 
     @property
     def complete(self) -> bool:
-        """Whether the file exists in its full size."""
+        """Whether the file exists in its full size; it may lack masks and checksums."""
         return self.path.is_file() and self.path.stat().st_size == self.size
 
     def create(self) -> None:
@@ -98,14 +106,51 @@ class MaskFile:
             for end in ends:  # bytes that other chunks share
                 old = os.pread(self._file.fileno(), 1, begin + end)
                 view[end] |= old[0] & _outside(end, size, lead, mask.numel())
-            done = 0
-            while done < size:
-                done += os.pwrite(self._file.fileno(), view[done:], begin + done)
+            self._put(view, begin)
+
+    def read(self, name: str, first: int, count: int) -> Tensor:
+        """Reads the mask of elements [first, first + count) of a layer, flat."""
+        begin, end = first // 8, (first + count + 7) // 8
+        data = os.pread(self._file.fileno(), end - begin, self._begin[name] + begin)
+        bits = unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8), (8 * len(data),))
+        return bits[first - 8 * begin :][:count]
+
+    @property
+    def padded(self) -> bool:
+        """Whether the bits after the last weight of each mask are 0."""
+        for name, mask in self._empty.items():
+            used = mask.numel() % 8
+            if used:
+                (last,) = os.pread(self._file.fileno(), 1, self._begin[name] + mask.numel() // 8)
+                if last >> used:
+                    return False
+        return True
 
     def sync(self) -> None:
         """Puts what was written on the disk."""
         with on_disk(self.path.parent):
             os.fsync(self._file.fileno())
+
+    def seal(self) -> None:
+        """Writes the checksums, from what the file holds once all masks are written, and syncs."""
+        sums = {}
+        for name, mask in self._empty.items():
+            begin = self._begin[name]
+            end = begin + (mask.numel() + 7) // 8
+            number = self._file.fileno()
+            chunks = (
+                os.pread(number, min(HASHED, end - at), at) for at in range(begin, end, HASHED)
+            )
+            sums[name] = checksum(name, mask.shape, chunks)
+        with on_disk(self.path.parent):
+            self._put(memoryview(header(self._empty, sums)), 0)
+        self.sync()
+
+    def _put(self, data: memoryview, begin: int) -> None:
+        """Writes bytes at a place in the file."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file.fileno(), data[done:], begin + done)
 
     def close(self) -> None:
         """Closes the file."""

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lap_ext
 from lap_ext import checkpoint, demo, report
 from lap_ext._files import new_directory
+from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.checkpoint import record, stream
 from lap_ext.checkpoint.files import MASKS
 from lap_ext.checkpoint.inspecting import inspect_model
 from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
-from lap_ext.cli import bench, models
+from lap_ext.cli import bench, models, outputs
 from lap_ext.cli.output import Progress, result, writing
-from lap_ext.errors import LapFileExistsError, LapFileNotFoundError, LapOSError
+from lap_ext.errors import LapFileExistsError
 from lap_ext.report import Facts, plots
 
 _SINGLE = "model.safetensors"
@@ -31,7 +30,8 @@ _SINGLE = "model.safetensors"
 def prune(options: Any) -> int:
     """Prunes a checkpoint directory, or a module, and writes it to a new directory."""
     sparsity = notation.of_texts(options.sparsity)  # mistakes cost nothing yet
-    _check_outputs(options)
+    _check_new(options.out)
+    outputs.check(options)
     start = time.monotonic()
     with Progress(not options.quiet) as progress:
         run = _prune_directory if models.is_directory(options) else _prune_module
@@ -44,10 +44,15 @@ def prune(options: Any) -> int:
     shown["seconds"] = round(time.monotonic() - start, 3)
     if facts is not None:
         shown["measured"] = facts.to_dict()
-    plots_written = [options.plot, _second(options.plot)] if options.plot else []
-    files = [str(path) for path in (options.out, options.report, *plots_written) if path]
-    result(options, shown, f"{pruned}\nwritten: {', '.join(files)}")
+    plots_written = [options.plot, outputs.second(options.plot)] if options.plot else []
+    files = [path for path in (options.out, options.report, *plots_written) if path]
+    result(options, shown, f"{pruned}\n{_written(files)}")
     return 0
+
+
+def _written(files: Sequence[Path]) -> str:
+    """Lists files for the last line of a result."""
+    return f"written: {', '.join(visible(str(path)) for path in files)}"
 
 
 def _draw(options: Any, facts: Facts) -> None:
@@ -60,12 +65,7 @@ def _draw(options: Any, facts: Facts) -> None:
         title = f"{facts.title}, {facts.criterion}"
         with writing(options.plot, done):
             plots.save(options.plot, plots.layers(facts.layers, title))
-            plots.save(_second(options.plot), plots.distributions(facts))
-
-
-def _second(plot: Path) -> Path:
-    """Names the plot of the distributions, which is written beside that of the layers."""
-    return plot.with_stem(f"{plot.stem}-distributions")
+            plots.save(outputs.second(options.plot), plots.distributions(facts))
 
 
 def _prune_directory(
@@ -141,22 +141,10 @@ def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None
         record.write(directory, _chosen(options), pruned)
 
 
-def _check_outputs(options: Any) -> None:
-    """Checks what can be known before the work: paths, and packages that draw."""
-    out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _check_new(out: Path) -> None:
+    """Raises unless a directory is new, or empty and not the one that lap-ext runs in."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(Path.cwd())):
         raise LapFileExistsError("{argument} to be a new directory", repr(str(out)), argument="out")
-    for name in ("report", "plot"):
-        path = getattr(options, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            expected = "{argument} in a directory that exists"
-            raise LapFileNotFoundError(expected, repr(str(path)), argument=name)
-        if path is not None and path.is_dir():
-            raise LapOSError(
-                "{argument} to be a file", f"the directory {str(path)!r}", argument=name
-            )
-    if options.plot:
-        plots.check(options.plot)
 
 
 def _chosen(options: Any) -> dict[str, Any]:
@@ -174,6 +162,7 @@ def _chosen_texts(options: Any) -> dict[str, str]:
 def score(options: Any) -> int:
     """Shows a table of every layer's scores, and writes all scores to a file with --out."""
     directory = Path(options.model) if models.is_directory(options) else None
+    outputs.check(options)
     if options.out:
         stream.check_new(options.out, directory, "out")
     with Progress(not options.quiet) as progress:
@@ -191,7 +180,7 @@ def score(options: Any) -> int:
     shown = {"model": options.model, "criterion": options.criterion}
     shown |= {"normalize": options.normalize, "batch_norm": options.batch_norm}
     shown |= {"out": options.out and str(options.out)} | table.to_dict()
-    written = f"\nwritten: {options.out}" if options.out else ""
+    written = f"\n{_written([options.out])}" if options.out else ""
     result(options, shown, f"{table}{written}")
     return 0
 

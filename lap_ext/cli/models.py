@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lap_ext._text import some
+from lap_ext.checkpoint.files import DTYPES
 from lap_ext.cli.output import Progress
 from lap_ext.errors import (
     LapFileNotFoundError,
@@ -192,11 +193,16 @@ def _load(module: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
-    if not path.is_file():
+    if not path.exists():
         raise LapFileNotFoundError(
             "{argument} to be a file that exists", repr(str(path)), argument="checkpoint"
         )
+    if not path.is_file():
+        raise LapValueError(
+            "{argument} to be a file", f"{str(path)!r}, which is none", argument="checkpoint"
+        )
     try:
+        _check_dtypes(module, path)
         missing, unexpected = load_model(module, path, strict=False)
     except SafetensorError as error:
         raise LapValueError(
@@ -218,3 +224,20 @@ def _load(module: nn.Module, path: Path) -> None:
                 f"{str(path)!r}, which {relation} {some(names, 3)}",
                 argument="checkpoint",
             )
+
+
+def _check_dtypes(module: nn.Module, path: Path) -> None:
+    """Raises where loading would turn the numbers of a tensor into other ones."""
+    from safetensors import safe_open
+
+    own = {name: x.dtype for name, x in module.state_dict().items() if isinstance(x, Tensor)}
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(own.keys() & set(file.keys())):
+            stored = file.get_tensor(name).dtype  # mapped into memory, not read
+            if stored != own[name] and not {stored, own[name]} <= set(DTYPES.values()):
+                wanted, got = (str(x).removeprefix("torch.") for x in (own[name], stored))
+                raise LapTypeError(
+                    f"{name!r} as {wanted}, as the model has it",
+                    f"{got} in {str(path)!r}",
+                    "Dequantize or convert it first.",
+                )

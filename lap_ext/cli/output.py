@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import math
+import os
 import sys
 import threading
 import time
@@ -18,22 +20,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lap_ext._text import visible
 from lap_ext.errors import LapError
 
 _EVERY = 10.0  # seconds between lines where no bar can be drawn
 _LATER = 1.0  # seconds before anything is shown
 
 
-def line(stream: IO[str], text: str) -> None:
-    """Writes a text and the end of its line."""
-    stream.write(f"{text}\n")
-    stream.flush()
+def line(stream: IO[str] | None, text: str) -> None:
+    """Writes a text and the end of its line, as far as the stream can take it.
+
+    Only line breaks are written as they are; every other control character is made visible. What
+    nobody reads on stderr is dropped, with the buffer, which would fail once more at the exit.
+    """
+    if stream is None:  # closed since the start
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = visible(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        stream.write(f"{shown}\n")
+        stream.flush()
+    except BrokenPipeError:
+        drop(stream)
+        if stream is not sys.stderr:
+            raise
+
+
+def drop(stream: IO[str]) -> None:
+    """Lets everything that is still written to a stream vanish."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def result(options: Any, facts: Mapping[str, Any], text: str) -> None:
     """Prints the result of a subcommand: JSON with --json, else a text."""
-    shown = json.dumps(facts, indent=2, allow_nan=False) if options.json else text
+    shown = json.dumps(_finite(facts), indent=2, allow_nan=False) if options.json else text
     line(sys.stdout, shown)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces the numbers that JSON does not have by "inf", "-inf" and "nan"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return list(map(_finite, value)) if isinstance(value, (list, tuple)) else value
+
+
+def work_of(out: Path) -> Path:
+    """Names the working directory of a pruning, which is beside out, or beside what it links to."""
+    real = Path(os.path.realpath(out))
+    return real.with_name(f".{real.name}.lap_ext")
 
 
 @contextmanager
@@ -44,11 +80,16 @@ def writing(path: Path, done: str = "") -> Iterator[None]:
     except LapError:  # it names the path
         raise
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} ({error.filename or path}){done}") from None
+        text = _failed(error.strerror or "", error.filename or path, done)
+        raise OSError(error.errno, text) from None
     except Exception as error:  # safetensors has an error of its own
         if "No space left on device" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, f"No space left on device ({path}){done}") from None
+        raise OSError(errno.ENOSPC, _failed("No space left on device", path, done)) from None
+
+
+def _failed(why: str, path: object, done: str) -> str:
+    return f"{why} ({visible(str(path))}){done}"
 
 
 class Progress:
@@ -63,12 +104,13 @@ class Progress:
     """
 
     def __init__(self, show: bool = True, stream: IO[str] | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
+        self.stream: IO[str] | None = sys.stderr if stream is None else stream
         self.text, self.done, self.total = "", 0.0, 0.0
         self._started = self._shown = self._began = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
-        self._rich = self.stream.isatty() and importlib.util.find_spec("rich") is not None
+        terminal = self.stream is not None and self.stream.isatty()
+        self._rich = terminal and importlib.util.find_spec("rich") is not None
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = (
@@ -141,10 +183,13 @@ class Progress:
                 TextColumn("left"),
             )
             self._bar = Rich(*columns, console=Console(file=self.stream), transient=True)
-            self._task = self._bar.add_task(self.text, total=None)
+            self._task = self._bar.add_task(visible(self.text), total=None)
             self._bar.start()
         self._bar.update(
-            self._task, description=self.text, completed=self.done, total=self.total or None
+            self._task,
+            description=visible(self.text),
+            completed=self.done,
+            total=self.total or None,
         )
 
     def _close(self) -> None:

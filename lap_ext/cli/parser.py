@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import lap_ext
 from lap_ext._files import parsed_size
+from lap_ext._text import visible
 from lap_ext.errors import LapImportError
 
 _MODEL = """\
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {visible(message)}. See {self.prog} --help.\n")
 
 
 class _Completion(argparse.Action):
@@ -201,6 +202,8 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="FILE.html", help="write an HTML report")
     add("--plot", type=Path, metavar="FILE.png",
         help="write a plot of the layers, and FILE-distributions.png")
+    add("--force", action="store_true",
+        help="let a report or plot replace a file that lap-ext did not write")
     # fmt: on
 
 

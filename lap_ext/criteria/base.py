@@ -40,6 +40,12 @@ class Criterion:
         """Whether weights are ranked within each output channel instead of within the layer."""
         return False
 
+    @property
+    def replaces(self) -> bool:
+        """Whether something else than the weight itself stands for w, which is then checked."""
+        kind = type(self)
+        return (kind.weight, kind.values) != (Criterion.weight, Criterion.values)
+
     def prepare(self, network: Network, data: Any) -> Network:
         """Prepares the scoring once, before any layer, and returns the network to score with."""
         if data is not None:
@@ -51,7 +57,14 @@ class Criterion:
 
     def weight(self, network: Network, layer: Layer) -> Tensor:
         """Returns the values that stand for w in |w|, in the shape of the layer's weight."""
-        return network.weight(layer)
+        return self.values(layer, network.weight(layer))
+
+    def values(self, layer: Layer, weight: Tensor, first: int = 0, step: int = 1) -> Tensor:
+        """Returns what stands for the weights at flat indices first, first + step, ... of a layer.
+
+        Only a criterion that needs nothing else can score a checkpoint in chunks.
+        """
+        return weight
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in [I], out [O]) of a role, with None for ones."""

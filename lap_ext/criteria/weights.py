@@ -6,7 +6,7 @@ Source: Park et al., ICLR 2020 (lookahead, lookforward, lookback; magnitude in s
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from lap_ext.criteria.base import Criterion, Norms
 from lap_ext.criteria.context import Network
-from lap_ext.errors import LapTypeError, LapValueError, callback
+from lap_ext.errors import LapTypeError, LapValueError, callback, calling
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
+
+_BATCH = 1 << 15  # numbers at a time: they stay in the cache, and torch uses one thread
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 class MagnitudeBN(Criterion):
@@ -66,15 +70,73 @@ class Lookback(Criterion):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Scores uniformly at random; the same seed and layer name give the same scores."""
+    """Scores uniformly at random in (0, 1]; the same seed and layer name give the same scores.
+
+        a = start + index * 0x9E3779B97F4A7C15          index: of the weight, flat
+        b = (a ^ (a >> 30)) * 0xBF58476D1CE4E5B9
+        c = (b ^ (b >> 27)) * 0x94D049BB133111EB
+        score = ((c >> 40) + 1) / 2^24
+
+    in unsigned integers of 64 bits: the upper 24 bits of SplitMix64. start is the first 8 bytes,
+    little-endian, of the SHA-256 of "SEED:LAYER". A score depends on nothing else, so that it is
+    the same on every device, and in a checkpoint that is read in chunks.
+
+    Args:
+        seed: an integer, 0 <= seed < 2^64.
+
+    Raises:
+        TypeError: seed is not an integer.
+        ValueError: seed is negative or too large.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 1))
+        >>> lap_ext.scores(net, torch.ones(1, 3), criterion=lap_ext.criteria.Random(seed=1))
+        {'0': tensor([[0.4287, 0.4817, 0.2594]])}
+    """
 
     seed: int = 0
     name: ClassVar[str] = "random"
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
-        """Draws numbers in (0, 1]."""
-        generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(layer.name.encode()))
-        return (1.0 - torch.rand(layer.shape, generator=generator)).to(layer.weight.device)
+    @calling("Random")
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise LapTypeError(
+                "{argument} to be an integer", type(self.seed).__name__, argument="seed"
+            )
+        if not 0 <= self.seed < 1 << 64:
+            sign, bits = "a negative" if self.seed < 0 else "an", self.seed.bit_length()
+            # not its digits: there may be more than Python prints
+            raise LapValueError(
+                "0 <= {argument} < 2**64", f"{sign} integer of {bits} bits", argument="seed"
+            )
+
+    def values(self, layer: Layer, weight: Tensor, first: int = 0, step: int = 1) -> Tensor:
+        """Computes the numbers of these weights, in the dtype of scores."""
+        digest = hashlib.sha256(f"{self.seed}:{layer.name}".encode()).digest()
+        start = int.from_bytes(digest[:8], "little")
+        numbers = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
+        flat = numbers.view(-1)
+        for begin in range(0, flat.numel(), _BATCH):
+            batch = flat[begin : begin + _BATCH]
+            x = torch.arange(batch.numel(), device=weight.device)
+            x *= _signed(step * _GOLDEN)
+            x += _signed(start + (first + begin * step) * _GOLDEN)
+            batch.copy_(_mixed(x).add_(1)).mul_(2.0**-24)
+        return numbers
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Mixes the bits of int64 x, in place, and returns the upper 24 of them."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # of an unsigned number
+        x *= _signed(factor)
+    return x.bitwise_right_shift_(40).bitwise_and_((1 << 24) - 1)
+
+
+def _signed(x: int) -> int:
+    """Wraps an integer to the range of int64."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,12 @@
 
     one uint8 tensor of ceil(n / 8) bytes for each layer of n weights; bit b of byte i is weight
     8 * i + b in C order; the bits after the last weight are 0
-    metadata: {"lap_ext": version, "format": "1", "layers": JSON object of name -> shape, in order}
+    metadata: {"lap_ext": version, "format": "2", "layers": JSON object of name -> shape, in order,
+    "checksums": JSON object of name -> checksum}
+    checksum: BLAKE2b with 16 bytes, of the JSON of [name, shape] and the bytes of the tensor
+
+A layer is compared with its checksum when it is first read, so that a damaged mask is an error and
+no other mask.
 
 This module itself writes the file (a length, a JSON header, the bytes). So the same masks give the
 same bytes, which the safetensors package does not guarantee, and only torch is needed. That package
@@ -15,7 +20,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,21 +31,27 @@ import torch
 from torch import Tensor
 
 from lap_ext import __version__
-from lap_ext._files import replacing, safetensors_header, safetensors_package
+from lap_ext._files import parsed_json, replacing, safetensors_header, safetensors_package
 from lap_ext.errors import LapValueError
 
-FORMAT = "1"
+FORMAT = "2"
+CHUNK = 1 << 20  # bytes of a mask that are hashed together
+_LONGEST = 16_000_000  # characters of the names and shapes, or of the checksums
 _MAX_DIMS = 64  # torch's own limit for most of its operations
 _MAX_WEIGHTS = 1 << 62
 
 
 def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
     """Writes masks to a file atomically: at any time, path holds the old file or the new one."""
-    head = header(masks)
+    head, sums = header(masks), {}
     with replacing(path) as file:
         file.write(head)
-        for mask in masks.values():
-            file.write(_bytes(pack(mask)))
+        for name, mask in masks.items():
+            data = _bytes(pack(mask))
+            sums[name] = checksum(name, mask.shape, [data])
+            file.write(data)
+        file.seek(0)
+        file.write(header(masks, sums))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -75,16 +88,20 @@ class BitMasks:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._unchecked: dict[str, str] = {}  # name -> checksum
 
     def __enter__(self) -> BitMasks:
         package = safetensors_package("it reads the file")
-        if self.path.is_dir():
+        mode = self.path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+        if not stat.S_ISREG(mode):  # to open a pipe would wait for its writer
+            raise _not_masks(self.path, "it is a pipe or a device")
         try:
             self._file: Any = package.safe_open(self.path, framework="pt").__enter__()
         except package.SafetensorError as error:
             raise _not_masks(self.path, str(error)) from None
-        self.shapes = _shapes(self.path, self._file.metadata() or {})
+        self.shapes, self._unchecked = _tables(self.path, self._file.metadata() or {})
         if set(self._file.keys()) != set(self.shapes):
             raise _not_masks(self.path, "its tensors are not those its metadata lists")
         return self
@@ -113,10 +130,20 @@ class BitMasks:
         return flat[begin - 8 * first : begin - 8 * first + count]
 
     def _bits(self, name: str) -> Any:
-        """Opens what is stored of a mask, and checks its size before anything is allocated."""
+        """Opens what is stored of a mask, once its size and its checksum are found right."""
         stored, shape = self._file.get_slice(name), self.shapes[name]
-        if stored.get_dtype() != "U8" or list(stored.get_shape()) != [(_count(shape) + 7) // 8]:
+        size = (_count(shape) + 7) // 8
+        if stored.get_dtype() != "U8" or list(stored.get_shape()) != [size]:
             raise _not_masks(self.path, f"the bits of {name!r} do not fit its shape {list(shape)}")
+        if name in self._unchecked:
+            chunks = (_bytes(stored[begin : begin + CHUNK]) for begin in range(0, size, CHUNK))
+            if checksum(name, shape, chunks) != self._unchecked[name]:
+                raise _not_masks(
+                    self.path,
+                    f"the mask of {name!r} does not match its checksum",
+                    "Copy it again, or prune again.",
+                )
+            del self._unchecked[name]
         return stored
 
 
@@ -153,38 +180,84 @@ def _bytes(packed: Tensor) -> bytearray:
     return data
 
 
-def _not_masks(path: Path, problem: str) -> LapValueError:
+def _not_masks(path: Path, problem: str, cure: str = "") -> LapValueError:
     """Makes the error of a file that does not hold masks."""
-    return LapValueError("a file written by Masks.save", f"{str(path)!r}: {problem}")
+    return LapValueError("a file written by Masks.save", f"{str(path)!r}: {problem}", cure)
 
 
-def header(masks: Mapping[str, Tensor]) -> bytes:
-    """Makes the header of a file of masks; only the shapes of the masks matter."""
-    layers = {name: list(mask.shape) for name, mask in masks.items()}
+def checksum(name: str, shape: Iterable[int], chunks: Iterable[bytes | bytearray]) -> str:
+    """Hashes a layer's name, its shape and the packed bits of its mask.
+
+    Args:
+        name: of the layer.
+        shape: of its weight.
+        chunks: the packed bits, in any number of parts.
+
+    Example:
+        >>> checksum("fc", (2, 3), [b"%"]) == checksum("fc", (2, 3), [b"", b"%"])
+        True
+    """
+    digest = blake2b(json.dumps([name, list(shape)]).encode(), digest_size=16)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def header(masks: Mapping[str, Tensor], checksums: Mapping[str, str] | None = None) -> bytes:
+    """Makes the header of a file of masks.
+
+    Args:
+        masks: only their shapes matter.
+        checksums: of the layers, in the same order. With None, zeros take their place: the header
+            is as long as it will be.
+    """
     sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {
         "format": FORMAT,
         "lap_ext": __version__,
-        "layers": json.dumps(layers, separators=(",", ":"), ensure_ascii=False),
+        "layers": _json({name: list(mask.shape) for name, mask in masks.items()}),
+        "checksums": _json(dict.fromkeys(masks, "0" * 32) if checksums is None else checksums),
     }
+    longest = max(map(len, metadata.values()))
+    if longest > _LONGEST:
+        raise LapValueError(
+            f"names of layers that take {_LONGEST:,} characters at most", f"{longest:,}"
+        )
     tensors = ((name, "U8", [size], size) for name, size in sizes.items())
     return safetensors_header(tensors, metadata)
 
 
-def _shapes(path: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Reads name -> shape from the metadata of a file."""
-    if "lap_ext" not in metadata or "layers" not in metadata:
+def _json(table: Mapping[str, object]) -> str:
+    return json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+
+
+def _tables(
+    path: Path, metadata: Mapping[str, str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Reads name -> shape and name -> checksum from the metadata of a file."""
+    version = metadata.get("format")
+    if "lap_ext" in metadata and "layers" in metadata and version != FORMAT:
+        raise _not_masks(
+            path,
+            f"its format is {version!r} and this lap_ext reads {FORMAT!r}",
+            f"Prune again, or read it with lap_ext {metadata['lap_ext']}, which wrote it.",
+        )
+    if not {"lap_ext", "layers", "checksums"} <= metadata.keys():
         raise _not_masks(path, "it is a safetensors file of something else")
-    if metadata.get("format") != FORMAT:
-        version = metadata.get("format")
-        raise _not_masks(path, f"its format is {version!r} and this lap_ext reads {FORMAT!r}")
     try:
-        layers = json.loads(metadata["layers"])
-    except (ValueError, RecursionError):
-        layers = None
-    if not isinstance(layers, dict) or not all(map(_is_shape, layers.values())):
+        shapes = parsed_json(metadata["layers"], _LONGEST)
+        sums = parsed_json(metadata["checksums"], _LONGEST)
+    except LapValueError as error:
+        raise _not_masks(path, f"its metadata is damaged ({error.got})") from None
+    if not (
+        isinstance(shapes, dict)
+        and isinstance(sums, dict)
+        and shapes.keys() == sums.keys()
+        and all(map(_is_shape, shapes.values()))
+        and all(isinstance(x, str) for x in sums.values())
+    ):
         raise _not_masks(path, "its metadata is damaged")
-    return {name: tuple(shape) for name, shape in layers.items()}
+    return {name: tuple(shape) for name, shape in shapes.items()}, sums
 
 
 def _is_shape(shape: object) -> bool:

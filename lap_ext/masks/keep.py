@@ -8,29 +8,35 @@
 
 The model has no hook and no wrapper. A hook sees only the parameters that its optimizer has at that
 moment, never waits for the device, and writes in place, so that DistributedDataParallel's buckets
-and captured graphs keep their memory.
+and captured graphs keep their memory. Before a step it also looks whether the model and the
+optimizer still have the parameters that are kept: masks of other ones would keep nothing.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
-from lap_ext.errors import LapTypeError, LapValueError, calling
-from lap_ext.masks.targets import Target, is_plain, zero_
+from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, calling
+from lap_ext.masks.targets import Target, is_plain, unwrapped, zero_
 from lap_ext.ops import check
 
 
 class KeepHandle:
     """The handle of `Masks.keep`; remove() or the end of a `with` block ends the keeping."""
 
-    def __init__(self, targets: Iterable[Target], optimizer: Optimizer) -> None:
-        self._layers = [_Layer(target.name, target.weight, target.mask) for target in targets]
+    def __init__(self, model: Module, targets: Iterable[Target], optimizer: Optimizer) -> None:
+        model = unwrapped(model)
+        self._model = weakref.ref(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._layers = [_Layer(target, paths[id(target.owner)]) for target in targets]
         if self._layers and not self._members(optimizer):
             raise LapValueError(
                 "the optimizer to train the masked layers",
@@ -49,8 +55,23 @@ class KeepHandle:
 
         Call it before `torch.nn.utils.clip_grad_norm_`, so that these gradients do not count in the
         norm.
+
+        Raises:
+            RuntimeError: as for `check`.
+            TypeError: a gradient is sparse.
         """
+        self.check()
         _mask_gradients(self._layers)
+
+    def check(self) -> None:
+        """Checks that the model still has the parameters that are kept, as each step does first.
+
+        Raises:
+            RuntimeError: a parameter was replaced or removed, so that its mask keeps nothing.
+        """
+        model = self._model()
+        if model is not None:
+            _check_current(model, self._layers)
 
     def remove(self) -> None:
         """Removes the hooks; the optimizer then works as before and may move pruned weights."""
@@ -72,12 +93,17 @@ class KeepHandle:
     def _members(self, optimizer: Optimizer) -> list[_Layer]:
         """Lists the layers that the optimizer has now: groups may be added while training."""
         members = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        return [layer for layer in self._layers if id(layer.weight) in members]
+        layers = [layer for layer in self._layers if id(layer.weight) in members]
+        for layer in layers:
+            layer.trained = True
+        return layers
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         layers = self._members(optimizer)
+        self.check()
+        _check_trained(self._layers, layers)
         _mask_gradients(layers)
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": _masking(kwargs["closure"], layers)}
@@ -108,12 +134,23 @@ class KeepHandle:
 
 
 class _Layer:
-    """A parameter and its mask, which follows it when the model moves to another device."""
+    """A parameter and its mask, which follows it when the model moves to another device.
 
-    def __init__(self, name: str, weight: Tensor, mask: Tensor) -> None:
-        self.name = name
-        self.weight = weight
-        self.mask = mask
+    Attributes:
+        trained: whether the optimizer has, or once had, the parameter.
+    """
+
+    def __init__(self, target: Target, path: str) -> None:
+        self.name, self.weight, self.mask = target.name, target.weight, target.mask
+        self.trained = False
+        self._path, self._attribute = path.split(".") if path else [], target.attribute
+
+    def current(self, model: Module) -> Tensor | None:
+        """Returns the model's parameter of this name, or None."""
+        module: Module | None = model
+        for name in self._path:
+            module = None if module is None else module._modules.get(name)
+        return None if module is None else module._parameters.get(self._attribute)
 
     def zero_(self, x: Tensor) -> None:
         """Zeroes the pruned elements of x, a tensor of the parameter's shape."""
@@ -136,7 +173,43 @@ def check_hooks(optimizer: object) -> None:
         )
 
 
+_PRUNER = "A Pruner: make a new one and load this one's state_dict()."
+
+
 @calling("Masks.keep")  # also where a hook calls it: that is how users know it
+def _check_current(model: Module, layers: list[_Layer]) -> None:
+    """Raises unless the model has the parameters, under their names or moved to new ones."""
+    for layer in layers:
+        current = layer.current(model)
+        if current is layer.weight:
+            continue
+        # torch.nn.utils.prune and parametrizations rename a parameter: it is still there
+        if current is None and any(layer.weight is p for p in model.parameters()):
+            continue
+        raise LapRuntimeError(
+            "the model to have the parameter that is kept",
+            f"{'none' if current is None else 'another one'} of that name",
+            f"Call keep again with the optimizer of the model as it is now. {_PRUNER}",
+            layer=layer.name,
+        )
+
+
+@calling("Masks.keep")
+def _check_trained(layers: list[_Layer], members: list[_Layer]) -> None:
+    """Raises where the optimizer has lost a layer that can still be trained, then by another."""
+    left = {id(layer) for layer in members}
+    for layer in layers:
+        if layer.trained and layer.weight.requires_grad and id(layer) not in left:
+            raise LapRuntimeError(
+                "the optimizer to train the layers that it has trained",
+                "one without this",
+                "Call keep again after its groups have changed, once for each optimizer. "
+                + _PRUNER,
+                layer=layer.name,
+            )
+
+
+@calling("Masks.keep")
 def _mask_gradients(layers: list[_Layer]) -> None:
     """Zeroes the gradients of pruned weights."""
     for layer in layers:

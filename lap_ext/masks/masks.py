@@ -181,6 +181,9 @@ class Masks(Mapping[str, Tensor]):
                 changed.
             TypeError: optimizer is not a torch optimizer. Later, optimizer.step() raises it if a
                 gradient is sparse.
+            RuntimeError: raised later by optimizer.step(), before anything changes: the model has
+                another parameter in place of a masked one (an assignment, or load_state_dict with
+                assign=True), or the optimizer no longer has one that it trained.
 
         Example:
             >>> import torch, lap_ext
@@ -196,7 +199,7 @@ class Masks(Mapping[str, Tensor]):
         """
         check_hooks(optimizer)
         targets = find(model, self)
-        handle = KeepHandle(targets, optimizer)
+        handle = KeepHandle(model, targets, optimizer)
         for target in targets:
             zero_(target.weight, target.mask)
         return handle
@@ -206,7 +209,13 @@ class Masks(Mapping[str, Tensor]):
         """Writes the masks to a safetensors file, one bit per weight.
 
         The write is atomic: a new file is written beside path and then renamed, so an old file
-        stays intact until then. The same masks give the same bytes.
+        stays intact until then; what a killed process has left of it is removed by the next save.
+        The same masks give the same bytes. A checksum of each layer is saved with it, so that a
+        damaged file is an error when it is read.
+
+        Raises:
+            OSError: path is a directory, a pipe or a device, or the disk is full.
+            ValueError: a name that the file cannot hold.
 
         Example:
             >>> import tempfile, torch, lap_ext

@@ -98,6 +98,11 @@ def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
     ]
 
 
+def unwrapped(model: Module) -> Module:
+    """Returns the module inside DataParallel, torch.compile and the like."""
+    return _modules(model)[""]
+
+
 def zero_(x: Tensor, mask: Tensor) -> None:
     """Sets x to +0.0 where mask is False, even where it is NaN (which a product would keep)."""
     x = x.detach()  # shares memory and version counter: autograd sees the change

@@ -12,10 +12,9 @@ steps and the masks, because a schedule is a pure function of the step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +22,12 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lap_ext._text import lines, some
+from lap_ext._text import some
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks, pack, unpack
-from lap_ext.masks.keep import check_hooks
+from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import zero_
 from lap_ext.options import (
     BatchNorm,
@@ -41,14 +40,12 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
+from lap_ext.pruning import pruner_state
 from lap_ext.pruning.model import run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
+from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology
-
-Schedule: TypeAlias = Callable[[int], Sparsity | None]
-
-_LISTED = 10  # of many differences, errors list the first ones
 
 
 class Pruner:
@@ -173,7 +170,8 @@ class Pruner:
         self._check_optimizers()
         self._step = 0
         self._removed = False
-        self._hooks = ExitStack()
+        self._prunings: list[Pruning] = []
+        self._handles: list[KeepHandle] = []
         self.masks = Masks({})
         self.result: PruneResult | None = None
 
@@ -189,21 +187,28 @@ class Pruner:
     def step(self) -> PruneResult | None:
         """Counts a training step and prunes if the schedule says so.
 
+        Pruned weights are zero afterwards, whatever has changed them: an optimizer that this
+        pruner does not know, or model.load_state_dict.
+
         Returns:
             The result of the pruning, or None if this step did not prune.
 
         Raises:
             ValueError: as in `prune`; neither the model nor the pruner is changed.
-            RuntimeError: `remove` has been called.
+            RuntimeError: `remove` has been called, or the model has another parameter in place of
+                one that the optimizers keep; nothing is changed.
         """
         self._check_not_removed()
+        for handle in self._handles:
+            handle.check()
         with callback():
             sparsity = self._schedule(self._step)
-        if sparsity is not None:
-            self._prune(sparsity)
-        elif not self._optimizers:
+        if sparsity is None:
             for name, weight in self._weights(self.masks):
                 zero_(weight, self.masks[name].to(weight.device))
+        else:
+            self._prune(sparsity)
+            self._prunings.append([self._step, pruner_state.described(sparsity)])
         self._step += 1
         return None if sparsity is None else self.result
 
@@ -212,8 +217,9 @@ class Pruner:
 
         Returns:
             A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
-            weight, as uint8; "layers" maps the name of every layer of the model to its shape.
-            torch.load reads the saved dict with weights_only=True.
+            weight, as uint8; "layers" maps the name of every layer of the model to its shape;
+            "options" are those that decide a pruning; "prunings" lists [step, sparsity] of every
+            pruning so far. torch.load reads the saved dict with weights_only=True.
 
         Example:
             >>> import io, torch
@@ -238,6 +244,8 @@ class Pruner:
             "step": self._step,
             "masks": {name: pack(mask) for name, mask in self.masks.items()},
             "layers": self._shapes(),
+            "options": pruner_state.options_of(self._plan),
+            "prunings": [list(pruning) for pruning in self._prunings],
         }
 
     @calling("Pruner.load_state_dict")
@@ -249,19 +257,33 @@ class Pruner:
         optimizer, which would otherwise lose the moments of weights that return. A new pruner and
         its optimizer can be loaded in any order.
 
+        The state must be one that this pruner could have reached: its options are the same, and its
+        schedule, which is asked about the steps so far, would have pruned at the same steps to the
+        same sparsities. To continue under other options or by another schedule on purpose, remove
+        "options" or "prunings" from the state: what is not there is not compared. An allocation of
+        your own without a repr is compared by the name of its class alone.
+
         Raises:
-            TypeError, ValueError: the argument is not such a state, or its layers differ; nothing
-                is changed.
+            TypeError, ValueError: the argument is not such a state, or its layers, options or
+                prunings differ; nothing is changed.
             RuntimeError: `remove` has been called.
         """
         self._check_not_removed()
-        step, masks = _unpacked(state, self._shapes())
+        step, masks, prunings = pruner_state.unpacked(state, self._shapes())
+        if "options" in state:
+            pruner_state.check_options(state["options"], pruner_state.options_of(self._plan))
+        with callback():
+            expected = pruner_state.prunings_of(self._schedule, step, prunings or [])
+        if prunings is not None:
+            pruner_state.check_prunings(prunings, expected, step)
         self._use(masks)
-        self._step = step
+        self._step, self._prunings = step, expected
 
     def remove(self) -> None:
         """Removes the optimizer's hooks; it may then change pruned weights, which are now zero."""
-        self._hooks.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self._removed = True
 
     def _prune(self, sparsity: Sparsity) -> None:
@@ -278,11 +300,12 @@ class Pruner:
         new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
         if not self._optimizers:
             new.apply(self._model)
-        with ExitStack() as hooks:  # adds the new ones before it removes the old ones
-            for optimizer in self._optimizers:
-                hooks.enter_context(new.keep(self._model, optimizer))
-            self._hooks.close()
-            self._hooks = hooks.pop_all()
+        with ExitStack() as handles:  # adds the new ones before it removes the old ones
+            kept = [handles.enter_context(new.keep(self._model, x)) for x in self._optimizers]
+            for handle in self._handles:
+                handle.remove()
+            self._handles = kept
+            handles.pop_all()
         self.masks = new
         rows = [row_of(layers[name], mask) for name, mask in new.items()]
         self.result = PruneResult(new, rows, self._plan.criterion.name) if rows else None
@@ -310,7 +333,7 @@ class Pruner:
             if weights and not any(
                 id(p) in weights for g in optimizer.param_groups for p in g["params"]
             ):
-                names = some((layer.name for layer in self.layers), _LISTED)
+                names = some((layer.name for layer in self.layers), LISTED)
                 raise LapValueError(
                     "an optimizer that trains layers to prune",
                     f"{type(optimizer).__name__} with none of {names}",
@@ -380,47 +403,3 @@ def _broadcast(masks: Masks, group: Any) -> Mapping[str, Tensor]:
         torch.distributed.broadcast(bits, group=group, group_src=0)
         result[name] = unpack(bits, tuple(mask.shape))
     return result
-
-
-def _unpacked(
-    state: Mapping[str, Any], layers: Mapping[str, list[int]]
-) -> tuple[int, dict[str, Tensor]]:
-    """Checks that a state matches these layers, and returns its (step, masks)."""
-    if not (
-        isinstance(state, Mapping)
-        and all(isinstance(state.get(name), Mapping) for name in ("masks", "layers"))
-    ):
-        got: object = type(state).__name__
-        if isinstance(state, Mapping):
-            got = {name: type(x).__name__ for name, x in list(state.items())[:_LISTED]}
-        raise LapTypeError("what Pruner.state_dict returned (step, masks and layers)", got)
-    saved = {name: list(shape) for name, shape in state["layers"].items()}
-    differing = [
-        f"{name!r}: {saved.get(name, 'none')} in the state, {layers.get(name, 'none')} here"
-        for name in {**layers, **saved}
-        if saved.get(name) != layers.get(name)
-    ]
-    if differing:
-        raise LapValueError(
-            "the state of a pruner of the same layers",
-            f"one that differs in {len(differing)}",
-            f"Build the model as it was then.{lines(differing, _LISTED)}",
-        )
-    step, bits = state.get("step"), state["masks"]
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise LapValueError("step to be a whole number >= 0", f"{step!r}")
-    for name, packed in bits.items():
-        if name not in layers or not _is_packed(packed, math.prod(layers[name])):
-            plain = not isinstance(packed, Tensor)
-            kind = type(packed).__name__ if plain else f"{packed.dtype} {list(packed.shape)}"
-            raise LapValueError(
-                "one bit per weight of layers of the model",
-                f"{kind} for {name!r}",
-                "The state is damaged.",
-            )
-    return step, {name: unpack(x, tuple(layers[name])) for name, x in bits.items()}
-
-
-def _is_packed(x: object, count: int) -> bool:
-    """Tells whether x can be the bits of a mask of count weights."""
-    return isinstance(x, Tensor) and x.dtype == torch.uint8 and list(x.shape) == [(count + 7) // 8]

@@ -28,9 +28,12 @@ from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapError, LapValueError, callback, in_layer
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
-from lap_ext.ops.reference.common import exact_sqrt, score_dtype
+from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
+from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
+
+_SQUARED = 1 << 18  # scores whose squares are summed at a time
 
 
 def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
@@ -64,10 +67,12 @@ def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tenso
     return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
 
-@callback()
 def _weight(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
     """Returns what the criterion scores; a user's criterion may call lap_ext itself."""
-    return criterion.weight(network, layer)
+    if criterion.replaces:  # no operator sees the weights
+        require_finite(network.weight(layer), "w")
+    with callback():
+        return criterion.weight(network, layer)
 
 
 def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Tensor) -> Tensor:
@@ -268,16 +273,30 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
             "Convert the model to float64, or scale its weights down.",
         )
     if how == "norm":
-        width = masked.shape[-1] if masked.dim() else 1
-        return over(masked, math.sqrt(math.fsum(row_squared_norms(masked, width))))
+        return over(masked, size_of(squares_of(masked)))
     return lamp(masked)
 
 
-def row_squared_norms(scores: Tensor, width: int) -> list[float]:
-    """Sums the squares in each row of width scores, the same bits for any chunk of whole rows."""
-    if scores.numel() == 0:
-        return []
-    return schema.row_squared_norms(scores.reshape(-1, width), False, "scores").tolist()
+def squares_of(scores: Tensor, squares: ExactSum | None = None) -> ExactSum:
+    """Sums the squares of scores, or adds them to a sum; any chunks of whole rows have its bits.
+
+    Each row (of the last dimension) is summed as row_squared_norms does, and the sum of these is
+    exact.
+    """
+    squares = ExactSum() if squares is None else squares
+    width = scores.shape[-1] if scores.dim() else 1
+    if scores.numel():
+        for rows in scores.reshape(-1, width).split(max(1, _SQUARED // width)):
+            squares.add(schema.row_squared_norms(rows, False, "scores"))
+    return squares
+
+
+def size_of(squares: ExactSum) -> float:
+    """Takes the norm of a layer's scores from the sum of their squares."""
+    size = math.sqrt(squares.value())
+    if not math.isfinite(size):
+        raise LapValueError("scores with a finite norm", size)
+    return size
 
 
 def over(scores: Tensor, size: float) -> Tensor:

@@ -7,8 +7,8 @@ Colors come from the style sheet of the page, so that they follow a dark color s
 from __future__ import annotations
 
 import math
-from html import escape
 
+from lap_ext._text import in_html
 from lap_ext.report.facts import STEPS, Histogram, binned
 
 _SUFFIXES = ("", "k", "M", "G", "T")
@@ -56,7 +56,7 @@ def size(count: float) -> str:
 def bar(share: float, kind: str, text: str | None = None) -> str:
     """Writes the content of a cell: the number, and a bar of that share below it."""
     width = f"{100 * min(1.0, max(0.0, share)):.2f}%"
-    label = percent(share) if text is None else escape(text)
+    label = percent(share) if text is None else in_html(text)
     return (
         f'<span class="value">{label}</span><span class="track" aria-hidden="true">'
         f'<span class="fill {kind}" style="width:{width}"></span></span>'
@@ -107,8 +107,8 @@ def histogram(
     if threshold is not None:
         label += f", lowest kept {threshold:.3g}"
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{in_html(label)}">'
+        f"<title>{in_html(label)}</title>{''.join(parts)}</svg>"
     )
 
 

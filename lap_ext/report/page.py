@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: MIT
 """Makes one self-contained HTML page about a pruning from what facts.py has measured.
 
-The page needs no script, font or request, so it can be mailed, archived and read offline.
+The page needs no script, font or request, so it can be mailed, archived and read offline. Its
+policy forbids browsers all of that, should a name ever get past the escapes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from lap_ext._files import replacing
+from lap_ext._text import in_html
 from lap_ext.report.charts import bar, histogram, number, percent, size
 from lap_ext.report.facts import Facts, LayerFacts
 from lap_ext.report.style import STYLE
 
+BEGIN = (  # of every page, by which one is recognized
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="generator" content="lap_ext">\n'
+)
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
+)
 _SHOWN = 24  # distributions of layers; the others are collapsed
 
 
@@ -35,12 +44,12 @@ def html(facts: Facts) -> str:
         _topology(facts),
         _sizes(facts),
         "</main>",
-        f"<footer>Made by lap_ext {escape(facts.version)}.</footer>",
+        f"<footer>Made by lap_ext {in_html(facts.version)}.</footer>",
     ]
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{BEGIN}{_POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Pruning of {escape(facts.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>Pruning of {in_html(facts.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{''.join(body)}\n</body>\n</html>\n"
     )
 
@@ -60,17 +69,17 @@ def _header(facts: Facts) -> str:
         f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
         for name, value, note in cards
     )
-    options = ", ".join(f"{escape(k)} <code>{escape(v)}</code>" for k, v in facts.options.items())
+    options = ", ".join(f"{in_html(k)} <code>{in_html(v)}</code>" for k, v in facts.options.items())
     options = f'<p class="quiet">{options}</p>' if options else ""
     return (
-        f"<header><h1>Pruning of {escape(facts.title)}</h1>{options}"
+        f"<header><h1>Pruning of {in_html(facts.title)}</h1>{options}"
         f'<dl class="cards">{tiles}</dl></header>'
     )
 
 
 def _layers(facts: Facts) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(layer.name)}</th><td>{escape(layer.kind)}</td>'
+        f'<tr><th scope="row">{in_html(layer.name)}</th><td>{in_html(layer.kind)}</td>'
         f'<td class="num">{_shape(layer)}</td><td class="num">{layer.kept:,}</td>'
         f'<td class="num">{layer.total:,}</td>'
         f'<td class="barred">{bar(layer.sparsity, "pruned")}</td>'
@@ -99,7 +108,7 @@ def _distributions(facts: Facts) -> str:
         picture = histogram(shown, f"{layer.name}, {what}", layer.threshold)
         zeros = shown.zeros_kept + shown.zeros_pruned
         note = f"<figcaption>{zeros:,} are zero</figcaption>" if zeros else ""
-        figures.append(f"<figure><h3>{escape(layer.name)}</h3>{picture}{note}</figure>")
+        figures.append(f"<figure><h3>{in_html(layer.name)}</h3>{picture}{note}</figure>")
     grid = f'<div class="grid">{"".join(figures[:_SHOWN])}</div>'
     if figures[_SHOWN:]:
         grid += (
@@ -132,7 +141,7 @@ def _dead(facts: Facts) -> str:
     if not dead:
         return f"{title}<p>None: no row and no column of a pruned weight is all zero.</p>"
     rows = [
-        f'<tr><th scope="row">{escape(layer.name)}</th>'
+        f'<tr><th scope="row">{in_html(layer.name)}</th>'
         f'<td class="barred">{_dead_bar(layer.dead_rows, layer.rows)}</td>'
         f'<td class="barred">{_dead_bar(layer.dead_columns, layer.columns)}</td></tr>'
         for layer in dead
@@ -150,16 +159,16 @@ def _dead_bar(dead: int, total: int) -> str:
 
 def _topology(facts: Facts) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(layer.name)}</th><td>{escape(layer.fed_by)}</td>'
-        f"<td>{escape(layer.read_by)}</td></tr>"
+        f'<tr><th scope="row">{in_html(layer.name)}</th><td>{in_html(layer.fed_by)}</td>'
+        f"<td>{in_html(layer.read_by)}</td></tr>"
         for layer in facts.layers
     ]
     notes = ""
     if facts.others:
-        names = ", ".join(f"<code>{escape(name)}</code>" for name in facts.others)
+        names = ", ".join(f"<code>{in_html(name)}</code>" for name in facts.others)
         notes += f"<p>Not layers, never pruned: {names}.</p>"
     for stop in facts.stops:
-        notes += f'<p class="alarm">The trace stopped: {escape(stop)}</p>'
+        notes += f'<p class="alarm">The trace stopped: {in_html(stop)}</p>'
     return (
         '<h2>Topology</h2><p class="quiet">The layers that share a channel with each layer: '
         "lookahead scores use the norms of their weights.</p>"

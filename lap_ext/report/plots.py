@@ -7,6 +7,8 @@ It needs matplotlib (pip install "lap_ext[plot]").
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
@@ -14,11 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lap_ext._files import replacing
+from lap_ext._text import visible
 from lap_ext.errors import LapImportError, LapValueError
 from lap_ext.report.facts import STEPS, Facts, Histogram, binned
 
 _KEPT, _PRUNED, _MASS = "#1b6ca8", "#e08a3c", "#2a8f78"
 _NAMED = 60  # layers whose names can still be read on an axis
+_LONGEST = 64  # letters of a name
+_LARGEST = 1e300  # on an axis: matplotlib's ticks beyond it overflow
+_PLAIN = {"parse_math": False, "usetex": False}  # of texts with names: no letter is a command
 
 
 class Row(Protocol):
@@ -66,13 +72,13 @@ def layers(rows: Sequence[Any], title: str = "") -> Any:
         right.set_xlabel("weights")
         right.legend(frameon=False, fontsize=8)
     if len(rows) <= _NAMED:
-        left.set_yticks(positions, [row.name for row in rows], fontsize=8)
+        left.set_yticks(positions, [_short(row.name) for row in rows], fontsize=8, **_PLAIN)
     else:
         left.set_ylabel("layer")
     left.invert_yaxis()
     _plain(left, right)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(_short(title), fontsize=11, **_PLAIN)
     return figure
 
 
@@ -89,33 +95,40 @@ def distributions(facts: Facts, most: int = 24) -> Any:
         _bars(panel, layer.scores or layer.weights)
         if layer.threshold:
             panel.axvline(layer.threshold, color="0.1", ls="--", lw=1)
-        panel.set_title(layer.name, fontsize=8)
+        panel.set_title(_short(layer.name), fontsize=8, **_PLAIN)
         panel.set_xlabel("score" if layer.scores else "|weight|", fontsize=8)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     _plain(*panels)
-    if len(shown):
+    if panels[0].patches:
         panels[0].legend(frameon=False, fontsize=7)
     return figure
 
 
 def save(path: str | os.PathLike[str], figure: Any) -> None:
     """Writes a figure atomically, in the format that the suffix names (.png, .pdf, .svg)."""
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a script that the font lacks
         figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
 
 
 def check(path: Path) -> None:
     """Checks that matplotlib is installed and can write the format that the suffix names.
 
+    It draws a plot without layers in this format.
+
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: matplotlib cannot write this format.
     """
-    formats = _matplotlib()().canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in formats:
-        known = ", ".join(f".{name}" for name in ("png", "pdf", "svg"))
-        raise LapValueError(f"a name that ends in {known}", repr(str(path)))
+    figure, known = layers([]), "a name that ends in .png, .pdf, .svg"
+    if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+        raise LapValueError(known, repr(str(path)))
+    try:
+        figure.savefig(BytesIO(), format=path.suffix.lstrip("."))
+    except Exception as error:  # .pgf needs LaTeX
+        why = " ".join(str(error).split()).rstrip(".")
+        raise LapValueError(known, f"{str(path)!r}: {why}", "Use one of these.") from None
 
 
 def _bars(panel: Any, counts: Histogram) -> None:
@@ -127,8 +140,17 @@ def _bars(panel: Any, counts: Histogram) -> None:
     panel.bar(edges[:-1], pruned, widths, color=_PRUNED, label="pruned", **style)
     panel.bar(edges[:-1], kept, widths, bottom=pruned, color=_KEPT, label="kept", **style)
     panel.set_xscale("log")
-    panel.set_xlim(edges[0], edges[-1] * 2 ** (1 / STEPS))
+    panel.set_xlim(edges[0], min(edges[-1] * 2 ** (1 / STEPS), sys.float_info.max))
+    if edges[-1] > _LARGEST:
+        panel.set_xticks([])
+        panel.set_xticks([], minor=True)
     panel.set_yticks([])
+
+
+def _short(name: str) -> str:
+    """Makes a name visible, and leaves out the middle of a long one, as matplotlib is slow then."""
+    half = _LONGEST // 2
+    return visible(name if len(name) <= _LONGEST else f"{name[:half]}…{name[-half:]}")
 
 
 def _plain(*panels: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch.export.graph_signature import InputKind
 
 from lap_ext.errors import LapTypeError, TopologyError
 
+# torch.export changes the state of the process: one thread at a time.
+_EXPORTING = threading.RLock()
 # Calls of a subgraph that are followed as if its operations stood in place of the call.
 INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"}
 _WRITES = {"copy_", "index_put_", "fill_", "zero_", "masked_fill_", "index_add_", "scatter_"}
@@ -37,10 +40,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     if not isinstance(model, nn.Module):
         raise LapTypeError("model to be a torch.nn.Module", type(model).__name__)
+    _check_names(model)
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with evaluating(model), _quiet():
+    with _EXPORTING, evaluating(model), _quiet():
         try:
             program = torch.export.export(model, args, named, strict=False)
             if _writes_into_views(program):
@@ -54,6 +58,19 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
                 "inputs.",
             ) from error
     return program
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuses names that torch.export, which quotes them in Python code, would run as code."""
+    modules = (name for name, _ in model.named_modules(remove_duplicate=False))
+    for name in (*modules, *named_tensors(model)):
+        if not name.isprintable() or any(mark in name for mark in "\"'\\"):
+            raise TopologyError(
+                "names of modules and tensors without quotes, backslashes and control characters "
+                "(torch.export writes them into Python code)",
+                repr(name),
+                "Rename that module.",
+            )
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lap_ext._text import columns, html_table, some
+from lap_ext._text import columns, html_table, in_html, some, visible
 from lap_ext.topology.edges import Edge
 
 _MOST, _WIDEST = 4, 48  # neighbors shown in a row, and their letters
@@ -34,7 +33,7 @@ def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) ->
 
 def html_of(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
     """Writes the rows of `table` in HTML, for notebooks."""
-    notes = [f"<p>{html.escape(note)}</p>" for note in _notes(others, stops)]
+    notes = [f"<p>{in_html(note)}</p>" for note in _notes(others, stops)]
     return "".join([html_table(_rows(layers)), *notes])
 
 
@@ -49,7 +48,7 @@ def _rows(layers: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _notes(others: Sequence[str], stops: Sequence[str]) -> list[str]:
     notes = [f"no layers, never pruned: {', '.join(others)}"] if others else []
-    return [*notes, *(f"stopped at: {text}" for text in stops)]
+    return list(map(visible, [*notes, *(f"stopped at: {text}" for text in stops)]))
 
 
 def _list(name: str, edges: list[Edge]) -> str:
@@ -107,4 +106,5 @@ def dot(layers: Sequence[Row]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """Writes a text as a part of a label, where Graphviz also reads the entities of HTML."""
+    return visible(text).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")

@@ -45,6 +45,9 @@ def trace(
     neighbor norms, which are larger than those of layers over channels and favor the layer in a
     global ranking.
 
+    Several threads may trace at once: they take turns. Each needs its own model, whose modules are
+    in evaluation mode meanwhile.
+
     Args:
         model: any module that torch.export can follow; it is traced in evaluation mode.
         example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or

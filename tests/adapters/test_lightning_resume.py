@@ -47,6 +47,11 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     saved = load_masks(second)
     assert 0.5 < saved.sparsity < uninterrupted.sparsity
     assert load_masks(tmp_path / "epoch=3-sparsity=0.8.ckpt") == uninterrupted.masks
+    later = PruningCallback(schedule=lap_ext.one_shot(0.5, at=30), example_inputs=EXAMPLE)
+    with pytest.raises(ValueError, match=r"PruningCallback: .* with the same schedule"):
+        trainer_of(later, checkpoints(tmp_path), max_epochs=4).fit(
+            copy.deepcopy(start), batches, ckpt_path=second
+        )
     again = new()
     trainer = trainer_of(again, checkpoints(tmp_path), max_epochs=4)
     trainer.fit(start, batches, ckpt_path=second)
@@ -153,3 +158,22 @@ def test_checkpoints_without_masks(tmp_path: Path) -> None:
     torch.save({"callbacks": {STATE_KEY: Watch(used)}}, file)
     with pytest.raises(ValueError, match=r"expected a checkpoint that torch.load reads"):
         load_masks(file)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"layers": {}, "masks": 3},
+        {"layers": {}, "masks": {"fc": torch.ones(1, dtype=torch.uint8)}},
+        {"layers": {"fc": [2**40]}, "masks": {"fc": torch.ones(1, dtype=torch.uint8)}},
+        {"layers": {"fc": ["8"]}, "masks": {"fc": torch.ones(1, dtype=torch.uint8)}},
+        {"layers": {"fc": [8]}, "masks": {"fc": torch.ones(1)}},
+        {"layers": {"fc": [8]}, "masks": {"fc": 1}},
+    ],
+    ids=str,
+)
+def test_damaged_masks_in_a_checkpoint(tmp_path: Path, state: dict[str, Any]) -> None:
+    torch.save({"callbacks": {STATE_KEY: state}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="load_masks: expected an undamaged state of Pruning"):
+        load_masks(tmp_path / "last.ckpt")

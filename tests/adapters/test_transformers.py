@@ -26,7 +26,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 transformers = pytest.importorskip("transformers", reason="the framework of this adapter")
 
 import lap_ext.adapters.transformers as adapter  # noqa: E402 (after the skip)
-from lap_ext.adapters.transformers import MASKS_NAME, PruningCallback  # noqa: E402
+from lap_ext.adapters.transformers import MASKS_NAME, STATE_NAME, PruningCallback  # noqa: E402
 
 RATE = 0.05
 
@@ -166,7 +166,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
     model = Net()
     start = copy.deepcopy(model)
 
-    def new(**given: Any) -> PruningCallback:
+    def new(schedule: Any = schedule, **given: Any) -> PruningCallback:
         return PruningCallback(schedule=schedule, example_inputs=EXAMPLE, **given)
 
     args = arguments(tmp_path / "run", save_strategy="steps", save_steps=5)
@@ -189,6 +189,22 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
         with pytest.raises(ValueError, match=r"which prunes weights of 'net.conv' that are not"):
             trainer(copy.deepcopy(start), args, again).train(resume_from_checkpoint=str(checkpoint))
         again = new(resume_from=checkpoint)
+    else:
+        later = lap_ext.cubic(0.8, start=1, end=80)
+        for other, text in ((new(later), "the same schedule"), (new(scope="global"), "options")):
+            with pytest.raises(ValueError, match=rf"PruningCallback: .* with .*{text}"):
+                trainer(copy.deepcopy(start), args, other).train(
+                    resume_from_checkpoint=str(checkpoint)
+                )
+        state = checkpoint / STATE_NAME
+        saved_state = state.read_text()
+        for damage in ("{", "[]"):
+            state.write_text(damage)
+            with pytest.raises(ValueError, match=r"PruningCallback: expected an undamaged .*json'"):
+                trainer(copy.deepcopy(start), args, new()).train(
+                    resume_from_checkpoint=str(checkpoint)
+                )
+        state.write_text(saved_state)
     run = trainer(start, args, again)
     run.train(resume_from_checkpoint=str(checkpoint))
     cases.check_equal(model, start)

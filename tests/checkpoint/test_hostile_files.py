@@ -222,31 +222,6 @@ def test_out_is_a_directory_of_its_own(dense: Path, tmp_path: Path) -> None:
         prune(dense, tmp_path / "out")
 
 
-def test_links(tmp_path: Path) -> None:
-    """Shards that are links, as in a hub's cache, become files; an out that is a link stays one."""
-    blobs = write(tmp_path / "blobs", network().state_dict())
-    (tmp_path / "dense").mkdir()
-    for path in blobs.iterdir():
-        (tmp_path / "dense" / path.name).symlink_to(path)
-    for name in ("broken", "loop"):
-        (tmp_path / "dense" / name).symlink_to({"broken": "nowhere", "loop": "."}[name])
-    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "to_empty").symlink_to(tmp_path / "empty")
-    (tmp_path / "to_new").symlink_to(tmp_path / "new")
-    (tmp_path / "to_source").symlink_to(blobs)
-    for name, real in (("to_empty", "empty"), ("to_new", "new")):
-        got = prune(tmp_path / "dense", tmp_path / name)
-        assert (tmp_path / name).is_symlink() and got.masks.kept == got.kept
-        files = {path.name: path for path in (tmp_path / real).iterdir()}
-        assert files.keys() == before.keys() | {"lap_ext_masks.safetensors"}
-        assert not any(path.is_symlink() for path in files.values())
-    with pytest.raises(ValueError, match="out not to exist"):
-        prune(tmp_path / "dense", tmp_path / "to_source")
-    assert before == {path.name: path.read_bytes() for path in blobs.iterdir()}
-    assert not list(tmp_path.glob(".*"))
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("normalize", ["none", "norm", "lamp"])
 def test_a_layer_without_weights(normalize: str, tmp_path: Path) -> None:
@@ -299,7 +274,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "type": (lambda c: c.update(model_type="no_such_model"), "config.json that transformers"),
     "code": (
         lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "evil.Config"}),
-        "config.json that transformers",
+        "a config.json without code",
     ),
     "quantized": (
         lambda c: c.update(quantization_config={"quant_method": "fp8"}),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.checkpoint import ranking
-from lap_ext.checkpoint.files import Entry
+from lap_ext.checkpoint.files import Checkpoint, Entry, Shard
+from lap_ext.checkpoint.inside import Stamp
 from lap_ext.checkpoint.layer_scores import LayerScores, row_length
 from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
@@ -152,8 +153,13 @@ def test_chunks_of_masks_in_any_order(tmp_path: Path) -> None:
         ("a", 9, 35), ("c", 3, 61),
     ):  # fmt: skip
         file.write(name, first, masks[name].flatten()[first:last].clone())
+    with pytest.raises(ValueError, match="the mask of 'a' does not match its checksum"):
+        lap_ext.Masks.load(file.path)
+    file.seal()
     file.close()
-    assert lap_ext.Masks.load(file.path) == lap_ext.Masks(masks)
+    assert file.complete and lap_ext.Masks.load(file.path) == lap_ext.Masks(masks)
+    lap_ext.Masks(masks).save(tmp_path / "saved")
+    assert file.path.read_bytes() == (tmp_path / "saved").read_bytes()
 
 
 # --- chunks of rows -------------------------------------------------------------------------------
@@ -217,9 +223,8 @@ def test_squared_norms_and_scores_of_chunks(batch_norm: str, rows: int, dtype: t
         weights = chunks(layer.weight, row_length(layer), rows)
         got_scores = torch.cat([scores.of(weight, first) for first, weight in weights])
         assert torch.equal(got_scores, want_scores[layer.name].flatten()), layer.name
-        index = torch.arange(0, got_scores.numel(), 3)
-        near = scores.at(layer.weight.detach().flatten()[index], index)
-        assert torch.allclose(near, got_scores[index].double(), rtol=1e-5)
+        near = scores.at(layer.weight.detach().flatten()[::3], 3)
+        assert torch.allclose(near, got_scores[::3].double(), rtol=1e-5)
 
 
 def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
@@ -238,8 +243,9 @@ def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
 # --- offsets beyond 2^31 and 2^32: files with holes, so that little is written --------
 
 
-def test_masks_at_large_offsets(tmp_path: Path) -> None:
+def test_masks_at_large_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits of weight 2^33 + 5 and those around it, in a file of a gigabyte of nothing."""
+    monkeypatch.setattr("lap_ext.masks.file.checksum", lambda *_: "0" * 32)  # as in a new file
     count = (1 << 33) + 100
     file, first = MaskFile(tmp_path, {"big": (1, count), "next": (3,)}), (1 << 33) + 5
     file.create()
@@ -266,9 +272,11 @@ def test_weights_at_large_offsets(tmp_path: Path) -> None:
             file.seek(entry.begin + 2 * row * width)
             pair = torch.full((2,), row / 1024, dtype=torch.bfloat16)
             file.write(bytes_of(pair))
-    source, buffer = Source(tmp_path), Buffer()
+    stamp = Stamp.of((tmp_path / entry.shard).stat())
+    shard = Shard(entry.shard, tmp_path / entry.shard, entry.begin, (entry,), stamp)
+    source, buffer = Source(Checkpoint(tmp_path, (shard,), None)), Buffer()
     scores = LayerScores.__new__(LayerScores)
-    scores.how, scores._given = "plain", None
+    scores.how, scores._criterion, scores.layer = "plain", Lookahead(), None
     norms = torch.arange(rows, dtype=torch.float64)
     scores._parts = [(Part((rows, width)), norms, None)]
     for row in (1 << 19, 1 << 20):
@@ -278,5 +286,5 @@ def test_weights_at_large_offsets(tmp_path: Path) -> None:
         chunk = buffer.tensor(2 * width, torch.bfloat16)
         assert chunk[:2].tolist() == [row / 1024] * 2 and not chunk[2:].any()
         assert scores._of(chunk, first)[:2].tolist() == [row / 1024 * row] * 2
-        near = scores.at(chunk[1:3], torch.tensor([first + 1, first + width]))
-        assert near.tolist() == [row / 1024 * row, 0.0]
+        near = scores.at(chunk[:2], first + 1)  # the weights 0 and first + 1
+        assert near.tolist() == [0.0, row / 1024 * row]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -16,37 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from lap_ext.checkpoint import Progress, reading, shards
+from lap_ext.checkpoint.norms import FileNetwork
 from tests.helpers.checkpoints import network, prune, write
+from tests.helpers.interrupted import SHARDS, WORK, contents, facts, interrupt, stopping
 from tests.helpers.processes import run_python
-
-SHARDS = 3
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "dense", network().state_dict(), SHARDS)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
-
-
-def stopping(step: str, count: int, error: BaseException) -> Callable[[Progress], None]:
-    """Raises at the count-th report of a step."""
-    left = [count]
-
-    def report(progress: Progress) -> None:
-        left[0] -= progress.step == step
-        if left[0] == 0 and progress.step == step:
-            raise error
-
-    return report
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -61,7 +40,7 @@ def test_a_stopped_run_goes_on(
         stop = stopping(step, count, KeyboardInterrupt())
         prune(source, tmp_path / "out", scope=scope, on_progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lap_ext", "dense", "full"]
-    before = facts(tmp_path)
+    before = facts(tmp_path / WORK)
     monkeypatch.setattr(reading.Source, "fill", counted(reading.Source.fill, read := []))
     seen: list[Progress] = []
     again = prune(source, tmp_path / "out", scope=scope, on_progress=seen.append)
@@ -71,10 +50,6 @@ def test_a_stopped_run_goes_on(
     assert not {name for name, _ in read} & set(before["done"])
     assert ("measure" in {x.step for x in seen}) == (step == "measure")
     assert seen[-1].done == seen[-1].total
-
-
-def facts(directory: Path) -> Any:
-    return json.loads((directory / ".out.lap_ext" / "state.json").read_text())["facts"]
 
 
 def counted(real: Callable[..., None], read: list[tuple[str, int]]) -> Callable[..., None]:
@@ -92,48 +67,52 @@ def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "out", on_progress=stopping("write", 4, KeyboardInterrupt()))
     files = tmp_path / ".out.lap_ext" / "files"
-    (name, *_) = facts(tmp_path)["done"]
+    (name, *_) = facts(tmp_path / WORK)["done"]
     before = (files / name).stat()
     prune(source, tmp_path / "out")
     after = (tmp_path / "out" / name).stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-CHANGES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "sparsity": lambda path: {"sparsity": 0.5},
-    "scope": lambda path: {"scope": "global"},
-    "criterion": lambda path: {"criterion": "magnitude"},
-    "touched": lambda path: os.utime(path / f"model-00001-of-0000{SHARDS}.safetensors") or {},
-    "resume": lambda path: {"resume": False},
-    "shard_lost": lambda path: lost(path, "model-00001*") or {},
-    "masks_lost": lambda path: lost(path, "lap_ext_masks*") or {},
-    "state_damaged": lambda path: state(path, lambda text: text[:-5]) or {},
-    "squared_norms_lost": lambda path: (
-        (path.parent / ".out.lap_ext" / "squared norms.safetensors").write_bytes(b"x") and {}
+CHANGES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "sparsity": (lambda path: None, {"sparsity": 0.5}, "is of other options"),
+    "scope": (lambda path: None, {"scope": "global"}, "is of other options"),
+    "criterion": (lambda path: None, {"criterion": "magnitude"}, "is of other options"),
+    "touched": (
+        lambda path: os.utime(path / f"model-00001-of-0000{SHARDS}.safetensors"),
+        {},
+        "is of this directory before its files have changed",
     ),
 }
 
 
-def lost(directory: Path, pattern: str) -> None:
-    (path,) = (directory.parent / ".out.lap_ext" / "files").glob(pattern)
-    path.unlink()
-
-
-def state(directory: Path, change: Callable[[str], str]) -> None:
-    path = directory.parent / ".out.lap_ext" / "state.json"
-    path.write_text(change(path.read_text()))
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_task_starts_anew(name: str, source: Path, tmp_path: Path) -> None:
-    """Or one whose files are not as they were left: the result is as if nothing had been there."""
-    with pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "out", on_progress=stopping("write", 5, KeyboardInterrupt()))
-    assert facts(tmp_path)["done"]
-    options = {"sparsity": 0.6} | (CHANGES[name](source) or {})
-    prune(source, tmp_path / "out", **options)
+    """The result is as if nothing had been there; what differs is said in one warning."""
+    interrupt(source)
+    change, options, text = CHANGES[name]
+    change(source)
+    with pytest.warns(UserWarning, match=rf"^The pruning starts anew: .* {text}\.$") as caught:
+        prune(source, tmp_path / "out", **options)
+    assert len(caught) == 1 and caught[0].filename.endswith("helpers/checkpoints.py")
     prune(source, tmp_path / "full", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "full")
+
+
+def test_what_is_not_to_be_resumed_is_not_mentioned(source: Path, tmp_path: Path) -> None:
+    interrupt(source)
+    prune(source, tmp_path / "out", 0.5, resume=False)
+    prune(source, tmp_path / "full", 0.5)
+    assert contents(tmp_path / "out") == contents(tmp_path / "full")
+
+
+def test_a_run_that_stopped_before_its_first_note(source: Path, tmp_path: Path) -> None:
+    """Only its lock, or a note that is not complete, is there: nothing is lost, nothing said."""
+    (tmp_path / WORK).mkdir()
+    for name in ("lock", "state.json.part"):
+        (tmp_path / WORK / name).write_text("{")
+    prune(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
 
 
 def test_without_resume_nothing_is_left(source: Path, tmp_path: Path) -> None:
@@ -157,7 +136,7 @@ def test_files_that_become_shorter_meanwhile(source: Path, tmp_path: Path) -> No
     def shorten(progress: Progress) -> None:
         os.truncate(source / f"model-0000{SHARDS}-of-0000{SHARDS}.safetensors", 400)
 
-    with pytest.raises(ValueError, match="as it was at the start, got a shorter file"):
+    with pytest.raises(ValueError, match="expected files that do not change while they are read"):
         prune(source, tmp_path / "out", on_progress=shorten)
 
 
@@ -178,7 +157,7 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path) -> None:
     run = run_python(textwrap.dedent(code))
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not (tmp_path / "out").exists()
-    assert facts(tmp_path)["done"]
+    assert facts(tmp_path / WORK)["done"]
     prune(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "full")
 
@@ -223,7 +202,7 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, where: str, full: list[bool]) -> No
     if where == "masks":
         monkeypatch.setattr(os, "pwrite", fail)
     elif where == "others":
-        monkeypatch.setattr(shutil, "copy2", fail)
+        monkeypatch.setattr(shutil, "copyfileobj", fail)
     elif where == "state":
         monkeypatch.setattr(os, "fsync", fail)
     else:
@@ -254,15 +233,16 @@ def test_one_run_at_a_time(source: Path, tmp_path: Path) -> None:
     prune(source, tmp_path / "out")
 
 
-def test_squared_norms_are_taken_from_an_interrupted_run(source: Path, tmp_path: Path) -> None:
-    """Other ones in their where give another result: the weights are not measured again."""
-    from safetensors.torch import load_file, save_file
-
-    with pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "out", on_progress=stopping("write", 1, KeyboardInterrupt()))
-    path = tmp_path / ".out.lap_ext" / "squared norms.safetensors"
-    squared_norms: dict[str, Tensor] = load_file(path)
-    save_file({name: torch.rand_like(x) for name, x in squared_norms.items()}, path)
+def test_squared_norms_are_taken_from_an_interrupted_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ones in their place give another result: the weights are not measured again."""
+    real = FileNetwork.state
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            FileNetwork, "state", lambda self: {n: x.sqrt() for n, x in real(self).items()}
+        )
+        interrupt(source, count=1)
     prune(source, tmp_path / "out")
     prune(source, tmp_path / "full")
     assert contents(tmp_path / "out") != contents(tmp_path / "full")

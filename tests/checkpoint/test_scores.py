@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
 from lap_ext.report import Histogram
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, saved, write
+from tests.helpers.interrupted import facts, interrupt
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "layer": {},
@@ -103,17 +104,10 @@ def test_counts_of_a_run_that_was_stopped(count: int, tmp_path: Path) -> None:
     """Also where a finished shard is lost: no weight is counted twice."""
     source = write(tmp_path / "dense", network().state_dict(), 3)
     full = prune(source, tmp_path / "full", count_scores=True)
-    left = [count]
-
-    def stop(progress: checkpoint.Progress) -> None:
-        left[0] -= progress.step == "write"
-        if left[0] == 0:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "out", count_scores=True, on_progress=stop)
-    work = tmp_path / ".out.lap_ext"
-    done = json.loads((work / "state.json").read_text())["facts"]["done"]
-    if done and count % 2:
-        (work / "files" / done[0]).unlink()
-    assert prune(source, tmp_path / "out", count_scores=True).scores == full.scores
+    work = interrupt(source, count=count, count_scores=True)
+    lost = list(facts(work)["done"])[: count % 2]
+    for name in lost:
+        (work / "files" / name).unlink()
+    with pytest.warns(UserWarning, match="are done again") if lost else nullcontext():
+        again = prune(source, tmp_path / "out", count_scores=True)
+    assert again.scores == full.scores

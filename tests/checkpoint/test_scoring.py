@@ -21,7 +21,7 @@ import lap_ext
 from lap_ext import _files, checkpoint
 from lap_ext.checkpoint import passes, stream
 from lap_ext.checkpoint.figures import figures
-from tests.helpers.checkpoints import INPUTS, change, network, saved, write
+from tests.helpers.checkpoints import INPUTS, change, least_memory, network, saved, write
 from tests.helpers.parameters import each_dtype
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -74,12 +74,14 @@ def test_scores_are_those_in_memory(name: str, dense: Path) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("normalize", ["none", "norm"])
-def test_dtypes(dtype: torch.dtype, normalize: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lookahead", "norm", "random"])
+def test_dtypes(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     net, inputs = network(dtype), INPUTS.to(dtype)
     source = write(tmp_path / "dense", net.state_dict())
-    result = scores(source, model=net, example_inputs=inputs, normalize=normalize)
-    same(collected(result), lap_ext.scores(net, inputs, normalize=normalize))
+    result = scores(source, model=net, example_inputs=inputs, **OPTIONS[name])
+    expected = lap_ext.scores(net, inputs, **OPTIONS[name])
+    same(collected(result), expected)
+    assert list(result.dtypes) == [values.dtype for values in expected.values()]
 
 
 @pytest.mark.parametrize(
@@ -141,14 +143,17 @@ def test_small_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "scorer", counted)
     with pytest.raises(ValueError, match=r"^checkpoint.scores: expected memory of [\d,]+ bytes or"):
         scores(dense, memory="3KB")
-    needed = 4 * 150 * 70  # the largest layer
+    few = least_memory(lambda few: scores(dense, memory=few))
+    held = 4 * (6 * 150 + 150 * 70)  # of the two largest layers in a row
     with pytest.raises(
         ValueError,
-        match=rf"^checkpoint.scores: expected memory of more than {needed:,} bytes \(all scores of "
-        r"layer '3' are in memory at a time, and a chunk of its weights\), got 60,000.",
+        match=rf"^checkpoint.scores: expected memory of {few:,} bytes or more \({held:,} bytes of "
+        rf"scores of two layers, a row of layer '3' and the norms of all channels must fit\), got ",
     ):
-        scores(dense, memory=60_000)
-    result = collected(scores(dense, memory=100_000))
+        scores(dense, memory=few - 1)
+    same(collected(scores(dense, memory=few)), lap_ext.scores(network(), INPUTS))
+    counts.clear()
+    result = collected(scores(dense, memory=150_000))
     assert max(counts) < 150 * 70 and len(counts) > 5
     same(result, lap_ext.scores(network(), INPUTS))
 

@@ -141,21 +141,139 @@ def test_a_recorded_global_sparsity(dense: Path, tmp_path: Path) -> None:
     assert finding.problem.endswith("a sparsity of uniform:0.5 keeps 6015")
 
 
+ROW = '{"layers": [{"name": "0", "kept": %s, "total": 900}], "asked": null}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "{",
+        "[]",
+        "3",
+        '{"layers": 3}',
         '{"layers": [3]}',
+        '{"layers": {}, "asked": {"sparsity": ["0.5"], "scope": "layer"}}',
+        '{"layers": [], "layers": [], "asked": {"sparsity": ["0.5"], "scope": "layer"}}',
+        ROW % "1e400",
+        ROW % "-1e400",
+        ROW % "NaN",
+        ROW % "Infinity",
+        ROW % "1.5",
+        ROW % "true",
+        ROW % '"450"',
+        ROW % "-1",
+        ROW % "901",
+        ROW % ("9" * 5000),
+        ROW % ("9" * 4000),
+        ROW % "[450]",
+        '{"layers": [{"name": 5, "kept": 1, "total": 2}]}',
+        '{"layers": [{"name": ["0"], "kept": 1, "total": 2}]}',
+        '{"layers": [{"name": "0", "kept": 450, "total": 900}, '
+        '{"name": "0", "kept": 450, "total": 900}]}',
+        '{"layers": [], "asked": {"sparsity": "0.5", "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": {"0.5": 1}, "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": [], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["1e400"], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["nan"], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["erk:1e400"], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["nothing=0.5"], "scope": "layer"}}',
+        '{"layers": [], "asked": {"sparsity": ["0.5"], "scope": ["layer"]}}',
+        "[" * 1_000_000,
+        '{"a":' * 1_000_000,
         '{"layers": [], "asked": {"sparsity": ["half"], "scope": "layer"}}',
         '{"layers": [], "asked": {"sparsity": [0.5], "scope": "layer"}}',
         '{"layers": [], "asked": {"sparsity": ["0.5"], "scope": "rows"}}',
         "[" * 100_000,
     ],
-    ids=lambda text: text[:70],
+    ids=lambda text: f"{text[:70]} {len(text)}",
 )
 def test_damaged_records(dense: Path, pruned: Path, text: str) -> None:
     (pruned / "lap_ext.json").write_text(text)
+    found = problems(checkpoint.verify(pruned, dense))
+    assert ("lap_ext.json", "it is damaged") in found
+    assert all(name == "lap_ext.json" or "450" in problem or "None rec" in problem
+               for name, problem in found)  # fmt: skip
+
+
+def test_records_that_are_no_file_or_endless(dense: Path, pruned: Path) -> None:
+    path = pruned / "lap_ext.json"
+    path.unlink()
+    path.mkdir()
     assert problems(checkpoint.verify(pruned, dense)) == {("lap_ext.json", "it is damaged")}
+    path.rmdir()
+    with path.open("wb") as file:
+        file.truncate(3 << 30)  # a hole: nothing is written
+    assert problems(checkpoint.verify(pruned, dense)) == {("lap_ext.json", "it is damaged")}
+
+
+def test_a_damaged_record_is_no_other_error(pruned: Path) -> None:
+    (pruned / "lap_ext.json").write_text(ROW % "1e400")
+    with pytest.raises(ValueError, match=r"expected an undamaged lap_ext\.json"):
+        record.read(pruned)
+
+
+# --- the other files ------------------------------------------------------------------------------
+
+
+def test_other_files(dense: Path, tmp_path: Path) -> None:
+    """Changed, lacking, of the same size or not; what the pruned one has besides is its own."""
+    files = {"config.json": "{}", "merges.txt": "a b", "deep/er/vocab.json": "x" * 3_000_000}
+    for name, text in files.items():
+        (dense / name).parent.mkdir(parents=True, exist_ok=True)
+        (dense / name).write_text(text)
+    (dense / ".cache").mkdir()
+    (dense / ".cache" / "lock").write_text("the hub's own")
+    (dense / "lap_ext.json").write_text("that of an earlier pruning")
+    prune(dense, tmp_path / "out", 0.5)
+    out = tmp_path / "out"
+    (out / "lap_ext.json").unlink()
+    (out / "report.html").write_text("more")
+    verdict = checkpoint.verify(out, dense)
+    assert verdict.ok and verdict.files == 4 and verdict.to_dict()["files"] == 4
+    assert "4 other files are the same" in str(verdict)
+    (out / "config.json").write_text("[]")
+    (out / "merges.txt").unlink()
+    (out / "deep" / "er" / "vocab.json").write_text("x" * 2_999_999 + "y")
+    (out / "tokenizer.json").write_text("{} ")
+    verdict = checkpoint.verify(out, dense)
+    changed = "its bytes are not those of the original"
+    assert problems(verdict) == {
+        ("config.json", changed),
+        ("merges.txt", "the pruned checkpoint lacks it"),
+        ("deep/er/vocab.json", changed),
+        ("tokenizer.json", changed),
+    }
+    (out / "merges.txt").mkdir()
+    assert ("merges.txt", "the pruned checkpoint lacks it") in problems(
+        checkpoint.verify(out, dense)
+    )
+
+
+def test_other_files_of_a_factory_s_output_or_a_single_file(dense: Path, pruned: Path) -> None:
+    """Where there are weights alone, nothing else is demanded."""
+    (dense / "config.json").write_text("{}")
+    assert not checkpoint.verify(pruned, dense).ok
+    single = pruned / "model.safetensors"
+    tensors = {k: v for x in pruned.glob("model-*") for k, v in load_file(x).items()}
+    for path in [*pruned.glob("model*"), pruned / "tokenizer.json"]:
+        path.unlink()
+    save_file(tensors, single)
+    verdict = checkpoint.verify(pruned, dense)
+    assert verdict.ok and verdict.files == 0 and "other files" not in str(verdict)
+    (pruned / "readme").write_text("a file that is neither weights nor ours")
+    assert not checkpoint.verify(pruned, dense).ok
+    assert checkpoint.verify(single, dense).ok
+
+
+def test_a_pipe_in_place_of_a_file(dense: Path, pruned: Path) -> None:
+    (pruned / "tokenizer.json").unlink()
+    os.mkfifo(pruned / "tokenizer.json")
+    try:
+        found = problems(checkpoint.verify(pruned, dense))
+    except ValueError as error:  # a directory with pipes is refused altogether
+        assert "tokenizer.json" in str(error)
+    else:
+        assert found == {("tokenizer.json", "the pruned checkpoint lacks it")}
 
 
 def test_a_sparsity_needs_no_record_of_one(dense: Path, pruned: Path) -> None:

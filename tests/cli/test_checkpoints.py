@@ -115,6 +115,7 @@ def test_verify_finds_what_was_changed(run: Run, checkpoints: Path, pruned: Path
         "findings",
         "tensors",
         "masks",
+        "files",
         "kept",
         "total",
         "sparsity",

@@ -6,6 +6,7 @@ The oracle of the bits is numpy.packbits. Files that save did not write: test_ho
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -13,7 +14,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +31,14 @@ from tests.helpers.processes import run_python
 BITS = torch.tensor([[True, False, True], [False, False, True]])  # 1 + 4 + 32
 
 
-def metadata(shapes: Any, **changes: str) -> dict[str, str]:
-    return {"lap_ext": "0.1.0", "format": "1", "layers": json.dumps(shapes), **changes}
+def metadata(masks: dict[str, Tensor]) -> dict[str, str]:
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    sums = {
+        name: file.checksum(name, mask.shape, [bytes(file.pack(mask).tolist())])
+        for name, mask in masks.items()
+    }
+    texts = {"layers": json.dumps(shapes), "checksums": json.dumps(sums)}
+    return {"lap_ext": "0.1.0", "format": "2", **texts}
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -44,11 +50,16 @@ def test_the_bytes(tmp_path: Path) -> None:
     data = (tmp_path / "m").read_bytes()
     head = int.from_bytes(data[:8], "little")
     assert head % 8 == 0 and data[8 + head :] == bytes([0b100101, 0xFF, 1])
+    sums = {
+        "fc": hashlib.blake2b(b'["fc", [2, 3]]' + bytes([0b100101]), digest_size=16).hexdigest(),
+        "b": hashlib.blake2b(b'["b", [9]]' + bytes([0xFF, 1]), digest_size=16).hexdigest(),
+    }
     assert json.loads(data[8 : 8 + head]) == {
         "__metadata__": {
             "lap_ext": lap_ext.__version__,
-            "format": "1",
+            "format": "2",
             "layers": '{"fc":[2,3],"b":[9]}',
+            "checksums": json.dumps(sums, separators=(",", ":")),
         },
         "fc": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
         "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]},
@@ -70,8 +81,7 @@ def test_the_safetensors_package_reads_it(tmp_path: Path) -> None:
 def test_what_the_safetensors_package_writes_is_read(tmp_path: Path) -> None:
     """Its order of tensors and metadata is its own; the layers' order is in the metadata."""
     packed = {"b": file.pack(BITS), "a": file.pack(~BITS)}
-    layers = metadata({"b": [2, 3], "a": [2, 3]})
-    safetensors.torch.save_file(packed, tmp_path / "m", layers)
+    safetensors.torch.save_file(packed, tmp_path / "m", metadata({"b": BITS, "a": ~BITS}))
     masks = Masks.load(tmp_path / "m")
     assert list(masks) == ["b", "a"] and masks == Masks({"b": BITS, "a": ~BITS})
 
@@ -126,6 +136,18 @@ def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_more_names_than_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be read again is not written."""
+    masks = Masks({"a": BITS, "b": BITS})
+    masks.save(tmp_path / "m")
+    monkeypatch.setattr(file, "_LONGEST", 70)
+    with pytest.raises(ValueError, match=r"Masks.save: expected names .* at most, got 79"):
+        masks.save(tmp_path / "n")
+    with pytest.raises(ValueError, match="its metadata is damaged"):
+        Masks.load(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 # --- an interrupted save, and where files go ------------------------------------------------------
 
 
@@ -150,7 +172,7 @@ def test_an_interrupted_save_leaves_the_old_file(
 
 
 def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
-    """No clean-up runs: a temporary file stays, the file is the old one."""
+    """No clean-up runs: the file is the old one, and the next save removes the temporary one."""
     masks = Masks({"a": BITS})
     masks.save(tmp_path / "m")
     script = f"""
@@ -162,6 +184,8 @@ def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
     done = run_python(textwrap.dedent(script))
     assert done.returncode == 9, done.stderr
     assert Masks.load(tmp_path / "m") == masks and len(list(tmp_path.iterdir())) == 2
+    masks.save(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_concurrent_reader_has_one_complete_file(tmp_path: Path) -> None:
@@ -190,7 +214,7 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Masks.load("nowhere")
     with pytest.raises(IsADirectoryError):
         Masks.load(tmp_path)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match=r"expected a file, or none yet, at .*, got a directory"):
         masks.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "plain"]
 

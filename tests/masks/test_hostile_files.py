@@ -7,7 +7,9 @@ its bytes do not fill.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+import lap_ext
 from lap_ext.errors import LapValueError
-from lap_ext.masks import Masks
+from lap_ext.masks import BitMasks, Masks, file
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])
 
@@ -33,7 +36,9 @@ def entry(start: int, end: int, dtype: str = "U8", shape: list[int] | None = Non
 
 
 def metadata(shapes: Any, **changes: str) -> dict[str, str]:
-    return {"lap_ext": "0.1.0", "format": "1", "layers": json.dumps(shapes), **changes}
+    sums = dict.fromkeys(shapes, "0" * 32) if isinstance(shapes, (dict, list)) else {}
+    texts = {"layers": json.dumps(shapes), "checksums": json.dumps(sums)}
+    return {"lap_ext": "0.1.0", "format": "2", **texts, **changes}
 
 
 class Bomb:
@@ -56,15 +61,45 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a list": (container([]), ""),
     "no metadata": (container({"a": entry(0, 1)}, b"\1"), OTHER),
     "foreign metadata": (container({"__metadata__": {"format": "pt"}}), OTHER),
-    "format 2": (
-        container({"__metadata__": metadata({}, format="2")}),
-        "its format is '2' and this lap_ext reads '1'",
+    "format 1": (
+        container({"__metadata__": metadata({}, format="1")}),
+        "its format is '1' and this lap_ext reads '2'. Prune again, or read it with lap_ext 0.1.0",
     ),
     "layers no json": (container({"__metadata__": metadata({}, layers="{")}), DAMAGED),
     "layers a list": (container({"__metadata__": metadata([])}), DAMAGED),
     "layers deep": (container({"__metadata__": metadata({}, layers="[" * 100_000)}), DAMAGED),
     "layers long number": (
         container({"__metadata__": metadata({}, layers='{"a": [' + "9" * 5000 + "]}")}),
+        DAMAGED,
+    ),
+    "layers not a number": (
+        container({"__metadata__": metadata({}, layers='{"a": [NaN]}')}),
+        DAMAGED,
+    ),
+    "layers infinite": (
+        container({"__metadata__": metadata({}, layers='{"a": [1e400]}')}),
+        DAMAGED,
+    ),
+    "layers twice": (
+        container({"__metadata__": metadata({"a": [8]}, layers='{"a": [1], "a": [8]}')}),
+        DAMAGED,
+    ),
+    "layers without end": (
+        container({"__metadata__": metadata({}, layers="[" + "[]," * 6_000_000)}),
+        DAMAGED,
+    ),
+    "no checksums": (
+        container({"__metadata__": {"lap_ext": "0", "format": "2", "layers": "{}"}}),
+        OTHER,
+    ),
+    "checksums no json": (container({"__metadata__": metadata({}, checksums="{")}), DAMAGED),
+    "checksums deep": (container({"__metadata__": metadata({}, checksums="[" * 10**6)}), DAMAGED),
+    "checksums of others": (
+        container({"__metadata__": metadata({"a": [1]}, checksums='{"b": "00"}')}),
+        DAMAGED,
+    ),
+    "checksums numbers": (
+        container({"__metadata__": metadata({"a": [1]}, checksums='{"a": 1}')}),
         DAMAGED,
     ),
     "no such tensor": (container({"__metadata__": metadata({"a": [1]})}), LISTS),
@@ -83,7 +118,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "the bits of 'a' do not fit its shape [8]",
     ),
     "bits after the last": (
-        container({"__metadata__": metadata({"a": [9]}), "a": entry(0, 2)}, b"\1\2"),
+        container(
+            {
+                "__metadata__": metadata(
+                    {"a": [9]}, checksums=json.dumps({"a": file.checksum("a", (9,), [b"\1\2"])})
+                ),
+                "a": entry(0, 2),
+            },
+            b"\1\2",
+        ),
         "'a' has bits after its last weight",
     ),
     "as matrix": (
@@ -145,20 +188,100 @@ def test_every_truncation(tmp_path: Path) -> None:
         Masks.load(tmp_path / "long")
 
 
-def test_every_flipped_byte(tmp_path: Path) -> None:
-    """Each damage is a ValueError or a valid file with other content: no other error, no crash."""
+def test_every_flipped_bit(tmp_path: Path) -> None:
+    """Each is an error, or the same masks (in the version's text): never other masks."""
     masks = Masks({"fc": BITS, "b": torch.ones(9, dtype=torch.bool)})
     masks.save(tmp_path / "m")
     data = bytearray((tmp_path / "m").read_bytes())
-    refused = 0
+    version = data.index(lap_ext.__version__.encode(), data.index(b"lap_ext"))
+    same = range(version, version + len(lap_ext.__version__))
     for at in range(len(data)):
-        for flip in (0x01, 0x20, 0x80, 0xFF):
-            data[at] ^= flip
+        for bit in range(8):
+            data[at] ^= 1 << bit
             (tmp_path / "flipped").write_bytes(data)
-            data[at] ^= flip
+            data[at] ^= 1 << bit
             try:
-                assert [m.dtype for m in Masks.load(tmp_path / "flipped").values()]
+                loaded = Masks.load(tmp_path / "flipped")
             except ValueError as error:
                 assert "expected a file written by" in str(error)
-                refused += 1
-    assert refused > 0.8 * 4 * len(data)
+            else:
+                assert loaded == masks and list(loaded) == list(masks) and at in same, (at, bit)
+
+
+def damaged(path: Path) -> None:
+    """Masks of which one has another bit than its checksum says."""
+    Masks({"fc": BITS, "other": torch.ones(5000, dtype=torch.bool)}).save(path)
+    data = bytearray(path.read_bytes())
+    data[-300] ^= 4
+    path.write_bytes(data)
+
+
+def test_the_first_reading_of_a_layer_checks_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """A chunk too, though the flipped bit is not in it; the other layers can be read."""
+    monkeypatch.setattr(file, "CHUNK", 100)
+    damaged(tmp_path / "m")
+    for read in (lambda masks: masks.chunk("other", 8, 16), lambda masks: masks.mask("other")):
+        with BitMasks(tmp_path / "m") as masks:
+            assert torch.equal(masks.mask("fc"), BITS)
+            with pytest.raises(ValueError) as caught:
+                read(masks)
+            assert str(caught.value) == (
+                f"expected a file written by Masks.save, got {str(tmp_path / 'm')!r}: the mask of "
+                "'other' does not match its checksum. Copy it again, or prune again."
+            )
+    with pytest.raises(ValueError, match="'other' does not match its checksum"):
+        Masks.load(tmp_path / "m")
+
+
+def test_each_layer_is_checked_once_and_in_chunks(tmp_path: Path, monkeypatch: Any) -> None:
+    Masks({"fc": torch.ones(80_000, dtype=torch.bool)}).save(tmp_path / "m")
+    hashed = []
+
+    class Counted:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.inner = hashlib.blake2b(*_, **__)
+
+        def update(self, data: Any) -> None:
+            hashed.append(len(data))
+            self.inner.update(data)
+
+        def hexdigest(self) -> str:
+            return self.inner.hexdigest()
+
+    monkeypatch.setattr(file, "blake2b", Counted)
+    monkeypatch.setattr(file, "CHUNK", 1000)
+    with BitMasks(tmp_path / "m") as masks:
+        assert hashed == []
+        for first in range(0, 80_000, 8000):
+            assert masks.chunk("fc", first, 8000).all()
+    assert max(hashed) == 1000 and sum(size == 1000 for size in hashed) == 10
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "exchanged"])
+def test_checksums_are_of_the_layer_too(tmp_path: Path, change: str) -> None:
+    """Not only of the bits: a renamed, reshaped or exchanged mask is found."""
+    masks = Masks({"aa": torch.arange(6) % 2 == 0, "bb": torch.arange(6) % 3 == 0})
+    masks.save(tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head, bits = data[8 : 8 + size], data[8 + size :]
+    if change == "name":
+        head = head.replace(b"aa", b"cc")
+    elif change == "shape":
+        head = head.replace(b'{\\"aa\\":[6]', b'{\\"aa\\":[5]')
+    else:
+        bits = bits[::-1]
+    assert head + bits != data[8:] and len(head) == size
+    (tmp_path / "m").write_bytes(data[:8] + head + bits)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        Masks.load(tmp_path / "m")
+
+
+def test_a_pipe_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m")
+    writer = os.open(tmp_path / "m", os.O_RDWR)  # without one, to open the pipe would wait
+    try:
+        with pytest.raises(ValueError, match="it is a pipe or a device"):
+            Masks.load(tmp_path / "m")
+    finally:
+        os.close(writer)

@@ -9,8 +9,10 @@ below.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -331,3 +333,114 @@ def test_the_model_stays_the_users() -> None:
     assert not twin._optimizer_step_pre_hooks
     assert not twin._optimizer_step_post_hooks
     assert pickle.loads(pickle.dumps(masks)) == masks == copy.deepcopy(masks)
+
+
+# --- a parameter that is no longer the model's, or no longer the optimizer's ----------------------
+
+
+def new_weight(layer: nn.Module) -> nn.Parameter:
+    """A copy that the optimizer could train in place of the old one."""
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    return layer.weight
+
+
+def new_module(model: nn.Sequential) -> None:
+    model.fc1 = nn.Linear(64, 8)
+
+
+def new_inner_module(model: nn.Sequential) -> None:
+    model.fc1.weight = nn.Parameter(torch.randn(8, 64))
+
+
+def assigned(model: nn.Sequential) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def gone(model: nn.Sequential) -> None:
+    model.fc1 = nn.Identity()
+
+
+REPLACEMENTS = [new_module, new_inner_module, assigned, gone]
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_a_replaced_parameter_is_told_at_the_next_step(replace: Any, wrapped: bool) -> None:
+    model, data = cases.net(), cases.batches(2)
+    masks = cases.random_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = masks.keep(nn.DataParallel(model) if wrapped else model, optimizer)
+    cases.train(model, optimizer, data[:1])
+    replace(model)
+    new = [p for p in model.parameters() if p not in set(optimizer.param_groups[0]["params"])]
+    if new:
+        optimizer.add_param_group({"params": new})
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    name = "conv" if replace is assigned else "fc1"
+    text = "none" if replace is gone else "another one"
+    assert str(caught.value) == (
+        f"Masks.keep, layer '{name}': expected the model to have the parameter that is kept, got "
+        f"{text} of that name. Call keep again with the optimizer of the model as it is now. A "
+        "Pruner: make a new one and load this one's state_dict()."
+    )
+    with pytest.raises(RuntimeError, match="expected the model to have the parameter"):
+        handle.mask_gradients()
+    handle.remove()
+    optimizer.step()
+    if replace is not gone:
+        with masks.keep(model, optimizer):
+            cases.train(model, optimizer, data[1:])
+        cases.check_zero(model, masks)
+
+
+def test_a_parameter_that_only_changes_its_name_is_kept() -> None:
+    """torch.nn.utils.prune and parametrizations move the same parameter to another name."""
+    model, data = cases.net(), cases.batches(3)
+    masks = cases.random_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.keep(model, optimizer)
+    Masks({"fc1": masks["fc1"]}).to_torch_prune(model)
+    nn.utils.parametrize.register_parametrization(model.fc2, "weight", nn.Identity())
+    cases.train(model, optimizer, data)
+    assert torch.equal(model.fc1.weight_orig != 0, masks["fc1"])
+    assert torch.equal(model.fc2.parametrizations.weight.original != 0, masks["fc2"])
+    model.renamed = model.conv
+    del model.conv
+    optimizer.step()
+
+
+def test_the_model_may_be_gone() -> None:
+    model, data = cases.net(), cases.batches(1)
+    masks = cases.random_masks(model)
+    weight = model.fc1.weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.keep(model, optimizer)
+    cases.train(model, optimizer, data)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None, "keeping holds parameters, not the model"
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight != 0, masks["fc1"])
+
+
+def test_an_optimizer_that_loses_a_parameter_is_told() -> None:
+    model, data = cases.net(), cases.batches(1)
+    masks = cases.random_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.keep(model, optimizer)
+    cases.train(model, optimizer, data)
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not model.fc1.weight]
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert str(caught.value) == (
+        "Masks.keep, layer 'fc1': expected the optimizer to train the layers that it has trained, "
+        "got one without this. Call keep again after its groups have changed, once for each "
+        "optimizer. A Pruner: make a new one and load this one's state_dict()."
+    )
+    model.fc1.weight.requires_grad_(False)  # a layer that is frozen needs no optimizer
+    optimizer.step()
+    cases.check_zero(model, masks)

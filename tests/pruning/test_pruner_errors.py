@@ -197,3 +197,61 @@ def test_remove() -> None:
     cases.check_zero(model, pruner.masks)
     train(model, optimizer, 1, again)
     assert again.result.layers[1].kept == 512 // 16
+
+
+# --- what is reported is true ---------------------------------------------------------------------
+
+
+def true_sparsity(model: nn.Module, pruner: Pruner) -> float:
+    weights = [model.get_parameter(f"{name}.weight") for name in pruner.masks]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    return zeros / sum(w.numel() for w in weights)
+
+
+def test_a_replaced_parameter_is_told_by_the_next_step() -> None:
+    """The old optimizer's, or the pruner's where another optimizer trains the new parameter."""
+    model = cases.net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(model, EXAMPLE, one_shot(0.589), optimizer=optimizer)
+    pruner.step()
+    model.fc1.weight = nn.Parameter(torch.randn(8, 64))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Masks.keep, layer 'fc1': .* make a new one and load"):
+        optimizer.step()
+    with pytest.raises(
+        RuntimeError, match=r"^Pruner.step, layer 'fc1': expected the model to have"
+    ):
+        pruner.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    again = Pruner(model, None, one_shot(0.589), optimizer=new, topology=pruner.topology)
+    again.load_state_dict(pruner.state_dict())
+    train(model, new, 2, again)
+    assert true_sparsity(model, again) == pytest.approx(again.sparsity, abs=1e-9)
+
+
+def test_without_an_optimizer_it_follows_the_model() -> None:
+    model = cases.net()
+    pruner = Pruner(model, EXAMPLE, one_shot(0.5))
+    pruner.step()
+    model.fc1.weight = nn.Parameter(torch.randn(8, 64))
+    model.conv = nn.Conv2d(1, 4, 3)
+    pruner.step()
+    assert true_sparsity(model, pruner) == pruner.sparsity == 0.5
+
+
+def test_an_optimizer_that_the_pruner_does_not_know() -> None:
+    """A new one of the same parameters, or weights that are loaded: zero again after each step."""
+    model = cases.net()
+    dense = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(model, EXAMPLE, one_shot(0.5), optimizer=optimizer)
+    pruner.step()
+    other = torch.optim.AdamW(model.parameters(), 0.1)
+    for batch in cases.batches(3):
+        cases.train(model, other, [batch])
+        pruner.step()
+        assert true_sparsity(model, pruner) == pruner.sparsity == 0.5
+    model.load_state_dict(dense)
+    pruner.step()
+    cases.check_zero(model, pruner.masks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext.pruning.pruner import Pruner
-from lap_ext.schedule import cubic, iterative, one_shot
+from lap_ext.schedule import cubic, iterative, linear, one_shot
 from tests.helpers import masked_network as cases
 from tests.helpers.pruner_training import EXAMPLE
 
@@ -183,16 +184,203 @@ def test_a_dense_model_becomes_pruned() -> None:
     assert run.pruner.result.layers[1].kept == trained.train(10, 12).pruner.result.layers[1].kept
 
 
+# --- the state of another pruner ------------------------------------------------------------------
+
+
+def stopped(schedule: Callable[[int], Any], steps: int, **options: Any) -> dict[str, Any]:
+    """The state of a pruner after so many steps, as it is read from a file."""
+    pruner = Pruner(cases.net(), EXAMPLE, schedule, **options)
+    for _ in range(steps):
+        pruner.step()
+    file = io.BytesIO()
+    torch.save(pruner.state_dict(), file)
+    state: dict[str, Any] = read(file.getvalue())
+    return state
+
+
+def erk_at(steps: dict[int, float]) -> Callable[[int], Any]:
+    return lambda step: lap_ext.erk(steps[step]) if step in steps else None
+
+
+THEN, NOW = "in the state", "by this schedule"
+OTHERS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any], list[str]]] = {
+    "another sparsity": (one_shot(0.5, at=2), one_shot(0.6, at=2), [f"2: 0.5 {THEN}, 0.6 {NOW}"]),
+    "another step": (
+        one_shot(0.5, at=2),
+        one_shot(0.5, at=3),
+        [f"2: 0.5 {THEN}, none {NOW}", f"3: none {THEN}, 0.5 {NOW}"],
+    ),
+    "later": (one_shot(0.5, at=2), one_shot(0.5, at=30), [f"2: 0.5 {THEN}, none {NOW}"]),
+    "earlier": (one_shot(0.5, at=30), one_shot(0.5, at=2), [f"2: none {THEN}, 0.5 {NOW}"]),
+    "more often": (
+        cubic(0.75, start=0, end=4, every=2),
+        cubic(0.75, start=0, end=4),
+        [f"1: none {THEN}, 0.43359375 {NOW}", f"3: none {THEN}, 0.73828125 {NOW}"],
+    ),
+    "another curve": (
+        linear(0.5, start=0, end=4, every=2),
+        cubic(0.5, start=0, end=4, every=2),
+        [f"2: 0.25 {THEN}, 0.4375 {NOW}"],
+    ),
+    "a dict": (
+        {2: {"fc*": 0.5}}.get,
+        {2: {"fc*": 0.6}}.get,
+        [f"2: fc*=0.5 {THEN}, fc*=0.6 {NOW}"],
+    ),
+    "an allocation": (erk_at({2: 0.5}), {2: 0.5}.get, [f"2: erk:0.5 {THEN}, 0.5 {NOW}"]),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_the_state_of_another_schedule(name: str) -> None:
+    """Told by what the schedules say of the steps so far; nothing is changed."""
+    then, now, differences = OTHERS[name]
+    model = cases.net()
+    pruner = Pruner(model, EXAMPLE, now)
+    with pytest.raises(ValueError) as caught:
+        pruner.load_state_dict(stopped(then, 8))
+    assert str(caught.value) == (
+        "Pruner.load_state_dict: expected the state of a pruner with the same schedule (the same "
+        f"sparsity at each of the 8 steps so far), got one that differs at {len(differences)}. "
+        "Make the pruner with the schedule of then; or, to continue by another one on purpose, "
+        "remove 'prunings' from the state."
+        + "".join(f"\n  step {difference}." for difference in differences)
+    )
+    assert len(pruner.masks) == 0 and pruner.state_dict()["step"] == 0 and model.fc1.weight.all()
+
+
+def test_a_schedule_that_agrees_so_far() -> None:
+    """The state is one that this pruner could have reached: it goes on by its own schedule."""
+    longer = iterative(0.4, rounds=9, every=5, start=1)
+    state = stopped(SCHEDULES["iterative"], 8)
+    for schedule in (longer, {1: 0.4, 6: 0.64, 9: 0.9}.get):
+        pruner = Pruner(cases.net(), EXAMPLE, schedule)
+        pruner.load_state_dict(state)
+        assert pruner.sparsity == pytest.approx(0.64, abs=0.01)
+    before = stopped(one_shot(0.5, at=30), 8)  # no pruning yet: it does not decide anything
+    Pruner(cases.net(), EXAMPLE, one_shot(0.9, at=8)).load_state_dict(before)
+
+
+def test_another_schedule_on_purpose() -> None:
+    state = stopped(one_shot(0.5), 3)
+    del state["prunings"]
+    pruner = Pruner(cases.net(), EXAMPLE, {3: 0.75}.get)
+    pruner.load_state_dict(state)
+    assert pruner.step().sparsity == 0.75
+    assert pruner.state_dict()["prunings"] == [[3, 0.75]]
+
+
+CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "scope": ({}, {"scope": "global"}, ["scope: layer in the state, global here"]),
+    "criterion": (
+        {"criterion": "magnitude"},
+        {},
+        ["criterion: magnitude in the state, lookahead here"],
+    ),
+    "seed": (
+        {"criterion": lap_ext.criteria.Random(seed=1)},
+        {"criterion": lap_ext.criteria.Random(seed=2)},
+        ["criterion: random(seed=1) in the state, random(seed=2) here"],
+    ),
+    "several": (
+        {"order": "forward", "rounds": 2, "batch_norm": "ignore"},
+        {"normalize": "norm", "residual": "chain"},
+        [
+            "normalize: none in the state, norm here",
+            "order: forward in the state, parallel here",
+            "rounds: 2 in the state, 1 here",
+            "batch_norm: ignore in the state, edge here",
+            "residual: sum in the state, chain here",
+        ],
+    ),
+    "layers": (
+        {},
+        {"exclude": "fc2"},
+        ["layers: conv, fc1, fc2 in the state, conv, fc1 here"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGED))
+def test_the_state_of_other_options(name: str) -> None:
+    then, now, differences = CHANGED[name]
+    state = stopped(one_shot(0.5), 1, **then)
+    pruner = Pruner(cases.net(), EXAMPLE, one_shot(0.5), **now)
+    with pytest.raises(ValueError) as caught:
+        pruner.load_state_dict(state)
+    assert str(caught.value) == (
+        "Pruner.load_state_dict: expected the state of a pruner with the same options, got one "
+        f"that differs in {len(differences)}. Make the pruner with the options of then; or, to "
+        "continue with others on purpose, remove 'options' from the state."
+        + "".join(f"\n  {difference}." for difference in differences)
+    )
+    assert len(pruner.masks) == 0
+    del state["options"]
+    pruner.load_state_dict(state)
+    assert len(pruner.masks) == 3
+
+
+def test_functions_have_no_names_that_could_differ() -> None:
+    """A criterion that is a function is known by its name alone, wherever it lies in memory."""
+    states = [
+        stopped(one_shot(0.5), 1, criterion=lambda layer: layer.weight.abs()) for _ in range(2)
+    ]
+    assert states[0]["options"] == states[1]["options"]
+    criterion = states[0]["options"]["criterion"]
+    assert isinstance(criterion, str) and "0x" not in criterion
+
+
+class Mine:
+    """An allocation without a text of its own."""
+
+    def keeps(self, shapes: Any) -> dict[str, int]:
+        return dict.fromkeys(shapes, 7)
+
+
+def test_allocations_without_a_text_are_known_by_their_class() -> None:
+    state = stopped({0: Mine()}.get, 2)
+    assert state["prunings"] == [[0, "Mine"]]
+    Pruner(cases.net(), EXAMPLE, {0: Mine()}.get).load_state_dict(state)
+
+
+def test_a_schedule_computed_on_another_machine() -> None:
+    """The last bit of a power may differ there."""
+    state = stopped(iterative(0.4, rounds=4), 3)
+    state["prunings"] = [[step, math.nextafter(value, 1)] for step, value in state["prunings"]]
+    Pruner(cases.net(), EXAMPLE, iterative(0.4, rounds=4)).load_state_dict(state)
+
+
+def test_a_state_of_very_many_steps() -> None:
+    """The schedule is asked for the last ten million steps at most, and those of the state."""
+    state = stopped(one_shot(0.5), 1)
+    asked = []
+
+    def schedule(step: int) -> float | None:
+        asked.append(step)
+        return 0.5 if step == 0 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lap_ext.pruning.pruner_state.SCANNED", 1000)
+        Pruner(cases.net(), EXAMPLE, schedule).load_state_dict({**state, "step": 10**18})
+    assert asked == [0, *range(10**18 - 1000, 10**18)]
+
+
 # --- what the state is ----------------------------------------------------------------------------
 
 
 def test_the_state_is_small_plain_and_its_own() -> None:
     run = Run("momentum", "iterative")
     layers = {"conv": [4, 1, 3, 3], "fc1": [8, 64], "fc2": [3, 8]}
-    assert run.pruner.state_dict() == {"step": 0, "masks": {}, "layers": layers}
+    options = {"criterion": "lookahead", "scope": "layer", "normalize": "none",
+               "order": "parallel", "rounds": 1, "batch_norm": "edge", "residual": "sum",
+               "layers": ["conv", "fc1", "fc2"]}  # fmt: skip
+    assert run.pruner.state_dict() == {
+        "step": 0, "masks": {}, "layers": layers, "options": options, "prunings": []
+    }  # fmt: skip
     run.train(0, 2)
     state = run.pruner.state_dict()
-    assert (state["step"], state["layers"]) == (2, layers)
+    assert (state["step"], state["layers"], state["options"]) == (2, layers, options)
+    assert state["prunings"] == [[1, pytest.approx(0.4)]]
     sizes = {name: (bits.dtype, bits.numel()) for name, bits in state["masks"].items()}
     assert sizes == {name: (torch.uint8, n) for name, n in (("conv", 5), ("fc1", 64), ("fc2", 3))}
     before = copy.deepcopy(state)
@@ -221,6 +409,14 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no step": (lambda: changed(step=None), ValueError, "got None"),
     "negative": (lambda: changed(step=-1), ValueError, "whole number >= 0, got -1"),
     "tensor": (lambda: changed(step=torch.tensor(3)), ValueError, r"got tensor\(3\)"),
+    "another schedule": (changed, ValueError, "differs at 1"),
+    "prunings": (lambda: changed(prunings={1: 0.5}), TypeError, "'prunings': 'dict'"),
+    "no pair": (lambda: changed(prunings=[1]), ValueError, "pairs .*, got 1. The state"),
+    "text": (lambda: changed(prunings=[["1", 0.5]]), ValueError, r"got \['1', 0.5\]. The state"),
+    "too late": (lambda: changed(prunings=[[2, 0.5]]), ValueError, r"got \[2, 0.5\]. The state"),
+    "options": (lambda: changed(options=[]), TypeError, "'options': 'list'"),
+    "shapes": (lambda: changed(layers={"fc1": 3}), ValueError, "'fc1': 3 in the state"),
+    "endless": (lambda: changed(step=10**400), ValueError, "whole number"),
     "unknown layer": (lambda: changed(masks={"fc9": ONES}), ValueError, "'fc9'. The state"),
     "too short": (lambda: changed(masks={"fc1": ONES[:63]}), ValueError, r"\[63\] for 'fc1'"),
     "bool": (lambda: changed(masks={"fc1": ONES.bool()}), ValueError, "torch.bool"),

@@ -191,7 +191,8 @@ def test_page_stands_alone_and_is_well_formed(scored: bool) -> None:
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
     for _, attributes in page.tags:
         assert not {"src", "href", "onload", "onclick"} & set(attributes)
-    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert "url(" not in text and "@import" not in text and "http:" not in text
+    assert "https:" not in text
 
 
 def test_page_says_what_was_measured() -> None:

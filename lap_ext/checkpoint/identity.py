@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""What a run works on, in short: a resumed run compares it with what the earlier one has noted.
+
+    a file       name, stamp (inside.py), a hash of its header and of 64 blocks of 4 KB
+    the network  a hash of all but the weights that scores depend on: roles, channels and the edges
+                 between them with their scales, what leaves the network, and where each layer is
+                 stored
+
+Every part is the same in each process: no ids of objects, no order of sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lap_ext.checkpoint import inside
+from lap_ext.checkpoint.files import Checkpoint
+from lap_ext.checkpoint.inside import Stamp
+from lap_ext.checkpoint.reading import bytes_of
+from lap_ext.checkpoint.structure import Structure
+from lap_ext.topology.graph import Graph
+
+# 256 KB and at most 64 seeks of a shard, whatever its size: under 1% of reading it once. Not seen:
+# bytes between the blocks that change while size, both times, inode and device stay as they were,
+# which takes a clock that is set back, or a disk that loses bits.
+_BLOCKS, _BLOCK = 64, 4096
+
+
+def files_of(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Lists [name, *stamp, hash] of each file that decides the result."""
+    shards = {shard.name: shard for shard in checkpoint.shards}
+    rows: list[list[Any]] = []
+    for name, path in _paths(checkpoint):
+        shard = shards.get(name)
+        head, stamp = (0, None) if shard is None else (shard.head, shard.stamp)
+        with inside.opened(path, stamp) as file:
+            facts, digest = os.fstat(file.fileno()), hashlib.sha256()
+            for begin, end in _ranges(facts.st_size, head):
+                digest.update(os.pread(file.fileno(), end - begin, begin))
+            rows.append([name, *Stamp.of(facts), digest.hexdigest()])
+    return rows
+
+
+def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:
+    """Raises unless the files are those of which files_of has given the rows."""
+    stamps = {name: Stamp(*stamp) for name, *stamp, _ in rows}
+    now = {name: Stamp.of(path.stat()) for name, path in _paths(checkpoint)}
+    for name in sorted(stamps.keys() | now.keys()):
+        if stamps.get(name) != now.get(name):
+            raise inside.changed(name)
+
+
+def _paths(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """Gives the name and the real path of each file that decides the result and is there."""
+    for name in [shard.name for shard in checkpoint.shards] + [checkpoint.index, "config.json"]:
+        path = inside.real(checkpoint.path, name) if name else Path()
+        if name and path.exists():
+            yield name, path
+
+
+def _ranges(size: int, head: int) -> Iterator[tuple[int, int]]:
+    """Gives the bytes of a file that are hashed: its head, and blocks of the rest."""
+    yield 0, head
+    if size - head <= _BLOCKS * _BLOCK:
+        yield head, size
+        return
+    for number in range(_BLOCKS):
+        begin = head + (size - head - _BLOCK) * number // (_BLOCKS - 1)
+        yield begin, begin + _BLOCK
+
+
+def network_of(structure: Structure) -> str:
+    """Hashes what decides the scores beside the weights."""
+    digest, topology = _Digest(), structure.topology
+    for layer in topology.layers.values():
+        stored = [
+            (x.entry.name, x.entry.shard, x.entry.dtype, x.begin)
+            for copy in structure.copies[layer.name]
+            for x in copy
+        ]
+        digest.add(layer.name, layer.parameter, layer.kind, layer.shape, stored)
+    _add_graph(digest, topology.graph, topology.tensors())
+    return digest.hexdigest()
+
+
+def _add_graph(digest: _Digest, graph: Graph, tensors: dict[str, Tensor]) -> None:
+    """Adds the channels, what connects them, and the values of scales."""
+    known: dict[int, Any] = {}
+    for group in graph.channels.groups:
+        digest.add("group", group.first, group.size, group.kind, group.name)
+        for edges in group.edges:
+            scale = edges.scale
+            digest.add("edges", edges.child, edges.parent, edges.weight, edges.entry)
+            if scale is not None:
+                digest.add(scale.kind, scale.value(tensors, known))
+    for role in graph.roles:
+        digest.add("role", role.layer, role.parameter, role.kind, role.part)
+        digest.add(*role.inputs, role.out.first, role.out.size)
+    for left, right in graph.couplings:
+        digest.add("coupled", left, right)
+    for ids, name in graph.ends:
+        digest.add("end", ids, name)
+
+
+class _Digest:
+    """A hash of numbers, texts, dataclasses of them, and tensors."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, *values: Any) -> None:
+        """Adds values; each is told from its neighbors."""
+        for value in values:
+            if isinstance(value, Tensor):
+                whole = value.detach().cpu().contiguous()
+                self._hash.update(f"{whole.dtype} {tuple(whole.shape)}\0".encode())
+                self._hash.update(bytes_of(whole))
+            else:
+                self._hash.update(f"{value!r}\0".encode())
+
+    def hexdigest(self) -> str:
+        """Returns the hash so far."""
+        return self._hash.hexdigest()
