@@ -73,6 +73,15 @@ class KeepHandle:
         if model is not None:
             _check_current(model, self._layers)
 
+    def zero_changed(self) -> None:
+        """Zeroes the pruned weights of parameters that something has changed since this did it.
+
+        Such as an optimizer without hooks, or model.load_state_dict.
+        """
+        for layer in self._layers:
+            if layer.weight._version != layer.version:
+                layer.zero_weight()
+
     def remove(self) -> None:
         """Removes the hooks; the optimizer then works as before and may move pruned weights."""
         for hook in self._hooks:
@@ -113,7 +122,7 @@ class KeepHandle:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for layer in self._members(optimizer):
-            layer.zero_(layer.weight)
+            layer.zero_weight()
 
     def _clear(self, optimizer: Optimizer, loaded: bool = True) -> None:
         """Zeroes the optimizer's state of pruned weights.
@@ -138,11 +147,12 @@ class _Layer:
 
     Attributes:
         trained: whether the optimizer has, or once had, the parameter.
+        version: how often it had been written when its pruned weights were zeroed.
     """
 
     def __init__(self, target: Target, path: str) -> None:
         self.name, self.weight, self.mask = target.name, target.weight, target.mask
-        self.trained = False
+        self.trained, self.version = False, -1
         self._path, self._attribute = path.split(".") if path else [], target.attribute
 
     def current(self, model: Module) -> Tensor | None:
@@ -151,6 +161,11 @@ class _Layer:
         for name in self._path:
             module = None if module is None else module._modules.get(name)
         return None if module is None else module._parameters.get(self._attribute)
+
+    def zero_weight(self) -> None:
+        """Zeroes the pruned weights."""
+        self.zero_(self.weight)
+        self.version = self.weight._version
 
     def zero_(self, x: Tensor) -> None:
         """Zeroes the pruned elements of x, a tensor of the parameter's shape."""

@@ -198,10 +198,8 @@ class Masks(Mapping[str, Tensor]):
             >>> handle.remove()
         """
         check_hooks(optimizer)
-        targets = find(model, self)
-        handle = KeepHandle(model, targets, optimizer)
-        for target in targets:
-            zero_(target.weight, target.mask)
+        handle = KeepHandle(model, find(model, self), optimizer)
+        handle.zero_changed()
         return handle
 
     @calling("Masks.save")

@@ -204,8 +204,7 @@ class Pruner:
         with callback():
             sparsity = self._schedule(self._step)
         if sparsity is None:
-            for name, weight in self._weights(self.masks):
-                zero_(weight, self.masks[name].to(weight.device))
+            self._zero()
         else:
             self._prune(sparsity)
             self._prunings.append([self._step, pruner_state.described(sparsity)])
@@ -285,6 +284,14 @@ class Pruner:
             handle.remove()
         self._handles = []
         self._removed = True
+
+    def _zero(self) -> None:
+        """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
+        for handle in self._handles:
+            handle.zero_changed()
+        if not self._handles:
+            for name, weight in self._weights(self.masks):
+                zero_(weight, self.masks[name].to(weight.device))
 
     def _prune(self, sparsity: Sparsity) -> None:
         """Computes all masks before it changes the model, so that errors leave it unchanged."""
