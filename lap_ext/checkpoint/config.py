@@ -29,7 +29,7 @@ _QUANTIZED = {"quantization_config", "compression_config"}
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kernels")
 _DEPTH = re.compile(  # what a build or a forward loops over
     r"(?!.*_per_)(.*_)?"
-    r"(layers?|blocks?|depths?|stages?|repeats|loops?|cycles|passes|iters|pretraining_tp)"
+    r"(layers?|blocks?|depths?|stages?|repeats|loops?|cycles|passes|iters|group_num|pretraining_tp)"
 )
 _LABELS = "num_labels"
 _MOST_LABELS = 1_000_000
@@ -126,12 +126,14 @@ def _check_code(where: _Where, key: str, value: Any) -> None:
 def _check_size(where: _Where, key: str, value: Any, most: int) -> None:
     """Refuses numbers of layers that the files cannot hold, and absurd numbers of labels."""
     numbers = value if isinstance(value, list) else [value]
+    if key == "attention_types":  # [[names, how often], ...]
+        numbers = [x for pair in numbers if isinstance(pair, list) for x in pair]
     total = sum(min(abs(x), _ABSURD) for x in numbers if isinstance(x, (int, float)))
     if key == _LABELS and not total <= _MOST_LABELS:
         raise LapValueError(f"{_path(where)} <= {_MOST_LABELS:,} in config.json", _short(value))
     if isinstance(value, list):
         most *= 10  # also lists of the indices of layers
-    if _DEPTH.fullmatch(key) and not total <= most:
+    if (key == "attention_types" or _DEPTH.fullmatch(key)) and not total <= most:
         raise LapValueError(
             f"{_path(where)} <= {most:,} in config.json (the files hold fewer layers)",
             _short(value),

@@ -33,6 +33,7 @@ DTYPES = {
 _SINGLE, _INDEX = "model.safetensors", ".safetensors.index.json"
 _LEAST_WEIGHTS = 1_000_000  # bytes of a file that may hold weights
 _LONGEST_JSON = 100_000_000  # bytes; the limit of safetensors for a header
+_LONGEST_NAME = 1_000
 _WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}
 _PICKLES = {".pt", ".pth", ".bin", ".pt2"}
 _BESIDE = (MASKS, "config.json", "lap_ext.json")  # what may be read beside a single file
@@ -205,6 +206,9 @@ def _shards_of(path: Path, index: str) -> list[Shard]:
     for name in sorted(set(table.values())):
         if Path(name).name != name or name in (".", "..") or "\0" in name:
             raise LapValueError(f"files beside {index!r}", repr(name))
+        if not name.endswith(".safetensors") or name.casefold() == MASKS:
+            expected = f"weights in .safetensors files other than {MASKS!r} in {index!r}"
+            raise LapValueError(expected, repr(name))
         if not (path / name).exists():
             raise LapValueError(f"all files that {index!r} names", f"no {name!r} in {str(path)!r}")
     names = sorted(set(table.values()))
@@ -238,11 +242,15 @@ def read_shard(path: Path, real: Path) -> Shard:
         length = int.from_bytes(file.read(8), "little")
         table = parsed(file.read(length), f"{path.name!r} to have a JSON header")
     table.pop("__metadata__", None)
-    if set(table) != names:
+    if set(table) != names or not all(isinstance(facts, dict) for facts in table.values()):
         raise LapValueError(
             f"each tensor once in the header of {path.name!r}",
             "a header that can be read in two ways",
             "Save the file again.",
+        )
+    if max(map(len, names), default=0) > _LONGEST_NAME:  # patterns are searched in them
+        raise LapValueError(
+            f"names of at most {_LONGEST_NAME:,} characters in {path.name!r}", "a longer one"
         )
     entries = []
     for name, facts in table.items():

@@ -2,7 +2,8 @@
 """What may happen while a model is built from a config that nobody has read.
 
     questions, network    refused to the thread that builds; an audit hook of Python sees both
-    size                  a build stops once it has far more parts or elements than the files
+    size                  a build stops once it has far more parts or elements than the files, and
+                          a trace once it calls far more modules
     messages              what transformers logs meanwhile is not shown
 
 Other threads of the process are left alone.
@@ -57,6 +58,32 @@ def guarded(checkpoint: Checkpoint) -> Iterator[None]:
             handler.removeFilter(quiet)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def counted_calls(checkpoint: Checkpoint) -> Iterator[None]:
+    """Stops a trace in this thread that calls far more modules than the files have tensors.
+
+    A layer may be stored once and called any number of times.
+    """
+    most, calls = _PARTS * len(checkpoint.entries) + _MORE_PARTS, 0
+    thread = threading.get_ident()
+
+    def count(_module: Any, _inputs: Any) -> None:
+        nonlocal calls
+        calls += threading.get_ident() == thread
+        if calls > most:
+            raise LapValueError(
+                "a config.json of these weights",
+                f"one of a model that calls more than {most:,} modules",
+                "Is config.json that of these weights?",
+            )
+
+    handle = modules.register_module_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Quiet(logging.Filter):

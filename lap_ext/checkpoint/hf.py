@@ -127,18 +127,19 @@ def targets(model: Any, names: Iterable[str]) -> dict[str, Target]:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # an older transformers, which loads tensors as they are stored
         return {}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [x for x in mapping if isinstance(x, loading.WeightRenaming)]
-    converters = [x for x in mapping if isinstance(x, loading.WeightConverter)]
-    by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
-    result: dict[str, Target] = {}
-    for name in sorted(names, key=loading.dot_natural_key):
-        new, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
-        if new not in state and name in state:
-            new, pattern = name, None
-        result[name] = (new, () if pattern is None else (by_pattern[pattern], pattern))
-    return result
+    with telling("names of tensors that transformers can map to the model", config.GIVE):
+        mapping = get_model_conversion_mapping(model)
+        renamings = [x for x in mapping if isinstance(x, loading.WeightRenaming)]
+        converters = [x for x in mapping if isinstance(x, loading.WeightConverter)]
+        by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
+        state, prefix = model.state_dict(), model.base_model_prefix
+        result: dict[str, Target] = {}
+        for name in sorted(names, key=loading.dot_natural_key):
+            new, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
+            if new not in state and name in state:
+                new, pattern = name, None
+            result[name] = (new, () if pattern is None else (by_pattern[pattern], pattern))
+        return result
 
 
 def in_order(converter: Any, by_pattern: dict[str, list[str]]) -> list[str] | None:

@@ -21,6 +21,7 @@ from lap_ext.errors import LapValueError
 
 HIDDEN = {".git", ".cache"}  # what git and the hub's downloader keep beside a checkpoint
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_DEEPEST = 64  # levels of directories
 _FILES = {stat.S_IFREG, stat.S_IFDIR}
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 
@@ -41,9 +42,11 @@ class Stamp(NamedTuple):
 
 
 def check(directory: Path) -> None:
-    """Raises unless a directory holds regular files, directories and links that stay inside."""
+    """Raises unless a directory holds regular files, few levels, and links that stay inside."""
     root = Path(os.path.realpath(directory))
     for folder, folders, names in os.walk(root):
+        if len(Path(folder).relative_to(root).parts) > _DEEPEST:
+            raise LapValueError(f"at most {_DEEPEST} levels in {str(directory)!r}", "more")
         folders[:] = [name for name in folders if name not in HIDDEN]
         for name in (*folders, *names):
             if name not in HIDDEN:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from lap_ext.checkpoint import hf
 from lap_ext.checkpoint.config import GIVE
 from lap_ext.checkpoint.files import Checkpoint, Copy
+from lap_ext.checkpoint.guard import counted_calls
 from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.errors import LapTypeError, LapValueError
@@ -69,8 +70,10 @@ def structure_of(
     if model is None:
         hf.untie(own, names.unlike(Source(checkpoint)))
         names = Names(checkpoint, own)
-    traceable = hf.telling("a config.json whose model can be traced", GIVE)
-    with traceable if model is None else nullcontext():
+    with ExitStack() as stack:
+        if model is None:
+            stack.enter_context(hf.telling("a config.json whose model can be traced", GIVE))
+            stack.enter_context(counted_calls(checkpoint))
         topology = trace(twin(own, mode), inputs, on_unsupported=on_unsupported)
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}

@@ -117,21 +117,24 @@ class Random(Criterion):
         start = int.from_bytes(digest[:8], "little")
         numbers = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
         flat = numbers.view(-1)
+        steps = torch.arange(min(flat.numel(), _BATCH), device=weight.device)
+        steps *= _signed(step * _GOLDEN)
+        x, other = torch.empty_like(steps), torch.empty_like(steps)
         for begin in range(0, flat.numel(), _BATCH):
             batch = flat[begin : begin + _BATCH]
-            x = torch.arange(batch.numel(), device=weight.device)
-            x *= _signed(step * _GOLDEN)
-            x += _signed(start + (first + begin * step) * _GOLDEN)
-            batch.copy_(_mixed(x).add_(1)).mul_(2.0**-24)
+            torch.add(steps, _signed(start + (first + begin * step) * _GOLDEN), out=x)
+            _mix(x, other)
+            batch.copy_(x[: batch.numel()]).add_(1).mul_(2.0**-24)
         return numbers
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """Mixes the bits of int64 x, in place, and returns the upper 24 of them."""
+def _mix(x: Tensor, other: Tensor) -> None:
+    """Mixes the bits of int64 x and leaves the upper 24 of them; overwrites other."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # of an unsigned number
+        torch.bitwise_right_shift(x, shift, out=other)
+        x ^= other.bitwise_and_((1 << (64 - shift)) - 1)  # shifted as an unsigned number
         x *= _signed(factor)
-    return x.bitwise_right_shift_(40).bitwise_and_((1 << 24) - 1)
+    x.bitwise_right_shift_(40).bitwise_and_((1 << 24) - 1)
 
 
 def _signed(x: int) -> int:

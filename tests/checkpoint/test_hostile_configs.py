@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -217,6 +218,33 @@ def test_absurd_numbers(name: str, models: Models) -> None:
         models(model), lambda c: c.update({key: value, "sinusoidal_pos_embds": True})
     )
     assert said in refused(directory)
+
+
+def test_a_list_that_a_config_multiplies(models: Models) -> None:
+    def edit(table: dict[str, Any]) -> None:
+        table.clear()
+        table |= {"model_type": "gpt_neo", "architectures": ["GPTNeoModel"]}
+        table["attention_types"] = [[["global"], 2_000_000_000]]
+
+    assert "'attention_types' <= 1,280" in refused(edited(models("hf_gpt2_sdpa"), edit))
+
+
+def test_layers_that_are_called_more_often_than_stored(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_MORE_PARTS", -400)  # 500 calls and not 2,000: those take minutes
+    directory = edited(models("hf_albert"), lambda c: c.update(num_hidden_layers=20))
+    with pytest.raises(LapError, match="one of a model that calls more than"):
+        checkpoint.inspect(directory)
+
+
+def test_a_name_that_transformers_cannot_sort(models: Models, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(models("hf_gpt2_sdpa"), tmp_path / "odd"))
+    for path in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
+    save_file({"h.\u00b2": torch.ones(2, 2)}, directory / "model.safetensors")
+    with pytest.raises(LapError, match="names of tensors that transformers can map"):
+        checkpoint.inspect(directory)
 
 
 def test_a_build_leaves_nothing_behind(models: Models) -> None:

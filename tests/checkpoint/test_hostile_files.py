@@ -17,6 +17,7 @@ from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
+from lap_ext.checkpoint.files import MASKS
 from tests.helpers.checkpoints import network, prune, saved, write
 
 INDEX = "model.safetensors.index.json"
@@ -67,6 +68,30 @@ def twice(text: str) -> str:
     entries = json.loads(text)
     name = next(x for x in entries if x != "__metadata__")
     return text.rstrip()[:-1] + f', "{name}": {json.dumps(entries[name])}}}'
+
+
+def a_list(text: str) -> str:
+    """What serde, which safetensors is written with, takes for a table as well."""
+    entries = json.loads(text)
+    name = next(x for x in entries if x != "__metadata__")
+    facts = entries[name]
+    entries[name] = [facts["dtype"], facts["shape"], facts["data_offsets"]]
+    return json.dumps(entries)
+
+
+def in_file(name: str) -> Callable[[Path], None]:
+    """The second shard under another name."""
+
+    def apply(directory: Path) -> None:
+        shutil.move(directory / SECOND, directory / name)
+        text = (directory / INDEX).read_text()
+        (directory / INDEX).write_text(text.replace(SECOND, name))
+
+    return apply
+
+
+def deep(directory: Path) -> None:
+    (directory / "/".join(["d"] * 80)).mkdir(parents=True)
 
 
 def swap(directory: Path) -> None:
@@ -123,6 +148,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "offsets": (header(lambda x: x.replace('"data_offsets":[0', '"data_offsets":[4')), "complete"),
     "shape": (header(lambda x: x.replace('"shape":[', '"shape":[2,')), "complete safetensors file"),
     "twice": (header(twice), "(each tensor once|to have a JSON header|complete)"),
+    "a_list": (header(a_list), "(each tensor once|complete)"),
+    "long_name": (renamed("3.weight", "3.weight" * 200), "names of at most 1,000 characters"),
+    "deep": (deep, "at most 64 levels"),
+    "shard_is_record": (in_file("lap_ext.json"), r"weights in \.safetensors files other than"),
+    "shard_is_masks": (in_file(MASKS), r"weights in \.safetensors files other than"),
+    "shard_is_config": (in_file("config.json"), r"weights in \.safetensors files other than"),
     "index_no_json": (table(lambda x: "{"), f"expected '{INDEX}' to be JSON"),
     "index_deep": (table(lambda x: "[" * 100_000), f"expected '{INDEX}' to be JSON"),
     "index_list": (table(lambda x: "[]"), "with a weight_map"),
