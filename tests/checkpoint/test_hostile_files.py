@@ -167,6 +167,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         table(lambda x: x["weight_map"].update({"0.weight": "/etc/passwd"})),
         "expected files beside",
     ),
+    "index_long": (
+        table(lambda x: x["weight_map"].update(more=f"{'x' * 5000}.safetensors")),
+        f"expected files beside '{INDEX}', got 'x",
+    ),
     "index_more": (table(lambda x: x["weight_map"].update(more=FIRST)), "expected 'more' in"),
     "index_less": (table(lambda x: x["weight_map"].__delitem__("5.bias")), "expected '5.bias' of"),
     "index_swapped": (swap, "as 'model.safetensors.index.json' says, got it in"),
