@@ -204,7 +204,8 @@ def _shards_of(path: Path, index: str) -> list[Shard]:
     if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
         raise LapValueError(f"{index!r} with a weight_map of tensor name -> file", "none")
     for name in sorted(set(table.values())):
-        if Path(name).name != name or name in (".", "..") or "\0" in name or len(name) > 250:
+        length = len(name.encode("utf-8", "surrogatepass"))
+        if Path(name).name != name or name in (".", "..") or "\0" in name or length > 255:
             raise LapValueError(f"files beside {index!r}", repr(name))
         if not name.endswith(".safetensors") or name.casefold() == MASKS:
             expected = f"weights in .safetensors files other than {MASKS!r} in {index!r}"
