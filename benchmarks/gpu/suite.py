@@ -21,6 +21,7 @@ DIRECTORY = ROOT / "build" / "gpu"
 # What has tests with the fixture `device`, files or directories; tests/benchmarks/test_gpu_tools.py
 # holds this.
 FILES = (
+    "tests/criteria/test_random.py",
     "tests/ops",
     "tests/masks/test_wrappers.py",
     "tests/masks/test_masks.py",

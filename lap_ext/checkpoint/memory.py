@@ -3,7 +3,9 @@
 
 The budget covers everything that pruning itself allocates: buffers, the temporary memory of
 operators, masks, squared norms and norms of all channels, samples, candidates of a ranking. It does
-not cover the interpreter, the libraries and the traced model, which are loaded before any weight.
+not cover the interpreter, the libraries and the traced model, which are loaded before any weight;
+nor what has the same size for any checkpoint, about 4 MB (histograms, Python objects); nor blocks
+that are freed and that the C library keeps, some tens of MB in glibc before 2.38.
 
     full    a full layer: its bytes, its mask (n bytes); if the next one is read ahead, that one's
             bytes; if the one before is written back in the background, its bytes and its mask
@@ -34,6 +36,7 @@ _FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a ful
 _FOLDED = 16  # the same for norms of weights times their batch norm, in float64
 _KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
 _SORTED = 48  # bytes per score that is sorted: itself, the sorted one, its index, merging, slack
+_SUMS = 24  # bytes per column of a layer whose squared norms are taken in chunks
 _CHANNEL = 40  # bytes per channel in the two passes over the channel graph
 # bytes per score that normalizing needs beside it, all of a layer at once
 _NORMALIZING: dict[Normalize, int] = {"none": 0, "norm": 16, "lamp": 64}
@@ -139,9 +142,9 @@ def limits(
 
 def _segments(layer: Layer, copies: list[Copy], batch_norm: BatchNorm) -> int:
     """Counts the bytes of sums over columns, and of the rows that wait to be added to them."""
-    widths = sum(x.part.groups * torch.Size(x.part.block[1:]).numel() for x in layer.roles)
-    rows = sum(torch.Size(x.part.block[1:]).numel() for x in layer.roles) * SEGMENT_ROWS
-    return 24 * widths + rows * (8 if batch_norm == "fold" else _itemsize(copies))
+    held = SEGMENT_ROWS * (8 if batch_norm == "fold" else _itemsize(copies))
+    widths = ((x.part.groups, torch.Size(x.part.block[1:]).numel()) for x in layer.roles)
+    return sum((held + _SUMS * groups) * width for groups, width in widths)
 
 
 def held_by_scores(

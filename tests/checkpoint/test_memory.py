@@ -98,8 +98,8 @@ def over(cases: list[Any], directory: Path) -> list[Any]:
         from tests.helpers.memory_growth import table
         print(json.dumps(table({str(directory)!r}, {cases!r})))
     """
-    # The C library keeps freed blocks of less than 32 MB; at a fixed threshold it returns them, and
-    # the peak is what the run holds.
+    # The C library keeps freed blocks of up to 32 MB, and glibc before 2.38 cannot always use them
+    # again. At a fixed threshold it returns them, and the peak is what the run holds.
     run = run_python(textwrap.dedent(code), MALLOC_MMAP_THRESHOLD_="200000")
     assert run.returncode == 0, run.stderr
     growth = json.loads(run.stdout)
@@ -124,7 +124,7 @@ CASES = [
     (200, ""), (20, ""), (20, "scope='global', normalize='norm'"), (20, "batch_norm='fold'"),
     (40, "scope='global', normalize='lamp'"), (200, "scope='global', normalize='lamp'"),
     (400, "count_scores=True"), (20, "scope='global', count_scores=True"),
-    (20, "criterion='random'"), (20, "criterion='random', scope='global', normalize='norm'"),
+    (60, "criterion='random'"), (60, "criterion='random', scope='global', normalize='norm'"),
 ]  # fmt: skip
 
 

@@ -35,6 +35,15 @@ STOPPED = [
 ]
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """A process in the background may have been started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "status", "said"), STOPPED, ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
     "then",
