@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scope: TypeAlias = Literal["layer", "global"]
-Normalize: TypeAlias = Literal["none", "norm", "lamp"]
+Normalize: TypeAlias = Literal["auto", "none", "norm", "lamp"]
 Order: TypeAlias = Literal["parallel", "forward", "backward"]
 BatchNorm: TypeAlias = Literal["edge", "fold", "ignore"]
 Residual: TypeAlias = Literal["sum", "chain"]
 OnUnsupported: TypeAlias = Literal["raise", "cut"]
+MinKeep: TypeAlias = int | float | None  # of each layer: a count, or a fraction
 Patterns: TypeAlias = str | Sequence[str]  # of layer names: exact, or with *, ? and [abc]
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"  # of model.forward
 
@@ -29,6 +30,14 @@ ORDERS: tuple[str, ...] = get_args(Order)
 BATCH_NORMS: tuple[str, ...] = get_args(BatchNorm)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 ON_UNSUPPORTED: tuple[str, ...] = get_args(OnUnsupported)
+
+
+def normalization(normalize: Normalize, scope: Scope) -> Normalize:
+    """Resolves "auto": "lamp" where layers are ranked together, otherwise "none"."""
+    one_of("normalize", normalize, NORMALIZATIONS)
+    if normalize == "auto":
+        return "lamp" if scope == "global" else "none"
+    return normalize
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -137,7 +137,7 @@ def shared_signatures() -> dict[str, Any]:
     from lap_ext.adapters import torch_prune
     from lap_ext.adapters._callback import TrainingCallback
 
-    layered = {"scope", "order", "rounds"}  # how scores are ranked
+    layered = {"scope", "order", "rounds", "min_keep"}  # how scores are ranked
     files = {"topology", "order", "rounds", "residual", "data", "neighbors"}  # see checkpoint.prune
     return {
         "scores": (lap_ext.scores, layered),

@@ -100,6 +100,7 @@ class PruningCallback(TrainingCallback, Callback):
         rounds: as in `lap_ext.prune`, for each pruning.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         data: as in `lap_ext.prune`; it is read at every pruning, so an iterator is not enough.

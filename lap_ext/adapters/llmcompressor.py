@@ -85,6 +85,7 @@ class LookaheadModifier(Modifier):
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
         rounds: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         on_unsupported: as in `lap_ext.prune`.
@@ -110,9 +111,10 @@ class LookaheadModifier(Modifier):
     ignore: str | list[str] = Field(default_factory=list)
     criterion: str = "lookahead"
     scope: Scope = "layer"
-    normalize: Normalize = "none"
+    normalize: Normalize = "auto"
     order: Order = "parallel"
     rounds: int = 1
+    min_keep: int | float | None = None
     batch_norm: BatchNorm = "edge"
     residual: Residual = "sum"
     on_unsupported: OnUnsupported = "raise"
@@ -181,6 +183,7 @@ class LookaheadModifier(Modifier):
             normalize=self.normalize,
             order=self.order,
             rounds=self.rounds,
+            min_keep=self.min_keep,
             layers=layers,
             batch_norm=self.batch_norm,
             residual=self.residual,

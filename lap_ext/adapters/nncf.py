@@ -50,6 +50,7 @@ from lap_ext.masks import layer_name, parameter_in
 from lap_ext.options import (
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Order,
@@ -149,11 +150,12 @@ def prune_(
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
     scope: Scope = "layer",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     order: Order = "parallel",
     rounds: int = 1,
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
     data: Iterable[Any] | None = None,
@@ -179,6 +181,7 @@ def prune_(
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`; those that nncf does not mask stay as they are.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         data: as in `lap_ext.prune`.
@@ -223,7 +226,8 @@ def prune_(
             normalize=normalize,
             order=order,
             rounds=rounds,
-            layers=layers,
+            layers=list(earlier) if layers is None else layers,
+            min_keep=min_keep,
             exclude=[*unmasked, *([exclude] if isinstance(exclude, str) else exclude)],
             batch_norm=batch_norm,
             residual=residual,

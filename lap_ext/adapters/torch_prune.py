@@ -43,7 +43,7 @@ from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name
-from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Patterns, Residual
+from lap_ext.options import BatchNorm, Inputs, MinKeep, Normalize, OnUnsupported, Patterns, Residual
 from lap_ext.progress import Progress
 
 ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
@@ -194,7 +194,7 @@ def scores(
     criterion: CriterionLike = "lookahead",
     *,
     topology: lap_ext.Topology | None = None,
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     layers: Patterns | None = None,
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
@@ -264,10 +264,11 @@ def global_masks(
     *,
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
     data: Iterable[Any] | None = None,
@@ -291,6 +292,7 @@ def global_masks(
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         data: as in `lap_ext.prune`.
@@ -322,6 +324,7 @@ def global_masks(
             rounds=rounds,
             layers=layers,
             exclude=exclude,
+            min_keep=min_keep,
             batch_norm=batch_norm,
             residual=residual,
             data=data,
@@ -339,10 +342,11 @@ def apply_global_(
     *,
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
     data: Iterable[Any] | None = None,
@@ -365,6 +369,7 @@ def apply_global_(
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         data: as in `lap_ext.prune`.
@@ -400,6 +405,7 @@ def apply_global_(
         rounds=rounds,
         layers=layers,
         exclude=exclude,
+        min_keep=min_keep,
         batch_norm=batch_norm,
         residual=residual,
         data=data,

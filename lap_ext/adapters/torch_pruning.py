@@ -119,7 +119,7 @@ class LookaheadImportance(tp.importance.Importance):
         normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
         *,
         criterion: CriterionLike = "lookahead",
-        normalize: Normalize = "none",
+        normalize: Normalize = "auto",
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
         data: Iterable[Any] | None = None,
@@ -225,7 +225,9 @@ class LookaheadImportance(tp.importance.Importance):
             shapes = {name: weight.shape for name, weight in self._model.named_parameters()}
             if self._topology is None or shapes != self._shapes:
                 self._topology, self._shapes = self._traced(), shapes
-            scores = lap_ext.scores(self._model, topology=self._topology, **self._scoring)
+            scores = lap_ext.scores(
+                self._model, topology=self._topology, layers="*", **self._scoring
+            )
             layers = self._topology.layers
             self._scores = {id(layers[name].weight): x for name, x in scores.items()}
             self._scored = [(weakref.ref(x), version) for x, version in now]

@@ -67,6 +67,7 @@ from lap_ext.masks import pack
 from lap_ext.options import (
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Order,
@@ -123,6 +124,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         rounds: as in `lap_ext.prune`, for each pruning.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         residual: as in `lap_ext.prune`.
         data: as in `lap_ext.prune`; it is read at every pruning, so an iterator is not enough.
@@ -159,11 +161,12 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         topology: lap_ext.Topology | None = None,
         criterion: CriterionLike = "lookahead",
         scope: Scope = "layer",
-        normalize: Normalize = "none",
+        normalize: Normalize = "auto",
         order: Order = "parallel",
         rounds: int = 1,
         layers: Patterns | None = None,
         exclude: Patterns = (),
+        min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
         data: Iterable[Any] | None = None,
@@ -183,6 +186,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             rounds=rounds,
             layers=layers,
             exclude=exclude,
+            min_keep=min_keep,
             batch_norm=batch_norm,
             residual=residual,
             data=data,

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Allocates a sparsity to layers: decides how many weights each layer keeps."""
 
+from lap_ext.allocation.budget import Budget as Budget
+from lap_ext.allocation.budget import budget as budget
+from lap_ext.allocation.budget import check_floors as check_floors
+from lap_ext.allocation.budget import floors as floors
+from lap_ext.allocation.budget import rank_with_floors as rank_with_floors
 from lap_ext.allocation.layerwise import Allocation as Allocation
 from lap_ext.allocation.layerwise import Shapes as Shapes
 from lap_ext.allocation.layerwise import Sparsity as Sparsity

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lap_ext import allocation
 from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.layer_scores import LayerScores
 from lap_ext.checkpoint.passes import Task
@@ -37,10 +38,27 @@ _WIDER = 1 << 47
 _TOP = ranking.largest(torch.float64)
 
 
-def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int, float]]:
+def kept(
+    task: Task, layers: Sequence[Layer], keep: int, floors: Mapping[str, int]
+) -> dict[str, tuple[int, float]]:
     """Finds for each layer (how many weights it keeps of keep in all, its largest score)."""
     buffer = Buffer()
-    walks = [_Walk(task, layer, buffer) for layer in layers]
+    walks = {layer.name: _Walk(task, layer, buffer) for layer in layers}
+    counts: dict[str, int] = {}
+
+    def rank(names: Sequence[str], keep: int) -> dict[str, int]:
+        some = {name: walks[name] for name in names}
+        new = _kept(task, list(some.values()), keep)
+        counts.update(new)
+        return new
+
+    allocation.rank_with_floors(list(walks), keep, floors, rank)
+    return {name: (counts[name], float(walk.size)) for name, walk in walks.items()}
+
+
+def _kept(task: Task, walks: Sequence[_Walk], keep: int) -> dict[str, int]:
+    """Finds how many weights each layer keeps in one ranking."""
+    layers = [walk.layer for walk in walks]
 
     def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
         for index, walk in enumerate(walks):
@@ -60,8 +78,7 @@ def kept(task: Task, layers: Sequence[Layer], keep: int) -> dict[str, tuple[int,
                 "Multiply the layer's weights by a power of two.",
                 layer=walk.layer.name,
             )
-    sizes = [float(walk.size) for walk in walks]
-    return {x.name: (n, size) for x, n, size in zip(layers, threshold.kept, sizes, strict=True)}
+    return {layer.name: n for layer, n in zip(layers, threshold.kept, strict=True)}
 
 
 def _sampled(task: Task, layers: Sequence[Layer]) -> Tensor:
@@ -71,7 +88,7 @@ def _sampled(task: Task, layers: Sequence[Layer]) -> Tensor:
         weight, step = task.samples.get(layer.name), task.steps.get(layer.name, 1)
         if weight is None:
             return lamps[0]
-        scores = LayerScores(task.network, task.criterion, layer).at(weight, step)
+        scores = LayerScores(task.network, task.criterion_of(layer), layer).at(weight, step)
         squares = scores.sort(descending=True).values
         squares = (squares / squares[:1].clamp(min=1e-300)).square()
         lamps.append(torch.where(squares > 0, squares / (squares.cumsum(0) * step), 0.0))
@@ -148,9 +165,10 @@ class _Walk:
         counted = ranking.Pass(1, low, high, self._capacity)
         copy = self.task.copies[self.layer.name][0]
         self.task.begin("rank", [self.layer])
-        scores = LayerScores(self.task.network, self.task.criterion, self.layer)
+        how = self.task.criterion_of(self.layer)
+        scores = LayerScores(self.task.network, how, self.layer)
         for first, weight in self.task.chunks(self.layer, copy, self._buffer):
-            counted.add(0, ranking.keys_of(scores.of(weight, first)))
+            counted.add(0, ranking.live_keys_of(scores.of(weight, first), weight))
         count = counted.inside[0]
         if low == high:
             one = torch.tensor([low], dtype=key_dtype(self._dtype))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext import allocation
 from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.files import DTYPES, Copy, size_of
 from lap_ext.checkpoint.layer_scores import LayerScores
@@ -29,7 +30,7 @@ from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.criteria import Criterion
-from lap_ext.errors import LapValueError, in_layer
+from lap_ext.errors import LapValueError, in_layer, warn
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.pruning.exact_sum import ExactSum
@@ -63,10 +64,24 @@ class Task:
     samples: dict[str, Tensor] = field(default_factory=dict)  # layer name -> some weights, flat
     steps: dict[str, int] = field(default_factory=dict)  # layer name -> distance between them
     sizes: dict[str, float] = field(default_factory=dict)  # layer name -> divisor of its scores
+    raw: bool = True  # whether scores that are all 0 stay, in place of magnitudes
+    dead: dict[str, None] = field(default_factory=dict)  # names of layers whose scores are all 0
 
     def dtype(self, layer: Layer) -> torch.dtype:
         """Returns the dtype in which a layer is stored."""
         return DTYPES[self.copies[layer.name][0][0].entry.dtype]
+
+    def criterion_of(self, layer: Layer) -> Criterion:
+        """Returns the criterion that ranks a layer, as pruning in memory does."""
+        if not selection.scores_nothing(self.network, self.criterion, layer):
+            return self.criterion
+        self.dead[layer.name] = None
+        return self.criterion if self.raw else Criterion()
+
+    def warn_of_dead(self) -> None:
+        """Warns of the layers whose scores are all 0."""
+        if self.dead:
+            warn(selection.dead_text(self.dead, self.raw))
 
     def size(self, layer: Layer) -> int:
         """Counts the bytes of a layer's weight in the files."""
@@ -179,7 +194,7 @@ def score_sizes(task: Task) -> dict[str, float]:
     buffer, sizes = Buffer(), {}
     task.begin("rank", task.layers)
     for layer in task.layers:
-        scores = LayerScores(task.network, task.criterion, layer)
+        scores = LayerScores(task.network, task.criterion_of(layer), layer)
         squares = ExactSum()
         for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
             selection.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
@@ -204,7 +219,7 @@ def thresholds_of(
             score = scorer(task, layer, how)
             for stored in task.copies[layer.name][0]:
                 for first, weight in task.chunks(layer, (stored,), buffer):
-                    yield index, ranking.keys_of(score(weight, first))
+                    yield index, ranking.live_keys_of(score(weight, first), weight)
                 index += 1
 
     interval = ranking.bracket(_sampled(task, layers, how), keep, sum(counts), dtype)
@@ -219,10 +234,43 @@ def thresholds_of(
     }
 
 
+def floored_thresholds(
+    task: Task, layers: Sequence[Layer], keep: int, floors: Mapping[str, int], how: str
+) -> dict[Key, SliceThreshold]:
+    """Works like `thresholds_of`; each layer keeps at least its floor."""
+    by_name = {layer.name: layer for layer in layers}
+    result: dict[Key, SliceThreshold] = {}
+
+    def rank(names: Sequence[str], keep: int) -> dict[str, int]:
+        new = thresholds_of(task, [by_name[name] for name in names], keep, how)
+        result.update(new)
+        firsts = {(name, x.begin) for name in names for x in task.copies[name][0]}
+        kept = dict.fromkeys(names, 0)
+        for name, begin in firsts:
+            kept[name] += new[name, begin].kept
+        return kept
+
+    allocation.rank_with_floors(list(by_name), keep, floors, rank)
+    return result
+
+
+def zero_layers(task: Task) -> list[str]:
+    """Names the layers with weights that are all zero; most need only their first chunk."""
+    buffer, zero = Buffer(), []
+    for layer in task.layers:
+        copy = task.copies[layer.name][0]
+        chunks = task.source.chunks(copy, task.limits.chunk[layer.name], buffer)
+        empty = math.prod(layer.shape) == 0
+        if not empty and not any(bool(weight.any()) for _, weight in chunks):
+            zero.append(layer.name)
+    return zero
+
+
 def scorer(task: Task, layer: Layer, how: str) -> Callable[[Tensor, int], Tensor]:
     """Returns what scores a chunk of a layer (weights, first element), as it is ranked."""
     squared = how == "squared"
-    scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
+    how = "plain" if squared else how
+    scores = LayerScores(task.network, task.criterion_of(layer), layer, how)
     size = task.sizes.get(layer.name)
     if size is None:
         return scores.of
@@ -244,7 +292,8 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
         if weight is None:
             return sampled[0]
         squared = how == "squared"
-        scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
+        scaled = "plain" if squared else how
+        scores = LayerScores(task.network, task.criterion_of(layer), layer, scaled)
         size = task.sizes.get(layer.name) or 1.0
         values = scores.at(weight, task.steps[layer.name]) / size
         sampled.append(values.square() if squared else values)

@@ -30,15 +30,17 @@ from lap_ext.criteria import (
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.options import (
     BATCH_NORMS,
-    NORMALIZATIONS,
     SCOPES,
     BatchNorm,
+    MinKeep,
     Normalize,
     Patterns,
     Scope,
+    normalization,
     one_of,
 )
-from lap_ext.pruning.plan import chosen
+from lap_ext.pruning.dense import ZERO
+from lap_ext.pruning.plan import check_sparsity, chosen
 from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)
@@ -57,6 +59,8 @@ class Plan:
         normalize: how scores of layers are made comparable for one ranking; "lamp" first finds how
             many weights each layer keeps, and then ranks it by itself.
         fused: layers that the fused operator masks at once; all others need thresholds.
+        floors: weights that each layer keeps at least.
+        left_dense: layers that stay dense by default -> the reason.
         thresholds: those that are known so far.
     """
 
@@ -66,6 +70,8 @@ class Plan:
     keep: int | None
     normalize: Normalize
     fused: set[str]
+    floors: dict[str, int]
+    left_dense: dict[str, str]
     thresholds: dict[Key, SliceThreshold] = field(default_factory=dict)
 
     @property
@@ -106,7 +112,7 @@ def check_options(
     """Returns the criterion, if it and the other options can be used for checkpoints."""
     one_of("scope", scope, SCOPES)
     one_of("batch_norm", batch_norm, BATCH_NORMS)
-    one_of("normalize", normalize, NORMALIZATIONS)
+    normalization(normalize, scope)  # checks it
     checked = criteria.of(criterion)
     if type(checked) not in DATA_FREE:
         names = ", ".join(repr(kind.name) for kind in DATA_FREE)
@@ -143,6 +149,7 @@ def plan_of(
     exclude: Patterns,
     batch_norm: BatchNorm,
     memory: int,
+    min_keep: MinKeep = None,
     scored: Normalize | None = None,
 ) -> Plan:
     """Makes the plan; scored says that the caller holds scores, and how they are normalized.
@@ -152,29 +159,34 @@ def plan_of(
         LapTypeError: weights of one ranking have float64 scores beside others.
     """
     topology, copies = structure.topology, structure.copies
-    pruned = chosen(topology, layers, exclude)
+    pruned, left_dense = chosen(topology, layers, exclude)
     held = 0 if scored is None else held_by_scores(pruned, copies, scored)
     limit = limits(memory, topology, copies, criterion, batch_norm, held)
     shapes = {layer.name: layer.shape for layer in pruned}
     allocated = allocation.of(sparsity)
-    keeps = allocated.keeps(shapes)
-    pruned = [layer for layer in pruned if layer.name in keeps]
+    check_sparsity(allocated, shapes, left_dense, min_keep)
     source = Source(files)
     _check_copies(source, copies)
     task = Task(source, FileNetwork(topology, batch_norm), criterion, pruned, copies, limit)
+    zero = [] if scored is not None else passes.zero_layers(task)
+    left_dense |= dict.fromkeys(zero, ZERO)
+    budget = allocation.budget(allocated, shapes, min_keep, without=zero)
+    task.layers = [layer for layer in pruned if layer.name in budget.keeps]
+    task.raw = scored is not None or (scope == "global" and normalize == "none")
+    keeps, floors = budget.keeps, budget.floors
     if scope == "global":
         if normalize == "none":
             _check_dtypes(task)
-        keep = allocation.total(allocated, shapes)
-        return Plan(files, task, keeps, keep, normalize, set())
+        allocation.check_floors(floors, budget.total)
+        return Plan(files, task, keeps, budget.total, normalize, set(), floors, left_dense)
     fused = {
         layer.name
-        for layer in pruned
+        for layer in task.layers
         if layer.name in limit.masked_full
         and all(len(copy) == 1 for copy in copies[layer.name])
         and used_once(criterion, layer)
     }
-    return Plan(files, task, keeps, None, "none", fused)
+    return Plan(files, task, keeps, None, "none", fused, floors, left_dense)
 
 
 def _check_copies(source: Source, copies: dict[str, list[Copy]]) -> None:

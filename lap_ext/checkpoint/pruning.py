@@ -12,6 +12,7 @@ The plan is made in plan.py; the passes are in passes.py and shards.py.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +38,12 @@ from lap_ext.errors import calling, warn
 from lap_ext.options import (
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Patterns,
     Scope,
+    normalization,
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning.result import LayerResult
@@ -55,9 +58,10 @@ def prune(
     *,
     scope: Scope = "layer",
     criterion: CriterionLike = "lookahead",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     memory: int | str = "4GB",
     example_inputs: Inputs | None = None,
@@ -88,6 +92,7 @@ def prune(
             survive, with only as many in memory at a time as fit.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
+        min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         memory: how much memory pruning may use at a time: "4GB", "512MiB" or a number of bytes, not
             counting the interpreter, the libraries and the traced model. Layers that do not fit are
@@ -136,6 +141,7 @@ def prune(
         36
     """
     checked = check_options(scope, criterion, normalize, batch_norm)
+    normalize = normalization(normalize, scope)
     source, target = Path(directory), Path(out)
     check_out(source, target)
     budget = parsed(memory)
@@ -152,6 +158,7 @@ def prune(
         exclude=exclude,
         batch_norm=batch_norm,
         memory=budget,
+        min_keep=min_keep,
     )
     plan.task.on_progress = on_progress
     options: dict[str, Any] = {
@@ -165,6 +172,7 @@ def prune(
         "batch_norm": batch_norm,
         "on_unsupported": on_unsupported,
         "keep": plan.keep,
+        "floors": plan.floors,
         "criterion": [checked.name, getattr(checked, "seed", 0)],
         "layers": [[x.name, x.shape, plan.keeps[x.name]] for x in plan.task.layers],
         "count_scores": count_scores,
@@ -176,7 +184,7 @@ def prune(
         if save_masks:
             masks = MaskFile(work.files, {x.name: x.shape for x in plan.task.layers})
         _run(plan, masks, work, count_scores)
-        scores = _scores(plan, work)
+        scores, rows = _scores(plan, work), _rows(plan, work)
         identity.check_same(files, options["files"])
         work.finish(target.resolve())
     unpruned = files.unpruned()
@@ -184,9 +192,11 @@ def prune(
         warn(
             f"These files may hold the weights too and are copied unpruned: {', '.join(unpruned)}",
         )
-    return result_of(
-        target, _rows(plan), checked.name, target / MASKS if save_masks else None, scores
-    )
+    plan.task.warn_of_dead()
+    result = result_of(plan, target, rows, save_masks, scores)
+    if min_keep is None:
+        result.warn_if_empty()
+    return result
 
 
 def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
@@ -219,7 +229,7 @@ def _normalize(plan: Plan, work: Work) -> None:
             facts["sizes"] = passes.score_sizes(task)
         else:
             assert plan.keep is not None
-            shares = lamp.kept(task, task.layers, plan.keep)
+            shares = lamp.kept(task, task.layers, plan.keep, plan.floors)
             facts["keeps"] = {name: keep for name, (keep, _) in shares.items()}
             facts["sizes"] = {name: size for name, (_, size) in shares.items()}
         work.save()
@@ -254,7 +264,7 @@ def _rank(plan: Plan, work: Work) -> None:
         plan.thresholds[name, begin] = SliceThreshold(*fields)
     for layers, keep, how in plan.rankings():
         if (layers[0].name, 0) not in plan.thresholds:
-            new = passes.thresholds_of(plan.task, layers, keep, how)
+            new = passes.floored_thresholds(plan.task, layers, keep, plan.floors, how)
             plan.thresholds.update(new)
             facts += [[*key, x.key, x.ties, x.kept, x.how] for key, x in new.items()]
             work.save()
@@ -272,15 +282,12 @@ def _scores(plan: Plan, work: Work) -> dict[str, Histogram]:
     return result
 
 
-def _rows(plan: Plan) -> list[LayerResult]:
-    """Makes the table: counts follow from the thresholds, no mask is read."""
+def _rows(plan: Plan, work: Work) -> list[LayerResult]:
+    """Makes the table from the counts of the masks that were written."""
     rows = []
     for layer in plan.task.layers:
-        copy = plan.task.copies[layer.name][0]
-        total = sum(x.entry.numel for x in copy)
-        thresholds = [plan.thresholds.get((layer.name, x.begin)) for x in copy]
-        kept = sum(x.kept for x in thresholds if x is not None)
-        if None in thresholds:
-            kept = min(plan.keeps[layer.name], total)
-        rows.append(LayerResult(layer.name, layer.kind, layer.shape, kept, total))
+        kept = sum(counts.get(layer.name, 0) for counts in work.facts.get("kept", {}).values())
+        # a zero weight is never kept
+        row = LayerResult(layer.name, layer.kind, layer.shape, kept, math.prod(layer.shape), kept)
+        rows.append(row)
     return rows

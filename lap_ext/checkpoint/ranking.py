@@ -10,7 +10,7 @@ slice, those above an interval and those inside it, and holds the ones inside up
     4  otherwise shrink the interval to the histogram bin that contains the rank, and repeat 2
 
 The result is the smallest key that is kept, and how many of the keys equal to it each slice keeps:
-the first slices first. It is exact, whatever the sample.
+the first slices first. It is exact, whatever the sample. Keys below 0 are never kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ReadKeys = Callable[[int, int], Iterable[tuple[int, Tensor]]]
 class Threshold:
     """What a ranking keeps: keys above key, and of those equal to it the first ties[i] of slice i.
 
-    kept: how many weights each slice keeps in all.
+    kept: how many weights each slice keeps in all; where all are kept, those below 0 count too.
     """
 
     key: int
@@ -47,6 +47,13 @@ class Threshold:
 def keys_of(scores: Tensor) -> Tensor:
     """Views scores >= 0 as integers of the same order, flat: int32, int64 for float64."""
     return scores.flatten().view(key_dtype(scores.dtype))
+
+
+def live_keys_of(scores: Tensor, weight: Tensor) -> Tensor:
+    """Works like `keys_of`, with -1 for weights that are zero: they count as pruned already."""
+    keys = keys_of(scores)
+    zero = weight.flatten() == 0
+    return keys.masked_fill(zero, -1) if bool(zero.any()) else keys
 
 
 def largest(dtype: torch.dtype) -> int:
@@ -100,8 +107,11 @@ def threshold(
         above, inside = sum(counted.above), sum(counted.inside)
         if keep <= above:
             low, high = high + 1, largest(dtype)
-        elif keep > above + inside:
+        elif keep > above + inside and low > 0:
             low, high = 0, low - 1
+        elif keep > above + inside:  # keys below 0 are left
+            kept = tuple(map(sum, zip(counted.above, counted.inside, strict=True)))
+            return Threshold(0, kept, kept)
         elif counted.complete:
             return _solved(counted, keep)
         elif low == high:

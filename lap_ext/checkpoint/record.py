@@ -21,7 +21,7 @@ from lap_ext import allocation
 from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
-from lap_ext.options import SCOPES, Scope
+from lap_ext.options import SCOPES, MinKeep, Scope
 from lap_ext.pruning.result import PruneResult
 
 RECORD = "lap_ext.json"
@@ -40,8 +40,8 @@ class Record:
     counts: Mapping[str, tuple[int, int]]
     options: Any
 
-    def wanted(self) -> tuple[Sparsity, Scope]:
-        """Reads the sparsity and its scope.
+    def wanted(self) -> tuple[Sparsity, Scope, MinKeep]:
+        """Reads the sparsity, its scope and the floors.
 
         Raises:
             LapValueError: they are damaged.
@@ -54,7 +54,12 @@ class Record:
                 raise ValueError("no sparsity")
             sparsity = notation.of_texts(texts)
             allocation.of(sparsity)  # raises where it is no fraction
-            return sparsity, scope
+            return sparsity, scope, self._min_keep()
+
+    def _min_keep(self) -> MinKeep:
+        min_keep: MinKeep = self.options.get("min_keep")
+        allocation.floors(min_keep, {})  # raises where it is none
+        return min_keep
 
 
 def write(directory: Path, options: Mapping[str, Any], result: PruneResult) -> None:

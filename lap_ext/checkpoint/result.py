@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lap_ext.checkpoint.files import MASKS
+from lap_ext.checkpoint.plan import Plan
 from lap_ext.masks import BitMasks, Masks
 from lap_ext.pruning.result import LayerResult, PruneResult
 from lap_ext.report import Histogram
@@ -54,13 +56,24 @@ class CheckpointResult(PruneResult):
 
 
 def result_of(
+    plan: Plan,
     directory: Path,
     rows: Sequence[LayerResult],
-    criterion: str,
-    masks_file: Path | None,
+    masks_saved: bool,
     scores: Mapping[str, Histogram],
 ) -> CheckpointResult:
-    """Makes the result of a pruning whose masks are in a file or were not saved."""
+    """Makes the result of a plan whose masks are in a file or were not saved."""
+    masks_file = directory / MASKS if masks_saved else None
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
-    return CheckpointResult(masks, rows, criterion, directory, masks_file, scores)
+    model = plan.task.network.topology.model
+    return CheckpointResult(
+        masks,
+        rows,
+        plan.task.criterion.name,
+        directory,
+        masks_file,
+        scores,
+        left_dense=plan.left_dense,
+        parameters=sum(x.numel() for x in model.parameters()),
+    )

@@ -27,7 +27,14 @@ from lap_ext.checkpoint.structure import structure_of
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import calling, in_layer
 from lap_ext.ops.reference.common import score_dtype
-from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Patterns
+from lap_ext.options import (
+    BatchNorm,
+    Inputs,
+    Normalize,
+    OnUnsupported,
+    Patterns,
+    normalization,
+)
 from lap_ext.progress import Progress
 from lap_ext.pruning import selection
 from lap_ext.topology import Layer
@@ -38,7 +45,7 @@ def scores(
     directory: str | os.PathLike[str],
     *,
     criterion: CriterionLike = "lookahead",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     layers: Patterns | None = None,
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
@@ -90,6 +97,7 @@ def scores(
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
     checked = check_options("layer", criterion, normalize, batch_norm)
+    normalize = normalization(normalize, "layer")
     budget = parsed(memory)
     files = open_directory(Path(directory))
     structure = structure_of(files, model, example_inputs, on_unsupported)

@@ -91,6 +91,7 @@ class Writer:
         self._buffer, self._other = Buffer(), Buffer()
         self._counts: dict[str, Histogram] = {}  # of the layers in the shard that is written
         self._checksum = 0  # of their masks
+        self._kept: dict[str, int] = {}  # weights that their masks keep
 
     def run(self, work: Work) -> None:
         """Writes the shards that are not done, and the other files."""
@@ -102,7 +103,7 @@ class Writer:
         try:
             full = self.task.full(list(self._full(left)), self.task.limits.background)
             for shard in left:
-                self._counts, self._checksum = {}, 0
+                self._counts, self._checksum, self._kept = {}, 0, {}
                 with ShardFile(work.files / shard.name) as file:
                     self._shard(shard, file, full)
                 if self.masks is not None:
@@ -110,6 +111,7 @@ class Writer:
                 if self.counted:
                     counts = {name: x.to_json() for name, x in self._counts.items()}
                     work.facts.setdefault("scores", {})[shard.name] = counts
+                work.facts.setdefault("kept", {})[shard.name] = self._kept
                 work.facts["done"][shard.name] = [file.checksum, self._checksum]
                 work.save()
             for _ in full:  # ends its thread
@@ -161,12 +163,14 @@ class Writer:
         """Masks a full layer with the fused operator, flat."""
         layer, _ = self._layers[entry.name]
         self.task.network.hold(layer, weight)
-        keep = self.keeps[layer.name]
+        keep, live, how = self.keeps[layer.name], None, self.task.criterion_of(layer)
+        if (nonzero := int(weight.count_nonzero())) < weight.numel():
+            keep, live = min(keep, nonzero), (weight != 0).view(layer.shape)
         with in_chunk(layer, 0, weight):
-            mask = selection.layer_mask(self.task.network, self.task.criterion, layer, keep, None)
+            mask = selection.layer_mask(self.task.network, how, layer, keep, live)
         kept = mask.flatten()
         if self._shown(entry):
-            scores = LayerScores(self.task.network, self.task.criterion, layer)
+            scores = LayerScores(self.task.network, how, layer)
             step = self.task.limits.chunk[layer.name]
             for first in range(0, weight.numel(), step):
                 chunk = scores.of(weight[first : first + step], first)
@@ -181,11 +185,11 @@ class Writer:
         buffers, flags = (self._buffer, self._other), itertools.cycle((Buffer(), Buffer()))
         shown, shows = self._shown(entry), score
         if shown and threshold.how != "plain":
-            shows = LayerScores(self.task.network, self.task.criterion, layer).of
+            shows = LayerScores(self.task.network, self.task.criterion_of(layer), layer).of
         for first, weight in self.task.chunks(layer, (stored,), buffers):
             mask = next(flags).tensor(weight.numel(), torch.bool)
             scores = score(weight, first)
-            keys = ranking.keys_of(scores)
+            keys = ranking.live_keys_of(scores, weight)
             pairs = zip(keys.split(ranking.CHUNK), mask.split(ranking.CHUNK), strict=True)
             for some_keys, kept in pairs:
                 kept[:], taken = ranking.mask_of(some_keys, threshold.key, left)
@@ -210,9 +214,13 @@ class Writer:
         bits = weight.view(_INTEGER[weight.dtype])
         for chunk, kept in zip(bits.split(ranking.CHUNK), mask.split(ranking.CHUNK), strict=True):
             chunk.mul_(kept.view(torch.int8))  # of integers: 0 is +0.0, and 1 changes no bit
+        layer, stored = self._layers[entry.name]
+        if stored in self.task.copies[layer.name][0]:  # a second copy has the same mask
+            count = self._kept.get(layer.name, 0) + int(mask.count_nonzero())
+            self._kept[layer.name] = count
         if self.masks is not None:
             self._checksum = zlib.crc32(bytes_of(mask), self._checksum)
-            self.masks.write(self._layers[entry.name][0].name, first, mask)
+            self.masks.write(layer.name, first, mask)
         file.write(bytes_of(weight))
 
     def _others(self, files: Path) -> None:

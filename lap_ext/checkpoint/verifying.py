@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lap_ext import allocation
 from lap_ext._text import (
@@ -39,12 +39,15 @@ from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import CHUNK, Buffer, Source, bits
 from lap_ext.errors import calling
 from lap_ext.masks import BitMasks
-from lap_ext.options import SCOPES, Scope, one_of
+from lap_ext.options import SCOPES, MinKeep, Scope, one_of
 from lap_ext.progress import Progress, Step
 
 _NUMBERS = (1, 2, 3)  # columns of numbers
 _OTHER_BYTES = "its bytes are not those of the original"
 _DAMAGED = "it is damaged"
+
+
+Wanted: TypeAlias = tuple[Sparsity, Scope, MinKeep]  # what counts must match
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def verify(
     one_of("scope", scope, SCOPES)
     if sparsity is not None:
         allocation.of(sparsity)  # a mistake here costs nothing yet
-    wanted = None if sparsity is None else (sparsity, scope)
+    wanted = None if sparsity is None else (sparsity, scope, None)
     with ExitStack() as stack:
         after, before = open_path(Path(pruned)), open_path(Path(original))
         masks = None
@@ -225,6 +228,7 @@ class _Comparison:
         self.findings: list[Finding] = []
         self.layers: list[LayerCount] = []
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the layers
+        self.zeros: dict[tuple[str, int], int] = {}  # layer, first element -> zeros before
         self.others: list[Path] = []  # files of the original that the pruned one must have
         self._sources = Source(after), Source(before)
         self._buffers = Buffer(), Buffer()
@@ -232,10 +236,10 @@ class _Comparison:
 
     def run(
         self,
-        wanted: tuple[Sparsity, Scope] | None,
+        wanted: Wanted | None,
         on_progress: Callable[[Progress], Any] | None,
     ) -> Verdict:
-        """Compares everything; wanted: a sparsity and its scope, None: those that are recorded."""
+        """Compares everything; wanted: a sparsity, its scope and floors; None: as recorded."""
         both = list(self._both())
         files = list(self._both_files())
         sizes = [old.size for _, old in both] + [old.stat().st_size for _, _, old in files]
@@ -336,10 +340,14 @@ class _Comparison:
                 changed += int(differing.count_nonzero())
                 lost += int((differing & (mine == 0)).count_nonzero())
                 alive += int(((mine != 0) & ~kept).count_nonzero())
+                live = int((theirs << 1).count_nonzero())  # without the sign
+                self.zeros[layer, begin + first] = theirs.numel() - live
             elif self.masks is not None:
                 changed += int((~same).count_nonzero())
             else:
                 zero = mine == 0
+                name, live = layer_name(new.name), int((theirs << 1).count_nonzero())
+                self.zeros[name, first] = theirs.numel() - live
                 zeroed += int(zero.count_nonzero())
                 changed += int((~same & ~zero).count_nonzero())
             step.read(new.name, mine.nbytes)
@@ -364,7 +372,7 @@ class _Comparison:
         self.shapes[name] = shape
         self.layers.append(LayerCount(name, kept, math.prod(shape)))
 
-    def _check_record(self, wanted: tuple[Sparsity, Scope] | None) -> None:
+    def _check_record(self, wanted: Wanted | None) -> None:
         """Checks the counts against those that are recorded, and those of the sparsity."""
         given = wanted is not None
         try:
@@ -390,21 +398,25 @@ class _Comparison:
                 raise
             self._find(record.RECORD, _DAMAGED)  # its sparsity is not one of these layers
 
-    def _check_sparsity(self, sparsity: Sparsity, scope: Scope) -> None:
+    def _check_sparsity(self, sparsity: Sparsity, scope: Scope, min_keep: MinKeep) -> None:
         """Checks the counts against those of a sparsity, of each layer or of all."""
         allocated = allocation.of(sparsity)
         expected = f"a sparsity of {notation.text_of(sparsity)} keeps"
         if scope == "global":
             kept = sum(row.kept for row in self.layers)
-            keep = allocation.total(allocated, self.shapes)
+            keep = min(allocation.total(allocated, self.shapes), sum(map(self._live, self.layers)))
             if keep != kept:
                 self._find("all layers", f"{kept} weights are kept, {expected} {keep}")
             return
-        keeps = allocated.keeps(self.shapes)
+        keeps = allocation.budget(allocated, self.shapes, min_keep).keeps
         for row in self.layers:
-            keep = keeps.get(row.name, row.kept)
+            keep = min(keeps.get(row.name, row.kept), self._live(row))
             if keep != row.kept:
                 self._find(row.name, f"{row.kept} weights are kept, {expected} {keep}")
+
+    def _live(self, row: LayerCount) -> int:
+        """Counts the weights of a layer that are not zero in the original: no other is kept."""
+        return row.total - sum(n for (name, _), n in self.zeros.items() if name == row.name)
 
 
 def _others(checkpoint: Checkpoint) -> Iterator[Path]:

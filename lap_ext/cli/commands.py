@@ -79,6 +79,7 @@ def _prune_directory(
         options.out,
         sparsity,
         scope=options.scope,
+        min_keep=options.min_keep,
         count_scores=reported,
         **_streaming_options(options, progress),
     )
@@ -111,8 +112,8 @@ def _prune_module(
     progress.step("prune")
     given = models.scoring_options(options)
     given |= {"topology": topology, "on_progress": progress.follow}
-    scope = options.scope
-    pruned = lap_ext.prune(made.module, None, sparsity, scope=scope, apply=False, **given)
+    how = {"scope": options.scope, "min_keep": options.min_keep, "apply": False}
+    pruned = lap_ext.prune(made.module, None, sparsity, **how, **given)
     facts = None
     if options.report or options.plot:
         progress.step("score")
@@ -149,14 +150,14 @@ def _check_new(out: Path) -> None:
 
 def _chosen(options: Any) -> dict[str, Any]:
     """Gathers the options that decide the result."""
-    names = ("sparsity", "criterion", "scope", "normalize", "batch_norm", "layers", "exclude")
-    return {name: getattr(options, name) for name in names}
+    ranking = ("sparsity", "criterion", "scope", "normalize", "min_keep", "batch_norm")
+    return {name: getattr(options, name) for name in (*ranking, "layers", "exclude")}
 
 
 def _chosen_texts(options: Any) -> dict[str, str]:
     """Gathers the same options as texts, for a report."""
-    texts = {k: ", ".join(v) if isinstance(v, list) else v for k, v in _chosen(options).items()}
-    return {name: text for name, text in texts.items() if text}
+    given = {name: value for name, value in _chosen(options).items() if value not in (None, [])}
+    return {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in given.items()}
 
 
 def score(options: Any) -> int:

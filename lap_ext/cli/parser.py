@@ -174,10 +174,11 @@ def _add_scoring(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     # fmt: off
     _add_choice(command, "--criterion", _CRITERIA, "what scores a weight")
-    _add_choice(command, "--normalize", ("none", "norm", "lamp"),
-                "how scores are made comparable between layers")
+    _add_choice(command, "--normalize", ("auto", "none", "norm", "lamp"),
+                "how scores are made comparable between layers; auto is lamp for --scope global")
     add("--layers", action="append", metavar="PATTERN",
-        help="names of the layers to use, such as 'encoder.*'; may be repeated (default: all)")
+        help="names of the layers to use, such as 'encoder.*', or '*'; may be repeated "
+        "(default: all but embeddings and output heads)")
     add("--exclude", action="append", default=[], metavar="PATTERN",
         help="names of layers to leave out, such as 'lm_*'; may be repeated")
     _add_choice(command, "--batch-norm", ("edge", "fold", "ignore"),
@@ -198,6 +199,8 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
         help="new directory for the pruned model")
     _add_choice(command, "--scope", ("layer", "global"),
                 "rank the weights of each layer, or of all layers together")
+    add("--min-keep", type=min_keep, metavar="N",
+        help="weights that every layer keeps at least: a number, or a fraction such as 0.01")
     _add_scoring(command)
     add("--report", type=Path, metavar="FILE.html", help="write an HTML report")
     add("--plot", type=Path, metavar="FILE.png",
@@ -286,6 +289,21 @@ def memory(text: str) -> int:
     if size is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 4GB or 512MiB, got {text!r}")
     return size
+
+
+def min_keep(text: str) -> int | float:
+    """Reads a number of weights, or a fraction.
+
+    Example:
+        >>> min_keep("10"), min_keep("0.01")
+        (10, 0.01)
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(f"expected a number such as 10 or 0.01, got {text!r}")
 
 
 def completion(shell: str) -> str:

@@ -2,32 +2,28 @@
 """Prunes models in five steps: trace, score, allocate, select and apply.
 
 The model is not changed until every mask has been computed. In parallel order, each weight is read
-twice: once for its norms and once for its mask.
+three times: for zeros, for its norms and for its mask.
 Source: Park et al., "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 sections 3 and 4 (orders and rounds).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lap_ext import allocation
 from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
-from lap_ext.criteria.context import Network
-from lap_ext.errors import LapTypeError, LapValueError, callback, calling, in_layer
-from lap_ext.masks import Masks
-from lap_ext.ops.reference.common import require_finite
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.options import (
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Order,
@@ -35,11 +31,12 @@ from lap_ext.options import (
     Residual,
     Scope,
 )
-from lap_ext.progress import Progress, Step
+from lap_ext.progress import Progress
 from lap_ext.pruning import selection
-from lap_ext.pruning.plan import Plan, checked_masks, options_of, plan_of, topology_of
-from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.topology import Layer, Topology
+from lap_ext.pruning.pipeline import run, scoring_of
+from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
+from lap_ext.pruning.result import PruneResult
+from lap_ext.topology import Topology
 
 
 @calling("scores")
@@ -49,7 +46,7 @@ def scores(
     criterion: CriterionLike = "lookahead",
     *,
     topology: Topology | None = None,
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     layers: Patterns | None = None,
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
@@ -67,7 +64,7 @@ def scores(
         example_inputs: as in `prune`.
         criterion: as in `prune`.
         topology: as in `prune`.
-        normalize: as in `prune`.
+        normalize: as in `prune`; "auto" is "none" here.
         layers: as in `prune`.
         exclude: as in `prune`.
         batch_norm: as in `prune`.
@@ -103,14 +100,14 @@ def scores(
     )
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
     plan = plan_of(traced, options)
-    scoring = _scoring(plan, checked_masks(traced, masks), data, on_progress)
+    scoring = scoring_of(plan, checked_masks(traced, masks), data, on_progress)
     scoring.measure(plan.layers)
     step = scoring.step("score", plan.layers)
     result = {}
     for layer in plan.layers:
         mask = scoring.masks.get(layer.name)
         result[layer.name] = selection.comparable_scores(
-            scoring.network, plan.criterion, layer, normalize, mask
+            scoring.network, plan.criterion, layer, options.normalize, mask
         )
         step.read(layer.name, layer.weight.nbytes)
     return result
@@ -125,11 +122,12 @@ def prune(
     topology: Topology | None = None,
     criterion: CriterionLike = "lookahead",
     scope: Scope = "layer",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     order: Order = "parallel",
     rounds: int = 1,
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
     data: Iterable[Any] | None = None,
@@ -161,14 +159,21 @@ def prune(
             layers together, in one exact ranking. Of equal scores, the one in the earlier layer, or
             at the lower index in the same layer, ranks higher.
         normalize: how to make scores comparable between layers: "none", "norm" (divides them by the
-            L2 norm of the layer's scores) or "lamp". None of these changes the ranking within
-            a layer.
+            L2 norm of the layer's scores) or "lamp" (divides each squared score by the sum of those
+            in its layer that are not smaller). None of these changes the ranking within a layer.
+            "auto" is "lamp" with scope="global" and "none" otherwise: one ranking of raw scores can
+            take all weights of a layer.
         order: "parallel" scores all layers with their dense neighbors; "forward" goes from the
             first layer to the last and scores each with its already pruned producers; "backward"
             goes from the last to the first and scores each with its already pruned consumers.
         rounds: the number of equal steps to prune in; the scores are recomputed before each.
-        layers: name patterns of the layers to prune; None means all.
+        layers: name patterns of the layers to prune; "*" means all. None means all but embeddings,
+            weights tied to them, and output heads (a linear layer that no layer reads, with one
+            output per entry of an embedding); `result.left_dense` lists these.
         exclude: name patterns of layers not to prune.
+        min_keep: the number (an integer) or the fraction (a float) of weights that every layer
+            keeps at least. With scope="global", the other layers keep fewer. None is no floor, with
+            a warning if a layer keeps nothing, and an error if sparsity is 1.
         batch_norm: "edge" counts a batch norm as a scale on the edge on which it lies; "fold" also
             counts the batch norm after a consumer, as if it were folded into that consumer's
             weight; "ignore" counts none.
@@ -178,7 +183,10 @@ def prune(
         data: batches for criteria that need activations or gradients.
         neighbors: as in `trace`.
         on_unsupported: as in `trace`.
-        masks: the masks of an earlier pruning; pruned weights stay pruned.
+        masks: the masks of an earlier pruning; pruned weights stay pruned. None takes weights that
+            are zero for pruned ones, except in layers that are all zero: these stay as they are,
+            in `result.left_dense`. {} takes no weight for pruned. In any case, a zero weight is
+            kept only where no other is left.
         apply: whether to set the pruned weights to zero. False leaves the model unchanged;
             `result.apply(model)` does it later.
         on_progress: called with a `lap_ext.progress.Progress` after each layer that is measured,
@@ -186,7 +194,8 @@ def prune(
             leaves the model unchanged.
 
     Returns:
-        The result: `.masks`, `.sparsity`, `.layers`; print it for a table.
+        The result: `.masks`, `.sparsity`, `.layers`, `.empty_layers`, `.left_dense`; print it for a
+        table.
 
     Raises:
         TopologyError: the model cannot be traced.
@@ -213,9 +222,12 @@ def prune(
         residual=residual,
         layers=layers,
         exclude=exclude,
+        min_keep=min_keep,
     )
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
     result = run(plan_of(traced, options), sparsity, masks, data, on_progress)
+    if min_keep is None:
+        result.warn_if_empty()
     if apply:
         result.apply(model)
     return result
@@ -265,132 +277,3 @@ def sparsity(model: nn.Module) -> float:
         total += weight.numel()
         zeros += weight.numel() - int(weight.count_nonzero())
     return zeros / total if total else 0.0
-
-
-def run(
-    plan: Plan,
-    sparsity: Sparsity,
-    masks: Mapping[str, Tensor] | None,
-    data: Iterable[Any] | None,
-    on_progress: Callable[[Progress], Any] | None,
-) -> PruneResult:
-    """Computes the masks of a plan for a sparsity without changing the model."""
-    given = checked_masks(plan.topology, masks)
-    shapes = {layer.name: layer.shape for layer in plan.layers}
-    allocated = allocation.of(sparsity)
-    keeps = allocated.keeps(shapes)
-    layers = [layer for layer in plan.layers if layer.name in keeps]
-    scoring = _scoring(plan, given, data, on_progress)
-    if plan.options.scope == "global":
-        kept = _globally(scoring, layers, allocation.total(allocated, shapes))
-    else:
-        kept = _by_layer(scoring, layers, keeps)
-    rows = [row_of(layer, kept[layer.name]) for layer in layers]
-    return PruneResult(Masks(kept), rows, plan.criterion.name)
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """A plan, the network that computes its scores, and the progress listener."""
-
-    plan: Plan
-    network: Network
-    masks: dict[str, Tensor]
-    on_progress: Callable[[Progress], Any] | None
-
-    def measure(self, layers: Sequence[Layer]) -> None:
-        """Measures the norms of all layers, unless there is nothing to score."""
-        if not layers or not self.plan.criterion.reads_norms:
-            return
-        every = self.plan.topology.layers
-        total = sum(every[role.layer].weight.nbytes for role in self.network.unmeasured())
-        step = Step(self.on_progress, "measure", total)
-        for role in self.network.take_norms():
-            step.read(role.layer, every[role.layer].weight.nbytes)
-
-    def step(self, name: str, layers: Sequence[Layer]) -> Step:
-        """Begins a progress step that reads the weights of layers once."""
-        return Step(self.on_progress, name, sum(layer.weight.nbytes for layer in layers))
-
-
-def _scoring(
-    plan: Plan,
-    masks: dict[str, Tensor],
-    data: Iterable[Any] | None,
-    on_progress: Callable[[Progress], Any] | None,
-) -> _Scoring:
-    """Prepares the network; criteria that need data read it here."""
-    if data is not None:
-        Step(on_progress, "data", 0).read("", 0)
-        for layer in plan.topology.layers.values():  # else the error would blame the data
-            with in_layer(layer.name):
-                require_finite(layer.weight.detach(), "w")
-    with callback():
-        network = plan.criterion.prepare(plan.network(masks), data)
-    return _Scoring(plan, network, masks, on_progress)
-
-
-def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Tensor]:
-    """Computes the masks of one ranking over all layers, in all rounds."""
-    network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
-    masks = _own_masks(scoring, layers)
-    start = sum(_unpruned(layer, masks) for layer in layers)
-    stored = [x for x in layers if selection.stores_scores(criterion, x, options.normalize)]
-    for number in range(1, options.rounds + 1):
-        scoring.measure(layers)
-        step, rankables = scoring.step("score", stored), []
-        for layer in layers:
-            own = masks.get(layer.name)
-            rankables.append(selection.rankable(network, criterion, layer, options.normalize, own))
-            if selection.stores_scores(criterion, layer, options.normalize):
-                step.read(layer.name, layer.weight.nbytes)
-        target = _target(number, options.rounds, start, keep)
-        step = scoring.step("rank", layers)
-        masks = selection.global_masks(network, layers, rankables, target, masks)
-        step.read("", step.total)
-        if number < options.rounds:
-            _set_masks(network, masks)
-    return masks
-
-
-def _by_layer(
-    scoring: _Scoring, layers: list[Layer], keeps: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Computes the masks of layers that are ranked separately, in all rounds."""
-    network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
-    masks = _own_masks(scoring, layers)
-    start = {layer.name: _unpruned(layer, masks) for layer in layers}
-    for number in range(1, options.rounds + 1):
-        scoring.measure(layers)
-        step = scoring.step("rank", layers)
-        for layer in reversed(layers) if options.order == "backward" else layers:
-            name = layer.name
-            keep = _target(number, options.rounds, start[name], keeps[name])
-            masks[name] = selection.layer_mask(network, criterion, layer, keep, masks.get(name))
-            step.read(name, layer.weight.nbytes)
-            if options.order != "parallel":
-                network.set_mask(name, masks[name])
-        if options.order == "parallel" and number < options.rounds:
-            _set_masks(network, masks)
-    return {layer.name: masks[layer.name] for layer in layers}
-
-
-def _own_masks(scoring: _Scoring, layers: list[Layer]) -> dict[str, Tensor]:
-    given = scoring.masks
-    return {layer.name: given[layer.name] for layer in layers if layer.name in given}
-
-
-def _unpruned(layer: Layer, masks: Mapping[str, Tensor]) -> int:
-    """Counts the weights of a layer that its mask keeps."""
-    mask = masks.get(layer.name)
-    return layer.weight.numel() if mask is None else int(mask.count_nonzero())
-
-
-def _target(number: int, rounds: int, start: int, keep: int) -> int:
-    """Returns how many weights to keep after a round; each round removes the same number."""
-    return start - max(start - keep, 0) * number // rounds
-
-
-def _set_masks(network: Network, masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        network.set_mask(name, mask)

@@ -11,28 +11,31 @@ from torch import Tensor, nn
 
 from lap_ext import criteria
 from lap_ext._text import matches, some
+from lap_ext.allocation import Allocation, floors
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
     BATCH_NORMS,
-    NORMALIZATIONS,
     ON_UNSUPPORTED,
     ORDERS,
     RESIDUALS,
     SCOPES,
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Order,
     Patterns,
     Residual,
     Scope,
+    normalization,
     one_of,
     positive,
 )
+from lap_ext.pruning.dense import dense_by_default
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -44,7 +47,9 @@ class Options:
 
     Attributes:
         criterion: scores the weights; it receives its data later.
-        scope, normalize, order, rounds, batch_norm, residual, layers, exclude: as in `prune`.
+        scope, normalize, order, rounds, batch_norm, residual, layers, exclude: as in `prune`;
+            normalize is resolved, never "auto".
+        min_keep: as in `prune`.
     """
 
     criterion: Criterion
@@ -56,14 +61,20 @@ class Options:
     residual: Residual = "sum"
     layers: Patterns | None = None
     exclude: Patterns = ()
+    min_keep: MinKeep = None
+
+    @property
+    def raw(self) -> bool:
+        """Whether scores of different layers are compared as they are."""
+        return self.scope == "global" and self.normalize == "none"
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, SCOPES)
-        one_of("normalize", self.normalize, NORMALIZATIONS)
         one_of("order", self.order, ORDERS)
         one_of("batch_norm", self.batch_norm, BATCH_NORMS)
         one_of("residual", self.residual, RESIDUALS)
         positive("rounds", self.rounds)
+        floors(self.min_keep, {})  # checks it
         if self.scope == "global" and self.order != "parallel":
             raise LapValueError(
                 'order="parallel" with scope="global" (one ranking needs all scores at once)',
@@ -80,11 +91,13 @@ class Plan:
         topology: the topology of the model.
         layers: the chosen layers, in the network's order.
         options: the options of `prune`.
+        left_dense: layers that stay dense by default -> the reason.
     """
 
     topology: Topology
     layers: list[Layer]
     options: Options
+    left_dense: dict[str, str]
 
     @property
     def criterion(self) -> Criterion:
@@ -102,31 +115,34 @@ def options_of(
     criterion: CriterionLike,
     *,
     scope: Scope = "layer",
-    normalize: Normalize = "none",
+    normalize: Normalize = "auto",
     order: Order = "parallel",
     rounds: int = 1,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
     layers: Patterns | None = None,
     exclude: Patterns = (),
+    min_keep: MinKeep = None,
 ) -> Options:
     """Checks the options that `prune` documents."""
     return Options(
         criteria.of(criterion),
         scope=scope,
-        normalize=normalize,
+        normalize=normalization(normalize, scope),
         order=order,
         rounds=rounds,
         batch_norm=batch_norm,
         residual=residual,
         layers=None if layers is None else _patterns(layers, "layers"),
         exclude=_patterns(exclude, "exclude"),
+        min_keep=min_keep,
     )
 
 
 def plan_of(topology: Topology, options: Options) -> Plan:
     """Chooses the layers to prune according to the options."""
-    return Plan(topology, chosen(topology, options.layers, options.exclude), options)
+    layers, left_dense = chosen(topology, options.layers, options.exclude)
+    return Plan(topology, layers, options, left_dense)
 
 
 def topology_of(
@@ -160,20 +176,28 @@ def topology_of(
     return topology
 
 
-def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> list[Layer]:
+def chosen(
+    topology: Topology, layers: Patterns | None, exclude: Patterns
+) -> tuple[list[Layer], dict[str, str]]:
     """Chooses the layers that match a pattern in layers and no pattern in exclude.
 
     Args:
         topology: the topology of the model.
-        layers: patterns of the layers to take; None means all.
+        layers: patterns of the layers to take; None means all but embeddings and output heads.
         exclude: patterns of the layers to leave out.
+
+    Returns:
+        The layers, and those that stay dense by default -> the reason.
 
     Raises:
         LapValueError: a pattern matches no layer.
     """
+    excluded = _matching(topology, exclude, "exclude")
+    left_dense = dense_by_default(topology) if layers is None else {}
+    left_dense = {name: why for name, why in left_dense.items() if name not in excluded}
     names = set(topology.layers) if layers is None else _matching(topology, layers, "layers")
-    names -= _matching(topology, exclude, "exclude")
-    return [layer for name, layer in topology.layers.items() if name in names]
+    names -= excluded | left_dense.keys()
+    return [layer for name, layer in topology.layers.items() if name in names], left_dense
 
 
 def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
@@ -203,6 +227,36 @@ def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]
             )
         names.update(matching)
     return names
+
+
+def check_sparsity(
+    allocated: Allocation, names: Iterable[str], left_dense: Mapping[str, str], min_keep: MinKeep
+) -> None:
+    """Checks that a sparsity does not remove everything, and names no layer that stays dense.
+
+    Raises:
+        LapValueError: a sparsity is 1, which only min_keep allows; or a pattern of it matches only
+            layers that stay dense by default.
+    """
+    given = getattr(allocated, "sparsity", None)
+    fractions = given.values() if isinstance(given, Mapping) else [given]
+    if min_keep is None and 1 in fractions:
+        raise LapValueError(
+            "{argument} < 1, the fraction to remove",
+            "1, which sets every weight to zero",
+            "If that is what you want, add min_keep=0.",
+            argument="sparsity",
+        )
+    names = list(names)
+    for pattern in given if isinstance(given, Mapping) else ():
+        dense = [name for name in left_dense if matches(name, pattern)]
+        if dense and not any(matches(name, pattern) for name in names):
+            raise LapValueError(
+                "patterns of layers that are pruned",
+                f"{pattern!r}, which names {some(dense, _LISTED)}",
+                "Embeddings and output heads stay dense unless layers= names them.",
+                argument="sparsity",
+            )
 
 
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from lap_ext.masks.targets import zero_
 from lap_ext.options import (
     BatchNorm,
     Inputs,
+    MinKeep,
     Normalize,
     OnUnsupported,
     Order,
@@ -41,7 +42,7 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning import pruner_state
-from lap_ext.pruning.model import run
+from lap_ext.pruning.pipeline import result_of, run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
@@ -76,6 +77,7 @@ class Pruner:
         rounds: as in `prune`, for each pruning.
         layers: as in `prune`.
         exclude: as in `prune`.
+        min_keep: as in `prune`.
         batch_norm: as in `prune`.
         residual: as in `prune`.
         data: as in `prune`; every pruning iterates over it again, so an iterator is not enough.
@@ -132,11 +134,12 @@ class Pruner:
         topology: Topology | None = None,
         criterion: CriterionLike = "lookahead",
         scope: Scope = "layer",
-        normalize: Normalize = "none",
+        normalize: Normalize = "auto",
         order: Order = "parallel",
         rounds: int = 1,
         layers: Patterns | None = None,
         exclude: Patterns = (),
+        min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
         data: Iterable[Any] | None = None,
@@ -159,6 +162,7 @@ class Pruner:
             residual=residual,
             layers=layers,
             exclude=exclude,
+            min_keep=min_keep,
         )
         self.topology = topology_of(
             self._model, example_inputs, topology, neighbors, on_unsupported
@@ -275,7 +279,7 @@ class Pruner:
             expected = pruner_state.prunings_of(self._schedule, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
-        self._use(masks)
+        self._use(masks, self._plan.left_dense)
         self._step, self._prunings = step, expected
 
     def remove(self) -> None:
@@ -298,12 +302,11 @@ class Pruner:
         current = {
             name: self.masks[name].to(weight.device) for name, weight in self._weights(self.masks)
         }
-        result = run(self._plan, sparsity, current, self._data, self._on_progress)
-        self._use({**current, **_broadcast(result.masks, self._group)})
+        result = run(self._plan, sparsity, current or None, self._data, self._on_progress)
+        self._use({**current, **_broadcast(result.masks, self._group)}, result.left_dense)
 
-    def _use(self, masks: Mapping[str, Tensor]) -> None:
+    def _use(self, masks: Mapping[str, Tensor], left_dense: Mapping[str, str]) -> None:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""
-        layers = self.topology.layers
         new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
         if not self._optimizers:
             new.apply(self._model)
@@ -314,8 +317,12 @@ class Pruner:
             self._handles = kept
             handles.pop_all()
         self.masks = new
-        rows = [row_of(layers[name], mask) for name, mask in new.items()]
-        self.result = PruneResult(new, rows, self._plan.criterion.name) if rows else None
+        empty = self.result.empty_layers if self.result else ()
+        every = ((self.topology.layers[name], mask) for name, mask in new.items())
+        rows = [row_of(x, mask, int(x.weight.count_nonzero())) for x, mask in every]
+        self.result = result_of(self._plan, new, rows, left_dense) if rows else None
+        if self.result and self._plan.options.min_keep is None:
+            self.result.warn_if_empty(known=empty)
 
     def _weights(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields the masked layers in the network's order, each with its current parameter."""

@@ -39,7 +39,7 @@ _CLOSE = 1e-9  # of two sparsities: a power may differ in its last bit on anothe
 
 def options_of(plan: Plan) -> dict[str, Any]:
     """Describes the options of a plan, and its layers, by plain values."""
-    names = ("scope", "normalize", "order", "rounds", "batch_norm", "residual")
+    names = ("scope", "normalize", "order", "rounds", "batch_norm", "residual", "min_keep")
     return {
         "criterion": _described_criterion(plan.criterion),
         **{name: getattr(plan.options, name) for name in names},

@@ -4,30 +4,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from lap_ext._text import columns, html_table
-from lap_ext.errors import calling
+from lap_ext._text import columns, html_table, in_html, some
+from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
+from lap_ext.pruning.dense import sentence
 from lap_ext.topology import Layer
 
 _COUNTS = (3, 4, 5)  # columns of numbers
+_LISTED = 5  # of many layers, a line lists the first ones
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer: its name, kind, shape, and how many of its weights are kept."""
+    """One layer: its name, kind, shape, how many weights it has, keeps, and keeps that are not 0.
+
+    A mask may keep a weight that is zero, so that nonzero may be smaller than kept.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     kept: int
     total: int
+    nonzero: int
 
     @property
     def sparsity(self) -> float:
@@ -43,6 +49,9 @@ class PruneResult:
         masks: the `Masks`, layer name -> mask.
         layers: one row per layer, in the order of the network.
         criterion: the name of the criterion.
+        left_dense: layers that were left dense by default -> the reason ("embedding", "tied to an
+            embedding", "output head" or "all zero").
+        parameters: the number of all parameters of the model.
 
     Example:
         >>> import torch, lap_ext
@@ -55,6 +64,8 @@ class PruneResult:
     masks: Masks
     layers: Sequence[LayerResult]
     criterion: str
+    left_dense: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    parameters: int = field(kw_only=True)
 
     @property
     def kept(self) -> int:
@@ -70,6 +81,51 @@ class PruneResult:
     def sparsity(self) -> float:
         """The fraction of the weights in all pruned layers that was removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
+
+    @property
+    def nonzero(self) -> int:
+        """The number of weights kept in all pruned layers that are not zero."""
+        return sum(row.nonzero for row in self.layers)
+
+    @property
+    def empty_layers(self) -> list[str]:
+        """The names of pruned layers that have weights and keep none: nothing passes them."""
+        return [row.name for row in self.layers if row.total and not row.kept]
+
+    def notes(self) -> list[str]:
+        r"""Says in a sentence each what the table does not show: empty layers, layers left dense.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2))
+            >>> result = lap_ext.prune(net, torch.ones(1, dtype=torch.int64), 0.75)
+            >>> print("\n".join(result.notes()))
+            Left dense: '0' (embedding). Name them in layers= to prune them.
+            Of all 46 parameters of the model, 13.04% were removed.
+        """
+        notes = []
+        if self.empty_layers:
+            names = some(map(repr, self.empty_layers), _LISTED)
+            notes.append(f"EMPTY: {len(self.empty_layers)} layers keep no weight: {names}.")
+        if self.nonzero != self.kept:
+            notes.append(f"Of the weights kept, {self.nonzero:,} are not zero.")
+        if self.left_dense:
+            notes.append(sentence(self.left_dense))
+            removed = (self.total - self.kept) / max(1, self.parameters)
+            notes.append(
+                f"Of all {self.parameters:,} parameters of the model, {removed:.2%} were removed."
+            )
+        return notes
+
+    def warn_if_empty(self, known: Sequence[str] = ()) -> None:
+        """Warns of layers that keep no weight, unless all of them are known already."""
+        if set(self.empty_layers) <= set(known):
+            return
+        names, count = some(map(repr, self.empty_layers), _LISTED), len(self.empty_layers)
+        warn(
+            f"{count} of {len(self.layers)} layers keep no weight: {names}. The model may not work "
+            "any more. Give min_keep=, a lower sparsity or normalize='lamp'."
+        )
 
     @calling("PruneResult.apply")
     def apply(self, model: Module) -> None:
@@ -91,10 +147,11 @@ class PruneResult:
         self.masks.apply(model)
 
     def __str__(self) -> str:
-        return columns(self._rows(), right=_COUNTS)
+        return "\n".join([columns(self._rows(), right=_COUNTS), *self.notes()])
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows(), right=_COUNTS)
+        notes = "".join(f"<p>{in_html(note)}</p>" for note in self.notes())
+        return html_table(self._rows(), right=_COUNTS) + notes
 
     def _rows(self) -> list[Sequence[str]]:
         """Builds the table: a header, one row per layer, the totals."""
@@ -113,11 +170,16 @@ class PruneResult:
         )
 
     def to_json(self) -> str:
-        """Returns the table as JSON, with criterion, sparsity, kept, total and a list of layers."""
+        """Returns the table as JSON: the fields of the result, and a list of layers."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in self.layers]
         facts = {"criterion": self.criterion, "sparsity": self.sparsity}
-        counts = {"kept": self.kept, "total": self.total}
-        return json.dumps(facts | counts | {"layers": rows}, indent=2)
+        counts = {"kept": self.kept, "nonzero": self.nonzero, "total": self.total}
+        outside = {
+            "parameters": self.parameters,
+            "empty_layers": self.empty_layers,
+            "left_dense": dict(self.left_dense),
+        }
+        return json.dumps(facts | counts | outside | {"layers": rows}, indent=2)
 
     def plot(self) -> Any:
         """Draws each layer's sparsity and weights in a matplotlib figure, which a notebook shows.
@@ -130,7 +192,7 @@ class PruneResult:
         return plots.layers(self.layers)
 
 
-def row_of(layer: Layer, mask: Tensor) -> LayerResult:
-    """Makes the row of a layer from its mask."""
+def row_of(layer: Layer, mask: Tensor, nonzero: int) -> LayerResult:
+    """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
     kept = int(mask.count_nonzero())
-    return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel())
+    return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel(), nonzero)

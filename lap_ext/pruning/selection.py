@@ -17,13 +17,15 @@ Normalizations of scores for one ranking over several layers:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lap_ext import allocation
+from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapError, LapValueError, callback, in_layer
@@ -33,6 +35,7 @@ from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
 
+_LISTED = 5  # of many layers, warnings list the first ones
 _SQUARED = 1 << 18  # scores whose squares are summed at a time
 
 
@@ -81,6 +84,23 @@ def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Ten
     part = role.part
     return from_norms.score_from_norms(
         part.of(weight), into, out, groups=part.groups, transposed=part.transposed
+    )
+
+
+def scores_nothing(network: Network, criterion: Criterion, layer: Layer) -> bool:
+    """Tells whether all scores of a layer are 0: each use has a neighbor without weights."""
+    if not criterion.by_role:
+        return False
+    norms = (criterion.norms(network, role) for role in layer.roles)
+    return all(any(x is not None and not bool(x.any()) for x in pair) for pair in norms)
+
+
+def dead_text(names: Iterable[str], raw: bool) -> str:
+    """Says which layers have scores that are all 0; raw: whether these were ranked as they are."""
+    ranked = "last (normalize='lamp' ranks them by magnitude)" if raw else "by magnitude"
+    return (
+        f"All scores are 0 in {some(map(repr, names), _LISTED)}: the weights before or after are "
+        f"all zero. The weights of these layers were ranked {ranked}."
     )
 
 
@@ -245,6 +265,28 @@ def global_masks(
     with _in_one_of(layers):
         kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, eligible, True)
     return {layer.name: mask.reshape(layer.shape) for layer, mask in zip(layers, kept, strict=True)}
+
+
+def floored_masks(
+    network: Network,
+    layers: Sequence[Layer],
+    rankables: Sequence[Rankable],
+    keep: int,
+    masks: Mapping[str, Tensor],
+    floors: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Selects the best keep weights of all layers, but at least the best floors[name] of each."""
+    items = {layer.name: (layer, x) for layer, x in zip(layers, rankables, strict=True)}
+    kept: dict[str, Tensor] = {}
+
+    def rank(names: Sequence[str], keep: int) -> dict[str, int]:
+        some, ranked = zip(*(items[name] for name in names), strict=True)
+        new = global_masks(network, some, ranked, keep, masks)
+        kept.update(new)
+        return {name: int(mask.count_nonzero()) for name, mask in new.items()}
+
+    allocation.rank_with_floors(list(items), keep, floors, rank)
+    return {name: kept[name] for name in items}
 
 
 @contextmanager

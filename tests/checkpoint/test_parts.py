@@ -217,7 +217,7 @@ def test_squared_norms_and_scores_of_chunks(batch_norm: str, rows: int, dtype: t
     for role in topology.roles:
         for got, want in zip(streamed.norms(role), full.norms(role), strict=True):
             assert torch.equal(got, want), role.layer
-    want_scores = lap_ext.scores(model, topology=topology, batch_norm=batch_norm)
+    want_scores = lap_ext.scores(model, topology=topology, layers="*", batch_norm=batch_norm)
     for layer in topology.layers.values():
         scores = LayerScores(streamed, Lookahead(), layer)
         weights = chunks(layer.weight, row_length(layer), rows)

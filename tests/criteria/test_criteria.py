@@ -80,7 +80,13 @@ def test_a_tied_weight_has_the_magnitude_it_has() -> None:
         assert torch.equal(found["weight"], net.weight.abs())
         assert torch.equal(found["inlet"], net.inlet.weight.abs())
     mask = lap_ext.prune(
-        net, torch.randn(1, 4), 0.5, criterion="magnitude", scope="global", apply=False
+        net,
+        torch.randn(1, 4),
+        0.5,
+        criterion="magnitude",
+        scope="global",
+        normalize="none",
+        apply=False,
     ).masks
     every = torch.cat([net.weight.flatten(), net.inlet.weight.flatten()]).abs()
     limit = every.sort(descending=True).values[10]  # 21 weights, 11 kept

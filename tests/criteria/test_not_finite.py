@@ -91,7 +91,8 @@ def test_in_memory(criterion: str, order: str, weight: Tensor) -> None:
         weight[13] = value
         before = {name: x.clone() for name, x in model.state_dict().items()}
         with pytest.raises(ValueError, match=SAID.format("prune")):
-            lap_ext.prune(model, None, sparsity, **scored_by(criterion), **(SCOPES | ORDERS)[order])
+            options = scored_by(criterion) | (SCOPES | ORDERS)[order]
+            lap_ext.prune(model, None, sparsity, min_keep=0, **options)
         for name, x in model.state_dict().items():
             assert torch.equal(x.nan_to_num(7), before[name].nan_to_num(7))
 
@@ -121,7 +122,7 @@ def test_from_files(criterion: str, scope: str, tmp_path: Path) -> None:
     ):
         change(source, "3.weight", lambda weight, x=value: weight.view(-1)[13].fill_(x))
         with pytest.raises(ValueError, match=SAID.format("checkpoint.prune")):
-            prune(source, tmp_path / "out", sparsity, memory=memory, **mine)
+            prune(source, tmp_path / "out", sparsity, memory=memory, min_keep=0, **mine)
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     mine.pop("scope", None)
     with pytest.raises(ValueError, match=SAID.format("checkpoint.scores")):

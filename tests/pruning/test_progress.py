@@ -42,9 +42,11 @@ MEASURE, RANK = ("measure", 85), ("rank", 60)  # norms of four roles; a mask of 
 ORDERS: list[tuple[dict[str, Any], list[tuple[str, int]]]] = [
     ({}, [MEASURE, RANK]),
     ({"criterion": "magnitude"}, [RANK]),
-    ({"criterion": "random", "scope": "global"}, [RANK]),
+    ({"criterion": "random", "scope": "global", "normalize": "none"}, [RANK]),
     ({"rounds": 2}, [MEASURE, RANK] * 2),
-    ({"scope": "global"}, [MEASURE, ("score", 25), RANK]),  # scores of the tied layer are stored
+    ({"scope": "global"}, [MEASURE, ("score", 60), RANK]),  # LAMP needs all scores
+    # those of the tied layer are stored
+    ({"scope": "global", "normalize": "none"}, [MEASURE, ("score", 25), RANK]),
     ({"scope": "global", "rounds": 2, "normalize": "norm"}, [MEASURE, ("score", 60), RANK] * 2),
     ({"order": "forward"}, [MEASURE, RANK]),
     # once more in the second round: all that was pruned since it was last measured (head, the last

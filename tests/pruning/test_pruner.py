@@ -123,7 +123,7 @@ def test_any_sequence_of_sparsities(
     model = cases.net()
     optimizer = cases.OPTIMIZERS[name or "adamw"](model.parameters())
     schedule = dict(enumerate(asked)).get
-    options = {"order": order, "rounds": rounds, "criterion": criterion}
+    options = {"order": order, "rounds": rounds, "criterion": criterion, "min_keep": 0}
     options["data"] = cases.batches(1) if criterion == "wanda" else None
     options["optimizer"] = optimizer if name else None
     pruner = Pruner(model, EXAMPLE, schedule, **options)
@@ -146,7 +146,7 @@ def test_any_sequence_of_sparsities(
 def test_one_ranking_over_all_layers(asked: list[float]) -> None:
     """Global scope: exactly as many as the sparsity says of all weights together, each time."""
     model = cases.net()
-    pruner = Pruner(model, EXAMPLE, dict(enumerate(asked)).get, scope="global")
+    pruner = Pruner(model, EXAMPLE, dict(enumerate(asked)).get, scope="global", min_keep=0)
     left = sum(SIZES.values())
     for sparsity in asked:
         before = pruner.masks

@@ -271,7 +271,11 @@ def test_another_schedule_on_purpose() -> None:
 
 
 CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "scope": ({}, {"scope": "global"}, ["scope: layer in the state, global here"]),
+    "scope": (
+        {},
+        {"scope": "global", "normalize": "none"},
+        ["scope: layer in the state, global here"],
+    ),
     "criterion": (
         {"criterion": "magnitude"},
         {},
@@ -293,6 +297,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
             "residual: sum in the state, chain here",
         ],
     ),
+    "min_keep": ({"min_keep": 5}, {}, ["min_keep: 5 in the state, None here"]),
     "layers": (
         {},
         {"exclude": "fc2"},

@@ -241,7 +241,8 @@ def test_tied_weights() -> None:
     head.weight = embed.weight
     model = nn.Sequential(embed, nn.Tanh(), head)
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    pruner = Pruner(model, torch.arange(6), iterative(0.5, rounds=2, every=2), optimizer=optimizer)
+    schedule = iterative(0.5, rounds=2, every=2)
+    pruner = Pruner(model, torch.arange(6), schedule, optimizer=optimizer, layers="*")
     for _ in range(4):
         optimizer.zero_grad()
         model(torch.arange(6)).square().sum().backward()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How often a weight is read: once for its norms and once for its mask, whatever the model."""
+"""How often a weight is read: for zeros, for norms, for its mask, once each, for any model."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def residual() -> tuple[nn.Module, Tensor]:
     return Net().eval(), torch.randn(1, 3, 6, 6)
 
 
-def test_parallel_reads_every_weight_twice() -> None:
-    """The norms, and the mask that no score is stored for; applying the masks is one more."""
+def test_parallel_reads_every_weight_three_times() -> None:
+    """Zeros, norms, and the mask that no score is stored for; applying the masks is one more."""
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
         result = lap_ext.prune(model, None, 0.5, apply=False, topology=topology)
     for name, operations in reads.found.items():
-        assert operations == {"squared_norms": 1, "mask": 1}, name
+        assert operations == {"count_nonzero": 1, "squared_norms": 1, "mask": 1}, name
     with Reads(model) as reads:
         result.masks.apply(model)
     assert {operation for x in reads.found.values() for operation in x} == {"where"}
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
-def test_an_order_reads_twice_and_the_pruned_ones_again(order: str) -> None:
+def test_an_order_reads_three_times_and_the_pruned_ones_again(order: str) -> None:
     """Squared norms of what was pruned are taken anew, of weights that are left; others stay."""
     model, x = residual()
     topology = lap_ext.trace(model, x)
@@ -74,17 +74,18 @@ def test_an_order_reads_twice_and_the_pruned_ones_again(order: str) -> None:
     last = list(topology.layers)[-1 if order == "forward" else 0]
     for name, operations in reads.found.items():
         again = {} if name == last else {"mul": 1}  # read and multiplied with its mask
-        assert operations == {"squared_norms": 1, "mask": 1, **again}, name
+        assert operations == {"count_nonzero": 1, "squared_norms": 1, "mask": 1, **again}, name
 
 
-def test_a_global_ranking_reads_twice() -> None:
-    """The norms, and one ranking over the weights themselves, which no score is stored for."""
+def test_a_global_ranking_reads_three_times() -> None:
+    """Zeros, norms, and one ranking over the weights themselves, which no score is stored for."""
     model, x = residual()
     topology = lap_ext.trace(model, x)
     with Reads(model) as reads:
-        lap_ext.prune(model, None, 0.5, scope="global", apply=False, topology=topology)
+        options = {"scope": "global", "normalize": "none", "apply": False}
+        lap_ext.prune(model, None, 0.5, topology=topology, **options)
     for name, operations in reads.found.items():
-        assert operations == {"squared_norms": 1, "global_mask": 1}, name
+        assert operations == {"count_nonzero": 1, "squared_norms": 1, "global_mask": 1}, name
 
 
 class Largest(TorchDispatchMode):
@@ -107,7 +108,7 @@ def test_no_copy_of_a_weight_is_made() -> None:
     """Bug 18 of the public code: norms repeated to the weight's size, sorted copies of scores."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     topology = lap_ext.trace(model, torch.randn(1, 64))
-    for options in ({}, {"criterion": "magnitude"}, {"scope": "global"}):
+    for options in ({}, {"criterion": "magnitude"}, {"scope": "global", "normalize": "none"}):
         with Largest(64 * 64) as largest:
             lap_ext.prune(model, None, 0.9, **options, topology=topology)
         assert +largest.found == Counter({"where": 3}), options  # in place: the weights are zeroed

@@ -270,7 +270,7 @@ def test_plot_of_rows_without_masses() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws")
     from lap_ext.pruning.result import LayerResult
 
-    figure = plots.layers([LayerResult("fc", "linear", (2, 2), 1, 4)])
+    figure = plots.layers([LayerResult("fc", "linear", (2, 2), 1, 4, 1)])
     bars = [bar.get_width() for axes in figure.axes for bar in axes.patches]
     assert bars == [75.0, 4, 1]  # per cent removed; all and kept weights
 
