@@ -107,7 +107,7 @@ class TrainingCallback(ABC):
     def _begin(
         self, model: nn.Module, optimizers: Sequence[Any], wrapped: nn.Module | None = None
     ) -> None:
-        """Keeps the masks, or builds the pruner; from now on gradients of pruned weights are 0.
+        """Keeps the masks, or builds the pruner.
 
         Args:
             model: the user's own module.
@@ -117,17 +117,11 @@ class TrainingCallback(ABC):
         if self._schedule is None:
             weights = weights_of(model, self.masks)
             self.masks = _on_device(self.masks, weights)
-            for optimizer in _training(optimizers, weights.values()):
-                self._hooks.append(self.masks.keep(model, optimizer))
+            self._hooks.append(self.masks.keep(model, _training(optimizers, weights.values())))
         else:
             inputs = self._inputs(model) if self._topology is None else self._example
             self._pruner = self._build(model if wrapped is None else wrapped, optimizers, inputs)
             self._hooks.append(self._pruner)
-            layers = self._pruner.topology.layers
-            weights = {name: layer.weight for name, layer in layers.items()}
-        for name, weight in weights.items():
-            if weight.requires_grad:
-                self._hooks.append(weight.register_hook(self._masking(name)))
 
     def _take(self) -> None:
         """Publishes the pruner's masks and result."""
@@ -135,22 +129,11 @@ class TrainingCallback(ABC):
         self.masks, self.result = self._pruner.masks, self._pruner.result
 
     def _end(self) -> None:
-        """Removes all hooks from optimizers and parameters."""
+        """Ends the keeping or the pruning."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._pruner = None
-
-    def _masking(self, name: str) -> Any:
-        """Returns a hook that zeroes gradients of pruned weights before averaging and clipping."""
-
-        def masked(gradient: Tensor) -> Tensor:
-            mask = self.masks.get(name)
-            if mask is None or gradient.layout != torch.strided:  # Masks.keep rejects sparse ones
-                return gradient
-            return torch.where(mask, gradient, 0.0)
-
-        return masked
 
     def _build(
         self, model: nn.Module, optimizers: Sequence[Any], inputs: Inputs | None

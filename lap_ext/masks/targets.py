@@ -110,6 +110,14 @@ def zero_(x: Tensor, mask: Tensor) -> None:
     torch.where(mask, x, x.new_zeros(()), out=x)
 
 
+def revived(x: Tensor, mask: Tensor) -> int:
+    """Counts the elements of x that are not zero (+0.0 or -0.0) where mask is False."""
+    if x.is_meta:
+        raise LapValueError("weights with data", "a weight on the meta device")
+    x = x.detach()
+    return int((x != 0).logical_and_(mask.to(x.device).logical_not()).count_nonzero())
+
+
 def is_plain(x: Tensor) -> bool:
     """Tells whether x is plain strided memory, not sparse, quantized or a subclass like DTensor."""
     ordinary = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__

@@ -13,7 +13,6 @@ steps and the masks, because a schedule is a pure function of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -171,7 +170,7 @@ class Pruner:
         self._step = 0
         self._removed = False
         self._prunings: list[Pruning] = []
-        self._handles: list[KeepHandle] = []
+        self._handle: KeepHandle | None = None
         self.masks = Masks({})
         self.result: PruneResult | None = None
 
@@ -199,8 +198,8 @@ class Pruner:
                 one that the optimizers keep; nothing is changed.
         """
         self._check_not_removed()
-        for handle in self._handles:
-            handle.check()
+        if self._handle is not None:
+            self._handle.check()
         with callback():
             sparsity = self._schedule(self._step)
         if sparsity is None:
@@ -280,16 +279,16 @@ class Pruner:
 
     def remove(self) -> None:
         """Removes the optimizer's hooks; it may then change pruned weights, which are now zero."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
         self._removed = True
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
-        for handle in self._handles:
-            handle.zero_changed()
-        if not self._handles:
+        if self._handle is not None:
+            self._handle.zero_changed()
+        else:
             for name, weight in self._weights(self.masks):
                 zero_(weight, self.masks[name].to(weight.device))
 
@@ -305,14 +304,13 @@ class Pruner:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""
         layers = self.topology.layers
         new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
-        if not self._optimizers:
+        if self._optimizers:
+            before, self._handle = self._handle, new.keep(self._model, self._optimizers)
+            if before is not None:
+                self._handle.told = before.told
+                before.remove()
+        else:
             new.apply(self._model)
-        with ExitStack() as handles:  # adds the new ones before it removes the old ones
-            kept = [handles.enter_context(new.keep(self._model, x)) for x in self._optimizers]
-            for handle in self._handles:
-                handle.remove()
-            self._handles = kept
-            handles.pop_all()
         self.masks = new
         rows = [row_of(layers[name], mask) for name, mask in new.items()]
         self.result = PruneResult(new, rows, self._plan.criterion.name) if rows else None
