@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import lap_ext
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext._text import some
+from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in
 from lap_ext.options import (
     BatchNorm,
@@ -32,6 +33,9 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
+
+
+_LISTED = 10  # of many layers, the warning names the first ones
 
 
 class TrainingCallback(ABC):
@@ -122,6 +126,22 @@ class TrainingCallback(ABC):
             inputs = self._inputs(model) if self._topology is None else self._example
             self._pruner = self._build(model if wrapped is None else wrapped, optimizers, inputs)
             self._hooks.append(self._pruner)
+
+    def _apply(self, model: nn.Module) -> None:
+        """Sets the pruned weights of a model, or of an average of it, to zero where it is now."""
+        self.masks.to(next(model.parameters()).device).apply(model)
+
+    def _finish(self, model: nn.Module) -> None:
+        """Zeroes, after all other callbacks, what one of them has brought back at the end."""
+        found = [f"{count:,} in layer {name!r}" for name, count in self.masks.check(model).items()]
+        if found:
+            self._apply(model)
+            warn(
+                f"expected pruned weights to stay zero to the end of training, got "
+                f"{some(found, _LISTED)} that another callback has written (an average of the "
+                "weights?). They are zero again. Apply the masks to the average as well: "
+                "callback.masks.apply(average) after each pruning."
+            )
 
     def _take(self) -> None:
         """Publishes the pruner's masks and result."""

@@ -49,7 +49,8 @@ class KeepHandle:
         self._layers = [_Layer(target, paths[id(target.owner)]) for target in targets]
         self.told = False  # whether the user has been warned of revived weights
         watched = _with_inner(optimizers)
-        if self._layers and not any([self._members(x) for x in watched]):
+        members = [self._members(x) for x in watched]
+        if self._layers and not any(members):
             raise LapValueError(
                 "the optimizer to train the masked layers",
                 f"one that has none of the {len(self._layers)}",
