@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import lap_ext
+from lap_ext._text import some
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
-from lap_ext._text import some
 from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in
 from lap_ext.options import (
@@ -34,7 +35,7 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress
 
-
+_AVERAGE = "_average_model"  # the attribute of Lightning's own callbacks
 _LISTED = 10  # of many layers, the warning names the first ones
 
 
@@ -131,6 +132,14 @@ class TrainingCallback(ABC):
         """Sets the pruned weights of a model, or of an average of it, to zero where it is now."""
         self.masks.to(next(model.parameters()).device).apply(model)
 
+    def _mask_averages(self, callbacks: Iterable[Any]) -> None:
+        """Masks the averages of the weights that other callbacks hold: they then stay zero."""
+        for callback in callbacks:
+            for name, average in vars(callback).items():
+                if isinstance(average, AveragedModel) or name == _AVERAGE:
+                    if average is not None and _holds(average, self.masks):
+                        self._apply(average)
+
     def _finish(self, model: nn.Module) -> None:
         """Zeroes, after all other callbacks, what one of them has brought back at the end."""
         found = [f"{count:,} in layer {name!r}" for name, count in self.masks.check(model).items()]
@@ -176,6 +185,12 @@ class TrainingCallback(ABC):
 def _reusable(patterns: Patterns | None) -> Patterns | None:
     """Patterns for two pruners: a generator ends after the first."""
     return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
+
+
+def _holds(average: nn.Module, masks: lap_ext.Masks) -> bool:
+    """Tells whether an average has every masked layer, as one of the whole model has."""
+    module = average.module if isinstance(average, AveragedModel) else average
+    return len(weights_of(module, masks)) == len(masks)
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:

@@ -39,8 +39,9 @@ What each event does:
 Gradient accumulation, mixed precision, torch.compile, manual optimization with several optimizers
 and DistributedDataParallel need no setup. Averages of the weights in other callbacks, before or
 after this one (EMAWeightAveraging, StochasticWeightAveraging, any AveragedModel of the module), are
-masked at each pruning: what they validate, save and leave in the module has zeros. A strategy that spawns its processes (ddp_spawn,
-ddp_notebook) does not change the callback of the main process: read the masks with `load_masks`.
+masked at each pruning: what they validate, save and leave in the module has zeros. A strategy that
+spawns its processes (ddp_spawn, ddp_notebook) does not change the callback of the main process:
+read the masks with `load_masks`.
 
 The callback derives from `lightning`, or from `pytorch_lightning` if only that is installed. The
 Trainer of either package accepts it, in a list of callbacks.
@@ -55,11 +56,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import lap_ext
-from lap_ext.adapters._callback import TrainingCallback, check_pruned, on_device, weights_of
+from lap_ext.adapters._callback import TrainingCallback, check_pruned, on_device
 from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
 from lap_ext.masks import pack, unpack
 from lap_ext.options import Inputs
@@ -79,7 +78,6 @@ with calling("lap_ext.adapters.lightning"):
             ) from error
 
 STATE_KEY = "lap_ext.PruningCallback"  # in a checkpoint's "callbacks"
-_AVERAGE = "_average_model"  # of Lightning's own callbacks
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -157,7 +155,7 @@ class PruningCallback(TrainingCallback, Callback):
         self._begin(pl_module, trainer.optimizers, trainer.model)
         if self._pruner is not None:
             self._resume(self._pruner, trainer.global_step)
-        self._mask_averages(trainer)
+        self._mask_averages(trainer.callbacks)
         self._logged = self.sparsity
 
     @calling("PruningCallback")
@@ -166,7 +164,7 @@ class PruningCallback(TrainingCallback, Callback):
     ) -> None:
         """Prunes if the optimizer has stepped and the schedule says so; logs the sparsity."""
         if self._pruner is not None and self._follow(trainer.global_step):
-            self._mask_averages(trainer)
+            self._mask_averages(trainer.callbacks)
             self._logged = self.sparsity
         if not trainer.barebones:
             pl_module.log("sparsity", self._logged)
@@ -221,14 +219,6 @@ class PruningCallback(TrainingCallback, Callback):
             self._state = self._pruner.state_dict()
         super()._end()
 
-    def _mask_averages(self, trainer: Any) -> None:
-        """Masks the averages of the weights that other callbacks hold: they then stay zero."""
-        for callback in trainer.callbacks:
-            for name, average in vars(callback).items():
-                if isinstance(average, AveragedModel) or name == _AVERAGE:
-                    if average is not None and _holds(average, self.masks):
-                        self._apply(average)
-
     def _inputs(self, model: Any) -> Inputs:
         inputs = _own_example(model) if self._example is None else self._example
         moved: Inputs = on_device(inputs, next(model.parameters()).device)
@@ -262,12 +252,6 @@ class PruningCallback(TrainingCallback, Callback):
         if pruned:
             self._take()
         return pruned
-
-
-def _holds(average: nn.Module, masks: lap_ext.Masks) -> bool:
-    """Tells whether an average has every masked layer, as one of the whole module has."""
-    module = average.module if isinstance(average, AveragedModel) else average
-    return len(weights_of(module, masks)) == len(masks)
 
 
 @calling("load_masks")

@@ -236,7 +236,7 @@ class Masks(Mapping[str, Tensor]):
             0.0
             >>> handle.remove()
         """
-        optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for each in optimizers:
             check_hooks(each)
         return KeepHandle(model, find(model, self), optimizers)
