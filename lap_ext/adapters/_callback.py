@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import lap_ext
-from lap_ext._text import some
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling, warn
-from lap_ext.masks import parameter_in
+from lap_ext.masks import parameter_in, revived_text
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -36,7 +35,6 @@ from lap_ext.options import (
 from lap_ext.progress import Progress
 
 _AVERAGE = "_average_model"  # the attribute of Lightning's own callbacks
-_LISTED = 10  # of many layers, the warning names the first ones
 
 
 class TrainingCallback(ABC):
@@ -142,12 +140,12 @@ class TrainingCallback(ABC):
 
     def _finish(self, model: nn.Module) -> None:
         """Zeroes, after all other callbacks, what one of them has brought back at the end."""
-        found = [f"{count:,} in layer {name!r}" for name, count in self.masks.check(model).items()]
+        found = self.masks.check(model)
         if found:
             self._apply(model)
             warn(
                 f"expected pruned weights to stay zero to the end of training, got "
-                f"{some(found, _LISTED)} that another callback has written (an average of the "
+                f"{revived_text(found)} that another callback has written (an average of the "
                 "weights?). They are zero again. Apply the masks to the average as well: "
                 "callback.masks.apply(average) after each pruning."
             )

@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lap_ext._text import some
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, calling, warn
-from lap_ext.masks.targets import Target, is_plain, revived, unwrapped, zero_
+from lap_ext.masks.targets import Target, is_plain, revived, revived_text, unwrapped, zero_
 from lap_ext.ops import check
 
 
@@ -151,11 +150,11 @@ class KeepHandle:
     def _restore(self, layers: Sequence[_Layer]) -> None:
         """Zeroes the pruned weights of layers; warns the first time that some were not zero."""
         counts = {layer.name: layer.zero_weight(counted=True) for layer in layers}
-        found = [f"{count:,} in layer {name!r}" for name, count in counts.items() if count]
+        found = {name: count for name, count in counts.items() if count}
         if found and not self.told:
             self.told = True
             warn(
-                f"expected pruned weights to stay zero, got {some(found, _LISTED)} that something "
+                f"expected pruned weights to stay zero, got {revived_text(found)} that something "
                 "else than the kept optimizers has written. They are zero again. Call "
                 "masks.apply(model) after what writes weights (load_state_dict, an average), and "
                 "keep every optimizer of the model."
@@ -297,7 +296,6 @@ def check_hooks(optimizer: object) -> None:
         )
 
 
-_LISTED = 10  # of many layers, the warning names the first ones
 _PRUNER = "A Pruner: make a new one and load this one's state_dict()."
 
 

@@ -118,6 +118,16 @@ def revived(x: Tensor, mask: Tensor) -> int:
     return int((x != 0).logical_and_(mask.to(x.device).logical_not()).count_nonzero())
 
 
+def revived_text(counts: Mapping[str, int]) -> str:
+    """Enumerates layers with the numbers of their pruned weights that are not zero.
+
+    Example:
+        >>> revived_text({"fc1": 1200, "head": 3})
+        "1,200 in layer 'fc1', 3 in layer 'head'"
+    """
+    return some((f"{count:,} in layer {name!r}" for name, count in counts.items()), _LISTED)
+
+
 def is_plain(x: Tensor) -> bool:
     """Tells whether x is plain strided memory, not sparse, quantized or a subclass like DTensor."""
     ordinary = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
