@@ -32,8 +32,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, calling, warn
-from lap_ext.masks.targets import Target, is_plain, revived, revived_text, unwrapped, zero_
+from lap_ext.masks.targets import Target, owners, revived, revived_text, unwrapped, zero_
 from lap_ext.ops import check
+from lap_ext.ops.memory import is_plain
 
 
 class KeepHandle:
@@ -45,7 +46,8 @@ class KeepHandle:
         model = unwrapped(model)
         self._model = weakref.ref(model)
         paths = {id(module): path for path, module in model.named_modules()}
-        self._layers = [_Layer(target, paths[id(target.owner)]) for target in targets]
+        parameters = {id(x.weight): x for target in targets for x in owners(model, target)}
+        self._layers = [_Layer(x, paths[id(x.owner)]) for x in parameters.values()]
         self.told = False  # whether the user has been warned of revived weights
         watched = _with_inner(optimizers)
         members = [self._members(x) for x in watched]
@@ -149,8 +151,8 @@ class KeepHandle:
 
     def _restore(self, layers: Sequence[_Layer]) -> None:
         """Zeroes the pruned weights of layers; warns the first time that some were not zero."""
-        counts = {layer.name: layer.zero_weight(counted=True) for layer in layers}
-        found = {name: count for name, count in counts.items() if count}
+        counts = [(layer.name, layer.zero_weight(counted=True)) for layer in layers]
+        found = {name: count for name, count in counts if count}
         if found and not self.told:
             self.told = True
             warn(

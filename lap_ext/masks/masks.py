@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from lap_ext.errors import LapTypeError, LapValueError, calling, in_layer
 from lap_ext.masks import file
 from lap_ext.masks.keep import KeepHandle, check_hooks
-from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, revived, zero_
+from lap_ext.masks.targets import Target, find, find_pruned, owners, revived, zero_
+from lap_ext.ops.memory import is_plain
 
 
 class Masks(Mapping[str, Tensor]):
@@ -28,7 +29,7 @@ class Masks(Mapping[str, Tensor]):
 
     A layer has the name of its parameter without ".weight" ("conv1"); a parameter that is not
     called weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer and may
-    be given under any of its names. Prefixes that DataParallel, DistributedDataParallel,
+    be given under any of its names; so are two parameters over the same memory. Prefixes that DataParallel, DistributedDataParallel,
     torch.compile and AveragedModel add to names are ignored.
 
     Args:
@@ -354,6 +355,7 @@ class Masks(Mapping[str, Tensor]):
                 order = list(x.owner._parameters)
                 torch_prune.remove(x.owner, x.attribute)
                 _reorder(x, order, f"{x.attribute}_orig", x.attribute)
+                x.weight.data = target.weight.data  # torch parts those tied by memory alone
             zero_(target.weight, target.mask.to(target.weight.device))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lap_ext.topology import edges, render
 from lap_ext.topology.edges import Edge
-from lap_ext.topology.export import named_tensors
+from lap_ext.topology.export import first_names, named_tensors
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 
@@ -104,9 +104,11 @@ class Topology:
             first = roles[0]
             shape = tuple(tensors[first.parameter].shape)
             self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
-        known = {layer.parameter for layer in self.layers.values()}
+        known, first = {layer.parameter for layer in self.layers.values()}, first_names(model)
         self.others = [
-            name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
+            name
+            for name, p in model.named_parameters()
+            if p.dim() > 1 and first[name] == name and name not in known
         ]
 
     def tensors(self) -> dict[str, Tensor]:
