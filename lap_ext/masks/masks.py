@@ -29,7 +29,8 @@ class Masks(Mapping[str, Tensor]):
 
     A layer has the name of its parameter without ".weight" ("conv1"); a parameter that is not
     called weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer and may
-    be given under any of its names; so are two parameters over the same memory. Prefixes that DataParallel, DistributedDataParallel,
+    be given under any of its names; so are two parameters over the same memory, as after
+    `head.weight.data = embedding.weight.data`. Prefixes that DataParallel, DistributedDataParallel,
     torch.compile and AveragedModel add to names are ignored.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tells which tensors lie over the same memory: parameters may be tied by it and not by identity."""
+"""Tells which tensors lie over the same memory: parameters may be tied by it, not by identity."""
 
 from __future__ import annotations
 

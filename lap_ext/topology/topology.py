@@ -104,11 +104,12 @@ class Topology:
             first = roles[0]
             shape = tuple(tensors[first.parameter].shape)
             self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
-        known, first = {layer.parameter for layer in self.layers.values()}, first_names(model)
+        known = {layer.parameter for layer in self.layers.values()}
+        tied = first_names(model)
         self.others = [
             name
             for name, p in model.named_parameters()
-            if p.dim() > 1 and first[name] == name and name not in known
+            if p.dim() > 1 and tied[name] not in known and tied[name] == name
         ]
 
     def tensors(self) -> dict[str, Tensor]:
