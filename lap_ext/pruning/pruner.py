@@ -12,6 +12,7 @@ steps and the masks, because a schedule is a pure function of the step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,9 +53,13 @@ class Pruner:
 
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
     In between, the optimizer cannot change a pruned weight: its gradient and its moments are
-    0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
-    without further calls. If you keep an average of the weights (AveragedModel), call
-    `pruner.masks.apply(average)` after each pruning; if you use a CUDA graph, capture it again.
+    0, as with `Masks.keep`, also in methods of its own (SAM's first_step and second_step). Gradient
+    accumulation, clipping, autocast, GradScaler and torch.compile work without further calls. If
+    you keep an average of the weights (AveragedModel), call `pruner.masks.apply(average)` after
+    each pruning; if you use a CUDA graph, capture it again.
+
+    copy.deepcopy((model, optimizer, pruner)) gives a pruner of the copied model, which shares
+    schedule and data with this one. Copying or pickling a pruner alone is a TypeError.
 
     Args:
         model: as in `prune`, or wrapped by torch.compile, DataParallel or DistributedDataParallel.
@@ -177,6 +182,37 @@ class Pruner:
     def __repr__(self) -> str:
         return f"Pruner(after {self._step} steps, {self.masks!r})"
 
+    @calling("Pruner")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
+        """Copies the pruner for the copy of its model that the same call has made."""
+        model = memo.get(id(self._model))
+        if not isinstance(model, Module) or not vars(model):
+            alone = model is None
+            raise LapTypeError(
+                "a copy of the pruner with its model",
+                f"one {'of the pruner alone' if alone else 'within the copy of its model'}",
+                "Call model, optimizer, pruner = copy.deepcopy((model, optimizer, pruner)); to "
+                "save a pruner, save its state_dict().",
+            )
+        for shared in (self._schedule, self._data, self._on_progress, self._group):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = object.__new__(Pruner)
+        own = {name: x for name, x in vars(self).items() if name != "_handle"}
+        vars(twin).update(copy.deepcopy(own, memo), _handle=None)
+        if self._handle is not None:
+            twin._use(twin.masks)
+        return twin
+
+    @calling("Pruner")
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuses to be pickled: what a run needs to resume is the state."""
+        raise LapTypeError(
+            "the pruner's state_dict() to be saved or sent (a pruner belongs to its model and "
+            "optimizers)",
+            "the pruner itself",
+            "Make a new Pruner of the other model and load the state_dict() there.",
+        )
+
     @property
     def sparsity(self) -> float:
         """The fraction of the pruned layers' weights that has been removed so far; 0.0 at first."""
@@ -187,7 +223,8 @@ class Pruner:
         """Counts a training step and prunes if the schedule says so.
 
         Pruned weights are zero afterwards, whatever has changed them: an optimizer that this
-        pruner does not know, or model.load_state_dict.
+        pruner does not know, or model.load_state_dict. The first time that some are not, a warning
+        names the layers.
 
         Returns:
             The result of the pruning, or None if this step did not prune.
