@@ -49,6 +49,7 @@ Trainer of either package accepts it, in a list of callbacks.
 
 from __future__ import annotations
 
+import errno
 import math
 import pickle
 from collections.abc import Mapping
@@ -59,7 +60,13 @@ import torch
 
 import lap_ext
 from lap_ext.adapters._callback import TrainingCallback, check_pruned, on_device
-from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
+from lap_ext.errors import (
+    LapFileNotFoundError,
+    LapImportError,
+    LapTypeError,
+    LapValueError,
+    calling,
+)
 from lap_ext.masks import pack, unpack
 from lap_ext.options import Inputs
 
@@ -262,6 +269,7 @@ def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
         checkpoint: the file that training with a `PruningCallback` has saved.
 
     Raises:
+        OSError: there is no such file.
         ValueError: the file has no masks (save_weights_only=True leaves them out), or torch.load
             with weights_only=True rejects the file.
 
@@ -276,6 +284,13 @@ def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
     """
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise LapFileNotFoundError(
+            "a checkpoint of Lightning's Trainer",
+            f"nothing at {str(checkpoint)!r}",
+            "Check the path.",
+            number=errno.ENOENT,
+        ) from None
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise LapValueError(
             "a checkpoint that torch.load reads with weights_only=True",

@@ -253,7 +253,8 @@ class Masks(Mapping[str, Tensor]):
         damaged file is an error when it is read.
 
         Raises:
-            OSError: path is a directory, a pipe or a device, or the disk is full.
+            OSError: path is a directory, a pipe or a device, its directory is not there, or the
+                disk is full.
             ValueError: a name that the file cannot hold.
 
         Example:
@@ -278,6 +279,7 @@ class Masks(Mapping[str, Tensor]):
                 CPU.
 
         Raises:
+            OSError: there is no such file, or it is a directory.
             ValueError: the file is damaged or does not contain masks, or some layers do not fit the
                 model; the message lists all of those.
             ModuleNotFoundError: safetensors is not installed.
