@@ -203,7 +203,7 @@ def _no_file(path: Path) -> LapFileNotFoundError:
     """Makes the error of a file that is not there."""
     near: list[str] = []
     with suppress(OSError):
-        near = os.listdir(path.parent)
+        near = [x.name for x in path.parent.iterdir()]
     cure = did_you_mean(path.name, near) or "Check the path."
     return LapFileNotFoundError(_WRITTEN, f"nothing at {str(path)!r}", cure, number=errno.ENOENT)
 
