@@ -30,7 +30,7 @@ class Sam(torch.optim.Optimizer):
         for weight in weights:
             if weight.grad is not None:
                 self.state[weight]["before"] = weight.data.clone()
-                weight.add_(0.05 * weight.grad / norm)
+                weight.data.add_(0.05 * weight.grad / norm)
         self.zero_grad()
 
     @torch.no_grad()

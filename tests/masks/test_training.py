@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lap_ext.masks import Masks
 from tests.helpers import masked_network as cases
+from tests.helpers.optimizers import Noisy
 
 each_optimizer = pytest.mark.parametrize("name", list(cases.OPTIMIZERS))
 
@@ -76,17 +77,6 @@ def test_moments_built_up_before(name: str) -> None:
     if name != "adafactor":  # it sees norms of the full weight, the others do not
         cases.train(other, plain, data[5:])
         cases.check_agree(model, other, masks)
-
-
-class Noisy(torch.optim.SGD):
-    """Adds noise to every weight, whatever its gradient."""
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        with torch.no_grad():
-            for group in self.param_groups:
-                for weight in group["params"]:
-                    weight.add_(torch.randn_like(weight))
 
 
 @pytest.mark.parametrize("name", ["noise", "muon", "decay past zero", "0 / 0"])
