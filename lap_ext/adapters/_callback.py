@@ -128,15 +128,17 @@ class TrainingCallback(ABC):
 
     def _apply(self, model: nn.Module) -> None:
         """Sets the pruned weights of a model, or of an average of it, to zero where it is now."""
-        self.masks.to(next(model.parameters()).device).apply(model)
+        _on_device(self.masks, weights_of(_averaged(model), self.masks)).apply(model)
 
     def _mask_averages(self, callbacks: Iterable[Any]) -> None:
         """Masks the averages of the weights that other callbacks hold: they then stay zero."""
         for callback in callbacks:
-            for name, average in vars(callback).items():
-                if isinstance(average, AveragedModel) or name == _AVERAGE:
-                    if average is not None and _holds(average, self.masks):
-                        self._apply(average)
+            for name, held in getattr(callback, "__dict__", {}).items():
+                known = isinstance(held, AveragedModel) or name == _AVERAGE
+                if known and isinstance(held, nn.Module):
+                    weights = weights_of(_averaged(held), self.masks)
+                    if len(weights) == len(self.masks):  # an average of the whole model
+                        self._apply(held)
 
     def _finish(self, model: nn.Module) -> None:
         """Zeroes, after all other callbacks, what one of them has brought back at the end."""
@@ -185,10 +187,9 @@ def _reusable(patterns: Patterns | None) -> Patterns | None:
     return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
 
 
-def _holds(average: nn.Module, masks: lap_ext.Masks) -> bool:
-    """Tells whether an average has every masked layer, as one of the whole model has."""
-    module = average.module if isinstance(average, AveragedModel) else average
-    return len(weights_of(module, masks)) == len(masks)
+def _averaged(model: nn.Module) -> nn.Module:
+    """Returns the average within torch's AveragedModel, under the model's own names."""
+    return model.module if isinstance(model, AveragedModel) else model
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:

@@ -62,6 +62,9 @@ class Layer:
 class Topology:
     """The layer graph of a model, channel by channel, as `trace` returns it; print it for a table.
 
+    A copy or a pickle has a copy of the model with it: copy.deepcopy((model, topology)) gives the
+    topology of the copied model.
+
     Attributes:
         layers: name -> Layer, in the order in which the network uses them.
         model: the model that was traced.
