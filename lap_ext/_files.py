@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
-from lap_ext.errors import LapImportError, LapOSError, LapValueError
+from lap_ext.errors import LapFileNotFoundError, LapImportError, LapOSError, LapValueError
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
@@ -39,6 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         LapOSError: a directory, a pipe or a device has this name; nothing was written.
+        LapFileNotFoundError: there is no directory for it.
 
     Example:
         >>> import tempfile
@@ -50,7 +51,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         b'done'
     """
     _check_free(path, "a file, or none yet,", stat.S_ISREG, errno.EISDIR)
-    path = Path(path).resolve()
+    given, path = path, Path(path).resolve()
+    if not path.parent.is_dir():
+        raise LapFileNotFoundError(
+            f"a directory for the file {str(given)!r}",
+            f"none at {str(path.parent)!r}",
+            "Make it first, or correct the path.",
+            number=errno.ENOENT,
+        )
     with _beside(path, _new_file) as (temporary, descriptor):
         with open(descriptor, "wb", closefd=False) as file:
             yield file

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import lap_ext
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapTypeError, LapValueError, calling
-from lap_ext.masks import parameter_in
+from lap_ext.errors import LapTypeError, LapValueError, calling, warn
+from lap_ext.masks import parameter_in, revived_text
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -33,6 +34,8 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
+
+_AVERAGE = "_average_model"  # the attribute of Lightning's own callbacks
 
 
 class TrainingCallback(ABC):
@@ -110,7 +113,7 @@ class TrainingCallback(ABC):
     def _begin(
         self, model: nn.Module, optimizers: Sequence[Any], wrapped: nn.Module | None = None
     ) -> None:
-        """Keeps the masks, or builds the pruner; from now on gradients of pruned weights are 0.
+        """Keeps the masks, or builds the pruner.
 
         Args:
             model: the user's own module.
@@ -120,17 +123,37 @@ class TrainingCallback(ABC):
         if self._schedule is None:
             weights = weights_of(model, self.masks)
             self.masks = _on_device(self.masks, weights)
-            for optimizer in _training(optimizers, weights.values()):
-                self._hooks.append(self.masks.keep(model, optimizer))
+            self._hooks.append(self.masks.keep(model, _training(optimizers, weights.values())))
         else:
             inputs = self._inputs(model) if self._topology is None else self._example
             self._pruner = self._build(model if wrapped is None else wrapped, optimizers, inputs)
             self._hooks.append(self._pruner)
-            layers = self._pruner.topology.layers
-            weights = {name: layer.weight for name, layer in layers.items()}
-        for name, weight in weights.items():
-            if weight.requires_grad:
-                self._hooks.append(weight.register_hook(self._masking(name)))
+
+    def _apply(self, model: nn.Module) -> None:
+        """Sets the pruned weights of a model, or of an average of it, to zero where it is now."""
+        _on_device(self.masks, weights_of(_averaged(model), self.masks)).apply(model)
+
+    def _mask_averages(self, callbacks: Iterable[Any]) -> None:
+        """Masks the averages of the weights that other callbacks hold: they then stay zero."""
+        for callback in callbacks:
+            for name, held in getattr(callback, "__dict__", {}).items():
+                known = isinstance(held, AveragedModel) or name == _AVERAGE
+                if known and isinstance(held, nn.Module):
+                    weights = weights_of(_averaged(held), self.masks)
+                    if len(weights) == len(self.masks):  # an average of the whole model
+                        self._apply(held)
+
+    def _finish(self, model: nn.Module) -> None:
+        """Zeroes, after all other callbacks, what one of them has brought back at the end."""
+        found = self.masks.check(model)
+        if found:
+            self._apply(model)
+            warn(
+                f"expected pruned weights to stay zero to the end of training, got "
+                f"{revived_text(found)} that another callback has written (an average of the "
+                "weights?). They are zero again. Apply the masks to the average as well: "
+                "callback.masks.apply(average) after each pruning."
+            )
 
     def _take(self) -> None:
         """Publishes the pruner's masks and result."""
@@ -138,22 +161,11 @@ class TrainingCallback(ABC):
         self.masks, self.result = self._pruner.masks, self._pruner.result
 
     def _end(self) -> None:
-        """Removes all hooks from optimizers and parameters."""
+        """Ends the keeping or the pruning."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._pruner = None
-
-    def _masking(self, name: str) -> Any:
-        """Returns a hook that zeroes gradients of pruned weights before averaging and clipping."""
-
-        def masked(gradient: Tensor) -> Tensor:
-            mask = self.masks.get(name)
-            if mask is None or gradient.layout != torch.strided:  # Masks.keep rejects sparse ones
-                return gradient
-            return torch.where(mask, gradient, 0.0)
-
-        return masked
 
     def _build(
         self, model: nn.Module, optimizers: Sequence[Any], inputs: Inputs | None
@@ -176,6 +188,11 @@ class TrainingCallback(ABC):
 def _reusable(patterns: Patterns | None) -> Patterns | None:
     """Patterns for two pruners: a generator ends after the first."""
     return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
+
+
+def _averaged(model: nn.Module) -> nn.Module:
+    """Returns the average within torch's AveragedModel, under the model's own names."""
+    return model.module if isinstance(model, AveragedModel) else model
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:

@@ -34,12 +34,14 @@ What each event does:
     state_dict          puts the masks into every checkpoint (`load_masks` reads them), except those
                         of save_weights_only=True
     on_train_end        removes all hooks; the module is a plain module with zeros
+    on_fit_end          the same again, should another callback have written weights meanwhile
 
 Gradient accumulation, mixed precision, torch.compile, manual optimization with several optimizers
-and DistributedDataParallel need no setup. Averages of the weights (EMAWeightAveraging) that
-begin before a pruning need `masks.apply(average)`; if their callback precedes this one, the average
-that they leave in the module at the end is masked. A strategy that spawns its processes (ddp_spawn,
-ddp_notebook) does not change the callback of the main process: read the masks with `load_masks`.
+and DistributedDataParallel need no setup. Averages of the weights in other callbacks, before or
+after this one (EMAWeightAveraging, StochasticWeightAveraging, any AveragedModel of the module), are
+masked at each pruning: what they validate, save and leave in the module has zeros. A strategy that
+spawns its processes (ddp_spawn, ddp_notebook) does not change the callback of the main process:
+read the masks with `load_masks`.
 
 The callback derives from `lightning`, or from `pytorch_lightning` if only that is installed. The
 Trainer of either package accepts it, in a list of callbacks.
@@ -47,6 +49,7 @@ Trainer of either package accepts it, in a list of callbacks.
 
 from __future__ import annotations
 
+import errno
 import math
 import pickle
 from collections.abc import Mapping
@@ -57,7 +60,13 @@ import torch
 
 import lap_ext
 from lap_ext.adapters._callback import TrainingCallback, check_pruned, on_device
-from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
+from lap_ext.errors import (
+    LapFileNotFoundError,
+    LapImportError,
+    LapTypeError,
+    LapValueError,
+    calling,
+)
 from lap_ext.masks import pack, unpack
 from lap_ext.options import Inputs
 
@@ -154,6 +163,7 @@ class PruningCallback(TrainingCallback, Callback):
         self._begin(pl_module, trainer.optimizers, trainer.model)
         if self._pruner is not None:
             self._resume(self._pruner, trainer.global_step)
+        self._mask_averages(trainer.callbacks)
         self._logged = self.sparsity
 
     @calling("PruningCallback")
@@ -162,6 +172,7 @@ class PruningCallback(TrainingCallback, Callback):
     ) -> None:
         """Prunes if the optimizer has stepped and the schedule says so; logs the sparsity."""
         if self._pruner is not None and self._follow(trainer.global_step):
+            self._mask_averages(trainer.callbacks)
             self._logged = self.sparsity
         if not trainer.barebones:
             pl_module.log("sparsity", self._logged)
@@ -170,7 +181,15 @@ class PruningCallback(TrainingCallback, Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Removes all hooks and applies the masks once more."""
         self._end()
-        self.masks.apply(pl_module)
+        self._apply(pl_module)
+
+    @calling("PruningCallback")
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Looks at the masks once more, because other callbacks may write weights after this one.
+
+        As one that copies an average of the weights into the module when training ends.
+        """
+        self._finish(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Removes all hooks after an error."""
@@ -251,6 +270,7 @@ def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
         checkpoint: the file that training with a `PruningCallback` has saved.
 
     Raises:
+        OSError: there is no such file.
         ValueError: the file has no masks (save_weights_only=True leaves them out), or torch.load
             with weights_only=True rejects the file.
 
@@ -265,6 +285,13 @@ def load_masks(checkpoint: str | Path) -> lap_ext.Masks:
     """
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise LapFileNotFoundError(
+            "a checkpoint of Lightning's Trainer",
+            f"nothing at {str(checkpoint)!r}",
+            "Check the path.",
+            number=errno.ENOENT,
+        ) from None
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise LapValueError(
             "a checkpoint that torch.load reads with weights_only=True",

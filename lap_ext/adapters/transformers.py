@@ -32,11 +32,13 @@ What each event does:
                         reads it. With a schedule also pruning.json, the options and the prunings so
                         far, which those of a resumed run must match; remove it to continue by
                         another schedule on purpose
-    on_train_end        removes all hooks; the model is a plain model with zeros
+    on_train_end        removes all hooks; the model is a plain model with zeros, also where a later
+                        callback has copied an average of the weights into it
 
 transformers passes accelerate's wrapper of the optimizer to callbacks. Hooks on the wrapper never
 run, so the hooks are placed on the optimizer inside. Gradient accumulation, mixed precision,
-torch.compile and DistributedDataParallel need no setup. FSDP and DeepSpeed, which shard parameters,
+torch.compile and DistributedDataParallel need no setup. An AveragedModel in another callback is
+masked at each pruning. FSDP and DeepSpeed, which shard parameters,
 are rejected.
 """
 
@@ -44,8 +46,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -94,6 +98,7 @@ with calling("lap_ext.adapters.transformers"):
             "Run: pip install -U transformers",
             name="transformers",
         )
+    from transformers.trainer_callback import CallbackHandler
 
 MASKS_NAME = "masks.safetensors"  # in a checkpoint directory
 STATE_NAME = "pruning.json"  # beside the masks
@@ -195,6 +200,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             on_progress=on_progress,
         )
         self._resume_from = resume_from
+        self._handler: CallbackHandler | None = None  # of the training
 
     @calling("PruningCallback")
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,6 +212,8 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             if state.global_step:
                 self._resume(self._pruner, args, state)
             self._take()
+        self._handler = _caller()
+        self._mask_averages(self._others())
 
     @calling("PruningCallback")
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -214,6 +222,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             if args.world_size > 1:
                 _check_agreed(self._pruner.masks)
             self._take()
+            self._mask_averages(self._others())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds the sparsity to the logs and to the history that trainer_state.json will hold."""
@@ -239,13 +248,23 @@ class PruningCallback(TrainingCallback, TrainerCallback):
 
     @calling("PruningCallback")
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Removes all hooks; takes the best checkpoint's masks if the trainer has loaded it."""
+        """Removes all hooks; takes the best checkpoint's masks if the trainer has loaded it.
+
+        Looks at the masks once more after all other callbacks, which may write weights too.
+        """
         self._end()
         model = kwargs["model"]
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and (Path(best) / MASKS_NAME).exists():
             self.masks = lap_ext.Masks.load(Path(best) / MASKS_NAME, model)
-        self.masks.apply(model)
+        self._apply(model)
+        if self._handler is not None:
+            _Last(self, self._handler)
+        self._handler = None
+
+    def _others(self) -> list[Any]:
+        """Lists all callbacks of the training."""
+        return [] if self._handler is None else self._handler.callbacks
 
     def _inputs(self, model: Any) -> Inputs:
         return inputs_of(model, self._example)
@@ -272,6 +291,30 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             "layers": pruner.state_dict()["layers"],
         }
         pruner.load_state_dict(saved | _facts(file.with_name(STATE_NAME)))
+
+
+class _Last(TrainerCallback):
+    """Stands behind all callbacks while training ends: transformers' loop over them sees it."""
+
+    def __init__(self, pruning: PruningCallback, handler: CallbackHandler) -> None:
+        self._pruning, self._handler = pruning, handler
+        handler.callbacks.append(self)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the masks, and leaves the list as it was."""
+        self._handler.callbacks = [x for x in self._handler.callbacks if x is not self]
+        self._pruning._finish(kwargs["model"])
+
+
+def _caller() -> CallbackHandler | None:
+    """Finds who calls the callbacks, in the calls that led here: no event has a reference to it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -7,5 +7,6 @@ from lap_ext.masks.file import BitMasks as BitMasks
 from lap_ext.masks.file import pack as pack
 from lap_ext.masks.file import unpack as unpack
 from lap_ext.masks.masks import Masks as Masks
+from lap_ext.masks.targets import revived_text as revived_text
 
-__all__ = ["BitMasks", "Masks", "layer_name", "pack", "parameter_in", "unpack"]
+__all__ = ["BitMasks", "Masks", "layer_name", "pack", "parameter_in", "revived_text", "unpack"]

@@ -22,6 +22,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +33,13 @@ from torch import Tensor
 
 from lap_ext import __version__
 from lap_ext._files import parsed_json, replacing, safetensors_header, safetensors_package
-from lap_ext.errors import LapValueError
+from lap_ext._text import did_you_mean
+from lap_ext.errors import LapFileNotFoundError, LapOSError, LapTypeError, LapValueError
 
 FORMAT = "2"
 CHUNK = 1 << 20  # bytes of a mask that are hashed together
 _LONGEST = 16_000_000  # characters of the names and shapes, or of the checksums
+_WRITTEN = "a file written by Masks.save"
 _MAX_DIMS = 64  # torch's own limit for most of its operations
 _MAX_WEIGHTS = 1 << 62
 
@@ -44,7 +47,7 @@ _MAX_WEIGHTS = 1 << 62
 def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
     """Writes masks to a file atomically: at any time, path holds the old file or the new one."""
     head, sums = header(masks), {}
-    with replacing(path) as file:
+    with replacing(_checked(path)) as file:
         file.write(head)
         for name, mask in masks.items():
             data = _bytes(pack(mask))
@@ -58,6 +61,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Reads the masks of a file to the CPU, in the order in which they were saved.
 
     Raises:
+        LapTypeError: path is not a path.
+        LapOSError: there is no such file.
         LapValueError: the file is damaged or does not contain masks.
     """
     with BitMasks(path) as file:
@@ -86,15 +91,23 @@ class BitMasks:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = _checked(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._unchecked: dict[str, str] = {}  # name -> checksum
 
     def __enter__(self) -> BitMasks:
         package = safetensors_package("it reads the file")
-        mode = self.path.stat().st_mode
+        try:
+            mode = self.path.stat().st_mode
+        except FileNotFoundError:
+            raise _no_file(self.path) from None
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+            raise LapOSError(
+                _WRITTEN,
+                f"the directory {str(self.path)!r}",
+                "Pass the file in it.",
+                number=errno.EISDIR,
+            )
         if not stat.S_ISREG(mode):  # to open a pipe would wait for its writer
             raise _not_masks(self.path, "it is a pipe or a device")
         try:
@@ -180,9 +193,24 @@ def _bytes(packed: Tensor) -> bytearray:
     return data
 
 
+def _checked(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise LapTypeError("{argument} to be a str or a Path", type(path).__name__, argument="path")
+    return Path(path)
+
+
+def _no_file(path: Path) -> LapFileNotFoundError:
+    """Makes the error of a file that is not there."""
+    near: list[str] = []
+    with suppress(OSError):
+        near = [x.name for x in path.parent.iterdir()]
+    cure = did_you_mean(path.name, near) or "Check the path."
+    return LapFileNotFoundError(_WRITTEN, f"nothing at {str(path)!r}", cure, number=errno.ENOENT)
+
+
 def _not_masks(path: Path, problem: str, cure: str = "") -> LapValueError:
     """Makes the error of a file that does not hold masks."""
-    return LapValueError("a file written by Masks.save", f"{str(path)!r}: {problem}", cure)
+    return LapValueError(_WRITTEN, f"{str(path)!r}: {problem}", cure)
 
 
 def checksum(name: str, shape: Iterable[int], chunks: Iterable[bytes | bytearray]) -> str:

@@ -9,7 +9,7 @@ layers before it changes the first; targets.py resolves the names.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch.nn import Module
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
 
-from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext.errors import LapTypeError, LapValueError, calling, in_layer
 from lap_ext.masks import file
 from lap_ext.masks.keep import KeepHandle, check_hooks
-from lap_ext.masks.targets import Target, find, find_pruned, is_plain, owners, zero_
+from lap_ext.masks.targets import Target, find, find_pruned, owners, revived, zero_
+from lap_ext.ops.memory import is_plain
 
 
 class Masks(Mapping[str, Tensor]):
@@ -28,7 +29,8 @@ class Masks(Mapping[str, Tensor]):
 
     A layer has the name of its parameter without ".weight" ("conv1"); a parameter that is not
     called weight keeps its full name ("attn.in_proj_weight"). A tied parameter is one layer and may
-    be given under any of its names. Prefixes that DataParallel, DistributedDataParallel,
+    be given under any of its names; so are two parameters over the same memory, as after
+    `head.weight.data = embedding.weight.data`. Prefixes that DataParallel, DistributedDataParallel,
     torch.compile and AveragedModel add to names are ignored.
 
     Args:
@@ -146,31 +148,70 @@ class Masks(Mapping[str, Tensor]):
         for target in find(model, self):
             zero_(target.weight, target.mask)
 
+    @calling("Masks.check")
+    def check(self, model: Module) -> dict[str, int]:
+        """Counts the pruned weights that are not zero, such as those that training has revived.
+
+        A weight counts unless it is +0.0 or -0.0; NaN counts. Nothing is changed: `apply` sets
+        these weights to zero again.
+
+        Args:
+            model: the model that the masks were made for, or a copy of it, on any device.
+
+        Returns:
+            Layer name -> the number of its pruned weights that are not zero, without the layers
+            that have none. An empty dict: every pruned weight is zero.
+
+        Raises:
+            ValueError: the model lacks some of the layers, they have another shape, or a weight is
+                on the meta device.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> layer = torch.nn.Linear(3, 1)
+            >>> masks = lap_ext.Masks({"weight": torch.tensor([[False, True, False]])})
+            >>> masks.check(layer)
+            {'weight': 2}
+            >>> masks.apply(layer)
+            >>> masks.check(layer)
+            {}
+        """
+        counts = {}
+        for target in find(model, self, write=False):
+            with in_layer(target.name):
+                counts[target.name] = revived(target.weight, target.mask)
+        return {name: count for name, count in counts.items() if count}
+
     @calling("Masks.keep")
-    def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
+    def keep(self, model: Module, optimizer: Optimizer | Sequence[Optimizer]) -> KeepHandle:
         """Applies the masks and keeps pruned weights at zero while the optimizer trains the model.
 
-        Before each step, the gradients of pruned weights are set to 0; after the step, the pruned
-        weights are set to +0.0. The optimizer's state for them is set to 0 at once, and again after
-        optimizer.load_state_dict. The kept weights thus train as if the pruned ones did not exist.
-        For optimizers that treat each weight separately, the result is bit for bit the same as with
-        a forward pass that multiplies the weight by the mask. Gradient accumulation, GradScaler,
-        fused and foreach variants, DistributedDataParallel (with the same masks in each process)
-        and torch.compile work without further calls.
+        In every backward pass, the gradients of pruned weights are set to 0; after each step, the
+        pruned weights are set to +0.0. The optimizer's state for them is set to 0 at once, and
+        again after optimizer.load_state_dict. The kept weights thus train as if the pruned ones did
+        not exist. For optimizers that treat each weight separately, the result is bit for bit the
+        same as with a forward pass that multiplies the weight by the mask. Gradient accumulation,
+        gradient clipping, GradScaler, fused and foreach variants, DistributedDataParallel (with the
+        same masks in each process) and torch.compile work without further calls, and so do
+        optimizers that step by methods of their own: with SAM's first_step and second_step,
+        e(w) = rho * g / ||g|| is 0 for pruned weights, and its inner optimizer is kept too.
 
         With LBFGS, gradients are masked at every evaluation of the closure, so pruned weights do
         not move within a step either; a history from before the pruning is dropped.
 
-        You must handle two cases yourself. Call apply() after model.load_state_dict(), and call the
-        handle's mask_gradients() before clip_grad_norm_(); otherwise pruned weights count in the
-        norm. Parameters that this optimizer does not train are masked once, but not kept masked. A
-        copy of the optimizer has no hooks, so call keep for it too. The optimizer's state of a
+        What else writes weights between two steps (model.load_state_dict, an average that is copied
+        back, an optimizer that is not kept) may revive pruned ones. The next step sets them to zero
+        again and warns once, with the layers' names; to train without them from the start, call
+        apply() after such a write. Only what torch does not count as a write (weight.data.add_) by
+        methods that run no step hook is not seen there; `check` sees everything.
+
+        Parameters that this optimizer does not train are masked once, but not kept masked. A copy
+        of the optimizer has no hooks, so call keep for it too. The optimizer's state of a
         0-dimensional parameter is not cleared, because it looks the same as a step count.
 
         Args:
             model: the model that the masks were made for.
-            optimizer: any torch.optim.Optimizer of the model's parameters. With several optimizers,
-                call keep once for each.
+            optimizer: any torch.optim.Optimizer of the model's parameters, or a list of several.
 
         Returns:
             A handle, whose remove() removes the hooks, as does the end of a `with` block. Several
@@ -197,10 +238,10 @@ class Masks(Mapping[str, Tensor]):
             0.0
             >>> handle.remove()
         """
-        check_hooks(optimizer)
-        handle = KeepHandle(model, find(model, self), optimizer)
-        handle.zero_changed()
-        return handle
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        for each in optimizers:
+            check_hooks(each)
+        return KeepHandle(model, find(model, self), optimizers)
 
     @calling("Masks.save")
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -212,7 +253,8 @@ class Masks(Mapping[str, Tensor]):
         damaged file is an error when it is read.
 
         Raises:
-            OSError: path is a directory, a pipe or a device, or the disk is full.
+            OSError: path is a directory, a pipe or a device, its directory is not there, or the
+                disk is full.
             ValueError: a name that the file cannot hold.
 
         Example:
@@ -237,6 +279,7 @@ class Masks(Mapping[str, Tensor]):
                 CPU.
 
         Raises:
+            OSError: there is no such file, or it is a directory.
             ValueError: the file is damaged or does not contain masks, or some layers do not fit the
                 model; the message lists all of those.
             ModuleNotFoundError: safetensors is not installed.
@@ -315,6 +358,7 @@ class Masks(Mapping[str, Tensor]):
                 order = list(x.owner._parameters)
                 torch_prune.remove(x.owner, x.attribute)
                 _reorder(x, order, f"{x.attribute}_orig", x.attribute)
+                x.weight.data = target.weight.data  # torch parts those tied by memory alone
             zero_(target.weight, target.mask.to(target.weight.device))
 
 

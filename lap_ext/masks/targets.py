@@ -9,7 +9,7 @@ may be present or absent, both in the mask's name and in the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,9 +20,15 @@ from torch.nn.parameter import is_lazy
 from lap_ext._text import layer_name, lines, parameter_names, some
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
+from lap_ext.ops.memory import is_plain, memory_key, overlapping
 
 _WRAPPED = ("module", "_orig_mod")  # what wrappers call the module inside
 _LISTED = 10  # of many problems, the first ones say it
+_OVERLAP = (
+    "it shares a part of its memory with {!r}, or all of it in another order, so that one mask "
+    "would prune weights of the other. Leave one of the two out, or give it memory of its own: "
+    "weight.data = weight.data.clone()"
+)
 _MISSING = "the model has no such parameter"
 
 Modules: TypeAlias = dict[str, Module]
@@ -67,17 +73,20 @@ def _find(
     modules = _modules(model)
     targets: list[Target] = []
     problems: dict[str, str] = {}
-    names: dict[int, str] = {}  # id of a parameter -> its mask
+    names: dict[Hashable, str] = {}  # memory of a parameter -> its mask
     for name, mask in masks.items():
         location = location_of(modules, name)
         if location is None:
             problems[name] = why_not(modules, name)
             continue
         target = Target(name, mask, *location)
-        problem = _misfit(target, names.setdefault(id(target.weight), name), write)
+        problem = _misfit(target, names.setdefault(memory_key(target.weight), name), write)
         if problem:
             problems[name] = problem
         targets.append(target)
+    if write:
+        for first, second in overlapping(target.weight for target in targets):
+            problems[targets[second].name] = _OVERLAP.format(targets[first].name)
     if problems:
         without = _without_mask(model, targets) if _MISSING in problems.values() else []
         raise LapValueError(
@@ -89,12 +98,13 @@ def _find(
 
 
 def owners(model: Module, target: Target, suffix: str = "") -> list[Target]:
-    """Lists the target once for each module that holds its parameter (several if it is tied)."""
+    """Lists the target once for each module that holds its memory (several if it is tied)."""
+    key = memory_key(target.weight)
     return [
-        target._replace(owner=module, attribute=attribute[: len(attribute) - len(suffix)])
+        Target(target.name, target.mask, module, attribute.removesuffix(suffix), weight)
         for module in model.modules()
         for attribute, weight in module._parameters.items()
-        if weight is target.weight and attribute.endswith(suffix)
+        if weight is not None and attribute.endswith(suffix) and memory_key(weight) == key
     ]
 
 
@@ -110,10 +120,22 @@ def zero_(x: Tensor, mask: Tensor) -> None:
     torch.where(mask, x, x.new_zeros(()), out=x)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Tells whether x is plain strided memory, not sparse, quantized or a subclass like DTensor."""
-    ordinary = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return ordinary and x.layout == torch.strided and not x.is_quantized
+def revived(x: Tensor, mask: Tensor) -> int:
+    """Counts the elements of x that are not zero (+0.0 or -0.0) where mask is False."""
+    if x.is_meta:
+        raise LapValueError("weights with data", "a weight on the meta device")
+    x = x.detach()
+    return int((x != 0).logical_and_(mask.to(x.device).logical_not()).count_nonzero())
+
+
+def revived_text(counts: Mapping[str, int]) -> str:
+    """Enumerates layers with the numbers of their pruned weights that are not zero.
+
+    Example:
+        >>> revived_text({"fc1": 1200, "head": 3})
+        "1,200 in layer 'fc1', 3 in layer 'head'"
+    """
+    return some((f"{count:,} in layer {name!r}" for name, count in counts.items()), _LISTED)
 
 
 def _modules(model: Module) -> Modules:
@@ -215,11 +237,11 @@ def _shapes(mask: Tensor, weight: Tensor) -> str:
 
 def _without_mask(model: Module, targets: Iterable[Target]) -> list[str]:
     """Lists layers of the model (of 2 dimensions or more) that have no mask."""
-    masked = {id(target.weight) for target in targets}
+    masked = {memory_key(target.weight) for target in targets}
     return [
         layer_name(name)
         for name, weight in model.named_parameters()
-        if id(weight) not in masked and not is_lazy(weight) and weight.dim() >= 2
+        if not is_lazy(weight) and weight.dim() >= 2 and memory_key(weight) not in masked
     ]
 
 

@@ -20,6 +20,7 @@ from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext.ops.memory import memory_key
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -264,7 +265,7 @@ def sparsity(model: nn.Module) -> float:
             "{argument} to be a torch.nn.Module", type(model).__name__, argument="model"
         )
     zeros = total = 0
-    for name, weight in model.named_parameters():
+    for name, weight in {memory_key(p): (n, p) for n, p in model.named_parameters()}.values():
         if weight.dim() < 2 and not is_lazy(weight):
             continue
         if is_lazy(weight) or weight.layout != torch.strided:

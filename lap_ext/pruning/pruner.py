@@ -12,8 +12,8 @@ steps and the masks, because a schedule is a pure function of the step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -54,9 +54,13 @@ class Pruner:
 
     Call `step` after every step of the optimizer; the k-th call (from 0) prunes to schedule(k).
     In between, the optimizer cannot change a pruned weight: its gradient and its moments are
-    0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
-    without further calls. If you keep an average of the weights (AveragedModel), call
-    `pruner.masks.apply(average)` after each pruning; if you use a CUDA graph, capture it again.
+    0, as with `Masks.keep`, also in methods of its own (SAM's first_step and second_step). Gradient
+    accumulation, clipping, autocast, GradScaler and torch.compile work without further calls. If
+    you keep an average of the weights (AveragedModel), call `pruner.masks.apply(average)` after
+    each pruning; if you use a CUDA graph, capture it again.
+
+    copy.deepcopy((model, optimizer, pruner)) gives a pruner of the copied model, which shares
+    schedule and data with this one. Copying or pickling a pruner alone is a TypeError.
 
     Args:
         model: as in `prune`, or wrapped by torch.compile, DataParallel or DistributedDataParallel.
@@ -175,12 +179,43 @@ class Pruner:
         self._step = 0
         self._removed = False
         self._prunings: list[Pruning] = []
-        self._handles: list[KeepHandle] = []
+        self._handle: KeepHandle | None = None
         self.masks = Masks({})
         self.result: PruneResult | None = None
 
     def __repr__(self) -> str:
         return f"Pruner(after {self._step} steps, {self.masks!r})"
+
+    @calling("Pruner")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
+        """Copies the pruner for the copy of its model that the same call has made."""
+        model = memo.get(id(self._model))
+        if not isinstance(model, Module) or not vars(model):
+            alone = model is None
+            raise LapTypeError(
+                "a copy of the pruner with its model",
+                f"one {'of the pruner alone' if alone else 'within the copy of its model'}",
+                "Call model, optimizer, pruner = copy.deepcopy((model, optimizer, pruner)); to "
+                "save a pruner, save its state_dict().",
+            )
+        for shared in (self._schedule, self._data, self._on_progress, self._group):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = object.__new__(Pruner)
+        own = {name: x for name, x in vars(self).items() if name != "_handle"}
+        vars(twin).update(copy.deepcopy(own, memo), _handle=None)
+        if self._handle is not None:
+            twin._use(twin.masks)
+        return twin
+
+    @calling("Pruner")
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuses to be pickled: what a run needs to resume is the state."""
+        raise LapTypeError(
+            "the pruner's state_dict() to be saved or sent (a pruner belongs to its model and "
+            "optimizers)",
+            "the pruner itself",
+            "Make a new Pruner of the other model and load the state_dict() there.",
+        )
 
     @property
     def sparsity(self) -> float:
@@ -192,7 +227,8 @@ class Pruner:
         """Counts a training step and prunes if the schedule says so.
 
         Pruned weights are zero afterwards, whatever has changed them: an optimizer that this
-        pruner does not know, or model.load_state_dict.
+        pruner does not know, or model.load_state_dict. The first time that some are not, a warning
+        names the layers.
 
         Returns:
             The result of the pruning, or None if this step did not prune.
@@ -203,8 +239,8 @@ class Pruner:
                 one that the optimizers keep; nothing is changed.
         """
         self._check_not_removed()
-        for handle in self._handles:
-            handle.check()
+        if self._handle is not None:
+            self._handle.check()
         with callback():
             sparsity = self._schedule(self._step)
         if sparsity is None:
@@ -284,16 +320,16 @@ class Pruner:
 
     def remove(self) -> None:
         """Removes the optimizer's hooks; it may then change pruned weights, which are now zero."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
         self._removed = True
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
-        for handle in self._handles:
-            handle.zero_changed()
-        if not self._handles:
+        if self._handle is not None:
+            self._handle.zero_changed()
+        else:
             for name, weight in self._weights(self.masks):
                 zero_(weight, self.masks[name].to(weight.device))
 
@@ -308,14 +344,13 @@ class Pruner:
     def _use(self, masks: Mapping[str, Tensor], left_dense: Mapping[str, str]) -> None:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""
         new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
-        if not self._optimizers:
+        if self._optimizers:
+            before, self._handle = self._handle, new.keep(self._model, self._optimizers)
+            if before is not None:
+                self._handle.told = before.told
+                before.remove()
+        else:
             new.apply(self._model)
-        with ExitStack() as handles:  # adds the new ones before it removes the old ones
-            kept = [handles.enter_context(new.keep(self._model, x)) for x in self._optimizers]
-            for handle in self._handles:
-                handle.remove()
-            self._handles = kept
-            handles.pop_all()
         self.masks = new
         empty = self.result.empty_layers if self.result else ()
         every = ((self.topology.layers[name], mask) for name, mask in new.items())

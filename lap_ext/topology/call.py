@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
 from lap_ext.topology.value import Value
+
+_KEY = "lap_ext_key"  # in a node's meta
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ class Call:
         """Its name in errors."""
         plain = isinstance(self.target, FunctionType)
         return self.name if plain else str(self.target)
+
+
+class NodeKey(NamedTuple):
+    """Identifies a node in all programs of a model, as plain data; one object for each node."""
+
+    name: str
+    operation: str
+    module: str  # the path of the innermost one
+
+
+def node_key(node: fx.Node) -> NodeKey:
+    """Returns the key of a node, always the same object: several roles may have one node."""
+    if _KEY not in node.meta:
+        node.meta[_KEY] = NodeKey(node.name, str(node.target), module_path(node))
+    key: NodeKey = node.meta[_KEY]
+    return key
 
 
 def mapped(x: Any, function: Callable[[Any], Any]) -> Any:

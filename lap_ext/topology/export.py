@@ -11,7 +11,7 @@ import inspect
 import operator
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lap_ext.errors import LapTypeError, TopologyError
+from lap_ext.ops.memory import memory_key
 
 # torch.export changes the state of the process: one thread at a time.
 _EXPORTING = threading.RLock()
@@ -95,10 +96,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Maps every name of a parameter to the first name of the same parameter."""
-    first: dict[int, str] = {}
+    """Maps every name of a parameter to the first name of the same one, or of the same memory."""
+    first: dict[Hashable, str] = {}
     return {
-        name: first.setdefault(id(p), name)
+        name: first.setdefault(memory_key(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from lap_ext.topology.call import NodeKey
 from lap_ext.topology.channels import ChannelGroup, Trail
 from lap_ext.topology.value import WeightView
 
@@ -74,7 +75,7 @@ class Role:
     parameter: str
     kind: str
     part: Part
-    node: fx.Node
+    node: NodeKey
     inputs: tuple[Tensor, Tensor]  # (input channel, channel id) pairs that occur
     out: ChannelGroup
     trail: Trail = ()  # operations just before it

@@ -7,14 +7,26 @@ computed whenever scores are, from the model's weights at that moment.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from lap_ext.ops.reference.common import exact_sqrt
+
+
+@dataclass(frozen=True)
+class _Named:
+    """An operation of torch by its name: "aten.mul.Tensor"."""
+
+    name: str
+
+    def operation(self) -> Any:
+        return operator.attrgetter(self.name)(torch.ops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +42,17 @@ class Static:
     target: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Names an operation of torch instead of holding it, which pickle cannot."""
+        named = isinstance(self.target, OpOverload)
+        return self.__dict__ | ({"target": _Named(str(self.target))} if named else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Finds the operation by its name."""
+        target = state["target"]
+        found = target.operation() if isinstance(target, _Named) else target
+        self.__dict__.update(state, target=found)
 
     def value(self, tensors: Mapping[str, Tensor], known: dict[int, Any]) -> Any:
         """Computes the value from the current tensors.

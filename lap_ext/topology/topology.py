@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lap_ext.topology import edges, render
 from lap_ext.topology.edges import Edge
-from lap_ext.topology.export import named_tensors
+from lap_ext.topology.export import first_names, named_tensors
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 
@@ -62,6 +62,9 @@ class Layer:
 class Topology:
     """The layer graph of a model, channel by channel, as `trace` returns it; print it for a table.
 
+    A copy or a pickle has a copy of the model with it: copy.deepcopy((model, topology)) gives the
+    topology of the copied model.
+
     Attributes:
         layers: name -> Layer, in the order in which the network uses them.
         model: the model that was traced.
@@ -105,8 +108,11 @@ class Topology:
             shape = tuple(tensors[first.parameter].shape)
             self.layers[name] = Layer(name, first.parameter, first.kind, shape, tuple(roles), self)
         known = {layer.parameter for layer in self.layers.values()}
+        tied = first_names(model)
         self.others = [
-            name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
+            name
+            for name, p in model.named_parameters()
+            if p.dim() > 1 and tied[name] not in known and tied[name] == name
         ]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import csv
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,16 +147,59 @@ def test_nothing_but_training() -> None:
     assert pruning.sparsity > 0.69
 
 
-def test_average_of_the_weights() -> None:
-    """It began before the pruning; what it leaves in the module is masked."""
-    model = Net()
-    pruning = PruningCallback(schedule=lap_ext.one_shot(0.7, at=5), example_inputs=EXAMPLE)
-    average = callbacks.EMAWeightAveraging(decay=0.9)
-    trainer = trainer_of(pruning)
-    trainer.callbacks.insert(0, average)
-    trainer.fit(model, Batches())
+class OwnAverage(callbacks.Callback):
+    """Someone's own average of the weights, as tensors; it is copied back when training ends."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.average = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        for mine, theirs in zip(self.average, pl_module.parameters(), strict=True):
+            mine.lerp_(theirs.detach(), 0.1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        for mine, theirs in zip(self.average, pl_module.parameters(), strict=True):
+            theirs.data.copy_(mine)
+
+
+AVERAGES = {
+    "EMA": lambda: callbacks.EMAWeightAveraging(decay=0.9),
+    "SWA": lambda: callbacks.StochasticWeightAveraging(swa_lrs=RATE, swa_epoch_start=1),
+    "own": OwnAverage,
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_average_of_the_weights(kind: str, first: bool, tmp_path: Path) -> None:
+    """Pruned weights are zero in the average, in what is validated, saved and left at the end."""
+
+    class Validated(Net):
+        def on_validation_epoch_end(self) -> None:
+            found.append(pruning.masks.check(self))
+
+        def validation_step(self, batch: Any) -> None:
+            pass
+
+    found: list[dict[str, int]] = []
+    model, average = Validated(), AVERAGES[kind]()
+    schedule = lap_ext.cubic(0.8, start=2, end=6, every=2)
+    pruning = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+    last = callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    clip = {"gradient_clip_val": None, "max_epochs": 2, "num_sanity_val_steps": 0}
+    trainer = trainer_of(pruning, last, **clip)
+    trainer.callbacks.insert(0 if first else 1, average)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        trainer.fit(model, Batches(4), Batches(1))
     cases.check_zero(model, pruning.masks)
-    assert average._average_model.module.net.conv.weight.count_nonzero() == 36
+    assert 0.79 < lap_ext.sparsity(model) < 0.9 and found and not any(found)
+    unknown = [x for x in told if "that another callback has written" in str(x.message)]
+    assert len(unknown) == (kind == "own" and not first)
+    saved = Net()
+    saved.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    cases.check_zero(saved, load_masks(tmp_path / "last.ckpt"))
 
 
 def test_exception_leaves_nothing() -> None:

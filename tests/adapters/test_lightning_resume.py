@@ -158,6 +158,8 @@ def test_checkpoints_without_masks(tmp_path: Path) -> None:
     torch.save({"callbacks": {STATE_KEY: Watch(used)}}, file)
     with pytest.raises(ValueError, match=r"expected a checkpoint that torch.load reads"):
         load_masks(file)
+    with pytest.raises(FileNotFoundError, match=r"^load_masks: .*, got nothing at 'nowhere.ckpt'"):
+        load_masks("nowhere.ckpt")
 
 
 @pytest.mark.parametrize(

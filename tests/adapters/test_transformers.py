@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import lap_ext
 from tests.helpers import masked_network as cases
@@ -210,6 +212,41 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, moved: bool) -> No
     cases.check_equal(model, start)
     assert again.masks == uninterrupted.masks
     assert len(run.callback_handler.callbacks[-2].sparsities) == 5
+
+
+class Average(transformers.TrainerCallback):
+    """An average of the weights that its callback copies into the model when training ends."""
+
+    def __init__(self, known: bool) -> None:
+        self.known = known
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9))
+        self.average = average if self.known else (average,)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        (self.average if self.known else self.average[0]).update_parameters(model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        average = self.average if self.known else self.average[0]
+        model.load_state_dict(average.module.state_dict())
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["AveragedModel", "own"])
+@pytest.mark.parametrize("place", [0, None], ids=["before ours", "after ours"])
+def test_average_that_is_copied_back(tmp_path: Path, place: int | None, known: bool) -> None:
+    """The masks hold wherever the other callback stands, and the order stays as it was."""
+    model = Net()
+    pruning = PruningCallback(schedule=lap_ext.one_shot(0.7, at=4), example_inputs=EXAMPLE)
+    training = trainer(model, arguments(tmp_path, max_steps=6), pruning)
+    handler = training.callback_handler
+    handler.callbacks.insert(len(handler.callbacks) if place is None else place, Average(known))
+    order = list(handler.callbacks)
+    context = pytest.warns(UserWarning, match="that another callback has written")
+    with context if place is None and not known else nullcontext():
+        training.train()
+    cases.check_zero(model, pruning.masks)
+    assert pruning.masks.check(model) == {} and handler.callbacks == order
 
 
 def test_best_checkpoint_comes_with_its_masks(tmp_path: Path) -> None:

@@ -90,8 +90,6 @@ def by_hand(
     for step, losses in enumerate(steps):
         for loss in losses:
             (loss() / len(losses)).backward()
-        if handle is not None:
-            handle.mask_gradients()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
         optimizer.step()
         optimizer.zero_grad()

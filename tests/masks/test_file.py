@@ -208,12 +208,25 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("link").symlink_to("plain")
     Masks({"a": ~BITS}).save("link")
     assert Path("link").is_symlink() and Masks.load("plain") == Masks({"a": ~BITS})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as caught:
         masks.save("nowhere/m")
-    with pytest.raises(FileNotFoundError):
-        Masks.load("nowhere")
-    with pytest.raises(IsADirectoryError):
+    assert str(caught.value) == (
+        "Masks.save: expected a directory for the file 'nowhere/m', got none at "
+        f"'{tmp_path}/nowhere'. Make it first, or correct the path."
+    )
+    with pytest.raises(FileNotFoundError) as caught:
+        Masks.load("plane")
+    assert str(caught.value) == (
+        "Masks.load: expected a file written by Masks.save, got nothing at 'plane'. Did you mean "
+        "'plain'?"
+    )
+    with pytest.raises(FileNotFoundError, match=r"nothing at 'nowhere/m'\. Check the path\.$"):
+        Masks.load("nowhere/m")
+    with pytest.raises(OSError, match=r"Masks.save, got the directory .*\. Pass the file in it\.$"):
         Masks.load(tmp_path)
+    for call in (Masks.load, masks.save):
+        with pytest.raises(TypeError, match="expected path to be a str or a Path, got int"):
+            call(5)
     with pytest.raises(OSError, match=r"expected a file, or none yet, at .*, got a directory"):
         masks.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "plain"]

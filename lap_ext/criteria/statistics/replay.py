@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from lap_ext.criteria.statistics.isolation import same_random_state
 from lap_ext.errors import LapTypeError, LapValueError, callback
 from lap_ext.topology import Topology, TopologyError
-from lap_ext.topology.call import module_path, operation_name
+from lap_ext.topology.call import node_key, operation_name
 from lap_ext.topology.export import INLINED, export, named_tensors, placeholders
 
 
@@ -134,8 +134,8 @@ def role_nodes(topology: Topology, program: ExportedProgram) -> list[fx.Node]:
         if result and role.node is topology.roles[len(result) - 1].node:  # a fused layer
             result.append(result[-1])
             continue
-        key = _node_key(role.node)
-        index = next((n for n in range(start, len(nodes)) if _node_key(nodes[n]) == key), None)
+        key = role.node
+        index = next((n for n in range(start, len(nodes)) if node_key(nodes[n]) == key), None)
         if index is None:
             raise LapValueError(
                 "batches that follow the same path through the model as the example_inputs",
@@ -145,11 +145,6 @@ def role_nodes(topology: Topology, program: ExportedProgram) -> list[fx.Node]:
         result.append(nodes[index])
         start = index + 1
     return result
-
-
-def _node_key(node: fx.Node) -> tuple[str, str, str]:
-    """Identifies a node in all programs of a model: (name, operation, path of the module)."""
-    return node.name, str(node.target), module_path(node)
 
 
 def _walk(module: fx.GraphModule) -> Iterator[fx.Node]:

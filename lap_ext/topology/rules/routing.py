@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lap_ext._text import layer_name
 from lap_ext.topology import channel_ids
-from lap_ext.topology.call import Call
+from lap_ext.topology.call import Call, node_key
 from lap_ext.topology.channels import ChannelEdges
 from lap_ext.topology.roles import Part, Role
 from lap_ext.topology.tracer import Tracer
@@ -62,8 +62,9 @@ def role_of(
     group = t.channels.add(part.channels[1], "role", name)
     trail = () if x is None else x.trail
     argument = next((n for n, value in enumerate(call.values) if value is x), -1)
+    node = node_key(call.node)
     role = Role(
-        name, parameter, kind, part, call.node, inputs, group, trail, argument, in_dims, out_dims
+        name, parameter, kind, part, node, inputs, group, trail, argument, in_dims, out_dims
     )
     t.roles.append(role)
     return role
