@@ -47,7 +47,7 @@ class FileTopology(Topology):
         self._read = dict(tensors)
         self.layers = {name: replace(x, topology=self) for name, x in topology.layers.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """Returns the tensors that have been read."""
         return self._read
 

@@ -144,7 +144,7 @@ class Masks(Mapping[str, Tensor]):
             0.0
         """
         for target in find(model, self):
-            zero_(target.weight, target.mask)
+            target.prune()
 
     @calling("Masks.keep")
     def keep(self, model: Module, optimizer: Optimizer) -> KeepHandle:
@@ -198,8 +198,12 @@ class Masks(Mapping[str, Tensor]):
             >>> handle.remove()
         """
         check_hooks(optimizer)
-        handle = KeepHandle(model, find(model, self), optimizer)
+        targets = find(model, self)
+        handle = KeepHandle(model, [x for x in targets if not x.computed], optimizer)
         handle.zero_changed()
+        for target in targets:
+            if target.computed:  # the module keeps the mask
+                target.prune()
         return handle
 
     @calling("Masks.save")
@@ -286,6 +290,7 @@ class Masks(Mapping[str, Tensor]):
             ['weight', 'bias']
         """
         targets = find(model, self)
+        _check_stored(targets)
         owned = [x for target in targets for x in owners(model, target)]
         _check_called(owned)
         for x in owned:
@@ -334,6 +339,17 @@ def _check_mask(name: object, mask: object) -> None:
         )
     if mask.is_meta:
         raise LapValueError("masks with data", f"a meta tensor for {name!r}")
+
+
+def _check_stored(targets: list[Target]) -> None:
+    """Raises where a module computes its tensor: torch cannot rename it."""
+    for target in targets:
+        if target.computed:
+            raise LapValueError(
+                "layers whose weight is a parameter",
+                f"{target.name!r}, which {type(target.owner).__name__} computes",
+                "Use Masks.apply, which registers the mask where it is computed.",
+            )
 
 
 def _check_called(targets: list[Target]) -> None:

@@ -37,7 +37,14 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
-from lap_ext.pruning.plan import Plan, checked_masks, options_of, plan_of, topology_of
+from lap_ext.pruning.plan import (
+    Plan,
+    check_prunable,
+    checked_masks,
+    options_of,
+    plan_of,
+    topology_of,
+)
 from lap_ext.pruning.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology
 
@@ -280,6 +287,7 @@ def run(
     allocated = allocation.of(sparsity)
     keeps = allocated.keeps(shapes)
     layers = [layer for layer in plan.layers if layer.name in keeps]
+    check_prunable(layers)
     scoring = _scoring(plan, given, data, on_progress)
     if plan.options.scope == "global":
         kept = _globally(scoring, layers, allocation.total(allocated, shapes))

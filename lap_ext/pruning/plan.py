@@ -176,6 +176,23 @@ def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> li
     return [layer for name, layer in topology.layers.items() if name in names]
 
 
+def check_prunable(layers: Iterable[Layer]) -> None:
+    """Raises for the first layer whose weights a mask cannot make zero."""
+    for layer in layers:
+        if layer.pruned_by == "nothing":
+            owner, attribute = ("." + layer.parameter).rpartition(".")[::2]
+            raise LapValueError(
+                "weights that are zero where their parameter is, or that a mask can multiply",
+                f"one that a forward computes by {layer.computed_by} from {layer.parameter!r}, "
+                "where no mask can reach it",
+                f"Leave the layer out with exclude={layer.name!r}. Or compute the weight in a "
+                "parametrization instead of a forward, torch.nn.utils.parametrize."
+                f"register_parametrization(model{owner}, {attribute!r}, ...), where a mask can "
+                "multiply it.",
+                layer=layer.name,
+            )
+
+
 def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
     """Lists the patterns once: they may come from a generator."""
     if isinstance(patterns, str):
@@ -223,4 +240,8 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
             )
         shapes = tuple(mask.shape), "weight", topology.layers[name].shape
         check.mask_like(f"masks[{name!r}]", str(mask.dtype), *shapes)
+    for name, layer in topology.layers.items():
+        alive = layer.alive  # what a mask in the model has pruned stays pruned
+        if alive is not None:
+            given[name] = given[name] & alive if name in given else alive
     return given

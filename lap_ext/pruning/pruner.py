@@ -174,6 +174,7 @@ class Pruner:
         self._handles: list[KeepHandle] = []
         self.masks = Masks({})
         self.result: PruneResult | None = None
+        self._register_masks()
 
     def __repr__(self) -> str:
         return f"Pruner(after {self._step} steps, {self.masks!r})"
@@ -285,13 +286,20 @@ class Pruner:
         self._handles = []
         self._removed = True
 
+    def _register_masks(self) -> None:
+        """Registers masks of ones on computed weights, so that a saved state of the model fits."""
+        weights = {x.name: x.weight for x in self.layers if x.pruned_by == "mask"}
+        ones = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+        Masks(ones).apply(self._model)
+
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
         for handle in self._handles:
             handle.zero_changed()
         if not self._handles:
-            for name, weight in self._weights(self.masks):
-                zero_(weight, self.masks[name].to(weight.device))
+            for name, layer in self.topology.layers.items():
+                if name in self.masks and layer.pruned_by == "zeros":
+                    zero_(layer.weight, self.masks[name].to(layer.weight.device))
 
     def _prune(self, sparsity: Sparsity) -> None:
         """Computes all masks before it changes the model, so that errors leave it unchanged."""
@@ -334,7 +342,7 @@ class Pruner:
             self._plan.criterion.prepare(self._plan.network({}), self._data)
 
     def _check_optimizers(self) -> None:
-        weights = {id(layer.weight) for layer in self.layers}
+        weights = {id(layer.weight) for layer in self.layers if layer.pruned_by == "zeros"}
         for optimizer in self._optimizers:
             check_hooks(optimizer)
             if weights and not any(

@@ -11,23 +11,33 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from lap_ext._text import columns, html_table
+from lap_ext._text import columns, html_table, some
 from lap_ext.errors import calling
 from lap_ext.masks import Masks
-from lap_ext.topology import Layer
+from lap_ext.topology import Layer, PrunedBy
 
 _COUNTS = (3, 4, 5)  # columns of numbers
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer: its name, kind, shape, and how many of its weights are kept."""
+    """One layer: its name, kind, shape, and how many of its weights are kept.
+
+    Attributes:
+        name, kind, shape: as in `lap_ext.trace`.
+        kept: the number of weights that are kept.
+        total: the number of weights.
+        pruned_by: how the others are zero: "zeros", they are zero in the parameter; "mask", a mask
+            multiplies the weight that the module computes (a parametrization, weight or spectral
+            norm).
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     kept: int
     total: int
+    pruned_by: PrunedBy = "zeros"
 
     @property
     def sparsity(self) -> float:
@@ -91,7 +101,9 @@ class PruneResult:
         self.masks.apply(model)
 
     def __str__(self) -> str:
-        return columns(self._rows(), right=_COUNTS)
+        masked = [row.name for row in self.layers if row.pruned_by == "mask"]
+        note = f"\ncomputed weights, multiplied by a mask: {some(masked, 5)}" if masked else ""
+        return columns(self._rows(), right=_COUNTS) + note
 
     def _repr_html_(self) -> str:
         return html_table(self._rows(), right=_COUNTS)
@@ -133,4 +145,5 @@ class PruneResult:
 def row_of(layer: Layer, mask: Tensor) -> LayerResult:
     """Makes the row of a layer from its mask."""
     kept = int(mask.count_nonzero())
-    return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel())
+    counts = kept, mask.numel()
+    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by)

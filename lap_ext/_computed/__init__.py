@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""Weights that a module computes itself before each forward pass, and the masks on them."""
+
+from lap_ext._computed.attributes import (
+    Reference,
+    as_parameters,
+    is_computed,
+    references,
+    sources,
+    value,
+    value_of,
+)
+from lap_ext._computed.masking import keep_only, mask_of
+
+__all__ = [
+    "Reference",
+    "as_parameters",
+    "is_computed",
+    "keep_only",
+    "mask_of",
+    "references",
+    "sources",
+    "value",
+    "value_of",
+]
