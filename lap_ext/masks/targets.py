@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from lap_ext._computed import is_computed, keep_only, value
 from lap_ext._text import layer_name, lines, parameter_names, some
+from lap_ext.computed import is_computed, keep_only, value
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lap_ext._computed import Reference, as_parameters, references, value
+from lap_ext.computed import Reference, as_parameters, references, value
 from lap_ext.errors import LapTypeError, TopologyError
 
 # torch.export changes the state of the process: one thread at a time.

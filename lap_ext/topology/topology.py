@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from lap_ext._computed import is_computed, sources, value_of
+from lap_ext.computed import is_computed, sources, value_of
 from lap_ext.topology import edges, render
-from lap_ext.topology.computed import same
 from lap_ext.topology.edges import Edge
+from lap_ext.topology.effective import same
 from lap_ext.topology.export import named_tensors
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from lap_ext._text import some
 from lap_ext.errors import TopologyError
 from lap_ext.topology.call import Call, bind, described, mapped, operation_name
 from lap_ext.topology.channels import Channels
-from lap_ext.topology.computed import MATRIX_PRODUCTS, computes_weight, view_of
+from lap_ext.topology.effective import computes_weight, view_of
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
-from lap_ext.topology.static import Static
+from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Value, WeightView, plain
 
 # Operations after which a weight is still the same view of its parameter.
@@ -268,12 +269,16 @@ def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:
 
 
 def _computed_weight(call: Call) -> TopologyError:
-    """The error for a layer whose weight is not a parameter but computed from some."""
+    """The error for a layer whose weight is computed, but from no parameter of its shape."""
+    computed = next(x for x in call.values if _is_computed(x))
+    names = dict.fromkeys(names_of(computed.static))
     return TopologyError(
-        f"a weight that is a parameter in {described(call)}",
-        "one that is computed (weight norm, spectral norm, torch.nn.utils.prune)",
-        "Make it permanent first: torch.nn.utils.parametrize.remove_parametrizations, "
-        "torch.nn.utils.prune.remove.",
+        "weights that are parameters, or computed entry by entry from a parameter of their shape",
+        f"{described(call)}, with a weight of shape {list(computed.shape)} that is computed from "
+        f"{some(map(repr, names), 3)}",
+        "Compute it in a parametrization of a layer (torch.nn.utils.parametrize."
+        'register_parametrization), or pass on_unsupported="cut" to count it as a boundary '
+        "(factor 1).",
     )
 
 

@@ -151,14 +151,14 @@ class Dora(nn.Module):
 
 def parametrized(step: nn.Module) -> nn.Linear:
     """A linear layer with a parametrization."""
-    layer = nn.Linear(6, 5)
+    layer = nn.Linear(6, 6)
     parametrize.register_parametrization(layer, "weight", step)
     return layer
 
 
 def pruned_by_torch() -> nn.Module:
     """A layer that torch.nn.utils.prune has pruned twice."""
-    layer = nn.Linear(6, 5)
+    layer = nn.Linear(6, 6)
     prune.random_unstructured(layer, "weight", 0.2)
     prune.l1_unstructured(layer, "weight", 0.2)
     return layer
@@ -180,47 +180,52 @@ class Kind:
     """
 
     make: Callable[[], nn.Module]
-    effective: Callable[[nn.Module], Tensor] = lambda layer: layer.effective().detach()  # type: ignore[operator] # noqa: E731
+    effective: Callable[[nn.Module], Tensor] = lambda layer: layer.effective().detach()  # type: ignore[operator]
     name: str = ""
 
 
 FACTORS = {
-    "mask": Kind(lambda: Masked(6, 5)),
-    "buffer": Kind(lambda: Buffered(6, 5)),
-    "gain": Kind(lambda: Gain(6, 5)),
-    "transposed": Kind(lambda: Transposed(6, 5)),
-    "filled": Kind(lambda: Filled(6, 5)),
+    "mask": Kind(lambda: Masked(6, 6)),
+    "buffer": Kind(lambda: Buffered(6, 6)),
+    "gain": Kind(lambda: Gain(6, 6)),
+    "transposed": Kind(lambda: Transposed(6, 6)),
+    "filled": Kind(lambda: Filled(6, 6)),
     "torch_prune": Kind(pruned_by_torch, attribute, ".weight_orig"),
 }
 ATTRIBUTES = {
     "identity": Kind(lambda: parametrized(nn.Identity()), attribute),
-    "weight_norm": Kind(lambda: parametrizations.weight_norm(nn.Linear(6, 5)), attribute),
-    "spectral_norm": Kind(lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), attribute),
-    "orthogonal": Kind(lambda: parametrizations.orthogonal(nn.Linear(6, 5)), attribute),
-    "old_weight_norm": Kind(lambda: nn.utils.weight_norm(nn.Linear(6, 5)), attribute),
-    "old_spectral_norm": Kind(lambda: nn.utils.spectral_norm(nn.Linear(6, 5)), attribute),
+    "weight_norm": Kind(lambda: parametrizations.weight_norm(nn.Linear(6, 6)), attribute),
+    "spectral_norm": Kind(lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), attribute),
+    "orthogonal": Kind(lambda: parametrizations.orthogonal(nn.Linear(6, 6)), attribute),
+    "old_weight_norm": Kind(lambda: nn.utils.weight_norm(nn.Linear(6, 6)), attribute),
+    "old_spectral_norm": Kind(lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), attribute),
     "standardize": Kind(lambda: parametrized(Standardize()), attribute),
-    "low_rank": Kind(lambda: parametrized(LowRank(6, 5)), attribute),
-    "dora": Kind(lambda: parametrized(Dora(6, 5)), attribute),
+    "low_rank": Kind(lambda: parametrized(LowRank(6, 6)), attribute),
+    "dora": Kind(lambda: parametrized(Dora(6, 6)), attribute),
 }
 FORWARDS = {
-    "averaged": Kind(lambda: Averaged(6, 5)),
-    "standardized": Kind(lambda: Standardized(6, 5)),
-    "added": Kind(lambda: Added(6, 5)),
-    "cosine": Kind(lambda: Cosine(6, 5)),
+    "averaged": Kind(lambda: Averaged(6, 6)),
+    "standardized": Kind(lambda: Standardized(6, 6)),
+    "added": Kind(lambda: Added(6, 6)),
+    "cosine": Kind(lambda: Cosine(6, 6)),
 }
 
 
 def network(kind: Kind) -> nn.Sequential:
     """Three linear layers; the second one computes its weight."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), kind.make(), nn.ReLU(), nn.Linear(5, 2))
+    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), kind.make(), nn.ReLU(), nn.Linear(6, 2))
+
+
+def dense(weight: Tensor, layer: nn.Module) -> nn.Linear:
+    """Makes a linear layer of this weight, with the bias of another layer."""
+    made = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(layer.bias)  # type: ignore[arg-type]
+    return made
 
 
 def plain(model: nn.Sequential, weight: Tensor) -> nn.Sequential:
     """The same function with this weight as an ordinary parameter of the second layer."""
-    layer = nn.Linear(6, 5)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(model[2].bias)  # type: ignore[arg-type]
-    return nn.Sequential(model[0], nn.ReLU(), layer, nn.ReLU(), model[4])
+    return nn.Sequential(model[0], nn.ReLU(), dense(weight, model[2]), nn.ReLU(), model[4])

@@ -12,7 +12,7 @@ a mask can be exact:
                as pruned.
     attribute  w = module.weight, which the module computes itself before its forward: weight_norm,
                spectral_norm, everything registered with torch.nn.utils.parametrize. The trace sees
-               a parameter of that name in its place (lap_ext/_computed), so that all that follows
+               a parameter of that name in its place (lap_ext/computed), so that all that follows
                is as for any parameter. A mask is registered where the tensor is computed.
     forward    w = f(p) of p's shape, computed in a forward: a standardized weight, p + b @ a. Zeros
                in p are not zeros in w, and no mask can be registered between the computation and
@@ -34,7 +34,7 @@ from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Computation, Value, WeightView
 
 # Products of matrices, which may also compute a weight.
-MATRIX_PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
+_MATRIX_PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
 
 
 def computes_weight(call: Call) -> bool:
@@ -42,7 +42,7 @@ def computes_weight(call: Call) -> bool:
 
     Such as b @ a of two parameters, or the estimate of a spectral norm.
     """
-    if call.name not in MATRIX_PRODUCTS or any(x.static is None for x in call.values):
+    if call.name not in _MATRIX_PRODUCTS or any(x.static is None for x in call.values):
         return False
     of_parameters = [x for x in call.values if x.static is not None and x.static.trainable]
     return len(of_parameters) > 1 or call.name == "mv"

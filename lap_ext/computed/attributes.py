@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lap_ext._computed.masking import MaskHook, masked
+from lap_ext.computed.masking import MaskHook, masked
 
 
 class Reference(NamedTuple):
@@ -53,13 +53,15 @@ def sources(model: nn.Module) -> set[str]:
     """Names the parameters that computed tensors are computed from."""
     names = set()
     for name, (module, attribute) in references(model).items():
-        path = name.removesuffix(attribute)
-        if attribute in _hooks(module):
-            names |= {f"{name}_{suffix}" for suffix in ("orig", "g", "v")}
-        else:
+        hook, path = _hooks(module).get(attribute), name.removesuffix(attribute)
+        if hook is None:
             steps: Any = module.parametrizations
             inner = f"{path}parametrizations.{attribute}."
             names |= {inner + x for x, _ in steps[attribute].named_parameters()}
+        elif isinstance(hook, SpectralNorm):
+            names.add(f"{name}_orig")
+        else:
+            names |= {f"{name}_g", f"{name}_v"}
     return names
 
 
@@ -144,8 +146,7 @@ def _restore(module: nn.Module, kind: type[nn.Module], *state: dict[str, Any]) -
     for store, entries in zip(stores, (parameters, modules, hooks), strict=True):
         store.clear()
         store.update(entries)
-    for name in attributes.keys() - module.__dict__.keys():
-        module.__dict__[name] = attributes[name]
+    module.__dict__.update(attributes)
 
 
 def _replace(module: nn.Module, values: dict[str, Tensor], requires_grad: bool) -> None:

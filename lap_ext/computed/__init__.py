@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Weights that a module computes itself before each forward pass, and the masks on them."""
 
-from lap_ext._computed.attributes import (
+from lap_ext.computed.attributes import (
     Reference,
     as_parameters,
     is_computed,
@@ -10,7 +10,7 @@ from lap_ext._computed.attributes import (
     value,
     value_of,
 )
-from lap_ext._computed.masking import keep_only, mask_of
+from lap_ext.computed.masking import keep_only, mask_of
 
 __all__ = [
     "Reference",
