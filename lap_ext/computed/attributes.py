@@ -135,7 +135,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """Copies what `_replace` changes."""
-    stores = (module._parameters, module._modules, module._forward_pre_hooks, module.__dict__)
+    stores: list[dict[Any, Any]] = [module._parameters, module._modules]
+    stores += [module._forward_pre_hooks, module.__dict__]
     return tuple(dict(store) for store in stores)
 
 

@@ -48,6 +48,7 @@ class MaskHook:
         self.attribute = attribute
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Masks the tensor in the module, before its forward."""
         made: Tensor = getattr(module, self.attribute)
         setattr(module, self.attribute, masked(module, self.attribute, made))
 

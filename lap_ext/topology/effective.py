@@ -40,9 +40,14 @@ _MATRIX_PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "
 def computes_weight(call: Call) -> bool:
     """Tells whether a matrix product on static values alone computes one, rather than uses one.
 
-    Such as b @ a of two parameters, or the estimate of a spectral norm.
+    Such as b @ a of two parameters, the estimate of a spectral norm, or DoRA's b(a(eye)).
     """
-    if call.name not in _MATRIX_PRODUCTS or any(x.static is None for x in call.values):
+    if any(x.static is None for x in call.values):
+        return False
+    if call.name == "linear":  # of a layer that the network uses elsewhere
+        used = len(getattr(call.node.args[1], "users", ()))
+        return used > 1 and _is_of_identity(call["input"].static)
+    if call.name not in _MATRIX_PRODUCTS:
         return False
     of_parameters = [x for x in call.values if x.static is not None and x.static.trainable]
     return len(of_parameters) > 1 or call.name == "mv"
@@ -81,6 +86,13 @@ def view_of(call: Call, expression: Static, tensors: Mapping[str, Tensor]) -> We
         before.operation or ("" if factor else described(call)),
     )
     return WeightView(view.parameter, view.meta, None, computation)
+
+
+def _is_of_identity(x: object) -> bool:
+    """Whether an expression begins with an identity matrix, whose image under a layer is w."""
+    if isinstance(x, Static):
+        return x.target is torch.ops.aten.eye.default or any(map(_is_of_identity, x.args))
+    return isinstance(x, (list, tuple)) and any(map(_is_of_identity, x))
 
 
 def same(a: object, b: object) -> bool:

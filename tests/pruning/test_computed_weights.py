@@ -159,8 +159,8 @@ def test_criteria_with_data_see_the_effective_weight(name: str) -> None:
     scores = lap_ext.scores(model, X, "weight_gradient", data=data)
     for ours, of_dense in zip(scores.values(), expected.values(), strict=True):
         assert_close(ours, of_dense)
-    for name in ("wanda", "lookahead_act"):
-        expected = lap_ext.scores(dense, X, name, data=[X])
-        scores = lap_ext.scores(model, X, name, data=[X])
+    for criterion in ("wanda", "lookahead_act"):
+        expected = lap_ext.scores(dense, X, criterion, data=[X])
+        scores = lap_ext.scores(model, X, criterion, data=[X])
         for ours, of_dense in zip(scores.values(), expected.values(), strict=True):
             assert_close(ours, of_dense)
