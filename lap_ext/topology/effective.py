@@ -25,6 +25,8 @@ A weight that no single parameter has the shape of (b @ a) is no layer: the trac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,15 @@ from lap_ext.topology.value import Computation, Value, WeightView
 
 # Products of matrices, which may also compute a weight.
 _MATRIX_PRODUCTS = {"matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
+# Operations that take from an argument only its shape or dtype.
+_CONSTANTS = {"zeros_like": 0, "ones_like": 1, "full_like": 0, "new_zeros": 0, "new_ones": 1,
+              "new_full": 0}  # fmt: skip
+_AS: dict[str, Any] = {
+    "expand_as": torch.ops.aten.expand.default,
+    "reshape_as": torch.ops.aten.reshape.default,
+    "view_as": torch.ops.aten.reshape.default,
+    "type_as": torch.ops.aten.to.dtype,
+}
 
 
 def computes_weight(call: Call) -> bool:
@@ -51,6 +62,26 @@ def computes_weight(call: Call) -> bool:
         return False
     of_parameters = [x for x in call.values if x.static is not None and x.static.trainable]
     return len(of_parameters) > 1 or call.name == "mv"
+
+
+def without_models(call: Call) -> Call:
+    """Rewrites an operation that reads only the shape or the dtype of an argument.
+
+    zeros_like(w) and mask.expand_as(w) do not depend on w.
+    """
+    outcome = call.node.meta["val"]
+    if call.name in _CONSTANTS:
+        args = (list(call.shape), call.get("fill_value", _CONSTANTS[call.name]))
+        kwargs = {"dtype": outcome.dtype, "device": outcome.device}
+        return replace(call, name="full", target=torch.full, arguments={}, args=args, kwargs=kwargs)
+    if call.name in _AS:
+        x, target = call["self"], _AS[call.name]
+        like = outcome.dtype if call.name == "type_as" else list(call.shape)
+        name, arguments = target.__name__.partition(".")[0], {"self": x, "like": like}
+        return replace(
+            call, name=name, target=target, arguments=arguments, args=(x, like), kwargs={}
+        )
+    return call
 
 
 def view_of(call: Call, expression: Static, tensors: Mapping[str, Tensor]) -> WeightView | None:

@@ -21,7 +21,7 @@ from lap_ext._text import some
 from lap_ext.errors import TopologyError
 from lap_ext.topology.call import Call, bind, described, mapped, operation_name
 from lap_ext.topology.channels import Channels
-from lap_ext.topology.effective import computes_weight, view_of
+from lap_ext.topology.effective import computes_weight, view_of, without_models
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static, names_of
@@ -126,6 +126,7 @@ class Tracer:
 
     def _static(self, call: Call) -> Any:
         """Keeps an operation on parameters, buffers and constants alone as an expression."""
+        call = without_models(call)
         args, kwargs = mapped((call.args, call.kwargs), _to_static)
         trainable = any(x.static is not None and x.static.trainable for x in call.values)
         expression = Static(trainable, None, None, call.target, args, tuple(kwargs.items()))

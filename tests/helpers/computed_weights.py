@@ -37,7 +37,7 @@ class Buffered(Masked):
         self.register_buffer("kept", mask)
 
     def effective(self) -> Tensor:
-        return self.kept * self.weight  # type: ignore[operator]
+        return self.kept.expand_as(self.weight) * self.weight  # type: ignore[operator]
 
 
 class Gain(Masked):
@@ -67,7 +67,7 @@ class Filled(Masked):
 
     def effective(self) -> Tensor:
         filled = self.weight.masked_fill(self.mask == 0, 0.0)
-        return torch.where(self.mask != 0, filled, torch.zeros(()))
+        return torch.where(self.mask != 0, filled, torch.zeros_like(self.weight))
 
 
 class Averaged(Masked):

@@ -9,10 +9,11 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import lap_ext
+from lap_ext.schedule import iterative, one_shot
 from tests.helpers import computed_weights as cases
 from tests.helpers.computed_weights import ATTRIBUTES, FACTORS, FORWARDS, network, plain
 
@@ -164,3 +165,120 @@ def test_criteria_with_data_see_the_effective_weight(name: str) -> None:
         scores = lap_ext.scores(model, X, criterion, data=[X])
         for ours, of_dense in zip(scores.values(), expected.values(), strict=True):
             assert_close(ours, of_dense)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "old_spectral_norm", "torch_prune"])
+def test_pruning_in_training_and_resuming(name: str) -> None:
+    """Masks grow with the schedule, hold in training, and a new run loads them."""
+    kind = PRUNABLE[name]
+
+    def run() -> tuple[nn.Sequential, torch.optim.Optimizer, lap_ext.Pruner]:
+        model = network(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = iterative(0.5, rounds=2, every=2)
+        return model, optimizer, lap_ext.Pruner(model, X, schedule, optimizer=optimizer)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: lap_ext.Pruner) -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.train()(X).square().sum().backward()
+            optimizer.step()
+            pruner.step()
+
+    model, optimizer, pruner = run()
+    train(model, optimizer, pruner)
+    first = pruner.masks[f"2{kind.name}"]
+    saved = copy.deepcopy([x.state_dict() for x in (model, optimizer, pruner)])
+    train(model, optimizer, pruner)
+    mask = pruner.masks[f"2{kind.name}"]
+    assert pruner.sparsity == 0.75 and not (mask & ~first).any()
+    assert torch.equal(kind.effective(model[2]) != 0, mask)
+    again = run()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    assert again[2].masks[f"2{kind.name}"].sum() == first.sum()
+    train(*again)
+    assert again[2].masks == pruner.masks
+    assert all(map(torch.equal, again[0].state_dict().values(), model.state_dict().values()))
+
+
+def test_an_optimizer_of_computed_weights_alone() -> None:
+    """Their modules keep the masks: no optimizer has to."""
+    model = network(ATTRIBUTES["weight_norm"])
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    pruner = lap_ext.Pruner(model, X, one_shot(0.5), optimizer=optimizer, layers="2")
+    pruner.step()
+    optimizer.step()
+    assert int(model[2].weight.count_nonzero()) == 18
+
+
+class StdConv(nn.Conv2d):
+    """As in timm: standardization by a batch norm over the view of the weight, with a gain."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out, 3, groups=2)
+        self.gain = nn.Parameter(torch.linspace(0.5, 2.0, out))
+
+    def effective(self) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        w = nn.functional.batch_norm(flat, None, None, weight=self.gain, training=True, momentum=0)
+        return w.reshape_as(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.effective(), self.bias)
+
+
+def test_convolutions() -> None:
+    """A standardized one between one with a weight norm and one whose weight is scaled."""
+    torch.manual_seed(0)
+
+    class Scaled(nn.ConvTranspose2d):
+        def __init__(self) -> None:
+            super().__init__(4, 2, 3)
+            self.register_buffer("scale", torch.tensor([[[[0.5]], [[2.0]]]]))
+
+        def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+            return nn.functional.conv_transpose2d(x, self.weight * self.scale, self.bias)
+
+    convs = parametrizations.weight_norm(nn.Conv2d(2, 4, 3), dim=1), StdConv(4, 4), Scaled()
+    plain = [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 3)]
+    weights = convs[0].weight, convs[1].effective(), convs[2].weight * convs[2].scale
+    for layer, weight in zip(plain, weights, strict=True):
+        layer.weight.data.copy_(weight)
+    image, model = torch.randn(1, 2, 8, 8), nn.Sequential(*convs)
+    masks = lap_ext.prune(
+        nn.Sequential(*plain), image, sparsity=0.5, exclude="1", scope="global"
+    ).masks
+    with pytest.raises(ValueError, match="layer '1'.* computes by aten.batch_norm.default in"):
+        lap_ext.prune(model, image, sparsity=0.5)
+    result = lap_ext.prune(model, image, sparsity=0.5, exclude="1", scope="global")
+    assert result.masks == masks
+    assert [row.pruned_by for row in result.layers] == ["mask", "zeros"]
+    assert torch.equal(convs[0].weight != 0, masks["0"])
+    assert torch.equal(convs[2].weight != 0, masks["2"])
+
+
+def test_one_parameter_in_several_computations() -> None:
+    """Called twice it is one layer; uses that differ are scored by the parameter itself."""
+
+    class Twice(nn.Module):
+        def __init__(self, other: float) -> None:
+            super().__init__()
+            self.w, self.other = nn.Parameter(torch.randn(6, 6)), other
+            self.register_buffer("scale", torch.linspace(1.0, 2.0, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.linear(x, self.w * self.scale)
+            return nn.functional.linear(x, self.w * self.scale * self.other)
+
+    for other in (1.0, 3.0):
+        model = nn.Sequential(Twice(other))
+        layer = lap_ext.trace(model, X).layers["0.w"]
+        assert torch.equal(layer.effective, layer.weight)
+        assert lap_ext.prune(model, X, sparsity=0.5).masks["0.w"].sum() == 18
+    standard = nn.Sequential(StdConv(4, 4))
+    image = torch.randn(1, 4, 8, 8)
+    shared = nn.Sequential(standard, nn.ReLU(), standard)
+    layer = lap_ext.trace(shared, image).layers["0.0"]
+    assert layer.pruned_by == "nothing" and len(layer.roles) == 2
+    assert_close(layer.effective, standard[0].effective())
