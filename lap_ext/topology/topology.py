@@ -69,6 +69,12 @@ class Layer:
         return first
 
     @property
+    def computed(self) -> bool:
+        """Whether operations use something that the model computes, not a parameter as it is."""
+        made = any(role.computation is not None for role in self.roles)
+        return made or self.pruned_by == "mask"
+
+    @property
     def pruned_by(self) -> PrunedBy:
         """How a mask makes weights zero: see `PrunedBy`."""
         computation = self._computation

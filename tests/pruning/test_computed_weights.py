@@ -55,6 +55,8 @@ def test_pruned_weights_are_zero_in_the_forward(name: str) -> None:
     assert row.pruned_by == ("mask" if name in ATTRIBUTES else "zeros")
     assert ("computed weights, multiplied by a mask: 2" in str(result)) == (name in ATTRIBUTES)
     assert '"pruned_by": "mask"' in result.to_json() or name in FACTORS
+    if name in ATTRIBUTES:
+        assert lap_ext.sparsity(model) == result.sparsity
 
 
 def test_the_masks_of_torch_stay() -> None:
