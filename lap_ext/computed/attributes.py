@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lap_ext.computed.masking import MaskHook, masked
+from lap_ext.computed.masking import MaskHook, masked, settle
 
 
 class Reference(NamedTuple):
@@ -99,6 +99,7 @@ def as_parameters(model: nn.Module, requires_grad: bool = False) -> Iterator[Non
     """
     with ExitStack() as undo:
         for module in list(model.modules()):
+            settle(module)
             values = {name: value(module, name) for name in _attributes(module)}
             if values:
                 undo.callback(_restore, module, type(module), *_state(module))

@@ -49,8 +49,23 @@ class MaskHook:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Masks the tensor in the module, before its forward."""
+        if self.attribute in module._parameters:
+            settle(module)
+            return
         made: Tensor = getattr(module, self.attribute)
         setattr(module, self.attribute, masked(module, self.attribute, made))
+
+
+def settle(module: nn.Module) -> None:
+    """Prunes tensors that are parameters again, as remove_weight_norm leaves them.
+
+    Their masks are then no longer needed, and are taken off.
+    """
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, MaskHook) and hook.attribute in module._parameters:
+            weight = module.get_parameter(hook.attribute).detach()
+            weight.copy_(masked(module, hook.attribute, weight))
+            del module._forward_pre_hooks[key], module._buffers[_buffer(hook.attribute)]
 
 
 def masked(module: nn.Module, attribute: str, x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 """Applies, keeps and saves the masks of a model's layers, or hands them to torch.nn.utils.prune.
 
 A mask is a bool tensor with its parameter's shape; True marks a kept weight. The model gets no
-wrapper and no parametrization, and its state_dict keeps the same keys. Every function checks all
-layers before it changes the first; targets.py resolves the names.
+wrapper and no parametrization, and its state_dict keeps the same keys, but for a weight that its
+module computes itself (torch.nn.utils.parametrize, weight and spectral norm): there the mask is
+registered as the last step of the computation (lap_ext/computed). Every function checks all layers
+before it changes the first; targets.py resolves the names.
 """
 
 from __future__ import annotations
@@ -126,6 +128,11 @@ class Masks(Mapping[str, Tensor]):
     def apply(self, model: Module) -> None:
         """Sets the weights that are not kept to +0.0, in place; autograd sees the change.
 
+        A weight that its module computes (with torch.nn.utils.parametrize, weight_norm or
+        spectral_norm) is multiplied by its mask from now on, whenever it is computed. That mask is
+        a buffer of the model: apply the masks to another copy of the model before you load the
+        state of this one there. A second call can only prune more.
+
         Args:
             model: the model that the masks were made for, or a copy of it. An average of the
                 weights (AveragedModel) that began before the pruning needs one such call; after it,
@@ -141,6 +148,10 @@ class Masks(Mapping[str, Tensor]):
             >>> layer = torch.nn.Linear(2, 1)
             >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(layer)
             >>> layer.weight[0, 0].item()
+            0.0
+            >>> normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
+            >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(normed)
+            >>> normed.weight[0, 0].item()
             0.0
         """
         for target in find(model, self):
@@ -160,6 +171,8 @@ class Masks(Mapping[str, Tensor]):
 
         With LBFGS, gradients are masked at every evaluation of the closure, so pruned weights do
         not move within a step either; a history from before the pruning is dropped.
+
+        A weight that its module computes is masked there, as by `apply`, and needs no hooks.
 
         You must handle two cases yourself. Call apply() after model.load_state_dict(), and call the
         handle's mask_gradients() before clip_grad_norm_(); otherwise pruned weights count in the

@@ -180,15 +180,15 @@ def check_prunable(layers: Iterable[Layer]) -> None:
     """Raises for the first layer whose weights a mask cannot make zero."""
     for layer in layers:
         if layer.pruned_by == "nothing":
-            owner, attribute = ("." + layer.parameter).rpartition(".")[::2]
+            path, _, attribute = layer.parameter.rpartition(".")
             raise LapValueError(
                 "weights that are zero where their parameter is, or that a mask can multiply",
                 f"one that a forward computes by {layer.computed_by} from {layer.parameter!r}, "
                 "where no mask can reach it",
                 f"Leave the layer out with exclude={layer.name!r}. Or compute the weight in a "
                 "parametrization instead of a forward, torch.nn.utils.parametrize."
-                f"register_parametrization(model{owner}, {attribute!r}, ...), where a mask can "
-                "multiply it.",
+                f"register_parametrization(model.get_submodule({path!r}), {attribute!r}, ...), "
+                "where a mask can multiply it.",
                 layer=layer.name,
             )
 

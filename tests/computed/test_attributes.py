@@ -8,8 +8,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
+import lap_ext
 from lap_ext.computed import as_parameters, keep_only, mask_of, references, sources, value
 from tests.helpers.computed_weights import ATTRIBUTES, FACTORS, network
 
@@ -65,6 +66,28 @@ def test_a_mask_on_a_computed_weight(name: str) -> None:
     assert torch.equal(other.eval()(X), model.eval()(X)) and extra.startswith("2.")
     model.to(torch.float64)
     assert torch.equal(value(model[2], "weight") != 0, both)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_weight_that_is_made_permanent(traced: bool) -> None:
+    """A computed weight may become a parameter again; what is pruned stays so."""
+    mask = torch.rand(6, 6, generator=torch.Generator().manual_seed(2)) > 0.3
+    remove = {
+        "weight_norm": lambda m: parametrize.remove_parametrizations(m, "weight"),
+        "old_weight_norm": nn.utils.remove_weight_norm,
+        "old_spectral_norm": nn.utils.remove_spectral_norm,
+    }
+    for name, make_permanent in remove.items():
+        model = network(ATTRIBUTES[name])
+        keep_only(model[2], "weight", mask)
+        y = model.eval()(X)
+        make_permanent(model[2])
+        if traced:
+            assert list(lap_ext.trace(model, X).layers) == ["0", "2", "4"]
+        assert torch.equal(model(X), y), name
+        assert torch.equal(model[2].weight != 0, mask) and not references(model)
+        plain = nn.Linear(6, 6)
+        assert model[2].state_dict().keys() == plain.state_dict().keys()
 
 
 def test_what_is_not_computed() -> None:

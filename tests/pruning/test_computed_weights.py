@@ -56,7 +56,7 @@ def test_pruned_weights_are_zero_in_the_forward(name: str) -> None:
     assert ("computed weights, multiplied by a mask: 2" in str(result)) == (name in ATTRIBUTES)
     assert '"pruned_by": "mask"' in result.to_json() or name in FACTORS
     if name in ATTRIBUTES:
-        assert lap_ext.sparsity(model) == result.sparsity
+        assert lap_ext.sparsity(model) == result.masks.sparsity
 
 
 def test_the_masks_of_torch_stay() -> None:
@@ -85,8 +85,8 @@ def test_a_weight_that_no_mask_reaches_is_refused(name: str) -> None:
     assert " in module '2' from '2.weight', where no mask can reach it. " in text
     assert text.endswith(
         "Leave the layer out with exclude='2'. Or compute the weight in a parametrization instead "
-        "of a forward, torch.nn.utils.parametrize.register_parametrization(model.2, 'weight', "
-        "...), where a mask can multiply it."
+        "of a forward, torch.nn.utils.parametrize.register_parametrization("
+        "model.get_submodule('2'), 'weight', ...), where a mask can multiply it."
     )
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
     kept = lap_ext.prune(model, X, sparsity=0.5, exclude="2").masks  # the first way out
@@ -251,7 +251,7 @@ def test_convolutions() -> None:
     masks = lap_ext.prune(
         nn.Sequential(*plain), image, sparsity=0.5, exclude="1", scope="global"
     ).masks
-    with pytest.raises(ValueError, match="layer '1'.* computes by aten.batch_norm.default in"):
+    with pytest.raises(ValueError, match=r"layer '1'.* computes by aten\.batch_norm"):
         lap_ext.prune(model, image, sparsity=0.5)
     result = lap_ext.prune(model, image, sparsity=0.5, exclude="1", scope="global")
     assert result.masks == masks
