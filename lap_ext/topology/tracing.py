@@ -32,8 +32,9 @@ def trace(
 
     Channels are followed through the graph of torch.export, not through the order of the modules:
     through sums, concatenations, splits, flatten, gates, norms and attention. Nothing is changed,
-    and nothing is computed but weights that modules compute themselves. Neighbors are one hop away: the next weighted layers along the path. If a channel
-    has several producers or consumers, their squared norms are added.
+    and nothing is computed but weights that modules compute themselves. Neighbors are one hop
+    away: the next weighted layers along the path. If a channel has several producers or consumers,
+    their squared norms are added.
 
     Nonlinear operations are linearized: activations have gain 1, and a product counts as the sum of
     its factors, d(ab) = da + db with both factors at 1.
