@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lap_ext.computed.masking import MaskHook, masked, settle
+from lap_ext.computed.masking import MaskHook, keep_only, mask_of, masked, settle
 
 
 class Reference(NamedTuple):
@@ -78,6 +78,17 @@ def value(module: nn.Module, attribute: str) -> Tensor:
             else hook.compute_weight(module)
         )
         return masked(module, attribute, made.detach())
+
+
+def reserve_masks(model: nn.Module) -> None:
+    """Registers masks that keep everything on the computed weights of a model that have none.
+
+    So it loads the state of the same model with any masks.
+    """
+    for module, attribute in references(model).values():
+        tensor = value(module, attribute)
+        if tensor.dim() > 1 and mask_of(module, attribute) is None:
+            keep_only(module, attribute, torch.ones_like(tensor, dtype=torch.bool))
 
 
 def value_of(model: nn.Module, name: str) -> Tensor:

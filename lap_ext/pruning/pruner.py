@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lap_ext._text import some
 from lap_ext.allocation import Sparsity
+from lap_ext.computed import reserve_masks
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks, pack, unpack
@@ -56,6 +57,8 @@ class Pruner:
     0, as with `Masks.keep`. Gradient accumulation, autocast, GradScaler and torch.compile work
     without further calls. If you keep an average of the weights (AveragedModel), call
     `pruner.masks.apply(average)` after each pruning; if you use a CUDA graph, capture it again.
+    A weight that a module computes (torch.nn.utils.parametrize, weight and spectral norm) gets a
+    mask as a buffer of the model at once, so that a resumed run can load the model's state.
 
     Args:
         model: as in `prune`, or wrapped by torch.compile, DataParallel or DistributedDataParallel.
@@ -174,7 +177,7 @@ class Pruner:
         self._handles: list[KeepHandle] = []
         self.masks = Masks({})
         self.result: PruneResult | None = None
-        self._register_masks()
+        reserve_masks(self._model)
 
     def __repr__(self) -> str:
         return f"Pruner(after {self._step} steps, {self.masks!r})"
@@ -285,12 +288,6 @@ class Pruner:
             handle.remove()
         self._handles = []
         self._removed = True
-
-    def _register_masks(self) -> None:
-        """Registers masks of ones on computed weights, so that a saved state of the model fits."""
-        weights = {x.name: x.weight for x in self.layers if x.pruned_by == "mask"}
-        ones = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-        Masks(ones).apply(self._model)
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
