@@ -227,7 +227,11 @@ class LookaheadImportance(tp.importance.Importance):
                 self._topology, self._shapes = self._traced(), shapes
             scores = lap_ext.scores(self._model, topology=self._topology, **self._scoring)
             layers = self._topology.layers
-            self._scores = {id(layers[name].weight): x for name, x in scores.items()}
+            self._scores = {
+                id(layers[name].weight): x
+                for name, x in scores.items()
+                if layers[name].pruned_by != "mask"  # a computed weight is another tensor each time
+            }
             self._scored = [(weakref.ref(x), version) for x, version in now]
             self._roots = set()
         self._roots.add(root)
