@@ -35,7 +35,7 @@ CPP_ROOMS = {
 FLOORS = [
     {"_text"},
     {"errors"},
-    {"_files", "ops", "options", "progress"},
+    {"_files", "computed", "ops", "options", "progress"},
     {"allocation", "masks", "numpy", "report", "schedule", "topology"},
     {"criteria"},
     {"pruning"},

@@ -60,6 +60,7 @@ import torch
 
 import lap_ext
 from lap_ext.adapters._callback import TrainingCallback, check_pruned, on_device
+from lap_ext.computed import reserve_masks
 from lap_ext.errors import (
     LapFileNotFoundError,
     LapImportError,
@@ -145,7 +146,7 @@ class PruningCallback(TrainingCallback, Callback):
 
     @calling("PruningCallback")
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that every process holds complete parameters."""
+        """Checks that every process holds complete parameters; prepares the model for its state."""
         kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
         for name in _SHARDING:
             if name in kinds:
@@ -155,6 +156,7 @@ class PruningCallback(TrainingCallback, Callback):
                     "Prune before training, save, and mask the shards yourself; or train without "
                     "sharding.",
                 )
+        reserve_masks(pl_module)  # Lightning loads a checkpoint next
 
     @calling("PruningCallback")
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

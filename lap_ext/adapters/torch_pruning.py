@@ -229,7 +229,11 @@ class LookaheadImportance(tp.importance.Importance):
                 self._model, topology=self._topology, layers="*", **self._scoring
             )
             layers = self._topology.layers
-            self._scores = {id(layers[name].weight): x for name, x in scores.items()}
+            self._scores = {
+                id(layers[name].weight): x
+                for name, x in scores.items()
+                if layers[name].pruned_by != "mask"  # a computed weight is another tensor each time
+            }
             self._scored = [(weakref.ref(x), version) for x, version in now]
             self._roots = set()
         self._roots.add(root)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def network_of(structure: Structure) -> str:
     return digest.hexdigest()
 
 
-def _add_graph(digest: _Digest, graph: Graph, tensors: dict[str, Tensor]) -> None:
+def _add_graph(digest: _Digest, graph: Graph, tensors: Mapping[str, Tensor]) -> None:
     """Adds the channels, what connects them, and the values of scales."""
     known: dict[int, Any] = {}
     for group in graph.channels.groups:

@@ -47,7 +47,7 @@ class FileTopology(Topology):
         self._read = dict(tensors)
         self.layers = {name: replace(x, topology=self) for name, x in topology.layers.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """Returns the tensors that have been read."""
         return self._read
 
@@ -75,10 +75,23 @@ def structure_of(
             stack.enter_context(hf.telling("a config.json whose model can be traced", GIVE))
             stack.enter_context(counted_calls(checkpoint))
         topology = trace(twin(own, mode), inputs, on_unsupported=on_unsupported)
+    _check_stored(topology)
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
     names.warn_of_unknown()
     return Structure(FileTopology(topology, scales), copies, scales)
+
+
+def _check_stored(topology: Topology) -> None:
+    """Raises where the model computes a weight: what is stored is not what it uses."""
+    for layer in topology.layers.values():
+        if layer.computed:
+            raise LapValueError(
+                "weights that the model uses as they are stored",
+                "one that it computes from what is stored",
+                "Load the model into memory and call lap_ext.prune.",
+                layer=layer.name,
+            )
 
 
 def twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -69,8 +69,9 @@ class Network:
         self._norms: list[tuple[Tensor, Tensor]] | None = None
 
     def weight(self, layer: Layer) -> Tensor:
-        """Returns the weight to score for a layer, detached: the surrogate or the parameter."""
-        return self._weights.get(layer.name, layer.weight).detach()
+        """Returns the weight to score for a layer, detached: the surrogate or what is used."""
+        given = self._weights.get(layer.name)
+        return layer.effective if given is None else given.detach()
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Sets a layer's mask; from now on, only the weights it keeps count in neighbor norms."""

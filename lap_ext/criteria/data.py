@@ -148,7 +148,7 @@ class WeightGradient(DataCriterion):
                 "a frozen one",
                 f"Set model.requires_grad_(True), or pass exclude=[{layer.name!r}].",
             )
-        return network.weight(layer) * gradient
+        return layer.weight.detach() * gradient  # w dL/dw = p dL/dp where w is p times a factor
 
 
 @dataclass(frozen=True)

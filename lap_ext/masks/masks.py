@@ -2,8 +2,10 @@
 """Applies, keeps and saves the masks of a model's layers, or hands them to torch.nn.utils.prune.
 
 A mask is a bool tensor with its parameter's shape; True marks a kept weight. The model gets no
-wrapper and no parametrization, and its state_dict keeps the same keys. Every function checks all
-layers before it changes the first; targets.py resolves the names.
+wrapper and no parametrization, and its state_dict keeps the same keys, but for a weight that its
+module computes itself (torch.nn.utils.parametrize, weight and spectral norm): there the mask is
+registered as the last step of the computation (lap_ext/computed). Every function checks all layers
+before it changes the first; targets.py resolves the names.
 """
 
 from __future__ import annotations
@@ -128,6 +130,11 @@ class Masks(Mapping[str, Tensor]):
     def apply(self, model: Module) -> None:
         """Sets the weights that are not kept to +0.0, in place; autograd sees the change.
 
+        A weight that its module computes (with torch.nn.utils.parametrize, weight_norm or
+        spectral_norm) is multiplied by its mask from now on, whenever it is computed. That mask is
+        a buffer of the model: apply the masks to another copy of the model before you load the
+        state of this one there. A second call can only prune more.
+
         Args:
             model: the model that the masks were made for, or a copy of it. An average of the
                 weights (AveragedModel) that began before the pruning needs one such call; after it,
@@ -144,9 +151,13 @@ class Masks(Mapping[str, Tensor]):
             >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(layer)
             >>> layer.weight[0, 0].item()
             0.0
+            >>> normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
+            >>> lap_ext.Masks({"weight": torch.tensor([[False, True]])}).apply(normed)
+            >>> normed.weight[0, 0].item()
+            0.0
         """
         for target in find(model, self):
-            zero_(target.weight, target.mask)
+            target.prune()
 
     @calling("Masks.check")
     def check(self, model: Module) -> dict[str, int]:
@@ -205,6 +216,7 @@ class Masks(Mapping[str, Tensor]):
         apply() after such a write. Only what torch does not count as a write (weight.data.add_) by
         methods that run no step hook is not seen there; `check` sees everything.
 
+        A weight that its module computes is masked there, as by `apply`, and needs no hooks.
         Parameters that this optimizer does not train are masked once, but not kept masked. A copy
         of the optimizer has no hooks, so call keep for it too. The optimizer's state of a
         0-dimensional parameter is not cleared, because it looks the same as a step count.
@@ -241,7 +253,12 @@ class Masks(Mapping[str, Tensor]):
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for each in optimizers:
             check_hooks(each)
-        return KeepHandle(model, find(model, self), optimizers)
+        targets = find(model, self)
+        handle = KeepHandle(model, [x for x in targets if not x.computed], optimizers)
+        for target in targets:
+            if target.computed:  # the module keeps the mask
+                target.prune()
+        return handle
 
     @calling("Masks.save")
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -329,6 +346,7 @@ class Masks(Mapping[str, Tensor]):
             ['weight', 'bias']
         """
         targets = find(model, self)
+        _check_stored(targets)
         owned = [x for target in targets for x in owners(model, target)]
         _check_called(owned)
         for x in owned:
@@ -378,6 +396,17 @@ def _check_mask(name: object, mask: object) -> None:
         )
     if mask.is_meta:
         raise LapValueError("masks with data", f"a meta tensor for {name!r}")
+
+
+def _check_stored(targets: list[Target]) -> None:
+    """Raises where a module computes its tensor: torch cannot rename it."""
+    for target in targets:
+        if target.computed:
+            raise LapValueError(
+                "layers whose weight is a parameter",
+                f"{target.name!r}, which {type(target.owner).__name__} computes",
+                "Use Masks.apply, which registers the mask where it is computed.",
+            )
 
 
 def _check_called(targets: list[Target]) -> None:

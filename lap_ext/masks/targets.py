@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from lap_ext._text import layer_name, lines, parameter_names, some
+from lap_ext.computed import is_computed, keep_only, value
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.ops.memory import is_plain, memory_key, overlapping
@@ -42,7 +43,19 @@ class Target(NamedTuple):
     mask: Tensor
     owner: Module
     attribute: str  # of owner
-    weight: Tensor  # a Parameter
+    weight: Tensor  # a Parameter, or what owner computes
+
+    @property
+    def computed(self) -> bool:
+        """Whether the owner computes the tensor, so that its mask must be registered there."""
+        return is_computed(self.owner, self.attribute)
+
+    def prune(self) -> None:
+        """Makes the tensor +0.0 where the mask is False."""
+        if self.computed:
+            keep_only(self.owner, self.attribute, self.mask)
+        else:
+            zero_(self.weight, self.mask)
 
 
 def find(model: Module, masks: Mapping[str, Tensor], *, write: bool = True) -> list[Target]:
@@ -166,6 +179,8 @@ def _location(modules: Modules, name: str, suffix: str = "") -> Location | None:
             weight = None if owner is None else owner._parameters.get(attribute)
             if owner is not None and weight is not None:
                 return owner, attribute, weight
+            if owner is not None and is_computed(owner, attribute):
+                return owner, attribute, value(owner, attribute)
     return None
 
 
@@ -200,8 +215,7 @@ def _why_not(modules: Modules, name: str) -> str:
         path, _, attribute = parameter.rpartition(".")
         if isinstance(getattr(modules.get(path), attribute, None), Tensor):
             return (
-                f"{parameter} is no parameter but computed from others (a parametrization or "
-                "weight norm) or a buffer. Undo that first"
+                f"{parameter} is no parameter but a buffer or an attribute, which cannot be masked"
             )
     return _MISSING
 
@@ -217,10 +231,13 @@ def _misfit(target: Target, first: str, write: bool) -> str:
         return _shapes(mask, weight)
     if not write:
         return ""
+    if target.computed:
+        return _misplaced(mask, weight)
     if not is_plain(weight):
         return f"expected a plain dense parameter, got {type(weight).__name__}, {weight.layout}"
-    if mask.device != weight.device:
-        return f"mask on {mask.device}, parameter on {weight.device}. Use masks.to(device)"
+    misplaced = _misplaced(mask, weight)
+    if misplaced:
+        return misplaced
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "its parameter was made in inference mode and cannot be changed"
     if check.may_overlap(weight.shape, weight.stride()):
@@ -229,6 +246,12 @@ def _misfit(target: Target, first: str, write: bool) -> str:
             f"{list(weight.stride())}). Make a contiguous copy first"
         )
     return ""
+
+
+def _misplaced(mask: Tensor, weight: Tensor) -> str:
+    if mask.device == weight.device:
+        return ""
+    return f"mask on {mask.device}, parameter on {weight.device}. Use masks.to(device)"
 
 
 def _shapes(mask: Tensor, weight: Tensor) -> str:

@@ -9,7 +9,7 @@ sections 3 and 4 (orders and rounds).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
+from lap_ext.computed import references, sources, value
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops.memory import memory_key
@@ -240,8 +241,9 @@ def sparsity(model: nn.Module) -> float:
 
         sparsity = zeros / n        over all parameters of two dimensions or more, tied ones once
 
-    Weights are counted as they are stored: a mask of torch.nn.utils.prune, or a parametrization,
-    counts only once it is made permanent.
+    Weights are counted as they are stored: a mask of torch.nn.utils.prune counts only once it is
+    made permanent. What a module computes itself (a parametrization, weight or spectral norm) is
+    counted as it is computed, and not what it is computed from.
 
     Args:
         model: any module with its weights in memory.
@@ -265,7 +267,7 @@ def sparsity(model: nn.Module) -> float:
             "{argument} to be a torch.nn.Module", type(model).__name__, argument="model"
         )
     zeros = total = 0
-    for name, weight in {memory_key(p): (n, p) for n, p in model.named_parameters()}.values():
+    for name, weight in _weights(model):
         if weight.dim() < 2 and not is_lazy(weight):
             continue
         if is_lazy(weight) or weight.layout != torch.strided:
@@ -278,3 +280,12 @@ def sparsity(model: nn.Module) -> float:
         total += weight.numel()
         zeros += weight.numel() - int(weight.count_nonzero())
     return zeros / total if total else 0.0
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields parameters, with computed tensors in place of those that they are computed from."""
+    inner = sources(model)
+    plain = ((name, p) for name, p in model.named_parameters() if name not in inner)
+    yield from {memory_key(p): (name, p) for name, p in plain}.values()
+    made = {reference: name for name, reference in reversed(references(model).items())}
+    yield from ((name, value(*reference)) for reference, name in made.items())

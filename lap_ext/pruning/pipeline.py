@@ -25,7 +25,7 @@ from lap_ext.ops.reference.common import require_finite
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.pruning.dense import ZERO
-from lap_ext.pruning.plan import Plan, check_sparsity, checked_masks
+from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
 from lap_ext.topology import Layer
 
@@ -49,6 +49,7 @@ def run(
     zero = [] if asked else [x.name for x in plan.layers if _is_zero(x, live, given)]
     budget = allocation.budget(allocated, shapes, min_keep, without=zero)
     layers = [layer for layer in plan.layers if layer.name in budget.keeps]
+    check_prunable(layers)
     if plan.options.scope == "global":
         floors = {x.name: min(budget.floors[x.name], _unpruned(x, live)) for x in layers}
         allocation.check_floors(floors, budget.total)
@@ -141,7 +142,7 @@ def _live(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> dict[str, Ten
     """Masks the weights that may be kept, for layers that have others: pruned or zero ones."""
     live = {}
     for layer in layers:
-        weight, mask = layer.weight.detach(), masks.get(layer.name)
+        weight, mask = layer.effective, masks.get(layer.name)
         if int(weight.count_nonzero()) < weight.numel():
             live[layer.name] = weight != 0 if mask is None else (weight != 0) & mask
         elif mask is not None:

@@ -200,6 +200,23 @@ def chosen(
     return [layer for name, layer in topology.layers.items() if name in names], left_dense
 
 
+def check_prunable(layers: Iterable[Layer]) -> None:
+    """Raises for the first layer whose weights a mask cannot make zero."""
+    for layer in layers:
+        if layer.pruned_by == "nothing":
+            path, _, attribute = layer.parameter.rpartition(".")
+            raise LapValueError(
+                "weights that are zero where their parameter is, or that a mask can multiply",
+                f"one that a forward computes by {layer.computed_by} from {layer.parameter!r}, "
+                "where no mask can reach it",
+                f"Leave the layer out with exclude={layer.name!r}. Or compute the weight in a "
+                "parametrization instead of a forward, torch.nn.utils.parametrize."
+                f"register_parametrization(model.get_submodule({path!r}), {attribute!r}, ...), "
+                "where a mask can multiply it.",
+                layer=layer.name,
+            )
+
+
 def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
     """Lists the patterns once: they may come from a generator."""
     if isinstance(patterns, str):
@@ -277,4 +294,8 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
             )
         shapes = tuple(mask.shape), "weight", topology.layers[name].shape
         check.mask_like(f"masks[{name!r}]", str(mask.dtype), *shapes)
+    for name, layer in topology.layers.items():
+        alive = layer.alive  # what a mask in the model has pruned stays pruned
+        if alive is not None:
+            given[name] = given[name] & alive if name in given else alive
     return given

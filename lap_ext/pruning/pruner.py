@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lap_ext._text import some
 from lap_ext.allocation import Sparsity
+from lap_ext.computed import reserve_masks
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks, pack, unpack
@@ -57,7 +58,9 @@ class Pruner:
     0, as with `Masks.keep`, also in methods of its own (SAM's first_step and second_step). Gradient
     accumulation, clipping, autocast, GradScaler and torch.compile work without further calls. If
     you keep an average of the weights (AveragedModel), call `pruner.masks.apply(average)` after
-    each pruning; if you use a CUDA graph, capture it again.
+    each pruning; if you use a CUDA graph, capture it again. A weight that a module computes
+    (torch.nn.utils.parametrize, weight and spectral norm) gets a mask as a buffer of the model at
+    once, so that a resumed run can load the model's state.
 
     copy.deepcopy((model, optimizer, pruner)) gives a pruner of the copied model, which shares
     schedule and data with this one. Copying or pickling a pruner alone is a TypeError.
@@ -182,6 +185,7 @@ class Pruner:
         self._handle: KeepHandle | None = None
         self.masks = Masks({})
         self.result: PruneResult | None = None
+        reserve_masks(self._model)
 
     def __repr__(self) -> str:
         return f"Pruner(after {self._step} steps, {self.masks!r})"
@@ -204,7 +208,7 @@ class Pruner:
         own = {name: x for name, x in vars(self).items() if name != "_handle"}
         vars(twin).update(copy.deepcopy(own, memo), _handle=None)
         if self._handle is not None:
-            twin._use(twin.masks)
+            twin._use(twin.masks, self._plan.left_dense)
         return twin
 
     @calling("Pruner")
@@ -330,8 +334,9 @@ class Pruner:
         if self._handle is not None:
             self._handle.zero_changed()
         else:
-            for name, weight in self._weights(self.masks):
-                zero_(weight, self.masks[name].to(weight.device))
+            for name, layer in self.topology.layers.items():
+                if name in self.masks and layer.pruned_by == "zeros":
+                    zero_(layer.weight, self.masks[name].to(layer.weight.device))
 
     def _prune(self, sparsity: Sparsity) -> None:
         """Computes all masks before it changes the model, so that errors leave it unchanged."""
@@ -354,7 +359,7 @@ class Pruner:
         self.masks = new
         empty = self.result.empty_layers if self.result else ()
         every = ((self.topology.layers[name], mask) for name, mask in new.items())
-        rows = [row_of(x, mask, int(x.weight.count_nonzero())) for x, mask in every]
+        rows = [row_of(x, mask, int(x.effective.count_nonzero())) for x, mask in every]
         self.result = result_of(self._plan, new, rows, left_dense) if rows else None
         if self.result and self._plan.options.min_keep is None:
             self.result.warn_if_empty(known=empty)
@@ -376,7 +381,7 @@ class Pruner:
             self._plan.criterion.prepare(self._plan.network({}), self._data)
 
     def _check_optimizers(self) -> None:
-        weights = {id(layer.weight) for layer in self.layers}
+        weights = {id(layer.weight) for layer in self.layers if layer.pruned_by == "zeros"}
         for optimizer in self._optimizers:
             check_hooks(optimizer)
             if weights and not any(

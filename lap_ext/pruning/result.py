@@ -15,7 +15,7 @@ from lap_ext._text import columns, html_table, in_html, some
 from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
 from lap_ext.pruning.dense import sentence
-from lap_ext.topology import Layer
+from lap_ext.topology import Layer, PrunedBy
 
 _COUNTS = (3, 4, 5)  # columns of numbers
 _LISTED = 5  # of many layers, a line lists the first ones
@@ -23,9 +23,16 @@ _LISTED = 5  # of many layers, a line lists the first ones
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer: its name, kind, shape, how many weights it has, keeps, and keeps that are not 0.
+    """One layer: its name, kind, shape, and how many of its weights are kept.
 
-    A mask may keep a weight that is zero, so that nonzero may be smaller than kept.
+    Attributes:
+        name, kind, shape: as in `lap_ext.trace`.
+        kept: the number of weights that are kept.
+        total: the number of weights.
+        nonzero: the number of kept weights that are not zero; a mask may keep zeros.
+        pruned_by: how the others are zero: "zeros", they are zero in the parameter; "mask", a mask
+            multiplies the weight that the module computes (a parametrization, weight or spectral
+            norm).
     """
 
     name: str
@@ -34,6 +41,7 @@ class LayerResult:
     kept: int
     total: int
     nonzero: int
+    pruned_by: PrunedBy = "zeros"
 
     @property
     def sparsity(self) -> float:
@@ -109,6 +117,8 @@ class PruneResult:
             notes.append(f"EMPTY: {len(self.empty_layers)} layers keep no weight: {names}.")
         if self.nonzero != self.kept:
             notes.append(f"Of the weights kept, {self.nonzero:,} are not zero.")
+        if masked := [repr(row.name) for row in self.layers if row.pruned_by == "mask"]:
+            notes.append(f"Computed weights, multiplied by a mask: {some(masked, _LISTED)}.")
         if self.left_dense:
             notes.append(sentence(self.left_dense))
             removed = (self.total - self.kept) / max(1, self.parameters)
@@ -195,4 +205,5 @@ class PruneResult:
 def row_of(layer: Layer, mask: Tensor, nonzero: int) -> LayerResult:
     """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
     kept = int(mask.count_nonzero())
-    return LayerResult(layer.name, layer.kind, layer.shape, kept, mask.numel(), nonzero)
+    counts = kept, mask.numel(), nonzero
+    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by)

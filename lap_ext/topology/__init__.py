@@ -4,7 +4,8 @@
 from lap_ext.errors import TopologyError as TopologyError
 from lap_ext.topology.edges import Edge as Edge
 from lap_ext.topology.topology import Layer as Layer
+from lap_ext.topology.topology import PrunedBy as PrunedBy
 from lap_ext.topology.topology import Topology as Topology
 from lap_ext.topology.tracing import trace as trace
 
-__all__ = ["Edge", "Layer", "Topology", "TopologyError", "trace"]
+__all__ = ["Edge", "Layer", "PrunedBy", "Topology", "TopologyError", "trace"]

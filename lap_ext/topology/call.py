@@ -105,6 +105,12 @@ def module_path(node: fx.Node) -> str:
     return next((str(path) for path, _ in reversed(list(stack.values())) if path), "")
 
 
+def described(call: Call) -> str:
+    """Names a call and its module in errors."""
+    path = module_path(call.node)
+    return f"{call.operation} in module {path!r}" if path else call.operation
+
+
 def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Returns the call of a node; args and kwargs as they are known."""
     target: Any = node.target

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lap_ext.computed import Reference, as_parameters, references, value
 from lap_ext.errors import LapTypeError, TopologyError
 from lap_ext.ops.memory import memory_key
 
@@ -45,7 +46,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _EXPORTING, evaluating(model), _quiet():
+    with _EXPORTING, evaluating(model), as_parameters(model), _quiet():
         try:
             program = torch.export.export(model, args, named, strict=False)
             if _writes_into_views(program):
@@ -88,20 +89,45 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (() if example_inputs is None else (example_inputs,)), {}
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name, shared ones under each of their names."""
+class _NamedTensors(Mapping[str, Tensor]):
+    """The tensors of a model by name; those that it computes are computed when they are read."""
+
+    def __init__(self, stored: dict[str, Tensor], computed: dict[str, Reference]) -> None:
+        self._known = stored
+        self._names = dict.fromkeys([*stored, *computed])
+        self._computed = computed
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            self._known[name] = value(*self._computed[name])
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def named_tensors(model: nn.Module) -> Mapping[str, Tensor]:
+    """Returns parameters, buffers and the tensors that modules compute, under all their names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
+    return _NamedTensors(tensors, references(model))
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Maps every name of a parameter to the first name of the same one, or of the same memory."""
+    """Maps every name of a parameter or computed tensor to the first name of the same memory."""
     first: dict[Hashable, str] = {}
-    return {
+    names = {
         name: first.setdefault(memory_key(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
+    made = {
+        name: first.setdefault((id(module), attribute), name)
+        for name, (module, attribute) in references(model).items()
+    }
+    return names | made
 
 
 def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lap_ext.topology.call import NodeKey
 from lap_ext.topology.channels import ChannelGroup, Trail
-from lap_ext.topology.value import WeightView
+from lap_ext.topology.value import Computation, WeightView
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Role:
     x: int = -1
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
+    computation: Computation | None = None  # of the weight; None: it is the parameter
 
 
 def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from lap_ext.computed import is_computed, sources, value_of
 from lap_ext.topology import edges, render
 from lap_ext.topology.edges import Edge
+from lap_ext.topology.effective import same
 from lap_ext.topology.export import first_names, named_tensors
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
+from lap_ext.topology.static import Static, names_of
+from lap_ext.topology.value import Computation
+
+# How pruned weights become zero: "zeros", the parameter is zero there; "mask", a mask multiplies
+# what the module computes; "nothing", a forward computes the weight where no mask can reach it.
+PrunedBy: TypeAlias = Literal["zeros", "mask", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,66 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The model's current parameter."""
-        return self.topology.model.get_parameter(self.parameter)
+        """The model's current parameter, or what a parametrization makes of it."""
+        return value_of(self.topology.model, self.parameter)
+
+    @property
+    def effective(self) -> Tensor:
+        """The weight that the operations use, detached: what is computed from the parameter."""
+        computation = self._computation
+        if computation is None:
+            return self.weight.detach()
+        return self._value(computation.value)
+
+    @property
+    def alive(self) -> Tensor | None:
+        """The weights, True in a bool tensor, that a mask in the model leaves; None without one."""
+        computation = self._computation
+        if computation is None or not computation.alive:
+            return None
+        first, *more = map(self._value, computation.alive)
+        for mask in more:
+            first = first & mask
+        return first
+
+    @property
+    def computed(self) -> bool:
+        """Whether operations use something that the model computes, not a parameter as it is."""
+        made = any(role.computation is not None for role in self.roles)
+        return made or self.pruned_by == "mask"
+
+    @property
+    def pruned_by(self) -> PrunedBy:
+        """How a mask makes weights zero: see `PrunedBy`."""
+        computation = self._computation
+        if computation is not None and not computation.factor:
+            return "nothing"
+        path, _, attribute = self.parameter.rpartition(".")
+        module = self.topology.model.get_submodule(path)
+        return "mask" if is_computed(module, attribute) else "zeros"
+
+    @property
+    def computed_by(self) -> str:
+        """The operation in a forward that makes it impossible to prune this weight; or empty."""
+        return "" if self._computation is None else self._computation.operation
+
+    @property
+    def _computation(self) -> Computation | None:
+        """How its uses compute their weight; where they differ, only whether they can be pruned."""
+        first, *more = (role.computation for role in self.roles)
+        values = [Static(True, self.parameter) if x is None else x.value for x in (first, *more)]
+        if all(same(values[0], x) for x in values):
+            return first
+        given = [x for x in (first, *more) if x is not None]
+        operation = next((x.operation for x in given if not x.factor), "")
+        return Computation(Static(True, self.parameter), not operation, (), operation)
+
+    def _value(self, expression: Static) -> Tensor:
+        """Computes a value from the model's current tensors."""
+        model = self.topology.model
+        tensors = {name: value_of(model, name) for name in names_of(expression)}
+        result: Tensor = expression.value(tensors, {})
+        return result
 
     @property
     def groups(self) -> int:
@@ -99,7 +165,7 @@ class Topology:
         self.neighbors = dict(neighbors)
         self.stops = list(stops)
         self.layers: dict[str, Layer] = {}
-        tensors = named_tensors(model)
+        tensors, computed_from = named_tensors(model), sources(model)
         by_name: dict[str, list[Role]] = {}
         for role in self.roles:
             by_name.setdefault(role.layer, []).append(role)
@@ -112,11 +178,14 @@ class Topology:
         self.others = [
             name
             for name, p in model.named_parameters()
-            if p.dim() > 1 and tied[name] not in known and tied[name] == name
+            if p.dim() > 1
+            and tied[name] not in known
+            and tied[name] == name
+            and name not in computed_from
         ]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the model's current parameters and buffers by name."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the model's current parameters, buffers and computed tensors by name."""
         return named_tensors(self.model)
 
     def __str__(self) -> str:

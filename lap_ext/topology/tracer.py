@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from lap_ext._text import some
 from lap_ext.errors import TopologyError
-from lap_ext.topology.call import Call, bind, mapped, module_path, operation_name
+from lap_ext.topology.call import Call, bind, described, mapped, operation_name
 from lap_ext.topology.channels import Channels
+from lap_ext.topology.effective import computes_weight, view_of, without_models
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
-from lap_ext.topology.static import Static
+from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Value, WeightView, plain
 
 # Operations after which a weight is still the same view of its parameter.
@@ -112,6 +115,7 @@ class Tracer:
         if not isinstance(outcome, (Tensor, list, tuple)):
             return outcome  # an assertion, a size
         weighted = call.name in _WEIGHTED and any(x.view is not None for x in tensors)
+        weighted = weighted and not computes_weight(call)
         if not weighted and all(x.static is not None for x in tensors):
             return self._static(call)
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
@@ -122,12 +126,13 @@ class Tracer:
 
     def _static(self, call: Call) -> Any:
         """Keeps an operation on parameters, buffers and constants alone as an expression."""
+        call = without_models(call)
         args, kwargs = mapped((call.args, call.kwargs), _to_static)
         trainable = any(x.static is not None and x.static.trainable for x in call.values)
         expression = Static(trainable, None, None, call.target, args, tuple(kwargs.items()))
         views = self._views(call)
         if isinstance(call.node.meta["val"], Tensor):
-            view = views[0] if views else None
+            view = views[0] if views else view_of(call, expression, self.tensors)
             return Value(call.shape, plain(call.shape).ids, expression, view)
         items = []
         for index, size in enumerate(call.shapes):
@@ -151,7 +156,7 @@ class Tracer:
         except RuntimeError:  # the view would need a copy
             return None
         parts = moved if isinstance(moved, (list, tuple)) else [moved]
-        return [WeightView(source.parameter, part) for part in parts]
+        return [replace(source, meta=part) for part in parts]
 
     def full_shape(self, parameter: str) -> tuple[int, ...]:
         """Returns the shape of a parameter."""
@@ -249,7 +254,7 @@ def _unsupported(call: Call, feeding: list[str]) -> TopologyError:
         neighbors = f"neighbors={around} for the layers around it, or "
     return TopologyError(
         "operations that lap_ext can follow",
-        f"{_described(call)}, fed by {_listed(feeding)}",
+        f"{described(call)}, fed by {_listed(feeding)}",
         f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1).',
     )
 
@@ -258,25 +263,24 @@ def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:
     """The error for a result whose number of elements depends on the data."""
     return TopologyError(
         "sizes that do not depend on the values of the inputs",
-        f"{_described(call)}, fed by {_listed(feeding)}, whose result has as many elements as the "
+        f"{described(call)}, fed by {_listed(feeding)}, whose result has as many elements as the "
         "data selects",
         "Use a mask instead of a selection.",
     )
 
 
 def _computed_weight(call: Call) -> TopologyError:
-    """The error for a layer whose weight is not a parameter but computed from some."""
+    """The error for a layer whose weight is computed, but from no parameter of its shape."""
+    computed = next(x for x in call.values if _is_computed(x))
+    names = dict.fromkeys(names_of(computed.static))
     return TopologyError(
-        f"a weight that is a parameter in {_described(call)}",
-        "one that is computed (weight norm, spectral norm, torch.nn.utils.prune)",
-        "Make it permanent first: torch.nn.utils.parametrize.remove_parametrizations, "
-        "torch.nn.utils.prune.remove.",
+        "weights that are parameters, or computed entry by entry from a parameter of their shape",
+        f"{described(call)}, with a weight of shape {list(computed.shape)} that is computed from "
+        f"{some(map(repr, names), 3)}",
+        "Compute it in a parametrization of a layer (torch.nn.utils.parametrize."
+        'register_parametrization), or pass on_unsupported="cut" to count it as a boundary '
+        "(factor 1).",
     )
-
-
-def _described(call: Call) -> str:
-    path = module_path(call.node)
-    return f"{call.operation} in module {path!r}" if path else call.operation
 
 
 def _listed(feeding: list[str]) -> str:

@@ -31,9 +31,10 @@ def trace(
     """Traces which channels of which layers feed each weight of a model, and which read it.
 
     Channels are followed through the graph of torch.export, not through the order of the modules:
-    through sums, concatenations, splits, flatten, gates, norms and attention. Nothing is computed
-    or changed. Neighbors are one hop away: the next weighted layers along the path. If a channel
-    has several producers or consumers, their squared norms are added.
+    through sums, concatenations, splits, flatten, gates, norms and attention. Nothing is changed,
+    and nothing is computed but weights that modules compute themselves. Neighbors are one hop
+    away: the next weighted layers along the path. If a channel has several producers or consumers,
+    their squared norms are added.
 
     Nonlinear operations are linearized: activations have gain 1, and a product counts as the sum of
     its factors, d(ab) = da + db with both factors at 1.
@@ -44,6 +45,10 @@ def trace(
     by every channel, and all of them count. Therefore all weights of such a layer have the same
     neighbor norms, which are larger than those of layers over channels and favor the layer in a
     global ranking.
+
+    The weight of an operation may be computed from parameters and buffers: weight * mask, a gain, a
+    standardized weight, torch.nn.utils.prune, parametrizations, weight and spectral norms. Its
+    value is what counts; see `Layer.effective` and `Layer.pruned_by`.
 
     Several threads may trace at once: they take turns. Each needs its own model, whose modules are
     in evaluation mode meanwhile.

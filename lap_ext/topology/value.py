@@ -17,16 +17,35 @@ _LONGEST_TRAIL = 12
 
 
 @dataclass(frozen=True)
+class Computation:
+    """How the weight of an operation is computed from its parameter, entry by entry.
+
+    value: the weight, in the shape of the parameter.
+    factor: whether each entry is that of the parameter times something independent of it, so that
+    it is zero where the parameter is.
+    alive: tensors that are False where a mask, which no training changes, makes the weight zero.
+    operation: the first one that is no such factor, as errors name it.
+    """
+
+    value: Static
+    factor: bool = True
+    alive: tuple[Static, ...] = ()
+    operation: str = ""
+
+
+@dataclass(frozen=True)
 class WeightView:
     """A view of one parameter, as a meta tensor: sizes, strides and offset say which part.
 
     routed: the data-dependent index that has picked entries of its first dimension, such as the
     experts of tokens; meta is the parameter before that.
+    computation: how the entries are computed from those of the parameter; None: they are these.
     """
 
     parameter: str
     meta: Tensor
     routed: Any = None
+    computation: Computation | None = None
 
 
 @dataclass(frozen=True)

@@ -179,3 +179,33 @@ def test_damaged_masks_in_a_checkpoint(tmp_path: Path, state: dict[str, Any]) ->
     torch.save({"callbacks": {STATE_KEY: state}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="load_masks: expected an undamaged state of Pruning"):
         load_masks(tmp_path / "last.ckpt")
+
+
+def test_a_run_with_a_computed_weight_resumes(tmp_path: Path) -> None:
+    """Its mask is in the state of the model, which Lightning loads before training starts."""
+    schedule = lap_ext.cubic(0.8, start=1, end=9, every=2)
+    runs = []
+    for start in (None, tmp_path / "half.ckpt"):
+        torch.manual_seed(0)
+        model = Net()
+        torch.nn.utils.parametrizations.weight_norm(model.net.fc1)
+        callback = PruningCallback(schedule=schedule, example_inputs=EXAMPLE)
+        for steps in (5, 10) if start is None else (10,):
+            trainer = pl.Trainer(
+                max_steps=steps,
+                callbacks=[callback],
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=tmp_path,
+            )
+            half = tmp_path / "half.ckpt"
+            trainer.fit(model, Batches(5), ckpt_path=half if half.exists() else None)
+            if steps == 5:
+                trainer.save_checkpoint(half)
+        runs.append((callback.masks, model.net.fc1.weight.detach()))
+    (masks, weight), (resumed, of_resumed) = runs
+    assert resumed == masks and masks.sparsity > 0.75
+    assert torch.equal(of_resumed, weight) and torch.equal(weight != 0, masks["net.fc1"])

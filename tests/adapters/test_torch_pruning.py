@@ -363,11 +363,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (split_by_an_old_pruner, ValueError, "and a new pruner if the model splits channels (Torch"),
     (with_a_pruner_of_its_own, ValueError, "expected weights that are layers of the traced model"),
-    (
-        with_a_computed_weight,
-        lap_ext.TopologyError,
-        "LookaheadImportance: expected a weight that is a",
-    ),
+    (with_a_computed_weight, ValueError, "the pruner has; undo parametrizations; list a module"),
     (with_hard_coded_sizes, lap_ext.TopologyError, "If the pruned model has hard-coded sizes (the"),
     (with_a_weight_that_is_no_number, ValueError, "'b'"),
     (lambda: LookaheadImportance("net", ROWS), TypeError, "to be a torch.nn.Module, got str."),

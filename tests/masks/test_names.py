@@ -11,7 +11,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from lap_ext.masks import Masks
@@ -191,17 +190,10 @@ def elsewhere(model: nn.Sequential) -> None:
     model.fc2._parameters["weight"] = Elsewhere()
 
 
-def parametrized(model: nn.Sequential) -> None:
-    parametrize.register_parametrization(model.fc2, "weight", nn.Identity())
-
-
-def weight_norm(model: nn.Sequential) -> None:
-    parametrizations.weight_norm(model.fc2)
-
-
-def spectral_norm(model: nn.Sequential) -> None:
-    """The old one keeps weight_orig, as pruning does."""
-    nn.utils.spectral_norm(model.fc2)
+def buffered(model: nn.Sequential) -> None:
+    weight = model.fc2.weight.detach()
+    del model.fc2.weight
+    model.fc2.register_buffer("weight", weight)
 
 
 def pruned(model: nn.Sequential) -> None:
@@ -224,9 +216,7 @@ BROKEN: list[tuple[Callable[[nn.Sequential], None], str]] = [
     (meta, "'fc2': mask on cpu, parameter on meta. Use masks.to(device)"),
     (sparse, "'fc2': expected a plain dense parameter, got Parameter, torch.sparse_coo"),
     (elsewhere, "'fc2': expected a plain dense parameter, got Elsewhere, torch.strided"),
-    (parametrized, "'fc2': fc2.weight is no parameter but computed from others"),
-    (weight_norm, "'fc2': fc2.weight is no parameter but computed from others"),
-    (spectral_norm, "'fc2': fc2.weight is no parameter but computed from others"),
+    (buffered, "'fc2': fc2.weight is no parameter but a buffer or an attribute, which cannot"),
     (
         pruned,
         "'fc2': pruned with torch.nn.utils.prune, which keeps its own mask. Call masks.remove",

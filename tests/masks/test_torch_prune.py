@@ -176,7 +176,7 @@ REFUSED: list[tuple[Callable[[nn.Module], tuple[str, Tensor]], str]] = [
     (listed, "got 'experts.0', in ParameterList. Leave it out"),
     (misshapen, "'last': mask [3, 3], parameter [2, 2]."),
     (pruned_already, "'last': pruned with torch.nn.utils.prune, which keeps its own mask."),
-    (normed, "'last': last.weight is no parameter but computed from others"),
+    (normed, "got 'last', which Linear computes. Use Masks.apply"),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
 import lap_ext
 from tests.helpers.networks import Net, randomized
@@ -135,20 +135,16 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "alone_in_an_einsum": (lambda: Net(lambda m, x: torch.einsum("ni,mj->nj", m.a(x), m.b(x)),
                                        a=linear(), b=linear()),
                            ROWS, "got aten.einsum.default, fed by layers 'a' and 'b'. Pass"),
-    "computed_weight": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w * 0.5), a=linear(),
-                                    w=nn.Parameter(torch.ones(2, 6))),
+    "computed_weight": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w @ m.w.t()), a=linear(),
+                                    w=nn.Parameter(torch.ones(6, 2))),
                         ROWS,
-                        "expected a weight that is a parameter in aten.linear.default, got one "
-                        "that is computed"),
-    "weight_norm": (lambda: nn.Sequential(linear(), parametrizations.weight_norm(linear())), ROWS,
-                    "in aten.linear.default in module '1', got one that is computed (weight norm, "
-                    "spectral norm, "
-                    "torch.nn.utils.prune). Make it permanent first: "
-                    "torch.nn.utils.parametrize.remove_"
-                    "parametrizations, torch.nn.utils.prune.remove."),
-    "pruned": (lambda: nn.Sequential(linear(), prune.random_unstructured(linear(), "weight", 0.5)),
-               ROWS,
-               "torch.nn.utils.prune). Make it permanent first"),
+                        "got aten.linear.default, with a weight of shape [6, 6] that is computed "
+                        "from 'w'. Compute it in a parametrization"),
+    "computed_operand": (lambda: Net(lambda m, x: torch.einsum("ni,jk->nj", m.a(x), m.w @ m.v),
+                                     a=linear(), w=nn.Parameter(torch.ones(6, 2)),
+                                     v=nn.Parameter(torch.ones(2, 6))), ROWS,
+                         "got aten.einsum.default, with a weight of shape [6, 6] that is computed "
+                         "from 'w', 'v'. Compute it in a parametrization"),
     "not_for_export": (lambda: Net(lambda m, x: m.a(x).numpy(), a=linear()), ROWS,
                        "trace: expected a model that torch.export can follow with these "
                        "example_inputs, got "),
@@ -203,12 +199,12 @@ def test_stopping_where_nothing_is_unknown() -> None:
 
 def test_stopping_at_a_computed_weight() -> None:
     """It is no layer; its producer ends there."""
-    model = nn.Sequential(linear(), parametrizations.weight_norm(linear()), linear(2))
-    with pytest.warns(UserWarning, match="got one that is computed"):
+    rule = lambda m, x: m.b(F.linear(m.a(x), m.w @ m.w.t()))  # noqa: E731
+    model = Net(rule, a=linear(), b=linear(2), w=nn.Parameter(torch.ones(6, 2)))
+    with pytest.warns(UserWarning, match="a weight of shape"):
         topology = lap_ext.trace(model, ROWS, on_unsupported="cut")
-    assert list(topology.layers) == ["0", "2"]
-    assert topology.others == [f"1.parametrizations.weight.original{i}" for i in (0, 1)]
-    assert [edge.kind for edge in topology.layers["0"].next] == ["boundary"]
+    assert list(topology.layers) == ["a", "b"] and topology.others == ["w"]
+    assert [edge.kind for edge in topology.layers["a"].next] == ["boundary"]
 
 
 def test_neighbors_bridge_what_is_unknown() -> None:

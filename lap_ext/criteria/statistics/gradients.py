@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
+from lap_ext.computed import as_parameters
 from lap_ext.criteria.statistics.isolation import unchanged
 from lap_ext.criteria.statistics.replay import batches, call_of
 from lap_ext.errors import LapTypeError, LapValueError, callback
@@ -40,6 +41,12 @@ def weight_gradients(topology: Topology, data: Any, loss: Loss | None) -> dict[s
         ValueError: the loss is not a scalar or has no gradient; a gradient is not finite.
         TypeError: a batch of the default loss is not a pair.
     """
+    with as_parameters(topology.model, requires_grad=True):
+        return _summed(topology, data, loss)
+
+
+def _summed(topology: Topology, data: Any, loss: Loss | None) -> dict[str, Tensor]:
+    """Sums the gradients with respect to parameters, of which every weight is now one."""
     model = topology.model
     weights = {
         name: layer.weight for name, layer in topology.layers.items() if layer.weight.requires_grad

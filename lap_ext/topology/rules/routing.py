@@ -8,6 +8,7 @@ result of element-wise operations on it), expert e reads the channels of expert 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lap_ext.topology.call import Call, node_key
 from lap_ext.topology.channels import ChannelEdges
 from lap_ext.topology.roles import Part, Role
 from lap_ext.topology.tracer import Tracer
-from lap_ext.topology.value import Value, WeightView, plain
+from lap_ext.topology.value import Value, plain
 
 
 def weigh(
@@ -62,9 +63,21 @@ def role_of(
     group = t.channels.add(part.channels[1], "role", name)
     trail = () if x is None else x.trail
     argument = next((n for n, value in enumerate(call.values) if value is x), -1)
-    node = node_key(call.node)
+    views = (value.view for value in call.values if value.view is not None)
+    computation = next((v.computation for v in views if v.parameter == parameter), None)
     role = Role(
-        name, parameter, kind, part, node, inputs, group, trail, argument, in_dims, out_dims
+        name,
+        parameter,
+        kind,
+        part,
+        node_key(call.node),
+        inputs,
+        group,
+        trail,
+        argument,
+        in_dims,
+        out_dims,
+        computation,
     )
     t.roles.append(role)
     return role
@@ -81,7 +94,7 @@ def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
             call.shape,
             channel_ids.none(len(call.shape)),
             None,
-            WeightView(w.view.parameter, w.view.meta, routed=index),
+            replace(w.view, routed=index),
         )
     if len(full) != 2:
         return t.unknown(call)
