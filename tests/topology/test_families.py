@@ -203,13 +203,13 @@ def collect(totals: dict[Any, float], edge: Edge, key: Callable[[int, int], Any]
 # ---- what is hard ------------------------------------------------------------------------------
 REFUSED = {
     "local_response_norm": "got aten.avg_pool3d.default in module 'function', fed by layer "
-    "'conv1'. Pass",
-    "running_sum": "got aten.cumsum.default, fed by layer 'conv1'. Pass",
+    "'conv1' (",
+    "running_sum": "got aten.cumsum.default, fed by layer 'conv1' (hard.py:",
     "standardized": "expected a weight that is a parameter in aten.conv2d.default in module '0'",
     "weight_norm": "expected a weight that is a parameter in aten.linear.default in module '0'",
     "pruned": "expected a weight that is a parameter in aten.linear.default in module '0'",
-    "fnet": "got aten.fft_fft2.default, fed by layer 'inlet'. Pass",
-    "bilinear": "got aten.bilinear.default in module 'bilinear', fed by layers 'left' and 'right'.",
+    "fnet": "got aten.fft_fft2.default, fed by layer 'inlet' (hard.py:",
+    "bilinear": "got aten.bilinear.default in module 'bilinear', fed by layers 'left' and 'right' ",
     # state times read-out: a product of channels that is read as channels, no logits
     "hf_mamba": "got aten.matmul.default in module 'backbone.layers.0.mixer', fed by",
 }

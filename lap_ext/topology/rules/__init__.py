@@ -11,6 +11,7 @@ from lap_ext.topology.rules import joins as joins
 from lap_ext.topology.rules import mixes as mixes
 from lap_ext.topology.rules import moves as moves
 from lap_ext.topology.rules import norms as norms
+from lap_ext.topology.rules import pairs as pairs
 from lap_ext.topology.rules import recurrent as recurrent
 from lap_ext.topology.rules import weights as weights
 from lap_ext.topology.rules import writes as writes

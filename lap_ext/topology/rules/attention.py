@@ -30,15 +30,15 @@ def product(
     b: Value,
     shape: tuple[int, ...] | None = None,
     gate: bool = False,
-) -> Value:
-    """Multiplies a [..., m, k] by b [..., k, n].
+) -> Value | None:
+    """Multiplies a [..., m, k] by b [..., k, n]; None where channels cannot be followed.
 
     shape: of the result, if it is not the call's. gate: one of them has a vector where the other
     has matrices, so that the result is their element-wise product, summed.
     """
     shape = call.shape if shape is None else shape
     if len(a.shape) < 2 or len(b.shape) < 2:
-        return t.unknown(call)
+        return None
     rank = len(shape)
     left, right = channel_ids.broadcast(a.ids, rank), channel_ids.broadcast(b.ids, rank)
     changes_a, changes_b = left.shape[-1] > 1, right.shape[-2] > 1
@@ -54,7 +54,7 @@ def product(
             return a.passed(call.name, shape, mixed(t.channels, call.name, left, [rank - 1]))
         if changes_a and changes_b and not gate:
             if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, not logits
-                return t.unknown(call)
+                return None
             _couple(t, left, right)
             return plain(shape)
     for x, other, ids, dim, flipped in (
@@ -63,9 +63,9 @@ def product(
     ):
         if other.static is not None and ids.shape[dim] > 1:  # a constant matrix over channels
             if len(other.shape) > 2:
-                return t.unknown(call)
+                return None
             result = projected(t.channels, call.name, ids, dim, other.static, shape[dim], flipped)
-            return t.unknown(call) if result is None else Value(shape, result, trail=x.trail)
+            return None if result is None else Value(shape, result, trail=x.trail)
     terms = []
     for x, ids, dim in ((a, left, rank - 1), (b, right, rank - 2)):
         summed = mixed(t.channels, call.name, ids, [dim])

@@ -21,6 +21,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import ChannelEdges
+from lap_ext.topology.rules.pairs import paired, turned
 from lap_ext.topology.static import Scale
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
@@ -36,7 +37,7 @@ from lap_ext.topology.value import Value, merged, plain
     "feature_alpha_dropout", "nan_to_num", "round", "floor", "ceil", "trunc", "logit",
     "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "lift_fresh",
     "lift_fresh_copy", "cpu", "cuda", "requires_grad",
-    "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "real", "positive",
+    "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "positive",
 )  # fmt: skip
 def _unary(t: Tracer, call: Call) -> Result:
     x = call.values[0]
@@ -125,6 +126,8 @@ def _product(t: Tracer, call: Call) -> Result:
     with_channels = [x for x in values if x.has_channels]
     if not with_channels:
         return plain(call.shape)
+    if paired(t, values):
+        return turned(t, call, values)
     numbers = [x for x in call.arguments.values() if isinstance(x, (int, float))]
     inverse = call.name in {"div", "true_divide", "divide"}
     if len(values) == 1:
@@ -188,13 +191,21 @@ def _where_live(edges: ChannelEdges, live: Tensor) -> ChannelEdges:
     )
 
 
-def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Value:
+def scaled(
+    t: Tracer,
+    call: Call,
+    x: Value,
+    factor: Value,
+    scale: Scale,
+    shape: tuple[int, ...] | None = None,
+) -> Value:
     """Multiplies channels by a static tensor: exactly by channel, by its mean square by position.
 
     A constant (without parameters) that changes with the position counts as 1: the cosines of a
-    rotary embedding, a mask.
+    rotary embedding, a mask. shape: of the result, if it is not the call's.
     """
-    rank = len(call.shape)
+    shape = call.shape if shape is None else shape
+    rank = len(shape)
     ids = channel_ids.broadcast(x.ids, rank)
     sizes = torch.Size(factor.shape)
     entries = channel_ids.broadcast(torch.arange(sizes.numel()).reshape(sizes), rank)
@@ -218,7 +229,7 @@ def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Valu
         edges = ChannelEdges(child, parents[child], x.trail, scale, rows.flatten(), weight)
         kind = scale.kind if scale.kind == "batch_norm" else "scale"
         group = t.channels.add(n, kind, call.name, [_where_live(edges, live[child])])
-    return Value(call.shape, torch.where(live, group.ids, 0)[child_of])
+    return Value(shape, torch.where(live, group.ids, 0)[child_of])
 
 
 def _entries_of(entries: Tensor, steady: list[int], child_of: Tensor, n: int) -> Tensor:
