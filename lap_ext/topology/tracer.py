@@ -45,6 +45,8 @@ _WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "
              "rnn_relu_cell"}  # fmt: skip
 
 
+# Those of them whose operands need not be weights.
+_PRODUCTS = {"addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "mv", "tensordot"}
 # Operations that may have a complex tensor with channels among their arguments.
 _PAIRED = {*_SAME, *_VIEWS, "view_as_real", "real", "imag", "mul", "_conj", "resolve_conj", "cat",
            "stack", "index", "index_select", "gather", "expand_as", "flip", "roll", "repeat",
@@ -211,8 +213,7 @@ class Tracer:
         feeding = self.layers_of(torch.cat(ids))
         neighbors_given = bool(feeding) and set(feeding) <= self.known
         if not neighbors_given:
-            computed = call.name in _WEIGHTED and any(_is_computed(x) for x in call.values)
-            error = (why or (_computed_weight if computed else _unsupported))(call, feeding)
+            error = (why or _reason(call))(call, feeding)
             if self.on_unsupported != "cut":
                 raise error
             stop = (
@@ -272,6 +273,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def _reason(call: Call) -> Refusal:
+    """Chooses the error for an operation by its operands."""
+    if call.name not in _WEIGHTED:
+        return _unsupported
+    if any(_is_picked(x) for x in call.values):
+        return _picked_weight
+    if any(_is_computed(x) for x in call.values):
+        return _computed_operand if call.name in _PRODUCTS else _computed_weight
+    return _unsupported
+
+
 def _unsupported(call: Call, feeding: list[str]) -> TopologyError:
     """The error for an operation that is not understood."""
     return TopologyError(
@@ -297,6 +309,24 @@ def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:
         f"{described(call)}, fed by {_listed(feeding)}, whose result has as many as the data "
         f"selects{source_line(call.node)}",
         f"Use a mask instead of a selection. {_ways_out(feeding)}.",
+    )
+
+
+def _picked_weight(call: Call, feeding: list[str]) -> TopologyError:
+    """The error for a layer that uses rows or columns of a weight that are not adjacent."""
+    return TopologyError(
+        f"a weight that is used whole or in one block (weight[a:b, c:d]) in {described(call)}",
+        f"rows or columns picked from one{source_line(call.node)}",
+        f"Use the full weight and pick from its input or result, or a block. {_ways_out(feeding)}.",
+    )
+
+
+def _computed_operand(call: Call, feeding: list[str]) -> TopologyError:
+    """The error for a product whose operand is computed from parameters, and may be no weight."""
+    return TopologyError(
+        f"a parameter, or something without parameters, as an operand of {described(call)}",
+        f"one that is computed from parameters{source_line(call.node)}",
+        f"Compute it before, and keep it as a parameter or buffer. {_ways_out(feeding)}.",
     )
 
 
@@ -340,6 +370,15 @@ def _fits(x: Any) -> bool:
 def _is_computed(x: Value) -> bool:
     """Whether x is computed from parameters, and is not a view of one."""
     return x.view is None and x.static is not None and x.static.trainable and len(x.shape) > 1
+
+
+def _is_picked(x: Value) -> bool:
+    """Whether x is a weight's rows or columns that are not adjacent, or repeats them."""
+    if x.view is not None:
+        return x.view.meta.dim() > 1 and not x.view.meta.is_contiguous() and not x.view.routed
+    name = getattr(getattr(x.static, "target", None), "_schema", None)
+    picks = name is not None and name.name.rpartition("::")[2] in {"index", "index_select"}
+    return picks and _is_computed(x)
 
 
 def _is_weight(x: Value) -> bool:

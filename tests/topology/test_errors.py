@@ -91,6 +91,19 @@ def linear_attention(m: Any, x: Tensor) -> Tensor:
     return m.o(m.q(x) @ (m.k(x).mT @ m.v(x)))
 
 
+def picked(part: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A layer that uses a part of a weight, between two others."""
+    rule = lambda m, x: m.b(F.linear(m.a(x), part(m.w)))  # noqa: E731
+    w = nn.Parameter(torch.randn(6, 6))
+    model = Net(rule, a=linear(), w=w)
+    model.b = linear(2, len(part(w)))
+    return model
+
+
+PICKED = (
+    "expected a weight that is used whole or in one block (weight[a:b, c:d]) in "
+    "aten.linear.default, got rows or columns picked from one (networks.py:"
+)
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "two_layers": (lambda: Net(lambda m, x: torch.fft.fft(m.b(x) + m.a(x)).real, a=linear(),
                                b=linear()),
@@ -106,12 +119,15 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
                      "got aten.fft_fft.default, fed by the model's input (networks.py:"),
     "linear_attention": (lambda: Net(linear_attention, **{k: linear() for k in "qkvo"}), TOKENS,
                          "got aten.matmul.default, fed by layers 'q', 'k' and 'v' (networks.py:"),
-    "every_other_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w[::2]), a=linear(),
-                                    w=nn.Parameter(torch.ones(6, 6))),
-                        ROWS, "got aten.linear.default, fed by layer 'a' (networks.py:"),
-    "repeated_row": (lambda: Net(lambda m, x: F.linear(m.a(x), m.w.expand(3, 6)), a=linear(),
-                                 w=nn.Parameter(torch.ones(1, 6))),
-                     ROWS, "got aten.linear.default, fed by layer 'a' (networks.py:"),
+    "every_other_row": (lambda: picked(lambda w: w[::2]), ROWS, PICKED),
+    "rows_by_index": (lambda: picked(lambda w: w[[4, 0, 2]]), ROWS, PICKED),
+    "columns_by_index": (lambda: picked(lambda w: w[:, [1, 0, 2, 3, 5, 4]]), ROWS, PICKED),
+    "repeated_row": (lambda: picked(lambda w: w[:1].expand(3, 6)), ROWS, PICKED),
+    "computed_operand": (
+        lambda: Net(lambda m, x: m.b(torch.einsum("nc,oc->no", m.a(x), m.w.exp())), a=linear(),
+                    w=nn.Parameter(torch.ones(3, 6)), b=linear(2, 3)),
+        ROWS, "expected a parameter, or something without parameters, as an operand of "
+              "aten.einsum.default, got one that is computed from parameters (networks.py:"),
     "added_at_places": (lambda: Net(lambda m, x: m.b(torch.zeros(2, 6).index_put(
         (torch.arange(2)[:, None], INDEX), m.a(x)[:, :3], accumulate=True)), a=linear(),
                                     b=linear()),
@@ -141,6 +157,18 @@ def test_models_refused_by_name(name: str) -> None:
     build, x, text = OTHERS[name]
     with pytest.raises(lap_ext.TopologyError, match=re.escape(text)):
         lap_ext.trace(build(), x)
+
+
+@pytest.mark.parametrize("name", ["rows_by_index", "repeated_row", "computed_operand"])
+def test_the_ways_out_that_an_error_names(name: str) -> None:
+    """Scores without the weight in question: its neighbors end there, or are what is given."""
+    build, x, _ = OTHERS[name]
+    model = build()
+    with pytest.warns(UserWarning, match=r"\(networks\.py:\d+\): it counts as a boundary"):
+        cut = lap_ext.scores(model, x, on_unsupported="cut")
+    given = lap_ext.scores(model, x, neighbors={"a": (None, None), "b": (None, None)})
+    assert cut.keys() == given.keys() == {"a", "b"}
+    torch.testing.assert_close(cut, given)
 
 
 def test_permanent_weights_are_followed() -> None:
