@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lap_ext.errors import TopologyError
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import (
     Call,
     bind,
@@ -25,7 +26,7 @@ from lap_ext.topology.call import (
     operation_name,
     source_line,
 )
-from lap_ext.topology.channels import Channels
+from lap_ext.topology.channels import ChannelGroup, Channels
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static
@@ -75,6 +76,8 @@ class Tracer:
         self.routes: dict[int, Any] = {}  # index of a routed group -> what picked its experts
         self.choices: dict[int, tuple[Tensor, int]] = {}  # group of a top-k -> its input's ids, dim
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}  # complex group -> its parts' channels
+        # line of the source -> what it has read out of states, and the keys of its sources
+        self.states: dict[str, list[tuple[ChannelGroup, set[bytes]]]] = {}
         self.skipped: list[int] = []  # groups after operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -193,6 +196,18 @@ class Tracer:
             return None
         constant: Tensor = value.static.value(self.tensors, {})
         return None if constant.is_meta else constant.to("cpu")
+
+    def couple(self, a: Tensor, b: Tensor, once: bool = False) -> None:
+        """Notes that channels of two broadcast tensors are multiplied with each other.
+
+        once: not again where a loop repeats it.
+        """
+        a, b, _ = channel_ids.unique_pairs(a, b)
+        live = (a != 0) & (b != 0)
+        pair = self.channels.root(a[live]), self.channels.root(b[live])
+        known = once and any(all(map(torch.equal, pair, other)) for other in self.couplings)
+        if not known:
+            self.couplings.append(pair)
 
     def end(self, value: Value, name: str) -> None:
         """Notes that the channels of a value leave the network here: factor 1."""

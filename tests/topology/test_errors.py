@@ -87,10 +87,6 @@ def test_operations_refused_by_name(operation: str) -> None:
     assert text_of(error) == f"trace: {EXPECTED} {operation}, fed by layer 'a' (HERE). {CURE}"
 
 
-def linear_attention(m: Any, x: Tensor) -> Tensor:
-    return m.o(m.q(x) @ (m.k(x).mT @ m.v(x)))
-
-
 def picked(part: Callable[[Tensor], Tensor]) -> nn.Module:
     """A layer that uses a part of a weight, between two others."""
     rule = lambda m, x: m.b(F.linear(m.a(x), part(m.w)))  # noqa: E731
@@ -117,8 +113,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
                     ROWS, "got aten.max_pool1d.default in module '1.1', fed by layer '0'. Pass"),
     "of_the_input": (lambda: Net(lambda m, x: m.a(torch.fft.fft(x).real), a=linear()), ROWS,
                      "got aten.fft_fft.default, fed by the model's input (networks.py:"),
-    "linear_attention": (lambda: Net(linear_attention, **{k: linear() for k in "qkvo"}), TOKENS,
-                         "got aten.matmul.default, fed by layers 'q', 'k' and 'v' (networks.py:"),
     "every_other_row": (lambda: picked(lambda w: w[::2]), ROWS, PICKED),
     "rows_by_index": (lambda: picked(lambda w: w[[4, 0, 2]]), ROWS, PICKED),
     "columns_by_index": (lambda: picked(lambda w: w[:, [1, 0, 2, 3, 5, 4]]), ROWS, PICKED),

@@ -210,10 +210,10 @@ REFUSED = {
     "pruned": "expected a weight that is a parameter in aten.linear.default in module '0'",
     "fnet": "got aten.fft_fft2.default, fed by layer 'inlet' (hard.py:",
     "bilinear": "got aten.bilinear.default in module 'bilinear', fed by layers 'left' and 'right' ",
-    # state times read-out: a product of channels that is read as channels, no logits
-    "hf_mamba": "got aten.matmul.default in module 'backbone.layers.0.mixer', fed by",
 }
-FOLLOWED = {"dropped_add", "assigned_slice", "softmax_channels", "cbam", "sorted_channels"}
+FOLLOWED = {"dropped_add", "assigned_slice", "softmax_channels", "cbam", "sorted_channels"} | {
+    "hf_mamba"
+}
 
 
 def test_all_that_is_hard_is_here() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The effect of ATen operations on channels: one file per kind of operation.
 
-Importing the package registers the rules with the tracer. routing.py and mixing.py are helpers and
-register no rules.
+Importing the package registers the rules with the tracer. fixed.py, mixing.py, routing.py
+and states.py are helpers and register no rules.
 """
 
 from lap_ext.topology.rules import attention as attention

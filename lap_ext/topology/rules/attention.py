@@ -19,6 +19,7 @@ from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.rules.joins import joined, weights_of_positions
 from lap_ext.topology.rules.mixing import mixed, projected
+from lap_ext.topology.rules.states import read
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
 
@@ -53,8 +54,8 @@ def product(
             t.end(b, "attention")
             return a.passed(call.name, shape, mixed(t.channels, call.name, left, [rank - 1]))
         if changes_a and changes_b and not gate:
-            if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, not logits
-                return None
+            if left.shape[-2] > 1 or right.shape[-1] > 1:  # they are channels, not logits
+                return _read(t, call, left, right, shape)
             _couple(t, left, right)
             return plain(shape)
     for x, other, ids, dim, flipped in (
@@ -73,11 +74,20 @@ def product(
     return joined(t, call, terms, shape)
 
 
+def _read(
+    t: Tracer, call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]
+) -> Value | None:
+    """Reads channels out of the one operand that is a state (states.py)."""
+    if left.shape[-2] > 1 and right.shape[-1] > 1:
+        return None
+    flipped = right.shape[-1] > 1
+    ids = read(t, call, right.mT, left) if flipped else read(t, call, left, right.mT)
+    return None if ids is None else Value(shape, ids.mT if flipped else ids, trail=(call.name,))
+
+
 def _couple(t: Tracer, left: Tensor, right: Tensor) -> None:
     """Couples channels that are multiplied with each other: left [..., m, k], right [..., k, n]."""
-    a, b, _ = channel_ids.unique_pairs(left.unsqueeze(-1), right.unsqueeze(-3))
-    live = (a != 0) & (b != 0)
-    t.couplings.append((t.channels.root(a[live]), t.channels.root(b[live])))
+    t.couple(left.unsqueeze(-1), right.unsqueeze(-3))
 
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",

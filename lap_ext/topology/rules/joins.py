@@ -146,7 +146,11 @@ def _product(t: Tracer, call: Call) -> Result:
     other = values[1] if values[0] is x else values[0]
     if other.static is None or (inverse and other is values[0]):
         return x.passed(call.name, call.shape, channel_ids.broadcast(x.ids, len(call.shape)))
-    return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
+    scale = Scale("parameter", (other.static,), inverse=inverse)
+    constant = None if scale.names or inverse else t.constant(other)
+    if constant is not None and not constant.any():  # the first state of a loop
+        return by_number(t, call, x, 0.0)
+    return scaled(t, call, x, other, scale)
 
 
 def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
@@ -160,7 +164,8 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
     if not x.has_channels:
         return plain(call.shape)
     if factor == 0.0:
-        return x.passed(call.name, call.shape, torch.where(x.ids != 0, t.channels.zero(), 0))
+        ids = channel_ids.broadcast(x.ids, len(call.shape))
+        return x.passed(call.name, call.shape, torch.where(ids != 0, t.channels.zero(), 0))
     if abs(factor) == 1.0 or not math.isfinite(factor):
         return x.passed(call.name, call.shape, x.ids)
     parents, inverse = torch.unique(x.ids, return_inverse=True)
