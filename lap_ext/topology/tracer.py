@@ -390,7 +390,9 @@ def _is_computed(x: Value) -> bool:
 def _is_picked(x: Value) -> bool:
     """Whether x is a weight's rows or columns that are not adjacent, or repeats them."""
     if x.view is not None:
-        return x.view.meta.dim() > 1 and not x.view.meta.is_contiguous() and not x.view.routed
+        shape, strides = x.view.meta.shape, x.view.meta.stride()
+        reach = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        return len(shape) > 1 and reach != x.view.meta.numel() and not x.view.routed
     name = getattr(getattr(x.static, "target", None), "_schema", None)
     picks = name is not None and name.name.rpartition("::")[2] in {"index", "index_select"}
     return picks and _is_computed(x)
