@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from lap_ext.topology.value import Value
 
 _KEY = "lap_ext_key"  # in a node's meta
+_TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,13 @@ class Call:
         """The shapes of all results."""
         outcome = self.node.meta.get("val")
         results = outcome if isinstance(outcome, (list, tuple)) else [outcome]
-        return [tuple(map(int, x.shape)) if isinstance(x, Tensor) else () for x in results]
+        return [tuple(map(concrete, x.shape)) if isinstance(x, Tensor) else () for x in results]
+
+    @property
+    def sized_by_data(self) -> bool:
+        """Whether a size of an argument or a result depends on the values of the inputs."""
+        nodes = [self.node, *self.node.all_input_nodes]
+        return any(_sized_by_data(x.meta.get("val")) for x in nodes)
 
     @property
     def operation(self) -> str:
@@ -109,6 +119,33 @@ def described(call: Call) -> str:
     """Names a call and its module in errors."""
     path = module_path(call.node)
     return f"{call.operation} in module {path!r}" if path else call.operation
+
+
+def source_line(node: fx.Node) -> str:
+    """Returns the innermost line of the source outside torch, " (model.py:12)"; or nothing."""
+    lines = re.findall(r'File "([^"<]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    ours = [(file, n) for file, n in lines if not Path(file).is_relative_to(_TORCH)]
+    return f" ({Path(ours[-1][0]).name}:{ours[-1][1]})" if ours else ""
+
+
+def concrete(n: Any) -> int:
+    """Returns a size as a number; a large one of its own stands for each that the data decides.
+
+    Sizes that must be equal, or sums of others, then are: as in a run on data of these sizes. Only
+    numbers of positions may be such sizes, which the tracer checks.
+    """
+    if not isinstance(n, torch.SymInt):
+        return int(n)
+    expression = n.node.expr
+    number = {x: int(re.sub(r"\D", "", x.name)) for x in expression.free_symbols}  # u0, u1, ...
+    return int(expression.subs({x: 211 + 2 * i for x, i in number.items()}))
+
+
+def _sized_by_data(x: Any) -> bool:
+    """Whether one of the sizes of a result, or a result itself, is known from data alone."""
+    if isinstance(x, (list, tuple)):
+        return any(map(_sized_by_data, x))
+    return any(isinstance(n, torch.SymInt) for n in (x.shape if isinstance(x, Tensor) else [x]))
 
 
 def bind(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

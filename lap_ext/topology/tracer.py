@@ -15,12 +15,20 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lap_ext._text import some
 from lap_ext.errors import TopologyError
-from lap_ext.topology.call import Call, bind, described, mapped, operation_name
-from lap_ext.topology.channels import Channels
+from lap_ext.topology import channel_ids
+from lap_ext.topology.call import (
+    Call,
+    bind,
+    concrete,
+    described,
+    mapped,
+    operation_name,
+    source_line,
+)
+from lap_ext.topology.channels import ChannelGroup, Channels
 from lap_ext.topology.effective import computes_weight, view_of, without_models
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
@@ -37,7 +45,15 @@ _WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "
              "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
              "conv_transpose2d", "conv_transpose3d", "einsum", "lstm", "gru", "rnn_tanh",
              "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear",
-             "mv", "tensordot"}  # fmt: skip
+             "mv", "tensordot", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+             "rnn_relu_cell"}  # fmt: skip
+
+
+# Those of them whose operands need not be weights.
+# Operations that may have a complex tensor with channels among their arguments.
+_PAIRED = {*_SAME, *_VIEWS, "view_as_real", "real", "imag", "mul", "_conj", "resolve_conj", "cat",
+           "stack", "index", "index_select", "gather", "expand_as", "flip", "roll", "repeat",
+           "repeat_interleave"}  # fmt: skip
 
 
 class Tracer:
@@ -61,6 +77,9 @@ class Tracer:
         self.stops: list[str] = []  # operations at which the trace stopped, a sentence each
         self.routes: dict[int, Any] = {}  # index of a routed group -> what picked its experts
         self.choices: dict[int, tuple[Tensor, int]] = {}  # group of a top-k -> its input's ids, dim
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}  # complex group -> its parts' channels
+        # line of the source -> what it has read out of states, and the keys of its sources
+        self.states: dict[str, list[tuple[ChannelGroup, set[bytes]]]] = {}
         self.skipped: list[int] = []  # groups after operations that only the user's layers feed
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -87,7 +106,8 @@ class Tracer:
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         def known(x: Any) -> Any:
-            return values[x] if isinstance(x, fx.Node) else x
+            given = values[x] if isinstance(x, fx.Node) else x
+            return concrete(given) if isinstance(given, torch.SymInt) else given
 
         args, kwargs = mapped(node.args, known), mapped(dict(node.kwargs), known)
         if node.target is operator.getitem:
@@ -97,11 +117,7 @@ class Tracer:
             rest = args[args.index(body) + 1 :]
             return self.run(body, [x for x in rest if isinstance(x, Value)])
         call = bind(node, args, kwargs)
-        try:
-            result = self._result(call)
-        except GuardOnDataDependentSymNode:
-            sources = [x.ids.flatten() for x in call.values]
-            raise _unknown_sizes(call, self.layers_of(torch.cat(sources))) from None
+        result = self._sized(call) if call.sized_by_data else self._result(call)
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])
@@ -121,8 +137,24 @@ class Tracer:
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
         if routed is not None and not weighted:
             return routed if call.name in _SAME else self.unknown(call)
+        if call.name not in _PAIRED and _is_complex(call):
+            return self.unknown(call)
         function = _RULES.get(call.name)
         return self.unknown(call) if function is None else function(self, call)
+
+    def _sized(self, call: Call) -> Any:
+        """Follows an operation some of whose sizes the data decides.
+
+        Its result must have these sizes where the channel does not change; else it is unknown.
+        """
+        try:
+            result = self._result(call)
+        except TopologyError:
+            raise
+        except (IndexError, RuntimeError, ValueError):  # the sizes do not go together
+            return self.unknown(call, _unknown_sizes)
+        results = result if isinstance(result, (list, tuple)) else [result]
+        return result if all(map(_fits, results)) else self.unknown(call, _unknown_sizes)
 
     def _static(self, call: Call) -> Any:
         """Keeps an operation on parameters, buffers and constants alone as an expression."""
@@ -169,17 +201,29 @@ class Tracer:
         constant: Tensor = value.static.value(self.tensors, {})
         return None if constant.is_meta else constant.to("cpu")
 
+    def couple(self, a: Tensor, b: Tensor, once: bool = False) -> None:
+        """Notes that channels of two broadcast tensors are multiplied with each other.
+
+        once: not again where a loop repeats it.
+        """
+        a, b, _ = channel_ids.unique_pairs(a, b)
+        live = (a != 0) & (b != 0)
+        pair = self.channels.root(a[live]), self.channels.root(b[live])
+        known = once and any(all(map(torch.equal, pair, other)) for other in self.couplings)
+        if not known:
+            self.couplings.append(pair)
+
     def end(self, value: Value, name: str) -> None:
         """Notes that the channels of a value leave the network here: factor 1."""
         ids = torch.unique(value.ids)
         if bool((ids != 0).any()):
             self.ends.append((ids[ids != 0], name))
 
-    def unknown(self, call: Call) -> Any:
+    def unknown(self, call: Call, why: Refusal | None = None) -> Any:
         """Handles an operation that is not understood: raises, or makes it a boundary.
 
         It is a boundary with on_unsupported="cut", and where the user gives the neighbors of all
-        layers that feed it.
+        layers that feed it. why: the error for a call and the layers that feed it.
         """
         sources = [x for x in call.values if x.has_channels]
         if not sources and not any(_is_weight(x) for x in call.values):
@@ -188,13 +232,14 @@ class Tracer:
         feeding = self.layers_of(torch.cat(ids))
         neighbors_given = bool(feeding) and set(feeding) <= self.known
         if not neighbors_given:
-            computed = call.name in _WEIGHTED and any(_is_computed(x) for x in call.values)
-            error = _computed_weight(call) if computed else _unsupported(call, feeding)
+            error = (why or _reason(call))(call, feeding)
             if self.on_unsupported != "cut":
                 raise error
-            self.stops.append(
+            stop = (
                 f"expected {error.expected}, got {error.got}: it counts as a boundary (factor 1)."
             )
+            if stop not in self.stops:  # one line of a loop
+                self.stops.append(stop)
         for x in sources:
             self.end(x, call.name)
         group = self.channels.add(1, "boundary", call.name)
@@ -231,6 +276,7 @@ class Tracer:
 
 Result: TypeAlias = Value | list[Any] | None
 Rule: TypeAlias = Callable[[Tracer, Call], Result]
+Refusal: TypeAlias = Callable[[Call, list[str]], TopologyError]
 _RULES: dict[str, Rule] = {}
 
 
@@ -246,40 +292,64 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def _reason(call: Call) -> Refusal:
+    """Chooses the error for an operation by its operands."""
+    if call.name not in _WEIGHTED:
+        return _unsupported
+    if any(_is_picked(x) for x in call.values):
+        return _picked_weight
+    if any(_is_computed(x) for x in call.values):
+        return _computed_weight
+    return _unsupported
+
+
 def _unsupported(call: Call, feeding: list[str]) -> TopologyError:
     """The error for an operation that is not understood."""
+    return TopologyError(
+        "operations that lap_ext can follow",
+        f"{described(call)}, fed by {_listed(feeding)}{source_line(call.node)}",
+        f"{_ways_out(feeding)}.",
+    )
+
+
+def _ways_out(feeding: list[str]) -> str:
+    """Says how to go on after an operation that these layers feed."""
     neighbors = ""
     if feeding:
         around = f"{{{feeding[0]!r}: (previous, next), ...}}"
         neighbors = f"neighbors={around} for the layers around it, or "
-    return TopologyError(
-        "operations that lap_ext can follow",
-        f"{described(call)}, fed by {_listed(feeding)}",
-        f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1).',
-    )
+    return f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1)'
 
 
 def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:
-    """The error for a result whose number of elements depends on the data."""
+    """The error for a result whose number of channels depends on the data."""
     return TopologyError(
-        "sizes that do not depend on the values of the inputs",
-        f"{described(call)}, fed by {_listed(feeding)}, whose result has as many elements as the "
-        "data selects",
-        "Use a mask instead of a selection.",
+        "numbers of channels that do not depend on the values of the inputs",
+        f"{described(call)}, fed by {_listed(feeding)}, whose result has as many as the data "
+        f"selects{source_line(call.node)}",
+        f"Use a mask instead of a selection. {_ways_out(feeding)}.",
     )
 
 
-def _computed_weight(call: Call) -> TopologyError:
+def _picked_weight(call: Call, feeding: list[str]) -> TopologyError:
+    """The error for a layer that uses rows or columns of a weight that are not adjacent."""
+    return TopologyError(
+        f"a weight that is used whole or in one block (weight[a:b, c:d]) in {described(call)}",
+        f"rows or columns picked from one{source_line(call.node)}",
+        f"Use the full weight and pick from its input or result, or a block. {_ways_out(feeding)}.",
+    )
+
+
+def _computed_weight(call: Call, feeding: list[str]) -> TopologyError:
     """The error for a layer whose weight is computed, but from no parameter of its shape."""
     computed = next(x for x in call.values if _is_computed(x))
     names = dict.fromkeys(names_of(computed.static))
     return TopologyError(
         "weights that are parameters, or computed entry by entry from a parameter of their shape",
         f"{described(call)}, with a weight of shape {list(computed.shape)} that is computed from "
-        f"{some(map(repr, names), 3)}",
+        f"{some(map(repr, names), 3)}{source_line(call.node)}",
         "Compute it in a parametrization of a layer (torch.nn.utils.parametrize."
-        'register_parametrization), or pass on_unsupported="cut" to count it as a boundary '
-        "(factor 1).",
+        f"register_parametrization). Otherwise: {_ways_out(feeding)}.",
     )
 
 
@@ -295,9 +365,35 @@ def _listed(feeding: list[str]) -> str:
     return f"layers {', '.join(first)} and {last}"
 
 
+def _is_complex(call: Call) -> bool:
+    """Whether a tensor with channels is complex among the arguments."""
+    kinds = [x.meta.get("val") for x in call.node.all_input_nodes]
+    paired = any(isinstance(x, Tensor) and x.is_complex() for x in kinds)
+    return paired and any(x.has_channels for x in call.values)
+
+
+def _fits(x: Any) -> bool:
+    """Whether a result has ids of its shape, and elements."""
+    if not isinstance(x, Value):
+        return True
+    sizes = zip(x.ids.shape, x.shape, strict=False)
+    return x.ids.dim() == len(x.shape) and all(m == 1 or m == n > 0 for m, n in sizes)
+
+
 def _is_computed(x: Value) -> bool:
     """Whether x is computed from parameters, and is not a view of one."""
     return x.view is None and x.static is not None and x.static.trainable and len(x.shape) > 1
+
+
+def _is_picked(x: Value) -> bool:
+    """Whether x is a weight's rows or columns that are not adjacent, or repeats them."""
+    if x.view is not None:
+        shape, strides = x.view.meta.shape, x.view.meta.stride()
+        reach = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        return len(shape) > 1 and reach != x.view.meta.numel() and not x.view.routed
+    name = getattr(getattr(x.static, "target", None), "_schema", None)
+    picks = name is not None and name.name.rpartition("::")[2] in {"index", "index_select"}
+    return picks and _is_computed(x)
 
 
 def _is_weight(x: Value) -> bool:

@@ -90,14 +90,10 @@ def trace(
         )
     program = export(model, *arguments(example_inputs))
     tracer = Tracer(named_tensors(model), first_names(model), on_unsupported, set(neighbors or {}))
-    inputs = [
-        _bound(tracer, kind, name, constant, node.meta.get("val"))
-        for (kind, name, constant), node in zip(
-            placeholders(program),
-            (n for n in program.graph.nodes if n.op == "placeholder"),
-            strict=True,
-        )
-    ]
+    nodes = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+    given = list(zip(placeholders(program), nodes, strict=True))
+    widest = max((_rank(x) for (kind, _, _), x in given if kind == "input"), default=0)
+    inputs = [_bound(tracer, *named, fake, widest) for named, fake in given]
     outputs = tracer.run(program.graph_module, inputs)
     for value in _tensors(outputs):
         tracer.end(value, "output")
@@ -140,8 +136,17 @@ def _names(side: Any) -> list[str]:
     return [x for item in side for x in _names(item)] if isinstance(side, (list, tuple)) else []
 
 
-def _bound(tracer: Tracer, kind: str, name: str, constant: Any, fake: Any) -> Any:
-    """Returns what is known of an input of the graph."""
+def _rank(x: Any) -> int:
+    """Returns the number of dimensions of an input that has channels; 0 of any other."""
+    return x.dim() if isinstance(x, Tensor) and x.is_floating_point() else 0
+
+
+def _bound(tracer: Tracer, kind: str, name: str, constant: Any, fake: Any, widest: int) -> Any:
+    """Returns what is known of an input of the graph; widest: the most dimensions of one.
+
+    One number an example (a timestep, a noise level), beside inputs of more dimensions, is no
+    channel: it may as well be an integer.
+    """
     if not isinstance(fake, Tensor):
         return constant if constant is not None else fake
     shape = tuple(map(int, fake.shape))
@@ -153,7 +158,7 @@ def _bound(tracer: Tracer, kind: str, name: str, constant: Any, fake: Any) -> An
         return plain(shape, Static(False, name))
     if kind == "constant":
         return plain(shape, Static(tensor=constant))
-    if not fake.is_floating_point():
+    if not fake.is_floating_point() or len(shape) < 2 <= widest:
         return plain(shape)
     width = shape[1] if len(shape) == 2 else 1  # [batch, features]: a column is a channel
     group = tracer.channels.add(width, "input", name)

@@ -35,6 +35,33 @@ def scored(name: str) -> dict[str, Tensor]:
     return lap_ext.scores(topology.model, topology=topology)
 
 
+# ---- a timestep ----------------------------------------------------------------------------------
+def denoised(m: Any, x: Tensor, t: Any) -> Tensor:
+    """A small diffusion model, as diffusers writes it: its timestep's embedding is added."""
+    if not isinstance(t, Tensor):
+        t = torch.tensor([t], dtype=torch.float64 if isinstance(t, float) else torch.int64)
+    t = (t if t.dim() else t[None]).expand(x.shape[0])
+    angles = t[:, None].float() * torch.exp(-torch.arange(2.0) * 3.5)
+    embedding = m.t2(F.silu(m.t1(torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype))))
+    h = m.inlet(x) + m.shift(F.silu(embedding))[:, :, None, None]
+    return m.outlet(F.silu(m.mid(h)))
+
+
+def test_a_timestep_of_any_type() -> None:
+    """Integer or float, one or one an example: the same topology, so the same masks."""
+    layers = {"t1": nn.Linear(4, 6), "t2": nn.Linear(6, 6), "shift": nn.Linear(6, 4)}
+    convs = {"inlet": nn.Conv2d(3, 4, 3, padding=1), "mid": nn.Conv2d(4, 4, 1)}
+    model = Net(denoised, **layers, **convs, outlet=nn.Conv2d(4, 3, 1))
+    x = torch.randn(2, 3, 4, 4)
+    expected = lap_ext.trace(model, (x, 10))
+    for t in (10.0, torch.tensor(10), torch.tensor(10.0), torch.tensor([10.0, 3.0])):
+        topology = lap_ext.trace(model, (x, t))
+        assert str(topology) == str(expected)
+        scores = lap_ext.scores(model, topology=topology)
+        assert all(torch.equal(y, scores[k])
+                   for k, y in lap_ext.scores(model, topology=expected).items())  # fmt: skip
+
+
 # ---- channels ---------------------------------------------------------------------------------
 class Small(nn.Module):
     """Six hidden channels: a convolution and its norm write, two layers and a gate read them."""

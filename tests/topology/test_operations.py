@@ -95,6 +95,19 @@ KEPT = torch.tensor([True, False, False, True, True, False])
 PLACES = torch.tensor([2, 0, 5]).expand(2, 3)
 GRID = torch.rand(2, 4, 4, 2) - 0.5
 
+BLUR = torch.tensor([[0.1, 0.2, 0.1], [0.2, 0.3, 0.1]])[None, None]
+KERNEL = torch.rand(6, 4, 2, 2) + 0.1
+THREE = torch.rand(3, 6) + 0.1
+
+
+def pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x).flatten(-2)
+
+
 # name: (operation, what a makes, how b reads)
 MOVES: dict[str, tuple[Operation, str, str]] = {
     # shapes
@@ -159,6 +172,13 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "unfold": (lambda x: x.unfold(1, 2, 2), "tokens", "conv2"),
     "unfold_channels": (lambda x: x.unfold(1, 4, 1), "rows", "linear"),
     "im2col": (im2col, "image", "linear"),
+    "fold_apart": (lambda x: F.fold(x[:, :, :4], (2, 4), (1, 2), stride=(1, 2)), "signal", "conv2"),
+    "select_by_mask": (lambda x: x[x[:, :, 0] > -9], "tokens", "linear"),
+    "select_images_by_mask": (lambda x: x[x[:, 0, 0, 0] > -9], "image", "conv2"),
+    "vmap": (torch.vmap(lambda x: x.flip(0)), "rows", "linear"),
+    "complex_and_back": (lambda x: real(pairs(x).flip(1)), "rows", "linear"),
+    "real_part": (lambda x: pairs(x).conj().real, "rows", "linear"),
+    "imaginary_part": (lambda x: torch.complex(x[:, :2], x[:, 3:5]).imag, "rows", "linear"),
     # copies
     "repeat": (lambda x: x.repeat(1, 3, 1, 2), "image", "conv2"),
     "tile": (lambda x: x.tile(2), "rows", "linear"),
@@ -235,7 +255,20 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
     "amax_of_positions": (lambda x: x.amax((-2, -1), keepdim=True), "image", "conv2"),
     "sorted_positions": (lambda x: x.sort(dim=2).values, "image", "conv2"),
     "best_positions": (lambda x: x.topk(2, dim=-1).values, "signal", "conv1"),
+    "blur": (lambda x: F.conv2d(x, BLUR.expand(4, 1, 2, 3), groups=4), "image", "conv2"),
+    "blur_twice": (lambda x: F.conv2d(x, BLUR.repeat(8, 1, 1, 1), groups=4), "image", "conv2"),
+    "enlarge": (lambda x: F.conv_transpose2d(x, torch.ones(4, 1, 2, 2), stride=2, groups=4),
+                "image", "conv2"),
     # channels
+    "fold": (lambda x: F.fold(x, (1, 9), (1, 2)), "signal", "conv2"),
+    "kernel": (lambda x: F.conv2d(x, KERNEL), "image", "conv2"),
+    "kernel_of_groups": (lambda x: F.conv2d(x, KERNEL[:, :2], groups=2), "image", "conv2"),
+    "kernel_transposed": (lambda x: F.conv_transpose2d(x, KERNEL[:4, :2, :1, :1], groups=2),
+                          "image", "conv2"),
+    "linear_map": (lambda x: F.linear(x, KERNEL[:4, :, 0].flatten(1)[:, :6]), "rows", "linear"),
+    "three_in_an_einsum": (lambda x: torch.einsum("nc,oc,o->no", x, THREE, W[3:]), "rows",
+                           "linear"),
+    "scaled_by_einsum": (lambda x: torch.einsum("n...,...->n...", x, W), "rows", "linear"),
     "mean": (lambda x: x.mean(1, keepdim=True), "image", "conv2"),
     "mean_of_all": (lambda x: x.mean((1, 2, 3))[:, None], "image", "linear"),
     "mean_of_flat": (lambda x: x.flatten(1).mean(1, keepdim=True), "image", "linear"),
@@ -254,6 +287,32 @@ MOVES: dict[str, tuple[Operation, str, str]] = {
 @pytest.mark.parametrize("name", list(MOVES))
 def test_moves(name: str) -> None:
     agree(*MOVES[name])
+
+
+def test_windows_and_back() -> None:
+    """As in a sum of positions, a channel that is added several times stays itself."""
+    model = Between(
+        lambda x: F.fold(F.unfold(x, 2, padding=1), (3, 5), 2, padding=1), "image", "conv2"
+    )
+    assert followed(lap_ext.trace(model, torch.randn(model.given))) == {(i, i): 1 for i in range(4)}
+
+
+def test_pairs_that_are_turned() -> None:
+    """Both parts of a rotary embedding's result come from both parts, with cos^2 and sin^2."""
+    angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.3, 0.1])
+    turns = torch.polar(torch.ones(5, 3), angles)
+    for by in (turns, turns[1]):
+        model = Between(lambda x, by=by: real(pairs(x) * by), "tokens", "linear")
+        got = followed(lap_ext.trace(model, torch.randn(model.given)))
+        both = {(i, j): 0.5**0.5 for i in range(6) for j in (i - i % 2, i - i % 2 + 1)}
+        assert got == pytest.approx(both) and got.keys() == model.landed().keys()
+
+
+def test_a_filter_counts_the_most_that_it_amplifies() -> None:
+    """A wavelet's taps are 0 in sum."""
+    haar = torch.tensor([0.5, -0.5]).expand(6, 1, 2)
+    model = Between(lambda x: F.conv1d(x, haar, groups=6, stride=2), "signal", "conv1")
+    assert followed(lap_ext.trace(model, torch.randn(model.given))) == {(i, i): 1 for i in range(6)}
 
 
 SCALES: dict[str, Any] = {

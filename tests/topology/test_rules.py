@@ -269,8 +269,10 @@ FORMS: dict[str, tuple[tuple[int, ...], str, Callable[[Tensor, Tensor], Tensor]]
     "einsum_heads": ((6, 3, 1), "io", lambda x, w: torch.einsum("nti,ihd->nthd", x, w).flatten(2)),
     "einsum_heads_in": ((2, 3, 3), "io",
                         lambda x, w: torch.einsum("nthd,hdo->nto", x.unflatten(2, (2, 3)), w)),
+    "einsum_three": ((6, 3), "io", lambda x, w: torch.einsum("o,nti,io->nto", torch.ones(3), x, w)),
     "conv": ((3, 6, 1), "oi", lambda x, w: F.conv1d(x.mT, w).mT),
     "conv_of_matrix": ((3, 6), "oi", lambda x, w: F.conv1d(x.mT, w[:, :, None]).mT),
+    "vmap": ((3, 6), "oi", lambda x, w: torch.vmap(lambda y: F.linear(y, w))(x)),
     "conv_transpose": ((6, 3, 1), "io", lambda x, w: F.conv_transpose1d(x.mT, w).mT),
     "flattened": ((3, 2, 3), "oi", lambda x, w: F.linear(x, w.flatten(1))),
     "cloned": ((3, 6), "oi", lambda x, w: F.linear(x, w.clone().contiguous().float())),
@@ -347,6 +349,35 @@ def test_parts_of_a_weight() -> None:
     readers = {e.name: set(zip(e.here.tolist(), e.there.tolist(), strict=True))
                for e in topology.layers["a"].next}  # fmt: skip
     assert readers == {"w": {*everything, (0, 1), (1, 2), (2, 3), (3, 4)}, "v": {(4, 3), (5, 4)}}
+
+
+def test_parts_of_a_kernel() -> None:
+    """Rows and columns of a convolution, entries of an embedding: of a slimmed network."""
+
+    def rule(m: Any, x: Tensor) -> Tensor:
+        h = F.conv2d(m.a(x), m.w[:3, 1:5])
+        h = F.conv2d(h, m.d[:3], groups=3)
+        return m.b(F.conv2d(h, m.u[2:4, :3])) + F.embedding(torch.zeros(2, 2, 2).long(), m.e[1:3])
+
+    model = Net(rule, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(2, 2, 1))
+    sizes = {"w": (4, 6, 1, 1), "d": (5, 1, 1, 1), "u": (6, 4, 1, 1), "e": (4, 2)}
+    for name, size in sizes.items():
+        setattr(model, name, nn.Parameter(torch.randn(size)))
+    scores = lap_ext.scores(randomized(model), torch.randn(1, 3, 2, 2, dtype=torch.float64))
+    used = {"w": model.w[:3, 1:5], "d": model.d[:3], "u": model.u[2:4, :3], "e": model.e[1:3]}
+    inside = {"w": scores["w"][:3, 1:5], "d": scores["d"][:3], "u": scores["u"][2:4, :3],
+              "e": scores["e"][1:3]}  # fmt: skip
+    rows = {name: x.detach().flatten(1).norm(dim=1) for name, x in used.items()}
+    columns = model.u[2:4, :3].detach().flatten(1).norm(dim=0)
+    expected = {
+        "w": used["w"].abs() * rows["d"].new_tensor(model.d[:3].flatten().abs().tolist()).view(
+            3, 1, 1, 1) * model.a.weight.detach().flatten(1).norm(dim=1).view(1, 4, 1, 1),
+        "d": used["d"].abs() * (rows["w"] * columns).view(3, 1, 1, 1),
+    }  # fmt: skip
+    for name, x in expected.items():
+        torch.testing.assert_close(inside[name], x.detach())
+    for name, x in inside.items():
+        assert int((scores[name] != 0).sum()) == x.numel() and bool((x != 0).all())
 
 
 def test_einsum_in_another_order() -> None:

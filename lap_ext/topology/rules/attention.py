@@ -19,6 +19,7 @@ from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.rules.joins import joined, weights_of_positions
 from lap_ext.topology.rules.mixing import mixed, projected
+from lap_ext.topology.rules.states import read
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
 
@@ -30,15 +31,15 @@ def product(
     b: Value,
     shape: tuple[int, ...] | None = None,
     gate: bool = False,
-) -> Value:
-    """Multiplies a [..., m, k] by b [..., k, n].
+) -> Value | None:
+    """Multiplies a [..., m, k] by b [..., k, n]; None where channels cannot be followed.
 
     shape: of the result, if it is not the call's. gate: one of them has a vector where the other
     has matrices, so that the result is their element-wise product, summed.
     """
     shape = call.shape if shape is None else shape
     if len(a.shape) < 2 or len(b.shape) < 2:
-        return t.unknown(call)
+        return None
     rank = len(shape)
     left, right = channel_ids.broadcast(a.ids, rank), channel_ids.broadcast(b.ids, rank)
     changes_a, changes_b = left.shape[-1] > 1, right.shape[-2] > 1
@@ -53,8 +54,8 @@ def product(
             t.end(b, "attention")
             return a.passed(call.name, shape, mixed(t.channels, call.name, left, [rank - 1]))
         if changes_a and changes_b and not gate:
-            if left.shape[-2] > 1 or right.shape[-1] > 1:  # the products are channels, not logits
-                return t.unknown(call)
+            if left.shape[-2] > 1 or right.shape[-1] > 1:  # they are channels, not logits
+                return _read(t, call, left, right, shape)
             _couple(t, left, right)
             return plain(shape)
     for x, other, ids, dim, flipped in (
@@ -63,9 +64,9 @@ def product(
     ):
         if other.static is not None and ids.shape[dim] > 1:  # a constant matrix over channels
             if len(other.shape) > 2:
-                return t.unknown(call)
+                return None
             result = projected(t.channels, call.name, ids, dim, other.static, shape[dim], flipped)
-            return t.unknown(call) if result is None else Value(shape, result, trail=x.trail)
+            return None if result is None else Value(shape, result, trail=x.trail)
     terms = []
     for x, ids, dim in ((a, left, rank - 1), (b, right, rank - 2)):
         summed = mixed(t.channels, call.name, ids, [dim])
@@ -73,11 +74,20 @@ def product(
     return joined(t, call, terms, shape)
 
 
+def _read(
+    t: Tracer, call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]
+) -> Value | None:
+    """Reads channels out of the one operand that is a state (states.py)."""
+    if left.shape[-2] > 1 and right.shape[-1] > 1:
+        return None
+    flipped = right.shape[-1] > 1
+    ids = read(t, call, right.mT, left) if flipped else read(t, call, left, right.mT)
+    return None if ids is None else Value(shape, ids.mT if flipped else ids, trail=(call.name,))
+
+
 def _couple(t: Tracer, left: Tensor, right: Tensor) -> None:
     """Couples channels that are multiplied with each other: left [..., m, k], right [..., k, n]."""
-    a, b, _ = channel_ids.unique_pairs(left.unsqueeze(-1), right.unsqueeze(-3))
-    live = (a != 0) & (b != 0)
-    t.couplings.append((t.channels.root(a[live]), t.channels.root(b[live])))
+    t.couple(left.unsqueeze(-1), right.unsqueeze(-3))
 
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",

@@ -21,6 +21,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import ChannelEdges
+from lap_ext.topology.rules.pairs import paired, turned
 from lap_ext.topology.static import Scale
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
@@ -36,7 +37,7 @@ from lap_ext.topology.value import Value, merged, plain
     "feature_alpha_dropout", "nan_to_num", "round", "floor", "ceil", "trunc", "logit",
     "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "lift_fresh",
     "lift_fresh_copy", "cpu", "cuda", "requires_grad",
-    "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "real", "positive",
+    "cumsum", "glu_jvp", "_conj", "resolve_conj", "resolve_neg", "positive",
 )  # fmt: skip
 def _unary(t: Tracer, call: Call) -> Result:
     x = call.values[0]
@@ -125,6 +126,8 @@ def _product(t: Tracer, call: Call) -> Result:
     with_channels = [x for x in values if x.has_channels]
     if not with_channels:
         return plain(call.shape)
+    if paired(t, values):
+        return turned(t, call, values)
     numbers = [x for x in call.arguments.values() if isinstance(x, (int, float))]
     inverse = call.name in {"div", "true_divide", "divide"}
     if len(values) == 1:
@@ -143,7 +146,11 @@ def _product(t: Tracer, call: Call) -> Result:
     other = values[1] if values[0] is x else values[0]
     if other.static is None or (inverse and other is values[0]):
         return x.passed(call.name, call.shape, channel_ids.broadcast(x.ids, len(call.shape)))
-    return scaled(t, call, x, other, Scale("parameter", (other.static,), inverse=inverse))
+    scale = Scale("parameter", (other.static,), inverse=inverse)
+    constant = None if scale.names or inverse else t.constant(other)
+    if constant is not None and not constant.any():  # the first state of a loop
+        return by_number(t, call, x, 0.0)
+    return scaled(t, call, x, other, scale)
 
 
 def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
@@ -157,7 +164,8 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
     if not x.has_channels:
         return plain(call.shape)
     if factor == 0.0:
-        return x.passed(call.name, call.shape, torch.where(x.ids != 0, t.channels.zero(), 0))
+        ids = channel_ids.broadcast(x.ids, len(call.shape))
+        return x.passed(call.name, call.shape, torch.where(ids != 0, t.channels.zero(), 0))
     if abs(factor) == 1.0 or not math.isfinite(factor):
         return x.passed(call.name, call.shape, x.ids)
     parents, inverse = torch.unique(x.ids, return_inverse=True)
@@ -188,13 +196,21 @@ def _where_live(edges: ChannelEdges, live: Tensor) -> ChannelEdges:
     )
 
 
-def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Value:
+def scaled(
+    t: Tracer,
+    call: Call,
+    x: Value,
+    factor: Value,
+    scale: Scale,
+    shape: tuple[int, ...] | None = None,
+) -> Value:
     """Multiplies channels by a static tensor: exactly by channel, by its mean square by position.
 
     A constant (without parameters) that changes with the position counts as 1: the cosines of a
-    rotary embedding, a mask.
+    rotary embedding, a mask. shape: of the result, if it is not the call's.
     """
-    rank = len(call.shape)
+    shape = call.shape if shape is None else shape
+    rank = len(shape)
     ids = channel_ids.broadcast(x.ids, rank)
     sizes = torch.Size(factor.shape)
     entries = channel_ids.broadcast(torch.arange(sizes.numel()).reshape(sizes), rank)
@@ -218,7 +234,7 @@ def scaled(t: Tracer, call: Call, x: Value, factor: Value, scale: Scale) -> Valu
         edges = ChannelEdges(child, parents[child], x.trail, scale, rows.flatten(), weight)
         kind = scale.kind if scale.kind == "batch_norm" else "scale"
         group = t.channels.add(n, kind, call.name, [_where_live(edges, live[child])])
-    return Value(call.shape, torch.where(live, group.ids, 0)[child_of])
+    return Value(shape, torch.where(live, group.ids, 0)[child_of])
 
 
 def _entries_of(entries: Tensor, steady: list[int], child_of: Tensor, n: int) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channel_ids import unique_pairs
 from lap_ext.topology.channels import ChannelEdges
@@ -47,6 +48,26 @@ def _spatial(t: Tracer, call: Call) -> Result:
         t.end(other, call.name)
     result = x.passed(call.name, call.shape, x.ids)
     return result if len(call.shapes) == 1 else [result, *map(plain, call.shapes[1:])]
+
+
+@rule("col2im")
+def _fold(t: Tracer, call: Call) -> Result:
+    """Adds up patches [N, C * window, L]: a channel comes from all entries of its window.
+
+    Patches that do not overlap are moved instead, so that each position has its own channel.
+    """
+    x = call["self"]
+    window = [*call["kernel_size"]]
+    apart = all(step >= size for step, size in zip(call["stride"], window, strict=True))
+    if apart and set(call["dilation"]) == {1}:
+        moved = call.target(x.ids.expand(x.shape).double(), *call.args[1:], **call.kwargs).long()
+        return x.passed(call.name, call.shape, channel_ids.compressed(moved))
+    if x.ids.shape[-1] > 1:
+        return t.unknown(call)
+    batch, taps = x.ids.shape[:-2], torch.Size(window).numel()
+    ids = x.ids.expand(*batch, x.shape[-2], 1).reshape(*batch, -1, taps)
+    summed = mixed(t.channels, call.name, channel_ids.compressed(ids), [len(batch) + 1])
+    return x.passed(call.name, call.shape, summed.unsqueeze(-1))
 
 
 @rule("softmax", "_softmax", "_safe_softmax")

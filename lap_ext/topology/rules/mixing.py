@@ -67,16 +67,36 @@ def projected(
     is too large to be followed entry by entry.
     """
     k = ids.shape[dim]
-    moved = ids.movedim(dim, -1)
-    sets, set_of = torch.unique(moved.reshape(-1, k), dim=0, return_inverse=True)
-    if sets.shape[0] * n * k > _MOST_EDGES:
-        return None
-    parent = sets[:, None].expand(-1, n, k).flatten()
-    child = torch.arange(sets.shape[0] * n).repeat_interleave(k)
-    entries = torch.arange(n * k).reshape(n, k) if flipped else torch.arange(n * k).reshape(k, n).T
-    entry = entries.expand(sets.shape[0], n, k).flatten()
-    live = parent != 0
+    child = torch.arange(n).repeat_interleave(k)
+    index = torch.arange(k).repeat(n)
+    entry = torch.arange(n * k) if flipped else torch.arange(n * k).reshape(k, n).T.flatten()
     scale = Scale("parameter", (matrix,))
+    return connected(channels, name, ids, dim, n, (child, index, entry), scale)
+
+
+def connected(
+    channels: Channels,
+    name: str,
+    ids: Tensor,
+    dim: int,
+    n: int,
+    links: tuple[Tensor, Tensor, Tensor],
+    scale: Scale,
+) -> Tensor | None:
+    """Returns the ids after a constant linear map to n channels along dim.
+
+    links: the index of the result, the index along dim and the entry of the scale, one each. None:
+    there are too many to be followed one by one.
+    """
+    child, index, entry = links
+    moved = ids.movedim(dim, -1)
+    sets, set_of = torch.unique(moved.reshape(-1, ids.shape[dim]), dim=0, return_inverse=True)
+    if sets.shape[0] * child.numel() > _MOST_EDGES:
+        return None
+    parent = sets[:, index].flatten()
+    child = (torch.arange(sets.shape[0])[:, None] * n + child).flatten()
+    entry = entry.repeat(sets.shape[0])
+    live = parent != 0
     edges = ChannelEdges(child[live], parent[live], scale=scale, entry=entry[live])
     group = channels.add(sets.shape[0] * n, "reduce", name, [edges])
     return group.ids.reshape(-1, n)[set_of].reshape(*moved.shape[:-1], n).movedim(-1, dim)

@@ -32,7 +32,7 @@ def _reshape(t: Tracer, call: Call) -> Result:
     "permute", "transpose", "t", "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes",
     "swapdims", "unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to", "select", "slice",
     "narrow", "flip", "roll", "repeat", "tile", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "unfold", "im2col", "rot90", "diagonal", "atleast_2d", "atleast_3d",
+    "channel_shuffle", "unfold", "rot90", "diagonal", "atleast_2d", "atleast_3d",
 )  # fmt: skip
 def _move(t: Tracer, call: Call) -> Result:
     x = call.values[0]
@@ -40,11 +40,37 @@ def _move(t: Tracer, call: Call) -> Result:
     return x.passed(call.name, call.shape, channel_ids.compressed(moved))
 
 
+@rule("im2col")
+def _unfold(t: Tracer, call: Call) -> Result:
+    """Lays out windows [N, C * window, L]; padding takes the channels that it is around."""
+    x = call["self"]
+    if max(x.ids.shape[-2:]) > 1:
+        moved = _applied(call, call.args, call.kwargs)
+        return x.passed(call.name, call.shape, channel_ids.compressed(moved))
+    taps = torch.Size(call["kernel_size"]).numel()
+    ids = x.ids.flatten(-2).expand(*x.ids.shape[:-3], x.shape[-3], 1).repeat_interleave(taps, -2)
+    return x.passed(call.name, call.shape, channel_ids.compressed(ids))
+
+
+@rule("_add_batch_dim", "_remove_batch_dim")
+def _mapped(t: Tracer, call: Call) -> Result:
+    """Follows torch.vmap over positions: inside it, their dimension is not there."""
+    x, *_, dim = call.args
+    if call.name == "_add_batch_dim":
+        dim = call.args[1] % len(x.shape)
+        known = x.ids.shape[dim] == 1 and x.view is None
+        return x.passed(call.name, call.shape, x.ids.squeeze(dim)) if known else t.unknown(call)
+    return x.passed(call.name, call.shape, x.ids.unsqueeze(dim))
+
+
 @rule(
     "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"
 )
 def _split(t: Tracer, call: Call) -> Result:
     x = call.values[0]
+    dim = call.get("dim", 0)
+    if call.name != "unbind" and x.ids.dim() and x.ids.shape[dim] == 1:  # whatever the sizes are
+        return [x.passed(call.name, shape, x.ids) for shape in call.shapes]
     moved = _applied(call, call.args, call.kwargs)
     return [
         x.passed(call.name, shape, channel_ids.compressed(ids))
@@ -140,11 +166,16 @@ def _index(t: Tracer, call: Call) -> Result:
         return t.unknown(call) if x.static is not None and x.static.trainable else plain(call.shape)
     ids, shape = x.ids, call.shape
     known: list[Tensor | None] = []  # constant indices by dimension; None: all
-    for index in indices:
+    nodes: Any = call.node.args[1]
+    for index, chosen in zip(indices, nodes, strict=True):
         dim = len(known)
         constant = None if index is None else t.constant(index)
         if index is None:
             known.append(None)
+        elif constant is None and chosen.meta["val"].dtype == torch.bool:  # positions, by data
+            if any(n > 1 for n in ids.shape[dim : dim + len(index.shape)]):
+                return t.unknown(call)
+            known += [torch.zeros(1, dtype=torch.int64)] * len(index.shape)
         elif constant is not None and constant.dtype == torch.bool:
             known += constant.nonzero(as_tuple=True)
         elif constant is not None:

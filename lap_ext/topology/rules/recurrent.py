@@ -57,6 +57,50 @@ def _recurrent(t: Tracer, call: Call) -> Result:
     return result
 
 
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _step(t: Tracer, call: Call) -> Result:
+    """Handles one step of a layer: what it makes is read by the next step, not by itself."""
+    x, weights = call["input"], [call["w_ih"], call["w_hh"]]
+    if any(w.view is None for w in weights):
+        return t.unknown(call)
+    hx = call["hx"]
+    states = [_given(t, h) for h in (hx if isinstance(hx, (list, tuple)) else [hx])]
+    hidden = weights[1].shape[1]
+    reads = [channel_ids.pairs_along(ids, ids.dim() - 1, hidden) for ids in states]
+    inputs = channel_ids.pairs_along(x.ids, x.ids.dim() - 1, x.shape[-1])
+    roles = [
+        role_of(t, call, w.view.parameter, Part(w.shape), given, call.name)
+        for w, given in zip(weights, (inputs, reads[0]), strict=True)
+    ]
+    roles[0].trail = x.trail
+
+    def state(first: int, end: int, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+        child = torch.arange(first, end) % hidden  # rows of the gates
+        edges = [ChannelEdges(child, role.out.ids[first:end]) for role in roles]
+        edges += [ChannelEdges(*pairs) for pairs in kept]
+        return t.channels.add(hidden, "state", call.name, edges).ids
+
+    gates = weights[0].shape[0]
+    if call.name == "lstm_cell":  # input, forget and cell gates make the cell, which output reads
+        inner = state(0, gates - hidden, reads[1:])
+        made = [state(gates - hidden, gates, [(torch.arange(hidden), inner)]), inner]
+    else:
+        made = [state(0, gates, reads if call.name == "gru_cell" else [])]
+    results = [
+        Value(shape, ids.reshape([1] * (len(shape) - 1) + [hidden]), trail=(call.name,))
+        for ids, shape in zip(made, call.shapes, strict=True)
+    ]
+    return results if len(results) > 1 else results[0]
+
+
+def _given(t: Tracer, state: Value) -> Tensor:
+    """Returns the ids of the state before a step; a first state of zeros counts as zero."""
+    constant = None if state.has_channels else t.constant(state)
+    if constant is None or bool(constant.any()):
+        return state.ids
+    return torch.full_like(state.ids, t.channels.zero())
+
+
 def _cell(
     t: Tracer,
     call: Call,

@@ -7,13 +7,17 @@ convolutions and their transposes, embeddings.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.roles import Part, part_of
 from lap_ext.topology.rules.attention import product
+from lap_ext.topology.rules.fixed import filtered, is_fixed
 from lap_ext.topology.rules.joins import by_number, joined
+from lap_ext.topology.rules.mixing import projected
 from lap_ext.topology.rules.routing import routed, weigh
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, WeightView
@@ -21,7 +25,12 @@ from lap_ext.topology.value import Value, WeightView
 
 @rule("linear")
 def _linear(t: Tracer, call: Call) -> Result:
-    return _times_weight(t, call, call["input"], call["weight"], flipped=False)
+    x, w = call["input"], call["weight"]
+    if is_fixed(w):
+        dim = x.ids.dim() - 1
+        ids = projected(t.channels, call.name, x.ids, dim, w.static, w.shape[0], flipped=True)
+        return t.unknown(call) if ids is None else Value(call.shape, ids, trail=x.trail)
+    return _times_weight(t, call, x, w, flipped=False)
 
 
 @rule("addmm", "mm", "mv", "matmul", "bmm", "baddbmm")
@@ -52,7 +61,8 @@ def _multiplied(t: Tracer, call: Call) -> Result:
         a.static is not None and a.static.trainable
     ):
         return t.unknown(call)
-    return product(t, call, a, b)
+    result = product(t, call, a, b)
+    return t.unknown(call) if result is None else result
 
 
 def _times_weight(t: Tracer, call: Call, x: Value, w: Value, flipped: bool) -> Result:
@@ -138,22 +148,44 @@ def _convolution(t: Tracer, call: Call) -> Result:
     x, w = call["input"], call["weight"]
     transposed = "transpose" in call.name or bool(call.get("transposed", False))
     spatial = len(w.shape) - 2
-    if w.view is None or not _is_full(w.view, t.full_shape(w.view.parameter), w.shape):
-        return t.unknown(call)
     dim = len(x.shape) - 1 - spatial
-    part = Part(w.shape, call["groups"], transposed)
+    if is_fixed(w):
+        return filtered(t, call, x, w, dim, transposed)
+    part = None if w.view is None else _kernel(w.view, t.full_shape(w.view.parameter), w.shape)
+    if w.view is None or part is None or (call["groups"] > 1 and not _by_group(part)):
+        return t.unknown(call)
+    part = replace(part, groups=call["groups"], transposed=transposed)
     pairs = channel_ids.pairs_along(x.ids, dim, x.shape[dim])
     kind = f"conv_transpose{spatial}d" if transposed else f"conv{spatial}d"
     return weigh(t, call, kind, w.view.parameter, part, pairs, x, (dim,), dim)
 
 
+def _kernel(view: WeightView, full: tuple[int, ...], shape: tuple[int, ...]) -> Part | None:
+    """Finds the part [rows, cols, *window] that a view shows of a kernel; None if not a block."""
+    if _is_full(view, full, shape):
+        return Part(shape)
+    strides = torch.empty(full, device="meta").stride()
+    if len(full) != len(shape) or view.meta.stride() != strides or full[2:] != shape[2:]:
+        return None
+    top, rest = divmod(int(view.meta.storage_offset()), strides[0])
+    left = rest // strides[1]
+    rows = None if shape[0] == full[0] else (top, top + shape[0])
+    return Part(full, 1, False, rows, None if shape[1] == full[1] else (left, left + shape[1]))
+
+
+def _by_group(part: Part) -> bool:
+    """Whether a part has whole groups, from the first one on."""
+    return part.cols is None and (part.rows is None or part.rows[0] == 0)
+
+
 @rule("embedding", "embedding_bag")
 def _embedding(t: Tracer, call: Call) -> Result:
     w = call["weight"]
-    if w.view is None or not _is_full(w.view, t.full_shape(w.view.parameter), w.shape):
+    part = None if w.view is None else _kernel(w.view, t.full_shape(w.view.parameter), w.shape)
+    if w.view is None or part is None:
         return t.unknown(call)
     empty = torch.zeros(0, dtype=torch.int64)
-    part = Part(w.shape, 1, transposed=True)  # rows are inputs: the entries
+    part = replace(part, transposed=True)  # rows are inputs: the entries
     indices = call["indices"]
     result = weigh(
         t,

@@ -16,6 +16,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call, mapped
 from lap_ext.topology.rules.joins import joined
+from lap_ext.topology.rules.mixing import mixed
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, merged, plain
 
@@ -111,6 +112,9 @@ def _write(t: Tracer, call: Call) -> Result:
         back = _put_back(t, call["index"], source, dims)
         if back is not None:
             return source.passed(call.name, call.shape, back)
+    added = call.name in {"index_add", "scatter_add"} and not filled
+    if added and all(x.ids.shape[dim] == 1 for dim in dims) and t.constant(call["index"]) is None:
+        source = replace(source, ids=mixed(t.channels, call.name, source.ids, dims))
     written = [x] if filled else [x, source]
     if any(y.ids.shape[dim] > 1 for y in written for dim in dims):
         if call.name in {"scatter", "index_copy", "index_fill"} and call.get("reduce") is None:
