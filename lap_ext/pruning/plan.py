@@ -136,7 +136,7 @@ def topology_of(
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
-    """Traces a model, or checks the topology that is given instead of example inputs."""
+    """Traces a model, or binds the topology that is given instead of example inputs to it."""
     one_of("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     if topology is None:
         return trace(model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported)
@@ -151,13 +151,7 @@ def topology_of(
         raise LapTypeError(
             "{argument} to be what trace returned", type(topology).__name__, argument="topology"
         )
-    if topology.model is not model:
-        raise LapValueError(
-            "a topology traced from this model",
-            "one traced from another model",
-            "Call trace on this model.",
-        )
-    return topology
+    return topology.bind(model)
 
 
 def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> list[Layer]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import DataParallel, Module
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -46,6 +46,7 @@ from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology
+from lap_ext.topology.accepted import peeled
 
 
 class Pruner:
@@ -147,7 +148,9 @@ class Pruner:
         _check_schedule(schedule)
         _check_repeatable(data)
         self._schedule = schedule
-        self._model, self._group = _unwrapped(model)
+        *wrappers, self._model = peeled(model)
+        groups = [x.process_group for x in wrappers if isinstance(x, DistributedDataParallel)]
+        self._group = groups[0] if groups else None  # that gradients are averaged over
         self._data, self._on_progress = data, on_progress
         options = options_of(
             criterion,
@@ -375,20 +378,6 @@ def _check_repeatable(data: object) -> None:
             "Pass a list or a DataLoader.",
             argument="data",
         )
-
-
-def _unwrapped(model: Module) -> tuple[Module, Any]:
-    """Returns the user's own module, and the process group that gradients are averaged over."""
-    group = None
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model, group = model.module, model.process_group
-        elif isinstance(model, DataParallel):
-            model = model.module
-        elif isinstance(model, Module) and "_orig_mod" in model._modules:  # torch.compile
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model, group
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

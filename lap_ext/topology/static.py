@@ -88,7 +88,7 @@ class Scale:
     @property
     def names(self) -> list[str]:
         """Parameters and buffers it is computed from."""
-        return [name for x in self.sources if x is not None for name in _names(x)]
+        return [name for x in self.sources if x is not None for name in names_of(x)]
 
 
 def _on_cpu(x: Tensor) -> Tensor:
@@ -97,10 +97,11 @@ def _on_cpu(x: Tensor) -> Tensor:
     return x.to("cpu", torch.float64).flatten()
 
 
-def _names(x: Any) -> list[str]:
+def names_of(x: Any) -> list[str]:
+    """Lists the parameters and buffers that a value is computed from."""
     if isinstance(x, Static):
         own = [x.name] if x.name else []
-        return own + [name for arg in x.args for name in _names(arg)]
+        return own + [name for arg in x.args for name in names_of(arg)]
     if isinstance(x, (list, tuple)):
-        return [name for item in x for name in _names(item)]
+        return [name for item in x for name in names_of(item)]
     return []

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lap_ext.errors import LapValueError, calling
 from lap_ext.topology import edges, render
+from lap_ext.topology.accepted import unwrapped
 from lap_ext.topology.edges import Edge
 from lap_ext.topology.export import named_tensors
 from lap_ext.topology.graph import Graph
+from lap_ext.topology.model_structure import structure_of
 from lap_ext.topology.roles import Role
 
 
@@ -89,8 +93,10 @@ class Topology:
         graph: Graph,
         neighbors: Mapping[str, Any],
         stops: Sequence[str],
+        constants: Mapping[str, Tensor],
     ) -> None:
         self.model = model
+        self._structure = replace(structure_of(model, constants), constants=constants)
         self.graph = graph
         self.roles = graph.roles
         self.neighbors = dict(neighbors)
@@ -108,6 +114,60 @@ class Topology:
         self.others = [
             name for name, p in model.named_parameters() if p.dim() > 1 and name not in known
         ]
+
+    @calling("Topology.bind")
+    def bind(self, model: nn.Module) -> Topology:
+        """Returns this topology for another model of the same structure, without a new trace.
+
+        Copies (copy.deepcopy), models built by the same code, and models on another device or in
+        another dtype have the same structure: the same classes of modules with the same attributes
+        (stride, groups, heads; not private ones), the same names and shapes of parameters and
+        buffers, the same ties, and the same values in buffers that say which channel is which.
+        Values of weights may differ. Neighbors that were given as tensors stay these tensors.
+
+        `prune`, `scores` and `Pruner` bind the topology that they are given; so they also notice a
+        model that has changed since it was traced. In the traced model itself, attributes of your
+        own classes may change, since they may be counts of steps.
+
+        Args:
+            model: a module, or one wrapped by torch.compile, DataParallel or
+                DistributedDataParallel.
+
+        Returns:
+            A topology with `.model` and all weights those of model; this one if it is its model.
+
+        Raises:
+            TypeError: model is not a module.
+            ValueError: the structure differs; the message names the first difference.
+
+        Example:
+            >>> import copy, torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> topology = lap_ext.trace(net, torch.ones(1, 4))
+            >>> for sparsity in (0.5, 0.75):
+            ...     pruned = copy.deepcopy(net).double()
+            ...     print(lap_ext.prune(pruned, None, sparsity, topology=topology).kept)
+            24
+            12
+            >>> topology.bind(pruned).layers["0"].weight is pruned[0].weight
+            True
+        """
+        model = unwrapped(model)
+        difference = self._structure.difference(model, same_model=model is self.model)
+        if difference:
+            raise LapValueError(
+                "a topology traced from this model, as it is now, or from one of the same structure"
+                " ({argument})",
+                f"another structure: {difference}",
+                "Trace this model: pass example_inputs, or the result of lap_ext.trace.",
+                argument="topology",
+            )
+        if model is self.model:
+            return self
+        bound = copy.copy(self)
+        bound.model = model
+        bound.layers = {name: replace(x, topology=bound) for name, x in self.layers.items()}
+        return bound
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the model's current parameters and buffers by name."""

@@ -21,7 +21,7 @@ from lap_ext.topology.call import Call, bind, mapped, module_path, operation_nam
 from lap_ext.topology.channels import Channels
 from lap_ext.topology.export import INLINED
 from lap_ext.topology.roles import Role
-from lap_ext.topology.static import Static
+from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Value, WeightView, plain
 
 # Operations after which a weight is still the same view of its parameter.
@@ -59,6 +59,7 @@ class Tracer:
         self.routes: dict[int, Any] = {}  # index of a routed group -> what picked its experts
         self.choices: dict[int, tuple[Tensor, int]] = {}  # group of a top-k -> its input's ids, dim
         self.skipped: list[int] = []  # groups after operations that only the user's layers feed
+        self.constants: dict[str, Tensor] = {}  # buffers whose values the channels depend on
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         """Returns the results of a graph for what is known of its placeholders."""
@@ -162,6 +163,8 @@ class Tracer:
         if value.static is None or value.static.trainable:
             return None
         constant: Tensor = value.static.value(self.tensors, {})
+        for name in names_of(value.static):
+            self.constants.setdefault(name, self.tensors[name].detach().clone())
         return None if constant.is_meta else constant.to("cpu")
 
     def end(self, value: Value, name: str) -> None:

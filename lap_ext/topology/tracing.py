@@ -12,6 +12,7 @@ import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
 from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling, warn
 from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
+from lap_ext.topology.accepted import check_traceable, unwrapped
 from lap_ext.topology.export import arguments, export, first_names, named_tensors, placeholders
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.static import Static
@@ -83,6 +84,8 @@ def trace(
             "Pass it as topology=, where that is a parameter.",
             argument="example_inputs",
         )
+    model = unwrapped(model)
+    check_traceable(model)
     program = export(model, *arguments(example_inputs))
     tracer = Tracer(named_tensors(model), first_names(model), on_unsupported, set(neighbors or {}))
     inputs = [
@@ -97,7 +100,7 @@ def trace(
     for value in _tensors(outputs):
         tracer.end(value, "output")
     graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends)
-    topology = Topology(model, graph, neighbors or {}, tracer.stops)
+    topology = Topology(model, graph, neighbors or {}, tracer.stops, tracer.constants)
     _check_neighbors(topology, tracer.skipped)
     if topology.stops:
         warn("\n".join(topology.stops))

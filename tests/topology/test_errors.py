@@ -362,7 +362,7 @@ def test_wrong_options(name: str) -> None:
 
 
 def test_topology_of_another_model() -> None:
-    one, other = (nn.Sequential(linear(4), nn.ReLU(), linear(2, 4)) for _ in range(2))
+    one, other = (nn.Sequential(linear(4), nn.ReLU(), linear(n, 4)) for n in (2, 3))
     with pytest.raises(ValueError, match=r"prune: expected a topology traced from this model"):
         lap_ext.prune(other, None, 0.5, topology=lap_ext.trace(one, ROWS))
 
