@@ -4,7 +4,7 @@
     built        classes of modules; names, shapes and ties of parameters and buffers; attributes of
                  PyTorch's own modules (stride, groups, eps)
     attributes   attributes of all other modules without a leading underscore: numbers, texts,
-                 functions, and the numbers and flags in objects such as configs
+                 functions; of objects such as configs, the numbers and flags
     constants    buffers whose values say which channel is which (a permutation, a mask)
 
 Other values, dtypes, devices and the training mode do not count.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torch.nn.parameter import is_lazy
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 # attributes that do not change what feeds a weight in evaluation mode
-_IGNORED = {"inplace", "momentum", "use_cache", "gradient_checkpointing"}
-_DEEPEST = 4  # objects within objects
+_IGNORED = {"inplace", "momentum", "use_cache", "gradient_checkpointing", "name_or_path"}
+_PLAIN = (bool, int, float, str, type(None), Tensor, partial, FunctionType, BuiltinFunctionType,
+          list, tuple, dict)  # fmt: skip
 _LARGEST = 4_096  # elements of a tensor that is an attribute
 
 
@@ -71,20 +72,16 @@ def structure_of(model: nn.Module, constants: Mapping[str, Tensor]) -> ModelStru
     """
     built: dict[str, str] = {}
     attributes: dict[str, str] = {}
-    shared: dict[int, str] = {}  # a config that many modules hold is described once
+    seen: set[int] = set()  # a config that many modules hold is described once
     for path, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        built[f"module {path!r}" if path else "the model"] = (
-            f"{kind.__module__}.{kind.__qualname__}"
-        )
+        at = f"module {path!r}" if path else "the model"
+        built[at] = f"{kind.__module__}.{kind.__qualname__}"
         if not isinstance(module, _DropoutNd):
             of_torch = kind.__module__.startswith("torch.nn.modules.")
-            found = built if of_torch else attributes
-            for name, value in _attributes(module):
-                place = f"{path}.{name}".lstrip(".")
-                known = shared.setdefault(id(value), place) if hasattr(value, "__dict__") else place
-                if text := _text(value) if known == place else f"that of {known}":
-                    found[place] = text
+            own = {n: x for n, x in vars(module).items() if n not in _OF_MODULES}
+            prefix = f"{path}." if path else ""
+            (built if of_torch else attributes).update(_places(prefix, own, seen))
     named = {"parameter": model.named_parameters, "buffer": model.named_buffers}
     tensors: dict[str, Tensor] = {}
     for word, list_named in named.items():
@@ -99,40 +96,44 @@ def structure_of(model: nn.Module, constants: Mapping[str, Tensor]) -> ModelStru
     return ModelStructure(built, attributes, values)
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes that count."""
-    for name, value in vars(module).items():
-        if name not in _OF_MODULES and name not in _IGNORED and not name.startswith("_"):
-            yield name, value
+def _places(prefix: str, values: Mapping[str, Any], seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Yields (place, text) of attributes, and of the numbers and flags in objects among them."""
+    for name, value in values.items():
+        if name in _IGNORED or name.startswith("_") or isinstance(value, (torch.dtype, type)):
+            continue
+        if isinstance(value, _PLAIN):
+            yield f"{prefix}{name}", _text(value)
+        elif id(value) not in seen and hasattr(value, "__dict__"):
+            seen.add(id(value))
+            inside = {n: x for n, x in vars(value).items() if _is_numeric(x)}
+            yield from _places(f"{prefix}{name}.", inside, seen)
 
 
-def _text(x: Any, depth: int = 0) -> str:
+def _is_numeric(x: Any) -> bool:
+    """Whether a value in an object counts: a number, a flag, a sequence of them, an object."""
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_numeric, x))
+    return isinstance(x, (bool, int, float)) or not isinstance(x, (*_PLAIN, type(None)))
+
+
+def _text(x: Any) -> str:
     """Writes a value so that equal values, and copies, have equal texts."""
-    if isinstance(x, (torch.dtype, torch.device)):
-        return ""
-    if x is None or isinstance(x, (bool, int, float, str)):
-        return repr(x)
     if isinstance(x, Tensor):
         known = x.numel() <= _LARGEST and not x.is_meta and not isinstance(x, FakeTensor)
         return f"{list(x.shape)} {x.tolist() if known else ''}"
     if isinstance(x, partial):
-        return _text((x.func, x.args, x.keywords), depth)
+        return _text((x.func, x.args, x.keywords))
     if isinstance(x, FunctionType):
-        bound = _text([cell.cell_contents for cell in x.__closure__ or ()], depth)
-        return f"{x.__module__}.{x.__qualname__}, line {x.__code__.co_firstlineno}{bound}"
-    if isinstance(x, (list, tuple)) and depth < _DEEPEST:
-        return f"({', '.join(_text(item, depth + 1) for item in x)})" if x else ""
-    if isinstance(x, dict) and depth < _DEEPEST:
-        return ", ".join(f"{key}: {_text(item, depth + 1)}" for key, item in x.items())
-    kind = type(x).__qualname__
-    if depth >= _DEEPEST or isinstance(x, (nn.Module, type)) or not hasattr(x, "__dict__"):
-        return str(getattr(x, "__qualname__", kind))
-    inside = [
-        f"{name}={_text(item, depth + 1)}"
-        for name, item in sorted(vars(x).items())
-        if not name.startswith("_") and name not in _IGNORED and not isinstance(item, str)
-    ]
-    return f"{kind}({', '.join(inside)})"
+        bound = [cell.cell_contents for cell in x.__closure__ or ()]
+        where = f"{x.__module__}.{x.__qualname__}, line {x.__code__.co_firstlineno}"
+        return f"{where}, of {_text(bound)}" if bound else where
+    if isinstance(x, (list, tuple)):
+        return f"({', '.join(map(_text, x))})"
+    if isinstance(x, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in x.items())
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return repr(x)
+    return str(getattr(x, "__qualname__", type(x).__qualname__))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
