@@ -21,7 +21,7 @@ from lap_ext import allocation
 from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import LapTypeError, LapValueError, callback, calling, in_layer
 from lap_ext.masks import Masks
 from lap_ext.ops.reference.common import require_finite
@@ -324,7 +324,7 @@ def _scoring(
         Step(on_progress, "data", 0).read("", 0)
         for layer in plan.topology.layers.values():  # else the error would blame the data
             with in_layer(layer.name):
-                require_finite(layer.weight.detach(), "w")
+                require_finite(readable(layer), "w")
     with callback():
         network = plan.criterion.prepare(plan.network(masks), data)
     return _Scoring(plan, network, masks, on_progress)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lap_ext import criteria
 from lap_ext._text import matches, some
 from lap_ext.criteria import Criterion, CriterionLike
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
@@ -126,7 +126,10 @@ def options_of(
 
 def plan_of(topology: Topology, options: Options) -> Plan:
     """Chooses the layers to prune according to the options."""
-    return Plan(topology, chosen(topology, options.layers, options.exclude), options)
+    layers = chosen(topology, options.layers, options.exclude)
+    for layer in layers:
+        readable(layer)
+    return Plan(topology, layers, options)
 
 
 def topology_of(

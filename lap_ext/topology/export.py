@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from lap_ext.errors import LapTypeError, TopologyError
 
@@ -85,6 +86,20 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (() if example_inputs is None else (example_inputs,)), {}
+
+
+def on_device_of(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Moves inputs to the device of a model that has only one, the meta device included."""
+    devices = {x.device for x in named_tensors(model).values()}
+    if len(devices) != 1:
+        return inputs
+    (device,) = devices
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda x: x.to(device), inputs
+    )
+    return moved
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,14 @@ from lap_ext._text import did_you_mean, layer_name
 from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling, warn
 from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
 from lap_ext.topology.accepted import check_traceable, unwrapped
-from lap_ext.topology.export import arguments, export, first_names, named_tensors, placeholders
+from lap_ext.topology.export import (
+    arguments,
+    export,
+    first_names,
+    named_tensors,
+    on_device_of,
+    placeholders,
+)
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.static import Static
 from lap_ext.topology.topology import Topology
@@ -53,7 +60,7 @@ def trace(
         model: any module that torch.export can follow; it is traced in evaluation mode.
         example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or
             a dict of named arguments. Small inputs suffice. Pass None if forward takes no
-            arguments.
+            arguments. They may be on another device than the model.
         neighbors: layer name -> (previous, next) as in `lap_ext.score`, where a layer name may
             stand for its weight. They replace the result of the trace for these layers. An
             operation that is not understood raises no error if all layers that feed it are named
@@ -86,7 +93,7 @@ def trace(
         )
     model = unwrapped(model)
     check_traceable(model)
-    program = export(model, *arguments(example_inputs))
+    program = export(model, *on_device_of(model, arguments(example_inputs)))
     tracer = Tracer(named_tensors(model), first_names(model), on_unsupported, set(neighbors or {}))
     inputs = [
         _bound(tracer, kind, name, constant, node.meta.get("val"))
