@@ -30,6 +30,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    listed,
 )
 from lap_ext.progress import Progress
 
@@ -172,7 +173,7 @@ class TrainingCallback(ABC):
 
 def _reusable(patterns: Patterns | None) -> Patterns | None:
     """Patterns for two pruners: a generator ends after the first."""
-    return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
+    return None if patterns is None else listed(patterns)
 
 
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:

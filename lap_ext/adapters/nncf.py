@@ -56,6 +56,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    listed,
 )
 from lap_ext.progress import Progress
 
@@ -224,7 +225,7 @@ def prune_(
             order=order,
             rounds=rounds,
             layers=layers,
-            exclude=[*unmasked, *([exclude] if isinstance(exclude, str) else exclude)],
+            exclude=[*unmasked, *listed(exclude)],
             batch_norm=batch_norm,
             residual=residual,
             data=data,

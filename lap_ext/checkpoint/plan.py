@@ -38,6 +38,7 @@ from lap_ext.options import (
     Scope,
     one_of,
 )
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import chosen
 from lap_ext.topology import Layer
 
@@ -156,7 +157,7 @@ def plan_of(
     held = 0 if scored is None else held_by_scores(pruned, copies, scored)
     limit = limits(memory, topology, copies, criterion, batch_norm, held)
     shapes = {layer.name: layer.shape for layer in pruned}
-    allocated = allocation.of(sparsity)
+    allocated = allocation.of(by_name(topology, sparsity))
     keeps = allocated.keeps(shapes)
     pruned = [layer for layer in pruned if layer.name in keeps]
     source = Source(files)

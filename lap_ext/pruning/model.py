@@ -37,6 +37,7 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan, checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology
@@ -151,8 +152,9 @@ def prune(
             positional arguments, or a dict of named arguments. Small inputs suffice. Pass None if
             topology is given.
         sparsity: the fraction of the weights to remove; or a dict from name pattern to fraction
-            (the first match counts, and layers without a match stay dense); or an allocation such
-            as `lap_ext.erk(0.9)`.
+            (the first match counts, and layers without a match stay dense), whose keys may also be
+            modules, types and parameters, as in exclude; or an allocation such as
+            `lap_ext.erk(0.9)`.
         topology: the result of an earlier `trace` of this model, instead of example_inputs.
         criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
             another name in `lap_ext.criteria`, an instance of one of its classes, or a function of
@@ -167,8 +169,9 @@ def prune(
             first layer to the last and scores each with its already pruned producers; "backward"
             goes from the last to the first and scores each with its already pruned consumers.
         rounds: the number of equal steps to prune in; the scores are recomputed before each.
-        layers: name patterns of the layers to prune; None means all.
-        exclude: name patterns of layers not to prune.
+        layers: the layers to prune: name patterns, modules of the model (all layers in them), types
+            of modules, or parameters; one or a list of them. None means all.
+        exclude: layers not to prune, in the same forms, as in exclude=[nn.Embedding, model.head].
         batch_norm: "edge" counts a batch norm as a scale on the edge on which it lies; "fold" also
             counts the batch norm after a consumer, as if it were folded into that consumer's
             weight; "ignore" counts none.
@@ -277,7 +280,7 @@ def run(
     """Computes the masks of a plan for a sparsity without changing the model."""
     given = checked_masks(plan.topology, masks)
     shapes = {layer.name: layer.shape for layer in plan.layers}
-    allocated = allocation.of(sparsity)
+    allocated = allocation.of(by_name(plan.topology, sparsity))
     keeps = allocated.keeps(shapes)
     layers = [layer for layer in plan.layers if layer.name in keeps]
     scoring = _scoring(plan, given, data, on_progress)

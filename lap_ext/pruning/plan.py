@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lap_ext import criteria
-from lap_ext._text import matches, some
+from lap_ext._text import some
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import LapTypeError, LapValueError
@@ -33,6 +33,7 @@ from lap_ext.options import (
     one_of,
     positive,
 )
+from lap_ext.pruning.patterns import all_matching, checked
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -119,8 +120,8 @@ def options_of(
         rounds=rounds,
         batch_norm=batch_norm,
         residual=residual,
-        layers=None if layers is None else _patterns(layers, "layers"),
-        exclude=_patterns(exclude, "exclude"),
+        layers=None if layers is None else checked(layers, "layers"),
+        exclude=checked(exclude, "exclude"),
     )
 
 
@@ -168,38 +169,9 @@ def chosen(topology: Topology, layers: Patterns | None, exclude: Patterns) -> li
     Raises:
         LapValueError: a pattern matches no layer.
     """
-    names = set(topology.layers) if layers is None else _matching(topology, layers, "layers")
-    names -= _matching(topology, exclude, "exclude")
+    names = set(topology.layers) if layers is None else all_matching(topology, layers, "layers")
+    names -= all_matching(topology, exclude, "exclude")
     return [layer for name, layer in topology.layers.items() if name in names]
-
-
-def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
-    """Lists the patterns once: they may come from a generator."""
-    if isinstance(patterns, str):
-        return (patterns,)
-    items = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
-    for item in items:
-        if not isinstance(item, str):
-            raise LapTypeError(
-                "{argument} to be patterns of layer names", type(item).__name__, argument=argument
-            )
-    return items
-
-
-def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]:
-    """Finds the names of layers that match patterns; each pattern must match one."""
-    names: set[str] = set()
-    for pattern in _patterns(patterns, argument):
-        matching = [name for name in topology.layers if matches(name, pattern)]
-        if not matching:
-            raise LapValueError(
-                "{argument} patterns that name a layer",
-                repr(pattern),
-                f"The layers are {some(topology.layers, _LISTED)}.",
-                argument=argument,
-            )
-        names.update(matching)
-    return names
 
 
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

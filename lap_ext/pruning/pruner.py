@@ -42,6 +42,7 @@ from lap_ext.options import (
 from lap_ext.progress import Progress
 from lap_ext.pruning import pruner_state
 from lap_ext.pruning.model import run
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
@@ -204,8 +205,7 @@ class Pruner:
         self._check_not_removed()
         for handle in self._handles:
             handle.check()
-        with callback():
-            sparsity = self._schedule(self._step)
+        sparsity = self._sparsity(self._step)
         if sparsity is None:
             self._zero()
         else:
@@ -274,8 +274,7 @@ class Pruner:
         step, masks, prunings = pruner_state.unpacked(state, self._shapes())
         if "options" in state:
             pruner_state.check_options(state["options"], pruner_state.options_of(self._plan))
-        with callback():
-            expected = pruner_state.prunings_of(self._schedule, step, prunings or [])
+        expected = pruner_state.prunings_of(self._sparsity, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
         self._use(masks)
@@ -287,6 +286,12 @@ class Pruner:
             handle.remove()
         self._handles = []
         self._removed = True
+
+    def _sparsity(self, step: int) -> Sparsity | None:
+        """Asks the schedule about a step; layers are named as in the state."""
+        with callback():
+            sparsity = self._schedule(step)
+        return None if sparsity is None else by_name(self.topology, sparsity)
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""

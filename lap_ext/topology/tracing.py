@@ -91,6 +91,12 @@ def trace(
             "Pass it as topology=, where that is a parameter.",
             argument="example_inputs",
         )
+    if neighbors is not None and not isinstance(neighbors, Mapping):
+        raise LapTypeError(
+            "{argument} to be a dict: layer name -> (previous, next)",
+            type(neighbors).__name__,
+            argument="neighbors",
+        )
     model = unwrapped(model)
     check_traceable(model)
     program = export(model, *on_device_of(model, arguments(example_inputs)))
