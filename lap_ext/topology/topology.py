@@ -74,6 +74,8 @@ class Topology:
         neighbors: the neighbors that the user gave for some layers.
         others: parameters of two dimensions or more that are not layers (a position embedding that
             is added, a class token, a table of biases); they are never pruned.
+        unreached: those of them that the example inputs do not reach, because the model took a path
+            on which nothing reads them; trace with inputs for all branches to prune them too.
         stops: one sentence for each operation at which the trace stopped; empty unless
             on_unsupported="cut".
 
@@ -85,6 +87,19 @@ class Topology:
         -----  ------  -----  ------  -------
         0      linear  8x4    input   2
         2      linear  2x8    0       output
+
+        A model with two branches, traced with an input for one of them:
+
+        >>> class Towers(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.text, self.image = torch.nn.Linear(4, 2), torch.nn.Linear(6, 2)
+        ...     def forward(self, text, image=None):
+        ...         return self.text(text) if image is None else self.text(text) + self.image(image)
+        >>> lap_ext.trace(Towers(), torch.ones(1, 4)).unreached
+        ('image.weight',)
+        >>> lap_ext.trace(Towers(), (torch.ones(1, 4), torch.ones(1, 6))).unreached
+        ()
     """
 
     def __init__(
@@ -94,6 +109,7 @@ class Topology:
         neighbors: Mapping[str, Any],
         stops: Sequence[str],
         constants: Mapping[str, Tensor],
+        unreached: Sequence[str],
     ) -> None:
         self.model = model
         self._structure = replace(structure_of(model, constants), constants=constants)
@@ -101,6 +117,7 @@ class Topology:
         self.roles = graph.roles
         self.neighbors = dict(neighbors)
         self.stops = list(stops)
+        self.unreached = tuple(unreached)
         self.layers: dict[str, Layer] = {}
         tensors = named_tensors(model)
         by_name: dict[str, list[Role]] = {}
@@ -174,17 +191,26 @@ class Topology:
         return named_tensors(self.model)
 
     def __str__(self) -> str:
-        return render.table(self._rows(), self.others, self.stops)
+        return render.table(self._rows(), self._notes())
 
     def __repr__(self) -> str:
         return f"Topology({len(self.layers)} layers, {self.graph.channels.size - 1} channels)"
 
     def _repr_html_(self) -> str:
-        return render.html_of(self._rows(), self.others, self.stops)
+        return render.html_of(self._rows(), self._notes())
 
     def to_dot(self) -> str:
         """Returns the graph in Graphviz's language, with arrows from producers to consumers."""
         return render.dot(self._rows())
+
+    def _notes(self) -> list[str]:
+        """Lists what the table does not show, a line each."""
+        never = [name for name in self.others if name not in self.unreached]
+        notes = [f"no layers, never pruned: {', '.join(never)}"] if never else []
+        if self.unreached:
+            names = ", ".join(self.unreached)
+            notes.append(f"not reached by the example inputs, never pruned: {names}")
+        return [*notes, *(f"stopped at: {text}" for text in self.stops)]
 
     def _rows(self) -> list[render.Row]:
         return [render.Row(x.name, x.kind, x.shape, x.prev, x.next) for x in self.layers.values()]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
@@ -113,11 +114,23 @@ def trace(
     for value in _tensors(outputs):
         tracer.end(value, "output")
     graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends)
-    topology = Topology(model, graph, neighbors or {}, tracer.stops, tracer.constants)
+    topology = Topology(
+        model, graph, neighbors or {}, tracer.stops, tracer.constants, _unreached(model, program)
+    )
     _check_neighbors(topology, tracer.skipped)
     if topology.stops:
         warn("\n".join(topology.stops))
     return topology
+
+
+def _unreached(model: nn.Module, program: ExportedProgram) -> list[str]:
+    """Lists the parameters of two dimensions or more that no operation reads."""
+    nodes = (node for node in program.graph.nodes if node.op == "placeholder")
+    first, read = first_names(model), set()
+    for (kind, name, _), node in zip(placeholders(program), nodes, strict=True):
+        if kind == "parameter" and node.users:
+            read.add(first[name])
+    return [name for name, p in model.named_parameters() if p.dim() > 1 and name not in read]
 
 
 def _check_neighbors(topology: Topology, skipped: list[int]) -> None:

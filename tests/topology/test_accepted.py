@@ -186,3 +186,27 @@ def test_inputs_on_another_device_than_the_model() -> None:
     half = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"))
     with pytest.raises(lap_ext.TopologyError, match="same device"):
         lap_ext.trace(half, X)
+
+
+class Towers(nn.Module):
+    """Two branches; the second has a tied pair and runs only where it has an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image, self.again = nn.Linear(3, 2), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.again.weight = self.image.weight
+        self.place, self.spare = nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        y = self.text(text) + self.place
+        return y if image is None else y + self.again(self.image(image)).sum(-1, keepdim=True)
+
+
+def test_weights_that_the_inputs_do_not_reach() -> None:
+    alone, both = (lap_ext.trace(Towers(), inputs) for inputs in (X, (X, X)))
+    assert alone.unreached == ("spare", "image.weight") and both.unreached == ("spare",)
+    assert alone.others == ["place", "spare", "image.weight"]
+    assert str(alone).endswith(
+        "no layers, never pruned: place\n"
+        "not reached by the example inputs, never pruned: spare, image.weight"
+    )
