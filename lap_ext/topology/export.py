@@ -21,7 +21,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from lap_ext.errors import LapTypeError, TopologyError
+from lap_ext.errors import LapError, LapTypeError, TopologyError
+from lap_ext.topology.exportable import exportable
+from lap_ext.topology.failures import check_inputs, failure, quiet_logs
 
 # torch.export changes the state of the process: one thread at a time.
 _EXPORTING = threading.RLock()
@@ -36,8 +38,8 @@ _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squee
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
     """Exports the graph of model(*args, **kwargs) in evaluation mode.
 
-    A model that takes use_cache (transformers' language models) gets use_cache=False: a cache is
-    not an output that layers feed.
+    A cache of keys and values (transformers' language models) is not an output that layers feed:
+    it is switched off, in use_cache and in configs, and left out of the outputs.
     """
     if not isinstance(model, nn.Module):
         raise LapTypeError("model to be a torch.nn.Module", type(model).__name__)
@@ -45,19 +47,16 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _EXPORTING, evaluating(model), _quiet():
+    check_inputs(model, args, named)
+    with _EXPORTING, evaluating(model), _quiet(), quiet_logs(), exportable(model):
         try:
             program = torch.export.export(model, args, named, strict=False)
             if _writes_into_views(program):
                 program = program.run_decompositions({})
+        except LapError:
+            raise
         except Exception as error:
-            raise TopologyError(
-                "a model that torch.export can follow with these example_inputs",
-                f"{type(error).__name__}: {_first_line(error)}",
-                "Pass inputs that the model accepts (a dict for named ones). Wrap a model that "
-                "returns something other than tensors, or whose path depends on the values of its "
-                "inputs.",
-            ) from error
+            raise failure(model, error) from error
     return program
 
 
@@ -188,8 +187,3 @@ def _is_view(node: fx.Node) -> bool:
         return _is_view(node.args[0])
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.name.rpartition("::")[2] in _MOVES
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:300]
-    return text.removesuffix(".")
