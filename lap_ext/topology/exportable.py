@@ -68,20 +68,21 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _plain(outputs: Any) -> Any:
-    """Replaces the objects among outputs by lists of their tensors, and caches by None."""
-    is_cache = lambda x: type(x).__name__.endswith("Cache")  # noqa: E731
+    """Replaces the objects among outputs by lists of their tensors, and caches by nothing."""
     return pytree.tree_map(
-        lambda x: None if is_cache(x) else x if isinstance(x, _PLAIN) else _tensors_in(x, set()),
-        outputs,
-        is_leaf=is_cache,
+        lambda x: x if isinstance(x, _PLAIN) else _tensors_in(x, set()), outputs, is_leaf=_is_cache
     )
+
+
+def _is_cache(x: Any) -> bool:
+    return type(x).__name__.endswith("Cache")
 
 
 def _tensors_in(x: Any, seen: set[int]) -> list[Tensor]:
     """Lists the tensors in an object and in the objects that it holds."""
     if isinstance(x, Tensor):
         return [x]
-    if id(x) in seen or isinstance(x, (nn.Module, type)):
+    if id(x) in seen or isinstance(x, (nn.Module, type)) or _is_cache(x):
         return []
     seen.add(id(x))
     items = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", {})

@@ -82,12 +82,12 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module, Any], Any], type[Exception], str]
     "no inputs": (
         lambda m, t: lap_ext.prune(m, None, 0.5),
         lap_ext.TopologyError,
-        "^prune: expected a model that torch.export can follow with these example_inputs, got ",
+        r"^prune: expected inputs for Sequential\.forward\(input\), got 0 positional and no named",
     ),
     "a wrong name": (
         lambda m, t: lap_ext.prune(m, {"y": X}, 0.5),
         lap_ext.TopologyError,
-        "a dict for named ones",
+        r"got 0 positional and \['y'\] named ones: .* or a dict of named ones",
     ),
     "no layer": (
         lambda m, t: lap_ext.prune(m, X, 0.5, layers=["0", "fc*"]),
