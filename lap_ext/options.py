@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
 
@@ -47,12 +47,11 @@ def listed(patterns: Patterns) -> tuple[Pattern, ...]:
         >>> listed("fc*"), listed(name for name in ("a", "b"))
         (('fc*',), ('a', 'b'))
     """
-    from torch import Tensor, nn  # here: the types of options need no torch
-
-    alone = isinstance(patterns, (str, nn.Module, type, Tensor)) or not hasattr(
-        patterns, "__iter__"
-    )
-    return (patterns,) if alone else tuple(patterns)  # type: ignore[arg-type, return-value]
+    # without torch: modules and parameters can be iterated over too
+    alone = isinstance(patterns, (str, type)) or not isinstance(patterns, Iterable)
+    if alone or hasattr(patterns, "parameters") or hasattr(patterns, "requires_grad"):
+        return (cast("Pattern", patterns),)
+    return tuple(cast("Iterable[Pattern]", patterns))
 
 
 def positive(name: str, value: object) -> None:
