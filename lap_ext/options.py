@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Scope: TypeAlias = Literal["layer", "global"]
 Normalize: TypeAlias = Literal["auto", "none", "norm", "lamp"]
@@ -21,7 +21,9 @@ BatchNorm: TypeAlias = Literal["edge", "fold", "ignore"]
 Residual: TypeAlias = Literal["sum", "chain"]
 OnUnsupported: TypeAlias = Literal["raise", "cut"]
 MinKeep: TypeAlias = int | float | None  # of each layer: a count, or a fraction
-Patterns: TypeAlias = str | Sequence[str]  # of layer names: exact, or with *, ? and [abc]
+# layers by their names (exact, or with *, ? and [abc]), or by the parts of a model that hold them
+Pattern: TypeAlias = "str | nn.Module | type[nn.Module] | Tensor"
+Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"  # of model.forward
 
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -45,6 +47,20 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         choices = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
         raise LapValueError(f"{{argument}} to be {choices}", repr(value), argument=name)
+
+
+def listed(patterns: Patterns) -> tuple[Pattern, ...]:
+    """Lists one pattern, or several, which may come from a generator.
+
+    Example:
+        >>> listed("fc*"), listed(name for name in ("a", "b"))
+        (('fc*',), ('a', 'b'))
+    """
+    # without torch: modules and parameters can be iterated over too
+    alone = isinstance(patterns, (str, type)) or not isinstance(patterns, Iterable)
+    if alone or hasattr(patterns, "parameters") or hasattr(patterns, "requires_grad"):
+        return (cast("Pattern", patterns),)
+    return tuple(cast("Iterable[Pattern]", patterns))
 
 
 def positive(name: str, value: object) -> None:

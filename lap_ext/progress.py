@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lap_ext.errors import callback
+from lap_ext.errors import LapTypeError, callback
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Step:
     def __init__(
         self, on_progress: Callable[[Progress], Any] | None, name: str, total: int
     ) -> None:
+        if on_progress is not None and not callable(on_progress):
+            raise LapTypeError(
+                "{argument} to be a function of a lap_ext.progress.Progress",
+                type(on_progress).__name__,
+                argument="on_progress",
+            )
         self._on_progress = on_progress
         self.name = name
         self.done, self.total = 0, total

@@ -32,6 +32,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    listed,
 )
 from lap_ext.progress import Progress
 
@@ -187,7 +188,7 @@ class TrainingCallback(ABC):
 
 def _reusable(patterns: Patterns | None) -> Patterns | None:
     """Patterns for two pruners: a generator ends after the first."""
-    return patterns if patterns is None or isinstance(patterns, str) else tuple(patterns)
+    return None if patterns is None else listed(patterns)
 
 
 def _averaged(model: nn.Module) -> nn.Module:

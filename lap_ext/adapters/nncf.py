@@ -57,6 +57,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    listed,
 )
 from lap_ext.progress import Progress
 
@@ -228,7 +229,7 @@ def prune_(
             rounds=rounds,
             layers=list(earlier) if layers is None else layers,
             min_keep=min_keep,
-            exclude=[*unmasked, *([exclude] if isinstance(exclude, str) else exclude)],
+            exclude=[*unmasked, *listed(exclude)],
             batch_norm=batch_norm,
             residual=residual,
             data=data,

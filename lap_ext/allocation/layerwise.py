@@ -27,7 +27,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lap_ext._text import did_you_mean, matches, some
 from lap_ext.errors import LapTypeError, LapValueError, calling
@@ -57,7 +57,7 @@ class Allocation(Protocol):
         ...
 
 
-Sparsity = Number | Mapping[str, Number] | Allocation  # what prune takes
+Sparsity = Number | Mapping[Any, Number] | Allocation  # what prune takes
 
 
 def of(sparsity: Sparsity) -> Allocation:
@@ -240,6 +240,7 @@ class per_layer:  # noqa: N801
 
     @calling("per_layer")
     def __post_init__(self) -> None:
+        _check_patterns(self.sparsity)
         for pattern, sparsity in self.sparsity.items():
             check.keep_count(sparsity, None, 0, argument=f"sparsity[{pattern!r}]")
 
@@ -279,7 +280,10 @@ class compounded:  # noqa: N801
                 repr(self.times),
                 argument="times",
             )
-        ratios = self.ratios.values() if isinstance(self.ratios, Mapping) else self.ratios
+        ratios = self.ratios
+        if isinstance(ratios, Mapping):
+            _check_patterns(ratios)
+            ratios = list(ratios.values())
         for ratio in ratios:
             check.keep_count(ratio, None, 0, argument="ratio")
 
@@ -301,6 +305,17 @@ class compounded:  # noqa: N801
             name: check.keep_count(1 - kept[name] ** self.times, None, n)
             for name, n in _sizes(shapes).items()
         }
+
+
+def _check_patterns(by_pattern: Mapping[str, Number]) -> None:
+    """Raises unless all keys are texts: an allocation sees names and shapes, and no model."""
+    for key in by_pattern:
+        if not isinstance(key, str):
+            raise LapTypeError(
+                "keys to be patterns of layer names",
+                key.__name__ if isinstance(key, type) else type(key).__name__,
+                "Modules and types of modules may be keys of a dict that prune gets as sparsity.",
+            )
 
 
 def _by_layer(by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Number]:

@@ -30,6 +30,8 @@ _LENGTH = 8  # tokens of the example: the topology does not depend on it
 _IMAGE = 224  # pixels, for models that take images of any size
 _LARGEST = 4_096  # of an image's side, ...: the trace follows each position
 
+_SEVERAL_IMAGES = {"idefics2", "idefics3", "smolvlm"}  # pixel_values of several images each
+
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Target = tuple[str, tuple[Any, ...]]  # name in the model, and how tensors are put together for it
 
@@ -74,36 +76,65 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
-def inputs(model: Any) -> Shapes:
-    """Makes named inputs of a model of transformers by its main input: shapes and dtypes."""
+def inputs(model: Any) -> list[Shapes]:
+    """Makes named inputs of a model of transformers from its config: shapes and dtypes.
+
+    Returns:
+        Inputs for every branch that forward has parameters for (text, images, sound); after them,
+        if there are several, those of the main branch alone.
+    """
     made, main = model.config, getattr(model, "main_input_name", None)
-    longest = getattr(made, "max_position_embeddings", None) or _LENGTH
-    longest = _whole("max_position_embeddings", longest, sys.maxsize)
-    ids = ((1, min(_LENGTH, longest)), torch.int64)
-    result: Shapes = {}
-    if main == "input_ids":
-        result[main] = ids
-    elif main == "pixel_values":
-        size = getattr(made, "image_size", None) or _IMAGE
-        sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-        height, width = (_whole("image_size", side) for side in sides)
-        channels = _whole("num_channels", getattr(made, "num_channels", 3))
-        result[main] = ((1, channels, height, width), torch.float32)
-    elif main == "input_features" and hasattr(made, "num_mel_bins"):
-        bins = _whole("num_mel_bins", made.num_mel_bins)
-        frames = getattr(made, "max_source_positions", None)
-        length = 2 * _whole("max_source_positions", frames)  # Whisper's encoder halves it
-        result[main] = ((1, bins, length), torch.float32)
-    else:
+    names = inspect.signature(model.forward).parameters
+    ids = _token_ids(made)
+    makers = {
+        "input_ids": lambda: ids,
+        "pixel_values": lambda: _pixels(made),
+        "input_features": lambda: _sound(made),
+    }
+    if main not in makers or (main == "input_features" and not hasattr(made, "num_mel_bins")):
         raise LapValueError(
             "a model whose inputs follow from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
             "Pass example_inputs=: a tensor, a tuple, or a dict of named ones.",
         )
-    if getattr(made, "is_encoder_decoder", False):
-        if "decoder_input_ids" in inspect.signature(model.forward).parameters:
-            result["decoder_input_ids"] = ids
-    return result
+    decoder = {}
+    if getattr(made, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        decoder["decoder_input_ids"] = ids
+    alone = {main: makers[main](), **decoder}
+    both = {name: makers[name]() for name in ("input_ids", "pixel_values") if name in names}
+    if len(both) < 2 or main == "input_features":
+        return [alone]
+    if "qformer_input_ids" in names:
+        both["qformer_input_ids"] = ids
+    return [{**both, **decoder}, alone]
+
+
+def _token_ids(made: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Makes the input of a text model."""
+    text = getattr(made, "text_config", None) or made
+    longest = getattr(text, "max_position_embeddings", None) or _LENGTH
+    longest = _whole("max_position_embeddings", longest, sys.maxsize)
+    return (1, min(_LENGTH, longest)), torch.int64
+
+
+def _pixels(made: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Makes the input of an image model, [1, C, H, W]; [1, 1, C, H, W] where several are taken."""
+    parts = [getattr(made, name, None) for name in ("vision_config", "encoder")]
+    vision = next((x for x in parts if hasattr(x, "image_size")), made)
+    size = getattr(vision, "image_size", None) or _IMAGE
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    height, width = (_whole("image_size", side) for side in sides)
+    channels = _whole("num_channels", getattr(vision, "num_channels", 3))
+    images = (1, 1) if getattr(made, "model_type", "") in _SEVERAL_IMAGES else (1,)
+    return (*images, channels, height, width), torch.float32
+
+
+def _sound(made: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Makes the input of a sound model."""
+    bins = _whole("num_mel_bins", made.num_mel_bins)
+    frames = getattr(made, "max_source_positions", None)
+    length = 2 * _whole("max_source_positions", frames)  # Whisper's encoder halves it
+    return (1, bins, length), torch.float32
 
 
 def _whole(name: str, value: Any, most: int = _LARGEST) -> int:

@@ -40,6 +40,7 @@ from lap_ext.options import (
     one_of,
 )
 from lap_ext.pruning.dense import ZERO
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import check_sparsity, chosen
 from lap_ext.topology import Layer
 
@@ -163,7 +164,7 @@ def plan_of(
     held = 0 if scored is None else held_by_scores(pruned, copies, scored)
     limit = limits(memory, topology, copies, criterion, batch_norm, held)
     shapes = {layer.name: layer.shape for layer in pruned}
-    allocated = allocation.of(sparsity)
+    allocated = allocation.of(by_name(topology, sparsity))
     check_sparsity(allocated, shapes, left_dense, min_keep)
     source = Source(files)
     _check_copies(source, copies)

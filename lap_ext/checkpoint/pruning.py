@@ -98,8 +98,8 @@ def prune(
             counting the interpreter, the libraries and the traced model. Layers that do not fit are
             pruned in chunks of rows, with the same result.
         example_inputs: inputs for the trace: a tensor, a tuple, or a dict of named inputs. With
-            None, they are made from the config, for text models and for image models with one image
-            size.
+            None, they are made from the config, for text, for images, and for both at once. A
+            branch that they do not reach stays dense (`Topology.unreached`).
         model: the module that gives the structure; its weights are not used, so it may be on the
             meta device. With None, the transformers class that config.json names is used.
         on_unsupported: as in `lap_ext.trace`.

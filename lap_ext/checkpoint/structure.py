@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from lap_ext.checkpoint.files import Checkpoint, Copy
 from lap_ext.checkpoint.guard import counted_calls
 from lap_ext.checkpoint.names import Names
 from lap_ext.checkpoint.reading import Buffer, Source
-from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.errors import LapTypeError, LapValueError, TopologyError, warn
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.topology import Topology, trace
 
@@ -65,7 +65,7 @@ def structure_of(
             "{argument} to be a torch.nn.Module", type(own).__name__, argument="model"
         )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = _fake_inputs(own, example_inputs, mode)
+    inputs = _fake_inputs(own, example_inputs, mode)  # for all branches first
     names = Names(checkpoint, own)
     if model is None:
         hf.untie(own, names.unlike(Source(checkpoint)))
@@ -74,7 +74,7 @@ def structure_of(
         if model is None:
             stack.enter_context(hf.telling("a config.json whose model can be traced", GIVE))
             stack.enter_context(counted_calls(checkpoint))
-        topology = trace(twin(own, mode), inputs, on_unsupported=on_unsupported)
+        topology = _traced(twin(own, mode), inputs, on_unsupported)
     _check_stored(topology)
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
@@ -92,6 +92,23 @@ def _check_stored(topology: Topology) -> None:
                 "Load the model into memory and call lap_ext.prune.",
                 layer=layer.name,
             )
+
+
+def _traced(model: nn.Module, inputs: list[Inputs], on_unsupported: OnUnsupported) -> Topology:
+    """Traces a model with the first inputs that it can be traced with; warns if others failed."""
+    first, *fewer = inputs
+    try:
+        return trace(model, first, on_unsupported=on_unsupported)
+    except TopologyError as error:
+        for given in fewer:
+            with suppress(TopologyError):
+                topology = trace(model, given, on_unsupported=on_unsupported)
+                warn(
+                    f"The image branch is not pruned: its trace expected {error.expected}, got "
+                    f"{error.got}. To prune it, pass model= and example_inputs= that reach it."
+                )
+                return topology
+        raise
 
 
 def twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -117,10 +134,12 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _fake_inputs(model: nn.Module, example_inputs: Inputs | None, mode: FakeTensorMode) -> Inputs:
-    """Makes inputs for the trace with fake tensors on the CPU."""
-    given = example_inputs
-    if given is None:
+def _fake_inputs(
+    model: nn.Module, example_inputs: Inputs | None, mode: FakeTensorMode
+) -> list[Inputs]:
+    """Makes inputs for the trace with fake tensors on the CPU: the given ones, or candidates."""
+    given: list[Any] = [example_inputs]
+    if example_inputs is None:
         if not hasattr(model, "main_input_name"):
             raise LapValueError(
                 "{argument} with model",
@@ -128,10 +147,11 @@ def _fake_inputs(model: nn.Module, example_inputs: Inputs | None, mode: FakeTens
                 "Pass a tensor, a tuple, or a dict of named ones.",
                 argument="example_inputs",
             )
-        made = hf.inputs(model)
-        given = {name: torch.empty(s, dtype=d, device="meta") for name, (s, d) in made.items()}
-    fake: Inputs = pytree.tree_map_only(Tensor, lambda x: _fake(x, mode), given)
-    return fake
+        given = [
+            {name: torch.empty(s, dtype=d, device="meta") for name, (s, d) in made.items()}
+            for made in hf.inputs(model)
+        ]
+    return [pytree.tree_map_only(Tensor, lambda x: _fake(x, mode), x) for x in given]
 
 
 def _scaling(topology: Topology) -> set[str]:

@@ -113,7 +113,8 @@ def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
     if models.is_directory(options):
         progress.step("trace")
         files = open_directory(Path(options.model))
-        known = structure_of(files, None, None, options.on_unsupported)
+        given = models.examples(options.input)
+        known = structure_of(files, None, given, options.on_unsupported)
         stored = {x: DTYPES[copies[0][0].entry.dtype] for x, copies in known.copies.items()}
         counts.update((x.shape, stored[name]) for name, x in known.topology.layers.items())
     else:

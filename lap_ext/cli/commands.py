@@ -91,6 +91,7 @@ def _prune_directory(
         options.model,
         pruned,
         options=_chosen_texts(options),
+        example_inputs=models.examples(options.input),
         on_unsupported=options.on_unsupported,
         on_progress=progress.follow,
     )
@@ -101,6 +102,7 @@ def _streaming_options(options: Any, progress: Progress) -> dict[str, Any]:
     """Gathers the options of scoring that checkpoint.prune and checkpoint.scores take."""
     given = models.scoring_options(options)
     given |= {"on_unsupported": options.on_unsupported, "on_progress": progress.follow}
+    given |= {"example_inputs": models.examples(options.input)}
     return given if options.memory is None else given | {"memory": options.memory}
 
 
@@ -202,7 +204,10 @@ def inspect(options: Any) -> int:
         if models.is_directory(options):
             progress.step("trace")
             inspection = checkpoint.inspect(
-                options.model, on_unsupported=options.on_unsupported, on_progress=progress.follow
+                options.model,
+                example_inputs=models.examples(options.input),
+                on_unsupported=options.on_unsupported,
+                on_progress=progress.follow,
             )
         else:
             _, topology = models.traced(options, progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,10 @@ def is_directory(options: Any) -> bool:
     given = options.model
     path = Path(given)
     if path.is_dir():
-        for name in ("checkpoint", "input"):
-            if getattr(options, name):
-                raise LapValueError(
-                    "{argument} with a factory only", "a checkpoint directory", argument=name
-                )
+        if options.checkpoint:
+            raise LapValueError(
+                "{argument} with a factory only", "a checkpoint directory", argument="checkpoint"
+            )
         return True
     if path.suffix == _PROGRAM:
         raise LapValueError(
@@ -127,7 +127,7 @@ def make(options: Any) -> Made:
     for part in module.modules():
         part.training = False  # the module of an exported program raises an error at eval()
     if options.input:
-        inputs = tuple(example(text) for text in options.input)
+        inputs = examples(options.input)
     if inputs is None:
         raise LapValueError(
             "example inputs",
@@ -136,6 +136,26 @@ def make(options: Any) -> Made:
             argument="input",
         )
     return Made(options.model, module, inputs)
+
+
+def examples(texts: Sequence[str]) -> tuple[Tensor, ...] | dict[str, Tensor] | None:
+    """Makes inputs of zeros: positional ones, or named ones if all have a name; None for no texts.
+
+    Example:
+        >>> list(examples(["input_ids=1x8:int64", "pixel_values=1x3x8x8"]))
+        ['input_ids', 'pixel_values']
+        >>> len(examples(["1x8", "1x4"])), examples([])
+        (2, None)
+    """
+    named = ["=" in text for text in texts]
+    if any(named) and not all(named):
+        raise LapValueError(
+            "a name for all of {argument} or for none", ", ".join(texts), argument="input"
+        )
+    if all(named):
+        pairs = (text.split("=", 1) for text in texts)
+        return {name: example(shape) for name, shape in pairs} or None
+    return tuple(map(example, texts))
 
 
 def example(text: str) -> Tensor:
@@ -152,7 +172,9 @@ def example(text: str) -> Tensor:
     sizes = shape.split("x")
     if not isinstance(dtype, torch.dtype) or not all(size.isdecimal() for size in sizes):
         raise LapValueError(
-            "{argument} such as 1x3x224x224 or 1x16:int64", repr(text), argument="input"
+            "{argument} such as 1x3x224x224, 1x16:int64 or input_ids=1x16:int64",
+            repr(text),
+            argument="input",
         )
     return torch.zeros([int(size) for size in sizes], dtype=dtype)
 

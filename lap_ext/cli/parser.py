@@ -155,7 +155,8 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     add("--checkpoint", type=Path, metavar="FILE",
         help="safetensors file with the weights of a factory's model")
     add("--input", action="append", default=[], metavar="SHAPE",
-        help="an example input, such as 1x3x224x224 or 1x16:int64, if MODEL has none")
+        help="an example input, such as 1x3x224x224 or 1x16:int64, or with its name "
+        "pixel_values=1x3x224x224, if MODEL has none; may be repeated")
     _add_choice(command, "--on-unsupported", ("raise", "cut"),
                 "at an operation that the trace does not support, raise an error or cut the graph")
     # fmt: on

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lap_ext.errors import in_layer
+from lap_ext.errors import LapTypeError, LapValueError, in_layer
 from lap_ext.ops import schema
+from lap_ext.ops.check import FLOATS
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
 from lap_ext.ops.reference.common import exact_sqrt
@@ -70,8 +71,8 @@ class Network:
 
     def weight(self, layer: Layer) -> Tensor:
         """Returns the weight to score for a layer, detached: the surrogate or what is used."""
-        given = self._weights.get(layer.name)
-        return layer.effective if given is None else given.detach()
+        surrogate = self._weights.get(layer.name)
+        return readable(layer) if surrogate is None else surrogate.detach()
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """Sets a layer's mask; from now on, only the weights it keeps count in neighbor norms."""
@@ -213,6 +214,29 @@ class Network:
         block, active = role.part.of(self._masked(layer)), self.activity[self._first_role(given)]
         block = block if active is None else _scaled(block, exact_sqrt(active), role)
         return Neighbor(block, role.part.groups, role.part.transposed)
+
+
+def readable(layer: Layer) -> Tensor:
+    """Returns the weight that a layer uses, detached; raises unless its values can be read."""
+    weight = layer.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        alone = f"exclude=[{layer.name!r}] with a criterion that reads no neighbors (magnitude)"
+        cure = f"Leave it out: {alone}."
+        if not weight.is_complex():
+            cure = "Convert the model first, as with model.to(torch.bfloat16), or dequantize it."
+        raise LapTypeError(f"weights of {', '.join(FLOATS)}", dtype, cure, layer=layer.name)
+    if weight.layout != torch.strided:
+        cure = "Convert it with to_dense()."
+        raise LapTypeError("dense weights", f"layout {weight.layout}", cure, layer=layer.name)
+    if weight.is_meta:
+        raise LapValueError(
+            "weights with values",
+            "one on the meta device",
+            "Load them first: model.to_empty(device='cpu'), then model.load_state_dict(...).",
+            layer=layer.name,
+        )
+    return layer.effective
 
 
 def _scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:

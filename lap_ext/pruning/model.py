@@ -151,8 +151,9 @@ def prune(
             positional arguments, or a dict of named arguments. Small inputs suffice. Pass None if
             topology is given.
         sparsity: the fraction of the weights to remove; or a dict from name pattern to fraction
-            (the first match counts, and layers without a match stay dense); or an allocation such
-            as `lap_ext.erk(0.9)`.
+            (the first match counts, and layers without a match stay dense), whose keys may also be
+            modules, types and parameters, as in exclude; or an allocation such as
+            `lap_ext.erk(0.9)`.
         topology: the result of an earlier `trace` of this model, instead of example_inputs.
         criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
             another name in `lap_ext.criteria`, an instance of one of its classes, or a function of
@@ -169,10 +170,11 @@ def prune(
             first layer to the last and scores each with its already pruned producers; "backward"
             goes from the last to the first and scores each with its already pruned consumers.
         rounds: the number of equal steps to prune in; the scores are recomputed before each.
-        layers: name patterns of the layers to prune; "*" means all. None means all but embeddings,
-            weights tied to them, and output heads (a linear layer that no layer reads, with one
-            output per entry of an embedding); `result.left_dense` lists these.
-        exclude: name patterns of layers not to prune.
+        layers: the layers to prune: name patterns ("*" means all), modules of the model (all layers
+            in them), types of modules, or parameters; one or a list of them. None means all but
+            embeddings, weights tied to them, and output heads (a linear layer that no layer reads,
+            with one output per entry of an embedding); `result.left_dense` lists these.
+        exclude: layers not to prune, in the same forms, as in exclude=[nn.Embedding, model.head].
         min_keep: the number (an integer) or the fraction (a float) of weights that every layer
             keeps at least. With scope="global", the other layers keep fewer. None is no floor, with
             a warning if a layer keeps nothing, and an error if sparsity is 1.

@@ -18,13 +18,14 @@ from torch import Tensor
 from lap_ext import allocation
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import Criterion
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import callback, in_layer, warn
 from lap_ext.masks import Masks
 from lap_ext.ops.reference.common import require_finite
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.pruning.dense import ZERO
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
 from lap_ext.topology import Layer
@@ -39,7 +40,7 @@ def run(
 ) -> PruneResult:
     """Computes the masks of a plan for a sparsity without changing the model."""
     given = checked_masks(plan.topology, masks)
-    allocated = allocation.of(sparsity)
+    allocated = allocation.of(by_name(plan.topology, sparsity))
     shapes = {layer.name: layer.shape for layer in plan.layers}
     min_keep = plan.options.min_keep
     check_sparsity(allocated, shapes, plan.left_dense, min_keep)
@@ -132,7 +133,7 @@ def scoring_of(
         Step(on_progress, "data", 0).read("", 0)
         for layer in plan.topology.layers.values():  # else the error would blame the data
             with in_layer(layer.name):
-                require_finite(layer.weight.detach(), "w")
+                require_finite(readable(layer), "w")
     with callback():
         network = plan.criterion.prepare(plan.network(masks), data)
     return Scoring(plan, network, masks, on_progress)

@@ -13,7 +13,7 @@ from lap_ext import criteria
 from lap_ext._text import matches, some
 from lap_ext.allocation import Allocation, floors
 from lap_ext.criteria import Criterion, CriterionLike
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
@@ -36,6 +36,7 @@ from lap_ext.options import (
     positive,
 )
 from lap_ext.pruning.dense import dense_by_default
+from lap_ext.pruning.patterns import all_matching, checked
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -133,8 +134,8 @@ def options_of(
         rounds=rounds,
         batch_norm=batch_norm,
         residual=residual,
-        layers=None if layers is None else _patterns(layers, "layers"),
-        exclude=_patterns(exclude, "exclude"),
+        layers=None if layers is None else checked(layers, "layers"),
+        exclude=checked(exclude, "exclude"),
         min_keep=min_keep,
     )
 
@@ -142,6 +143,8 @@ def options_of(
 def plan_of(topology: Topology, options: Options) -> Plan:
     """Chooses the layers to prune according to the options."""
     layers, left_dense = chosen(topology, options.layers, options.exclude)
+    for layer in layers:
+        readable(layer)
     return Plan(topology, layers, options, left_dense)
 
 
@@ -152,7 +155,7 @@ def topology_of(
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
 ) -> Topology:
-    """Traces a model, or checks the topology that is given instead of example inputs."""
+    """Traces a model, or binds the topology that is given instead of example inputs to it."""
     one_of("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     if topology is None:
         return trace(model, example_inputs, neighbors=neighbors, on_unsupported=on_unsupported)
@@ -167,13 +170,7 @@ def topology_of(
         raise LapTypeError(
             "{argument} to be what trace returned", type(topology).__name__, argument="topology"
         )
-    if topology.model is not model:
-        raise LapValueError(
-            "a topology traced from this model",
-            "one traced from another model",
-            "Call trace on this model.",
-        )
-    return topology
+    return topology.bind(model)
 
 
 def chosen(
@@ -192,10 +189,10 @@ def chosen(
     Raises:
         LapValueError: a pattern matches no layer.
     """
-    excluded = _matching(topology, exclude, "exclude")
+    excluded = all_matching(topology, exclude, "exclude")
     left_dense = dense_by_default(topology) if layers is None else {}
     left_dense = {name: why for name, why in left_dense.items() if name not in excluded}
-    names = set(topology.layers) if layers is None else _matching(topology, layers, "layers")
+    names = set(topology.layers) if layers is None else all_matching(topology, layers, "layers")
     names -= excluded | left_dense.keys()
     return [layer for name, layer in topology.layers.items() if name in names], left_dense
 
@@ -215,35 +212,6 @@ def check_prunable(layers: Iterable[Layer]) -> None:
                 "where a mask can multiply it.",
                 layer=layer.name,
             )
-
-
-def _patterns(patterns: Patterns, argument: str) -> tuple[str, ...]:
-    """Lists the patterns once: they may come from a generator."""
-    if isinstance(patterns, str):
-        return (patterns,)
-    items = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
-    for item in items:
-        if not isinstance(item, str):
-            raise LapTypeError(
-                "{argument} to be patterns of layer names", type(item).__name__, argument=argument
-            )
-    return items
-
-
-def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]:
-    """Finds the names of layers that match patterns; each pattern must match one."""
-    names: set[str] = set()
-    for pattern in _patterns(patterns, argument):
-        matching = [name for name in topology.layers if matches(name, pattern)]
-        if not matching:
-            raise LapValueError(
-                "{argument} patterns that name a layer",
-                repr(pattern),
-                f"The layers are {some(topology.layers, _LISTED)}.",
-                argument=argument,
-            )
-        names.update(matching)
-    return names
 
 
 def check_sparsity(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import DataParallel, Module
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -43,11 +43,13 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning import pruner_state
+from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.pipeline import result_of, run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
 from lap_ext.topology import Layer, Topology
+from lap_ext.topology.accepted import peeled
 
 
 class Pruner:
@@ -157,7 +159,9 @@ class Pruner:
         _check_schedule(schedule)
         _check_repeatable(data)
         self._schedule = schedule
-        self._model, self._group = _unwrapped(model)
+        *wrappers, self._model = peeled(model)
+        groups = [x.process_group for x in wrappers if isinstance(x, DistributedDataParallel)]
+        self._group = groups[0] if groups else None  # that gradients are averaged over
         self._data, self._on_progress = data, on_progress
         options = options_of(
             criterion,
@@ -245,8 +249,7 @@ class Pruner:
         self._check_not_removed()
         if self._handle is not None:
             self._handle.check()
-        with callback():
-            sparsity = self._schedule(self._step)
+        sparsity = self._sparsity(self._step)
         if sparsity is None:
             self._zero()
         else:
@@ -315,8 +318,7 @@ class Pruner:
         step, masks, prunings = pruner_state.unpacked(state, self._shapes())
         if "options" in state:
             pruner_state.check_options(state["options"], pruner_state.options_of(self._plan))
-        with callback():
-            expected = pruner_state.prunings_of(self._schedule, step, prunings or [])
+        expected = pruner_state.prunings_of(self._sparsity, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
         self._use(masks, self._plan.left_dense)
@@ -328,6 +330,12 @@ class Pruner:
             self._handle.remove()
         self._handle = None
         self._removed = True
+
+    def _sparsity(self, step: int) -> Sparsity | None:
+        """Asks the schedule about a step; layers are named as in the state."""
+        with callback():
+            sparsity = self._schedule(step)
+        return None if sparsity is None else by_name(self.topology, sparsity)
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
@@ -422,20 +430,6 @@ def _check_repeatable(data: object) -> None:
             "Pass a list or a DataLoader.",
             argument="data",
         )
-
-
-def _unwrapped(model: Module) -> tuple[Module, Any]:
-    """Returns the user's own module, and the process group that gradients are averaged over."""
-    group = None
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model, group = model.module, model.process_group
-        elif isinstance(model, DataParallel):
-            model = model.module
-        elif isinstance(model, Module) and "_orig_mod" in model._modules:  # torch.compile
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model, group
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

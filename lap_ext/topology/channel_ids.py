@@ -98,6 +98,8 @@ def pairs_along(ids: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
         >>> pairs_along(torch.tensor([[7, 8]]), 1, 2)
         (tensor([0, 1]), tensor([7, 8]))
     """
+    if ids.numel() == 0:  # a layer without outputs before it
+        return torch.arange(0), torch.arange(0)
     across = ids.movedim(dim, 0).reshape(ids.shape[dim], -1)  # [size or 1, rest]
     index = torch.arange(size)
     if across.shape[1] == 1:

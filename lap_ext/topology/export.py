@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from lap_ext.computed import Reference, as_parameters, references, value
-from lap_ext.errors import LapTypeError, TopologyError
+from lap_ext.errors import LapError, LapTypeError, TopologyError
 from lap_ext.ops.memory import memory_key
+from lap_ext.topology.exportable import exportable
+from lap_ext.topology.failures import check_inputs, failure, quiet_logs
 
 # torch.export changes the state of the process: one thread at a time.
 _EXPORTING = threading.RLock()
@@ -37,8 +40,8 @@ _MOVES = {"view", "select", "slice", "transpose", "permute", "unsqueeze", "squee
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
     """Exports the graph of model(*args, **kwargs) in evaluation mode.
 
-    A model that takes use_cache (transformers' language models) gets use_cache=False: a cache is
-    not an output that layers feed.
+    A cache of keys and values (transformers' language models) is not an output that layers feed:
+    it is switched off, in use_cache and in configs, and left out of the outputs.
     """
     if not isinstance(model, nn.Module):
         raise LapTypeError("model to be a torch.nn.Module", type(model).__name__)
@@ -46,19 +49,17 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _EXPORTING, evaluating(model), as_parameters(model), _quiet():
+    check_inputs(model, args, named)
+    quiet = _quiet(), quiet_logs()
+    with _EXPORTING, evaluating(model), as_parameters(model), quiet[0], quiet[1], exportable(model):
         try:
             program = torch.export.export(model, args, named, strict=False)
             if _writes_into_views(program):
                 program = program.run_decompositions({})
+        except LapError:
+            raise
         except Exception as error:
-            raise TopologyError(
-                "a model that torch.export can follow with these example_inputs",
-                f"{type(error).__name__}: {_first_line(error)}",
-                "Pass inputs that the model accepts (a dict for named ones). Wrap a model that "
-                "returns something other than tensors, or whose path depends on the values of its "
-                "inputs.",
-            ) from error
+            raise failure(model, error) from error
     return program
 
 
@@ -87,6 +88,20 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (() if example_inputs is None else (example_inputs,)), {}
+
+
+def on_device_of(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Moves inputs to the device of a model that has only one, the meta device included."""
+    devices = {x.device for x in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1:
+        return inputs
+    (device,) = devices
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda x: x.to(device), inputs
+    )
+    return moved
 
 
 class _NamedTensors(Mapping[str, Tensor]):
@@ -200,8 +215,3 @@ def _is_view(node: fx.Node) -> bool:
         return _is_view(node.args[0])
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.name.rpartition("::")[2] in _MOVES
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:300]
-    return text.removesuffix(".")

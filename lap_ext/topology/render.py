@@ -23,18 +23,17 @@ class Row(NamedTuple):
     next: list[Edge]
 
 
-def table(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
-    """Writes one row per layer: name, kind, shape, what feeds it, what reads it.
+def table(layers: Sequence[Row], notes: Sequence[str]) -> str:
+    """Writes one row per layer, name, kind, shape, what feeds it, what reads it; then the notes.
 
     "..mlp.up" is a neighbor whose name shares its first two parts or more with the layer's own.
     """
-    return "\n".join([columns(_rows(layers)), *_notes(others, stops)])
+    return "\n".join([columns(_rows(layers)), *map(visible, notes)])
 
 
-def html_of(layers: Sequence[Row], others: Sequence[str], stops: Sequence[str]) -> str:
-    """Writes the rows of `table` in HTML, for notebooks."""
-    notes = [f"<p>{in_html(note)}</p>" for note in _notes(others, stops)]
-    return "".join([html_table(_rows(layers)), *notes])
+def html_of(layers: Sequence[Row], notes: Sequence[str]) -> str:
+    """Writes the rows of `table` and the notes in HTML, for notebooks."""
+    return "".join([html_table(_rows(layers)), *(f"<p>{in_html(note)}</p>" for note in notes)])
 
 
 def _rows(layers: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -44,11 +43,6 @@ def _rows(layers: Sequence[Row]) -> list[tuple[str, ...]]:
         around = (_list(layer.name, layer.prev), _list(layer.name, layer.next))
         rows.append((layer.name, layer.kind, shape, *around))
     return rows
-
-
-def _notes(others: Sequence[str], stops: Sequence[str]) -> list[str]:
-    notes = [f"no layers, never pruned: {', '.join(others)}"] if others else []
-    return list(map(visible, [*notes, *(f"stopped at: {text}" for text in stops)]))
 
 
 def _list(name: str, edges: list[Edge]) -> str:

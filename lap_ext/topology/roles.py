@@ -107,7 +107,8 @@ def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -
             row_n, col_n = (b, a) if flipped else (a, b)
             row_stride, col_stride = (stride_b, stride_a) if flipped else (stride_a, stride_b)
             steps = (row_stride == cols or row_n == 1) and (col_stride == 1 or col_n == 1)
-            top, left = divmod(offset, cols)
+            steps |= view.meta.numel() == 0  # strides of nothing say nothing
+            top, left = divmod(offset, cols) if cols else (0, 0)
             if steps and top + row_n <= rows and left + col_n <= cols:
                 return Part(
                     (rows, cols),

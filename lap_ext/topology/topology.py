@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from lap_ext.computed import is_computed, sources, value_of
+from lap_ext.errors import LapValueError, calling
 from lap_ext.topology import edges, render
+from lap_ext.topology.accepted import unwrapped
 from lap_ext.topology.edges import Edge
 from lap_ext.topology.effective import same
 from lap_ext.topology.export import first_names, named_tensors
 from lap_ext.topology.graph import Graph
+from lap_ext.topology.model_structure import structure_of
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Computation
@@ -139,6 +143,8 @@ class Topology:
         neighbors: the neighbors that the user gave for some layers.
         others: parameters of two dimensions or more that are not layers (a position embedding that
             is added, a class token, a table of biases); they are never pruned.
+        unreached: those of them that the example inputs do not reach, because the model took a path
+            on which nothing reads them; trace with inputs for all branches to prune them too.
         stops: one sentence for each operation at which the trace stopped; empty unless
             on_unsupported="cut".
 
@@ -150,6 +156,19 @@ class Topology:
         -----  ------  -----  ------  -------
         0      linear  8x4    input   2
         2      linear  2x8    0       output
+
+        A model with two branches, traced with an input for one of them:
+
+        >>> class Towers(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.text, self.image = torch.nn.Linear(4, 2), torch.nn.Linear(6, 2)
+        ...     def forward(self, text, image=None):
+        ...         return self.text(text) if image is None else self.text(text) + self.image(image)
+        >>> lap_ext.trace(Towers(), torch.ones(1, 4)).unreached
+        ('image.weight',)
+        >>> lap_ext.trace(Towers(), (torch.ones(1, 4), torch.ones(1, 6))).unreached
+        ()
     """
 
     def __init__(
@@ -158,12 +177,16 @@ class Topology:
         graph: Graph,
         neighbors: Mapping[str, Any],
         stops: Sequence[str],
+        constants: Mapping[str, Tensor],
+        unreached: Sequence[str],
     ) -> None:
         self.model = model
+        self._structure = replace(structure_of(model, constants), constants=constants)
         self.graph = graph
         self.roles = graph.roles
         self.neighbors = dict(neighbors)
         self.stops = list(stops)
+        self.unreached = tuple(unreached)
         self.layers: dict[str, Layer] = {}
         tensors, computed_from = named_tensors(model), sources(model)
         by_name: dict[str, list[Role]] = {}
@@ -184,22 +207,85 @@ class Topology:
             and name not in computed_from
         ]
 
+    @calling("Topology.bind")
+    def bind(self, model: nn.Module) -> Topology:
+        """Returns this topology for another model of the same structure, without a new trace.
+
+        Copies (copy.deepcopy), models built by the same code, and models on another device or in
+        another dtype have the same structure: the same classes of modules with the same attributes
+        (stride, groups, heads; not private ones), the same names and shapes of parameters and
+        buffers, the same ties, and the same values in buffers that say which channel is which.
+        Values of weights may differ. Neighbors that were given as tensors stay these tensors.
+
+        `prune`, `scores` and `Pruner` bind the topology that they are given; so they also notice a
+        model that has changed since it was traced. In the traced model itself, attributes of your
+        own classes may change, since they may be counts of steps.
+
+        Args:
+            model: a module, or one wrapped by torch.compile, DataParallel or
+                DistributedDataParallel.
+
+        Returns:
+            A topology with `.model` and all weights those of model; this one if it is its model.
+
+        Raises:
+            TypeError: model is not a module.
+            ValueError: the structure differs; the message names the first difference.
+
+        Example:
+            >>> import copy, torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> topology = lap_ext.trace(net, torch.ones(1, 4))
+            >>> for sparsity in (0.5, 0.75):
+            ...     pruned = copy.deepcopy(net).double()
+            ...     print(lap_ext.prune(pruned, None, sparsity, topology=topology).kept)
+            24
+            12
+            >>> topology.bind(pruned).layers["0"].weight is pruned[0].weight
+            True
+        """
+        model = unwrapped(model)
+        difference = self._structure.difference(model, same_model=model is self.model)
+        if difference:
+            raise LapValueError(
+                "a topology traced from this model, as it is now, or from one of the same structure"
+                " ({argument})",
+                f"another structure: {difference}",
+                "Trace this model: pass example_inputs, or the result of lap_ext.trace.",
+                argument="topology",
+            )
+        if model is self.model:
+            return self
+        bound = copy.copy(self)
+        bound.model = model
+        bound.layers = {name: replace(x, topology=bound) for name, x in self.layers.items()}
+        return bound
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Returns the model's current parameters, buffers and computed tensors by name."""
         return named_tensors(self.model)
 
     def __str__(self) -> str:
-        return render.table(self._rows(), self.others, self.stops)
+        return render.table(self._rows(), self._notes())
 
     def __repr__(self) -> str:
         return f"Topology({len(self.layers)} layers, {self.graph.channels.size - 1} channels)"
 
     def _repr_html_(self) -> str:
-        return render.html_of(self._rows(), self.others, self.stops)
+        return render.html_of(self._rows(), self._notes())
 
     def to_dot(self) -> str:
         """Returns the graph in Graphviz's language, with arrows from producers to consumers."""
         return render.dot(self._rows())
+
+    def _notes(self) -> list[str]:
+        """Lists what the table does not show, a line each."""
+        never = [name for name in self.others if name not in self.unreached]
+        notes = [f"no layers, never pruned: {', '.join(never)}"] if never else []
+        if self.unreached:
+            names = ", ".join(self.unreached)
+            notes.append(f"not reached by the example inputs, never pruned: {names}")
+        return [*notes, *(f"stopped at: {text}" for text in self.stops)]
 
     def _rows(self) -> list[render.Row]:
         return [render.Row(x.name, x.kind, x.shape, x.prev, x.next) for x in self.layers.values()]

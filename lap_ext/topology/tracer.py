@@ -81,6 +81,7 @@ class Tracer:
         # line of the source -> what it has read out of states, and the keys of its sources
         self.states: dict[str, list[tuple[ChannelGroup, set[bytes]]]] = {}
         self.skipped: list[int] = []  # groups after operations that only the user's layers feed
+        self.constants: dict[str, Tensor] = {}  # buffers whose values the channels depend on
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         """Returns the results of a graph for what is known of its placeholders."""
@@ -199,6 +200,8 @@ class Tracer:
         if value.static is None or value.static.trainable:
             return None
         constant: Tensor = value.static.value(self.tensors, {})
+        for name in names_of(value.static):
+            self.constants.setdefault(name, self.tensors[name].detach().clone())
         return None if constant.is_meta else constant.to("cpu")
 
     def couple(self, a: Tensor, b: Tensor, once: bool = False) -> None:

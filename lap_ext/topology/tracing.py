@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
 from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling, warn
 from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
-from lap_ext.topology.export import arguments, export, first_names, named_tensors, placeholders
+from lap_ext.topology.accepted import check_traceable, unwrapped
+from lap_ext.topology.export import (
+    arguments,
+    export,
+    first_names,
+    named_tensors,
+    on_device_of,
+    placeholders,
+)
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.static import Static
 from lap_ext.topology.topology import Topology
@@ -57,7 +66,7 @@ def trace(
         model: any module that torch.export can follow; it is traced in evaluation mode.
         example_inputs: inputs of the model's forward: a tensor, a tuple of positional arguments, or
             a dict of named arguments. Small inputs suffice. Pass None if forward takes no
-            arguments.
+            arguments. They may be on another device than the model.
         neighbors: layer name -> (previous, next) as in `lap_ext.score`, where a layer name may
             stand for its weight. They replace the result of the trace for these layers. An
             operation that is not understood raises no error if all layers that feed it are named
@@ -88,7 +97,15 @@ def trace(
             "Pass it as topology=, where that is a parameter.",
             argument="example_inputs",
         )
-    program = export(model, *arguments(example_inputs))
+    if neighbors is not None and not isinstance(neighbors, Mapping):
+        raise LapTypeError(
+            "{argument} to be a dict: layer name -> (previous, next)",
+            type(neighbors).__name__,
+            argument="neighbors",
+        )
+    model = unwrapped(model)
+    check_traceable(model)
+    program = export(model, *on_device_of(model, arguments(example_inputs)))
     tracer = Tracer(named_tensors(model), first_names(model), on_unsupported, set(neighbors or {}))
     nodes = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
     given = list(zip(placeholders(program), nodes, strict=True))
@@ -98,11 +115,23 @@ def trace(
     for value in _tensors(outputs):
         tracer.end(value, "output")
     graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends)
-    topology = Topology(model, graph, neighbors or {}, tracer.stops)
+    topology = Topology(
+        model, graph, neighbors or {}, tracer.stops, tracer.constants, _unreached(model, program)
+    )
     _check_neighbors(topology, tracer.skipped)
     if topology.stops:
         warn("\n".join(topology.stops))
     return topology
+
+
+def _unreached(model: nn.Module, program: ExportedProgram) -> list[str]:
+    """Lists the parameters of two dimensions or more that no operation reads."""
+    nodes = (node for node in program.graph.nodes if node.op == "placeholder")
+    first, read = first_names(model), set()
+    for (kind, name, _), node in zip(placeholders(program), nodes, strict=True):
+        if kind == "parameter" and node.users:
+            read.add(first[name])
+    return [name for name, p in model.named_parameters() if p.dim() > 1 and name not in read]
 
 
 def _check_neighbors(topology: Topology, skipped: list[int]) -> None:

@@ -61,7 +61,10 @@ def test_factory(run: Run, tmp_path: Path) -> None:
     assert run("verify", "deep/out", "w.safetensors")[0] == 0
 
 
-@pytest.mark.parametrize("model", [["nets:bare", "--input", "1x8"], ["nets:named"]])
+@pytest.mark.parametrize(
+    "model",
+    [["nets:bare", "--input", "1x8"], ["nets:bare", "--input", "input=1x8"], ["nets:named"]],
+)
 def test_factory_inputs(run: Run, model: list[str]) -> None:
     status, out, _ = run("prune", *model, "--sparsity", "erk:0.5", "--out", "out", "--json")
     assert status == 0 and json.loads(out)["kept"] == 96
@@ -91,6 +94,10 @@ def test_inspect_factory(run: Run) -> None:
         (["nets:broken"], "RuntimeError: no luck at all. Run it with --debug"),
         (["nets:bare"], "expected example inputs"),
         (["nets:bare", "--input", "1x"], "expected --input such as 1x3x224x224"),
+        (
+            ["nets:bare", "--input", "input=1x8", "--input", "1x8"],
+            "expected a name for all of --input or for none, got input=1x8, 1x8.",
+        ),
         (
             ["nets:net", "--checkpoint", "no.safetensors"],
             "expected --checkpoint to be a file that exists, got 'no.safetensors'",

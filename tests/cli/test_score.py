@@ -201,10 +201,18 @@ def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "on the disk of 's', got 100 that are free" in line
 
 
-def test_a_directory_takes_no_input(run: Run, checkpoints: Path) -> None:
-    for name in ("score", "inspect", "bench"):
-        line = one_line(run(name, checkpoints / "llama", "--input", "1x3"))
-        assert "expected --input with a factory only" in line
+def test_inputs_of_a_directory(run: Run, checkpoints: Path) -> None:
+    """In place of those that follow from the config."""
+    for name in ("score", "inspect"):
+        status, out, _ = run(name, checkpoints / "llama", "--json")
+        assert status == 0
+        same = run(name, checkpoints / "llama", "--json", "--input", "input_ids=1x3:int64")
+        assert same[:2] == (status, out)
+    for name in ("score", "bench"):
+        line = one_line(run(name, checkpoints / "llama", "--input", "ids=1x3:int64"))
+        assert "got ValueError: You must specify exactly one of input_ids" in line
+    line = one_line(run("score", checkpoints / "llama", "--checkpoint", "x.safetensors"))
+    assert "expected --checkpoint with a factory only" in line
     assert "--memory with a checkpoint directory only" in one_line(
         run("score", "nets:net", "--memory", "1GB")
     )

@@ -106,7 +106,9 @@ MISTAKES: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]]
         "torch.nn.Module",
     ),
     "another's topology": (
-        lambda m: Pruner(m, None, one_shot(0.5), topology=lap_ext.trace(cases.net(), EXAMPLE)),
+        lambda m: Pruner(
+            m, None, one_shot(0.5), topology=lap_ext.trace(nn.Sequential(cases.net()), EXAMPLE)
+        ),
         ValueError,
         "topology traced from this model",
     ),

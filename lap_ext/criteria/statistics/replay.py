@@ -72,10 +72,8 @@ def program_of(
     try:
         return export(topology.model, args, kwargs)
     except TopologyError as error:
-        text = str(error.__cause__).strip().split("\n")[0][:300].rstrip(".")
         raise LapValueError(
-            "batches of data that the model accepts as it does its example_inputs",
-            f"{type(error.__cause__).__name__}: {text}",
+            "batches of data that the model accepts as it does its example_inputs", error.got
         ) from error
 
 
