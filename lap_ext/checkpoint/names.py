@@ -171,3 +171,9 @@ class Names:
         return LapValueError(
             f"a tensor {name!r} in {str(self.checkpoint.path)!r}, as the model has it", got
         )
+
+
+def untied(checkpoint: Checkpoint, model: nn.Module) -> Names:
+    """Unties parameters of a model that the files store differently, and makes its names."""
+    hf.untie(model, Names(checkpoint, model).unlike(Source(checkpoint)))
+    return Names(checkpoint, model)

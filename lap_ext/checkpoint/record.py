@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lap_ext
 from lap_ext import allocation
@@ -22,7 +22,9 @@ from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, Scope
-from lap_ext.pruning.result import PruneResult
+
+if TYPE_CHECKING:
+    from lap_ext.pruning.result import PruneResult
 
 RECORD = "lap_ext.json"
 _LONGEST = 30_000_000  # bytes; that of 100,000 layers has 20 million

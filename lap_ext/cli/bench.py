@@ -64,13 +64,11 @@ class Baseline:
     lap_ext_memory: int | None
 
 
-def bench(options: Any) -> int:
+def bench(options: Any, is_directory: bool) -> int:
     """Measures standard shapes, or those of the layers of a model."""
-    if not 0 <= options.sparsity < 1:
-        raise LapValueError("0 <= {argument} < 1", f"{options.sparsity:g}", argument="sparsity")
     device = _device(options.device)
     with Progress(not options.quiet) as progress, torch.no_grad():
-        counts = _shapes(options, progress)
+        counts = _shapes(options, is_directory, progress)
         fitting = [x for x in counts if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
         chosen = fitting[:_MOST_SHAPES]
         progress.step("bench", len(_SELECT) * sum(torch.Size(x[0]).numel() for x in chosen))
@@ -102,7 +100,7 @@ def _device(given: str) -> torch.device:
         ) from None
 
 
-def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
+def _shapes(options: Any, is_directory: bool, progress: Progress) -> Mapping[Shape, int]:
     """Counts the layers of each shape; shapes with the most weights in all layers come first."""
     if options.model is None:
         for name in ("checkpoint", "input"):
@@ -110,7 +108,7 @@ def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
                 raise LapValueError("a MODEL with {argument}", "none", argument=name)
         return {(shape, torch.float32): 1 for shape in _STANDARD}
     counts: Counter[Shape] = Counter()
-    if models.is_directory(options):
+    if is_directory:
         progress.step("trace")
         files = open_directory(Path(options.model))
         known = structure_of(files, None, None, options.on_unsupported)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Runs the subcommands: each calls the library and shows the result."""
+"""Runs the subcommands: each calls the library and shows the result.
+
+A subcommand checks its arguments first, and then imports what it needs and nothing else: torch
+alone takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,35 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lap_ext
-from lap_ext import checkpoint, demo, report
+from lap_ext import allocation
 from lap_ext._files import new_directory
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
-from lap_ext.checkpoint import record, stream
-from lap_ext.checkpoint.files import MASKS
-from lap_ext.checkpoint.inspecting import inspect_model
-from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
-from lap_ext.cli import bench, models, outputs
+from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result, writing
-from lap_ext.errors import LapFileExistsError
-from lap_ext.report import Facts, plots
+from lap_ext.errors import LapFileExistsError, LapValueError
+
+if TYPE_CHECKING:
+    from lap_ext import checkpoint
+    from lap_ext.report import Facts
 
 _SINGLE = "model.safetensors"
 
 
 def prune(options: Any) -> int:
     """Prunes a checkpoint directory, or a module, and writes it to a new directory."""
-    sparsity = notation.of_texts(options.sparsity)  # mistakes cost nothing yet
-    _check_new(options.out)
-    outputs.check(options)
     start = time.monotonic()
+    sparsity = _sparsity(options)  # mistakes cost nothing yet
+    is_directory = models.is_directory(options)
+    _check_new(options.out)
+    from lap_ext.cli import outputs
+
+    outputs.check(options)
     with Progress(not options.quiet) as progress:
-        run = _prune_directory if models.is_directory(options) else _prune_module
+        run = _prune_directory if is_directory else _prune_module
         pruned, facts = run(options, sparsity, progress)
         if facts is not None:
             progress.step("draw")
@@ -50,6 +56,13 @@ def prune(options: Any) -> int:
     return 0
 
 
+def _sparsity(options: Any) -> Sparsity:
+    """Reads and checks the texts of --sparsity."""
+    sparsity = notation.of_texts(options.sparsity)
+    allocation.of(sparsity)  # raises where it is no fraction
+    return sparsity
+
+
 def _written(files: Sequence[Path]) -> str:
     """Lists files for the last line of a result."""
     return f"written: {', '.join(visible(str(path)) for path in files)}"
@@ -57,6 +70,10 @@ def _written(files: Sequence[Path]) -> str:
 
 def _draw(options: Any, facts: Facts) -> None:
     """Writes the report and the plots, where there are options for them."""
+    from lap_ext import report
+    from lap_ext.cli import outputs
+    from lap_ext.report import plots
+
     done = f"; {str(options.out)!r} is complete"
     if options.report:
         with writing(options.report, done):
@@ -72,6 +89,9 @@ def _prune_directory(
     options: Any, sparsity: Sparsity, progress: Progress
 ) -> tuple[checkpoint.CheckpointResult, Facts | None]:
     """Streams a checkpoint directory."""
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint import record
+
     reported = bool(options.report or options.plot)
     progress.step("prune")
     pruned = checkpoint.prune(
@@ -86,6 +106,8 @@ def _prune_directory(
         record.write(options.out, _chosen(options), pruned)
     if not reported:
         return pruned, None
+    from lap_ext.checkpoint.reporting import checkpoint_facts
+
     facts = checkpoint_facts(
         options.model,
         pruned,
@@ -115,6 +137,8 @@ def _prune_module(
     pruned = lap_ext.prune(made.module, None, sparsity, scope=scope, apply=False, **given)
     facts = None
     if options.report or options.plot:
+        from lap_ext.checkpoint.reporting import model_facts
+
         progress.step("score")
         scores = lap_ext.scores(made.module, **given)
         facts = model_facts(
@@ -134,6 +158,9 @@ def _prune_module(
 def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None:
     """Writes the pruned weights, their masks, and the options."""
     from safetensors.torch import save_model
+
+    from lap_ext.checkpoint import record
+    from lap_ext.checkpoint.files import MASKS
 
     with writing(options.out), new_directory(options.out) as directory:
         save_model(made.module, str(directory / _SINGLE), metadata={"format": "pt"})
@@ -162,6 +189,10 @@ def _chosen_texts(options: Any) -> dict[str, str]:
 def score(options: Any) -> int:
     """Shows a table of every layer's scores, and writes all scores to a file with --out."""
     directory = Path(options.model) if models.is_directory(options) else None
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint import stream
+    from lap_ext.cli import outputs
+
     outputs.check(options)
     if options.out:
         stream.check_new(options.out, directory, "out")
@@ -187,18 +218,24 @@ def score(options: Any) -> int:
 
 def _score_module(options: Any, progress: Progress) -> checkpoint.ScoreStream:
     """Scores a module; all scores are in memory, as the module is."""
+    from lap_ext.checkpoint import ScoreStream
+
     made, topology = models.traced(options, progress)
     progress.step("score")
     given = models.scoring_options(options)
     scores = lap_ext.scores(made.module, topology=topology, on_progress=progress.follow, **given)
     described = {name: given[name] for name in ("criterion", "normalize", "batch_norm")}
-    return checkpoint.ScoreStream.of_model(topology, scores, described)
+    return ScoreStream.of_model(topology, scores, described)
 
 
 def inspect(options: Any) -> int:
     """Shows layers, their neighbors, sizes and zeros."""
+    is_directory = models.is_directory(options)
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint.inspecting import inspect_model
+
     with Progress(not options.quiet) as progress:
-        if models.is_directory(options):
+        if is_directory:
             progress.step("trace")
             inspection = checkpoint.inspect(
                 options.model, on_unsupported=options.on_unsupported, on_progress=progress.follow
@@ -216,12 +253,15 @@ def inspect(options: Any) -> int:
 
 def verify(options: Any) -> int:
     """Compares a pruned checkpoint with its original; returns 1 if it has findings."""
+    sparsity = _sparsity(options) if options.sparsity else None
+    from lap_ext.checkpoint import verify
+
     with Progress(not options.quiet) as progress:
         progress.step("verify")
-        verdict = checkpoint.verify(
+        verdict = verify(
             options.pruned,
             options.original,
-            sparsity=notation.of_texts(options.sparsity) if options.sparsity else None,
+            sparsity=sparsity,
             scope=options.scope,
             on_progress=progress.follow,
         )
@@ -236,8 +276,20 @@ def info(options: Any) -> int:
     return 0
 
 
+def bench(options: Any) -> int:
+    """Times lap_ext on this machine, on standard shapes or those of the layers of a model."""
+    if not 0 <= options.sparsity < 1:
+        raise LapValueError("0 <= {argument} < 1", f"{options.sparsity:g}", argument="sparsity")
+    is_directory = options.model is not None and models.is_directory(options)
+    from lap_ext.cli.bench import bench as measured
+
+    return measured(options, is_directory)
+
+
 def demo_(options: Any) -> int:
     """Runs the demo; with --json prints its figures and draws no plot."""
+    from lap_ext import demo
+
     if not options.json:
         given = ["--seeds", str(options.seeds), "--steps", str(options.steps)]
         return 2 if (status := demo.main([*given, "--out", str(options.out)])) == 1 else status
@@ -255,7 +307,7 @@ COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "score": score,
     "inspect": inspect,
     "verify": verify,
-    "bench": bench.bench,
+    "bench": bench,
     "demo": demo_,
     "info": info,
 }

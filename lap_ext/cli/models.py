@@ -3,6 +3,7 @@
 
 No file is loaded that can execute code: weights come from safetensors files. A pickle file or a
 torch.export program is refused without being opened; whoever trusts one loads it in a factory.
+torch is imported where a module is made, so that a wrong MODEL is told at once.
 """
 
 from __future__ import annotations
@@ -11,13 +12,9 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from lap_ext._text import some
-from lap_ext.checkpoint.files import DTYPES
 from lap_ext.cli.output import Progress
 from lap_ext.errors import (
     LapFileNotFoundError,
@@ -27,7 +24,11 @@ from lap_ext.errors import (
     callback,
 )
 from lap_ext.options import OnUnsupported
-from lap_ext.topology import Topology, trace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lap_ext.topology import Topology
 
 _PROGRAM = ".pt2"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
@@ -50,6 +51,8 @@ class Made:
 
     def trace(self, on_unsupported: OnUnsupported) -> Topology:
         """Finds the neighbors of each layer."""
+        from lap_ext.topology import trace
+
         return trace(self.module, self.example_inputs, on_unsupported=on_unsupported)
 
 
@@ -113,6 +116,8 @@ def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:
 
 def make(options: Any) -> Made:
     """Makes the module of a factory, with the weights of --checkpoint and the inputs of --input."""
+    from torch import nn
+
     with callback():
         returned = _factory(options.model)()
     is_pair = isinstance(returned, tuple) and len(returned) == 2
@@ -147,6 +152,8 @@ def example(text: str) -> Tensor:
                   [0., 0.],
                   [0., 0.]]]), tensor([[0, 0]]))
     """
+    import torch
+
     shape, _, kind = text.partition(":")
     dtype = getattr(torch, kind or "float32", None)
     sizes = shape.split("x")
@@ -229,6 +236,9 @@ def _load(module: nn.Module, path: Path) -> None:
 def _check_dtypes(module: nn.Module, path: Path) -> None:
     """Raises where loading would turn the numbers of a tensor into other ones."""
     from safetensors import safe_open
+    from torch import Tensor
+
+    from lap_ext.checkpoint.files import DTYPES
 
     own = {name: x.dtype for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     with safe_open(path, framework="pt") as file:
