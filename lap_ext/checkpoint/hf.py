@@ -98,7 +98,7 @@ def inputs(model: Any) -> Shapes:
         raise LapValueError(
             "a model whose inputs follow from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
-            "Pass example_inputs=: a tensor, a tuple, or a dict of named ones.",
+            "Pass {example_inputs=}: a tensor, a tuple, or a dict of named ones.",
         )
     if getattr(made, "is_encoder_decoder", False):
         if "decoder_input_ids" in inspect.signature(model.forward).parameters:
@@ -112,7 +112,7 @@ def _whole(name: str, value: Any, most: int = _LARGEST) -> int:
         raise LapValueError(
             f"config.{name} to be a whole number from 1 to {most:,}",
             repr(value)[:80],
-            "Pass example_inputs=.",
+            "Pass {example_inputs=}.",
         )
     return value
 

@@ -104,7 +104,7 @@ class Names:
             warn(
                 f"The model has no parameter for {len(unknown)} stored tensors, which stay as they "
                 f"are, unpruned: {some(map(repr, sorted(unknown)), _SHOWN)}. If they are layers, "
-                "pass model=, or name the class that has them in config.architectures."
+                "pass {model=}, or name the class that has them in config.architectures."
             )
 
     def _is_matrix(self, name: str) -> bool:

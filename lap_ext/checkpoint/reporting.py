@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext._text import some
 from lap_ext.checkpoint.files import DTYPES, open_directory, size_of
-from lap_ext.checkpoint.inspecting import model_bytes, neighbors
+from lap_ext.checkpoint.inspecting import MOST_NEIGHBORS, model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.result import CheckpointResult
 from lap_ext.checkpoint.structure import structure_of
@@ -164,8 +165,8 @@ def _weights(
         layer.name,
         layer.kind,
         layer.shape,
-        neighbors(layer.prev),
-        neighbors(layer.next),
+        some(neighbors(layer.prev), MOST_NEIGHBORS),
+        some(neighbors(layer.next), MOST_NEIGHBORS),
         scores=scores,
     )
     return LayerWeights(facts, layer.roles[0].part.shape, layer.groups, itemsize, copies, chunks)

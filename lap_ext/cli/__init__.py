@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lap_ext._text import visible
 from lap_ext.cli import parser
 from lap_ext.cli.output import drop, line, work_of
-from lap_ext.errors import LapError
+from lap_ext.errors import LapError, LapWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,8 +97,8 @@ def _flush() -> None:
 def _text(error: Exception, options: Any) -> str:
     """Puts an error into one line, with arguments spelled as options."""
     if isinstance(error, LapError):
-        names = parser.spellings(options.subcommand)
-        text = error.text(lambda argument: names.get(argument, argument), named=error.final)
+        names, option = parser.spellings(options.subcommand), parser.options(options.subcommand)
+        text = error.text(lambda x: names.get(x, x), option, named=error.final)
     elif isinstance(error, MemoryError):
         text = "out of memory. Give a smaller --memory, or run it on a larger machine."
     elif isinstance(error, OSError) and error.strerror:
@@ -142,7 +142,10 @@ def _warnings_as_lines(subcommand: str) -> Iterator[None]:
     """Shows each warning as one line on stderr, without the line of code that it came from."""
 
     def show(message: Warning | str, *_source: object, **_more: object) -> None:
-        line(sys.stderr, f"lap-ext {subcommand}: warning: {_joined(str(message))}")
+        text = str(message)
+        if isinstance(message, LapWarning):
+            text = message.text(parser.options(subcommand))
+        line(sys.stderr, f"lap-ext {subcommand}: warning: {_joined(text)}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

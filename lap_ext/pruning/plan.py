@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lap_ext import criteria
-from lap_ext._text import matches, some
+from lap_ext._text import matches, meant_layers, some
 from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapTypeError, LapValueError
@@ -198,7 +198,7 @@ def _matching(topology: Topology, patterns: Patterns, argument: str) -> set[str]
             raise LapValueError(
                 "{argument} patterns that name a layer",
                 repr(pattern),
-                f"The layers are {some(topology.layers, _LISTED)}.",
+                meant_layers(pattern, list(topology.layers)),
                 argument=argument,
             )
         names.update(matching)

@@ -268,7 +268,7 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
         masked = masked * mask
     if masked.numel() and math.isinf(masked.max()):
         raise LapValueError(
-            f"finite scores for normalize={how!r}",
+            f"finite scores for {{normalize={how!r}}}",
             "infinite ones: products of a weight and norms beyond the range of their dtype",
             "Convert the model to float64, or scale its weights down.",
         )

@@ -246,11 +246,11 @@ def _unsupported(call: Call, feeding: list[str]) -> TopologyError:
     neighbors = ""
     if feeding:
         around = f"{{{feeding[0]!r}: (previous, next), ...}}"
-        neighbors = f"neighbors={around} for the layers around it, or "
+        neighbors = f"{{neighbors={around}}} for the layers around it, or "
     return TopologyError(
         "operations that lap_ext can follow",
         f"{_described(call)}, fed by {_listed(feeding)}",
-        f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1).',
+        f'Pass {neighbors}{{on_unsupported="cut"}} to count it as a boundary (factor 1).',
     )
 
 

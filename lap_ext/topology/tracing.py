@@ -124,7 +124,7 @@ def _check_neighbors(topology: Topology, skipped: list[int]) -> None:
                     f"neighbors for layer {role.layer!r} too (it reads the result of {operation}, "
                     "which lap_ext cannot follow)",
                     "none",
-                    f"Pass neighbors={{{role.layer!r}: (previous, next), ...}}.",
+                    f"Pass {{neighbors={{{role.layer!r}: (previous, next), ...}}}}.",
                 )
 
 
