@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import zip_longest
 
 _WIDEST = 100  # letters of a column; a longer cell moves the rest of its own row only
-_NARROWEST = 12  # letters of a column of names
+_NARROWEST = 8  # letters of a column of names
 _LONGEST = 1000  # letters of a part of an error: a name in a file may have a million
 
 
@@ -235,13 +235,14 @@ def meant_layers(given: str, names: Sequence[str], most: int = 5) -> str:
         >>> meant_layers("conv*", names, most=2)
         'The layers are encoder.layer.0.fc, encoder.layer.1.fc and 1 more.'
     """
-    parts = [name.split(".") for name in names]
-    patterns = dict.fromkeys(
-        pattern
-        for x in parts
-        for pattern in (*(".".join([*x[:i], "*"]) for i in range(1, len(x))), f"*.{x[-1]}")
-    )
-    if hint := did_you_mean(given, names, most=3) or did_you_mean(given, patterns):
+    if any(name.startswith(f"{given}.") for name in names):
+        return f"Did you mean {f'{given}.*'!r}?"
+    known: Iterable[str] = names
+    if any(sign in given for sign in "*?["):
+        parts = [name.split(".") for name in names]
+        starts = (".".join([*x[:i], "*"]) for x in parts for i in range(1, len(x)))
+        known = dict.fromkeys([*starts, *(f"*.{x[-1]}" for x in parts)])
+    if hint := did_you_mean(given, known, most=3):
         return hint
     return f"The layers are {some(names, most)}." if names else "There are no layers."
 

@@ -3,7 +3,8 @@
 
 The command line writes it, with the options as typed; `verify` reads it.
 
-    {"lap_ext": version, "asked": {"sparsity": [texts], "scope": "layer", ...},
+    {"lap_ext": version, "model": the original, as typed,
+     "asked": {"sparsity": [texts], "scope": "layer", ...},
      "layers": [{"name": ..., "kept": ..., "total": ..., ...}, ...]}
 """
 
@@ -37,10 +38,12 @@ class Record:
     Attributes:
         counts: layer name -> (weights kept, all weights).
         options: option -> value, as written.
+        model: the original, as it was given to the command line; None if that is not known.
     """
 
     counts: Mapping[str, tuple[int, int]]
     options: Any
+    model: str | None = None
 
     def wanted(self) -> tuple[Sparsity, Scope]:
         """Reads the sparsity and its scope.
@@ -59,16 +62,20 @@ class Record:
             return sparsity, scope
 
 
-def write(directory: Path, options: Mapping[str, Any], result: PruneResult) -> None:
+def write(
+    directory: Path, options: Mapping[str, Any], result: PruneResult, model: str | None = None
+) -> None:
     """Writes the record of a pruning.
 
     Args:
         directory: of the pruned weights.
         options: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
         result: of the pruning.
+        model: the original.
     """
     layers = json.loads(result.to_json())["layers"]
-    facts = {"lap_ext": lap_ext.__version__, "asked": dict(options), "layers": layers}
+    facts = {"lap_ext": lap_ext.__version__, "model": model, "asked": dict(options)}
+    facts["layers"] = layers
     with replacing(directory / RECORD) as file:
         file.write(f"{json.dumps(facts, indent=2)}\n".encode())
 
@@ -91,7 +98,8 @@ def read(directory: Path) -> Record | None:
                 if type(name) is not str or name in counts or not whole:
                     raise ValueError("no counts of layers")
                 counts[name] = kept, total
-            return Record(counts, facts.get("asked"))
+            model = facts.get("model")
+            return Record(counts, facts.get("asked"), model if isinstance(model, str) else None)
     except FileNotFoundError:
         return None
 

@@ -16,6 +16,7 @@ from lap_ext.checkpoint.files import DTYPES, open_directory, size_of
 from lap_ext.checkpoint.inspecting import MOST_NEIGHBORS, model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.result import CheckpointResult
+from lap_ext.checkpoint.stored import StoredPruning
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
@@ -32,7 +33,7 @@ _STEP = "measure"
 @calling("checkpoint_facts")
 def checkpoint_facts(
     directory: str | os.PathLike[str],
-    result: CheckpointResult,
+    result: CheckpointResult | StoredPruning,
     *,
     options: Mapping[str, str] | None = None,
     example_inputs: Inputs | None = None,
@@ -44,8 +45,8 @@ def checkpoint_facts(
 
     Args:
         directory: the original checkpoint, which is also the report's title.
-        result: of `checkpoint.prune`, with its masks saved. Its scores, if they were counted, are
-            in the report.
+        result: of `checkpoint.prune`, with its masks saved, or one that is stored. Its scores, if
+            they were counted, are in the report.
         options: option -> value, as the report shows them.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
@@ -98,7 +99,7 @@ def checkpoint_facts(
 
 def model_facts(
     topology: Topology,
-    result: PruneResult,
+    result: PruneResult | StoredPruning,
     scores: Mapping[str, Tensor],
     *,
     title: str,
@@ -140,7 +141,10 @@ def model_facts(
 
 
 def _facts(
-    title: str, result: PruneResult, options: Mapping[str, str] | None, topology: Topology
+    title: str,
+    result: PruneResult | StoredPruning,
+    options: Mapping[str, str] | None,
+    topology: Topology,
 ) -> Facts:
     """Gathers what is known before a weight is measured."""
     return Facts(

@@ -126,6 +126,14 @@ class Verdict:
             "layers": [asdict(row) for row in self.layers],
         }
 
+    def summary(self) -> str:
+        """Says in one line what was found."""
+        if self.ok:
+            return f"ok: {self.tensors} tensors compared, sparsity {self.sparsity:.2%}"
+        first, more = self.findings[0], len(self.findings) - 1
+        others = f"; {more} more findings" if more else ""
+        return visible(f"{first.tensor}: {first.problem}{others}")
+
     def __str__(self) -> str:
         return "\n".join([columns(self._rows(), right=_NUMBERS), "", *self._notes()])
 

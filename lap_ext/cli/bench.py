@@ -72,9 +72,10 @@ def bench(options: Any, is_directory: bool) -> int:
         fitting = [x for x in counts if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
         chosen = fitting[:_MOST_SHAPES]
         progress.step("bench", len(_SELECT) * sum(torch.Size(x[0]).numel() for x in chosen))
-        cases = []
+        cases, ratios = [], []
         for shape, kind in chosen:
             baselines = _measured(shape, kind, device, options.sparsity, progress)
+            ratios += [x.ratio for x in baselines]
             case = {"shape": list(shape), "dtype": str(kind).removeprefix("torch.")}
             rest = {"layers": counts[shape, kind], "baselines": [asdict(x) for x in baselines]}
             cases.append(case | rest)
@@ -85,7 +86,9 @@ def bench(options: Any, is_directory: bool) -> int:
         "left_out": len(counts) - len(chosen),
         "cases": cases,
     }
-    result(options, shown, _text(shown))
+    brief = f"{len(cases)} shapes: the baselines take "
+    brief += f"{_short(min(ratios))} to {_short(max(ratios))} times the time of lap_ext"
+    result(options, shown, _text(shown), brief if cases else "no shapes")
     return 0
 
 

@@ -7,9 +7,12 @@ alone takes seconds.
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +23,12 @@ from lap_ext._files import new_directory
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.cli import models
-from lap_ext.cli.output import Progress, result, writing
+from lap_ext.cli.output import Progress, result, terminal_width, writing
 from lap_ext.errors import LapFileExistsError, LapValueError
 
 if TYPE_CHECKING:
     from lap_ext import checkpoint
+    from lap_ext.checkpoint.stored import StoredPruning
     from lap_ext.report import Facts
 
 _SINGLE = "model.safetensors"
@@ -52,7 +56,8 @@ def prune(options: Any) -> int:
         shown["measured"] = facts.to_dict()
     plots_written = [options.plot, outputs.second(options.plot)] if options.plot else []
     files = [path for path in (options.out, options.report, *plots_written) if path]
-    result(options, shown, f"{pruned}\n{_written(files)}")
+    brief = f"{pruned.kept:,} of {pruned.total:,} weights kept, sparsity {pruned.sparsity:.2%}; "
+    result(options, shown, f"{pruned}\n{_written(files)}", brief + _written(files))
     return 0
 
 
@@ -68,16 +73,56 @@ def _written(files: Sequence[Path]) -> str:
     return f"written: {', '.join(visible(str(path)) for path in files)}"
 
 
+def report(options: Any) -> int:
+    """Makes the page of an earlier result, from its directory and the weights of the original."""
+    page = options.out or options.result.with_name(f"{options.result.resolve().stem}.html")
+    from lap_ext.checkpoint.stored import stored_pruning
+    from lap_ext.cli import outputs
+    from lap_ext.report import write
+
+    earlier = stored_pruning(options.result)
+    options.model = options.model or earlier.model
+    if options.model is None:
+        raise LapValueError(
+            "{argument} (the original, whose weights are measured)",
+            "a result that does not name it",
+            "Give it after RESULT.",
+            argument="model",
+        )
+    outputs.check_page(options, page)
+    with Progress(not options.quiet) as progress:
+        facts = _stored_facts(options, earlier, progress)
+        with writing(page):
+            write(page, facts)
+    shown = {"model": options.model, "result": str(options.result), "out": str(page)}
+    result(options, shown | {"measured": facts.to_dict()}, _written([page]))
+    return 0
+
+
+def _stored_facts(options: Any, earlier: StoredPruning, progress: Progress) -> Facts:
+    """Measures an earlier result on the weights of its original."""
+    given: dict[str, Any] = {"options": _texts(earlier.options), "on_progress": progress.follow}
+    if models.is_directory(options):
+        from lap_ext.checkpoint.reporting import checkpoint_facts
+
+        progress.step("trace")
+        how = options.on_unsupported
+        return checkpoint_facts(options.model, earlier, on_unsupported=how, **given)
+    from lap_ext.checkpoint.reporting import model_facts
+
+    _, topology = models.traced(options, progress)
+    return model_facts(topology, earlier, {}, title=options.model, **given)
+
+
 def _draw(options: Any, facts: Facts) -> None:
     """Writes the report and the plots, where there are options for them."""
-    from lap_ext import report
     from lap_ext.cli import outputs
-    from lap_ext.report import plots
+    from lap_ext.report import plots, write
 
     done = f"; {str(options.out)!r} is complete"
     if options.report:
         with writing(options.report, done):
-            report.write(options.report, facts)
+            write(options.report, facts)
     if options.plot:
         title = f"{facts.title}, {facts.criterion}"
         with writing(options.plot, done):
@@ -103,7 +148,7 @@ def _prune_directory(
         **_streaming_options(options, progress),
     )
     with writing(options.out):
-        record.write(options.out, _chosen(options), pruned)
+        record.write(options.out, _chosen(options), pruned, options.model)
     if not reported:
         return pruned, None
     from lap_ext.checkpoint.reporting import checkpoint_facts
@@ -111,7 +156,7 @@ def _prune_directory(
     facts = checkpoint_facts(
         options.model,
         pruned,
-        options=_chosen_texts(options),
+        options=_texts(_chosen(options)),
         on_unsupported=options.on_unsupported,
         on_progress=progress.follow,
     )
@@ -146,7 +191,7 @@ def _prune_module(
             pruned,
             scores,
             title=options.model,
-            options=_chosen_texts(options),
+            options=_texts(_chosen(options)),
             on_progress=progress.follow,
         )
     pruned.apply(made.module)
@@ -165,7 +210,7 @@ def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None
     with writing(options.out), new_directory(options.out) as directory:
         save_model(made.module, str(directory / _SINGLE), metadata={"format": "pt"})
         pruned.masks.save(directory / MASKS)
-        record.write(directory, _chosen(options), pruned)
+        record.write(directory, _chosen(options), pruned, options.model)
 
 
 def _check_new(out: Path) -> None:
@@ -180,10 +225,10 @@ def _chosen(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _chosen_texts(options: Any) -> dict[str, str]:
-    """Gathers the same options as texts, for a report."""
-    texts = {k: ", ".join(v) if isinstance(v, list) else v for k, v in _chosen(options).items()}
-    return {name: text for name, text in texts.items() if text}
+def _texts(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Makes texts of options, for a report."""
+    given = {name: value for name, value in chosen.items() if value not in (None, [])}
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items()}
 
 
 def score(options: Any) -> int:
@@ -212,7 +257,8 @@ def score(options: Any) -> int:
     shown |= {"normalize": options.normalize, "batch_norm": options.batch_norm}
     shown |= {"out": options.out and str(options.out)} | table.to_dict()
     written = f"\n{_written([options.out])}" if options.out else ""
-    result(options, shown, f"{table}{written}")
+    brief = f"{len(table.layers)} layers scored"
+    result(options, shown, f"{table}{written}", f"{brief}{written}".replace("\n", "; "))
     return 0
 
 
@@ -247,7 +293,13 @@ def inspect(options: Any) -> int:
         dot = inspection.topology.to_dot()
         result(options, {"dot": dot}, dot)
     else:
-        result(options, {"model": options.model} | inspection.to_dict(), str(inspection))
+        share = inspection.zeros / max(1, inspection.weights)
+        brief = f"{len(inspection.layers)} layers, {inspection.weights:,} weights, "
+        brief += f"{share:.2%} of them zero; {inspection.bytes:,} bytes"
+        shown = {"model": options.model} | inspection.to_dict()
+        width = None if options.wide else terminal_width()
+        table = inspection.table(width) if width else inspection.table(most=sys.maxsize)
+        result(options, shown, table, brief)
     return 0
 
 
@@ -265,14 +317,14 @@ def verify(options: Any) -> int:
             scope=options.scope,
             on_progress=progress.follow,
         )
-    result(options, verdict.to_dict(), str(verdict))
+    result(options, verdict.to_dict(), str(verdict), verdict.summary())
     return 0 if verdict.ok else 1
 
 
 def info(options: Any) -> int:
     """Shows versions and which kernels are loaded."""
     build = lap_ext.info()
-    result(options, asdict(build), str(build))
+    result(options, asdict(build), str(build), str(build).replace("\n", "; "))
     return 0
 
 
@@ -292,7 +344,11 @@ def demo_(options: Any) -> int:
 
     if not options.json:
         given = ["--seeds", str(options.seeds), "--steps", str(options.steps)]
-        return 2 if (status := demo.main([*given, "--out", str(options.out)])) == 1 else status
+        with redirect_stdout(io.StringIO()) if options.quiet else nullcontext():
+            status = demo.main([*given, "--out", str(options.out)])
+        if status == 0 and options.quiet:
+            result(options, {}, _written([options.out]))
+        return 2 if status == 1 else status
     with Progress(not options.quiet) as progress:
         progress.step("demo", demo.total_steps(options.seeds, options.steps))
         results = demo.run(
@@ -307,6 +363,7 @@ COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "score": score,
     "inspect": inspect,
     "verify": verify,
+    "report": report,
     "bench": bench,
     "demo": demo_,
     "info": info,

@@ -9,6 +9,7 @@ torch is imported where a module is made, so that a wrong MODEL is told at once.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _PROGRAM = ".pt2"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
+_HUB_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _KINDS = "a checkpoint directory or package.module:factory"
 
 
@@ -91,8 +93,20 @@ def is_directory(options: Any) -> bool:
         )
     module, colon, name = given.partition(":")
     if not (colon and name and all(part.isidentifier() for part in module.split("."))):
-        raise LapValueError(_KINDS, f"{given!r}, and no such directory")
+        raise LapValueError(_KINDS, f"{given!r}, and no such directory", _of_the_hub(options))
     return False
+
+
+def _of_the_hub(options: Any) -> str:
+    """Says how to fetch a model whose name on the Hugging Face Hub was given, perhaps."""
+    owner_and_name = options.model.split("/")
+    if len(owner_and_name) > 2 or not all(map(_HUB_NAME.fullmatch, owner_and_name)):
+        return ""
+    directory = f"./{owner_and_name[-1]}"
+    return (
+        f"If it is a model of the Hugging Face Hub, run: hf download {options.model} --local-dir "
+        f"{directory}, then lap-ext {options.subcommand} {directory}."
+    )
 
 
 def scoring_options(options: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Options:
         positive("rounds", self.rounds)
         if self.scope == "global" and self.order != "parallel":
             raise LapValueError(
-                'order="parallel" with scope="global" (one ranking needs all scores at once)',
+                '{order="parallel"} with {scope="global"} (one ranking needs all scores at once)',
                 f"order={self.order!r}",
                 "Use rounds to score anew in between.",
             )

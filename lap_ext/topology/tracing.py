@@ -80,7 +80,7 @@ def trace(
         raise LapTypeError(
             "{argument} to be what the model's forward takes",
             "a Topology",
-            "Pass it as topology=, where that is a parameter.",
+            "Pass it as {topology=}, where that is a parameter.",
             argument="example_inputs",
         )
     program = export(model, *arguments(example_inputs))
