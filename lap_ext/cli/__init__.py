@@ -77,6 +77,8 @@ def _state_of_output(options: Any) -> str:
     out, work = options.out, work_of(options.out)
     if options.subcommand == "prune" and work.is_dir():
         return f" Partial results are in {str(work)!r}. Run the same command again to resume."
+    if out.is_dir() and out.stat().st_ino == vars(options).get("before"):
+        return f" {str(out)!r} is as it was."
     written = any(out.iterdir()) if out.is_dir() else out.exists()
     return f" {str(out)!r} was {'' if written else 'not '}written."
 

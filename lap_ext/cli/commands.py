@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import lap_ext
 from lap_ext import allocation
-from lap_ext._files import new_directory
+from lap_ext._files import new_directory, set_aside
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
+from lap_ext.checkpoint import record
 from lap_ext.cli import models
 from lap_ext.cli.output import Progress, result, terminal_width, writing
 from lap_ext.errors import LapFileExistsError, LapValueError
@@ -39,13 +40,14 @@ def prune(options: Any) -> int:
     start = time.monotonic()
     sparsity = _sparsity(options)  # mistakes cost nothing yet
     is_directory = models.is_directory(options)
-    _check_new(options.out)
+    replaces = _replaces(options)
     from lap_ext.cli import outputs
 
     outputs.check(options)
     with Progress(not options.quiet) as progress:
         run = _prune_directory if is_directory else _prune_module
-        pruned, facts = run(options, sparsity, progress)
+        with set_aside(options.out) if replaces else nullcontext():
+            pruned, facts = run(options, sparsity, progress)
         if facts is not None:
             progress.step("draw")
             _draw(options, facts)
@@ -135,7 +137,6 @@ def _prune_directory(
 ) -> tuple[checkpoint.CheckpointResult, Facts | None]:
     """Streams a checkpoint directory."""
     from lap_ext import checkpoint
-    from lap_ext.checkpoint import record
 
     reported = bool(options.report or options.plot)
     progress.step("prune")
@@ -204,7 +205,6 @@ def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None
     """Writes the pruned weights, their masks, and the options."""
     from safetensors.torch import save_model
 
-    from lap_ext.checkpoint import record
     from lap_ext.checkpoint.files import MASKS
 
     with writing(options.out), new_directory(options.out) as directory:
@@ -213,10 +213,30 @@ def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None
         record.write(directory, _chosen(options), pruned, options.model)
 
 
-def _check_new(out: Path) -> None:
-    """Raises unless a directory is new, or empty and not the one that lap-ext runs in."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(Path.cwd())):
-        raise LapFileExistsError("{argument} to be a new directory", repr(str(out)), argument="out")
+def _replaces(options: Any) -> bool:
+    """Tells whether --out replaces an earlier result; raises unless it is that, or new, or empty.
+
+    It is never the directory that lap-ext runs in.
+    """
+    out = options.out
+    if not out.exists():
+        return False
+    runs_here = out.resolve() in (Path.cwd(), *Path.cwd().parents)
+    if out.is_dir() and not runs_here:
+        if not any(out.iterdir()):
+            return False
+        if (out / record.RECORD).is_file():
+            if options.force:
+                options.before = out.stat().st_ino
+                return True
+            cure = "Choose another name, or add --force to replace this earlier result."
+            raise _taken(out, cure)
+    raise _taken(out, "Choose another name.")
+
+
+def _taken(out: Path, cure: str) -> LapFileExistsError:
+    expected, got = "{argument} to be a new directory", repr(str(out))
+    return LapFileExistsError(expected, got, cure, argument="out")
 
 
 def _chosen(options: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _check_apart(options: Any, outputs: Sequence[_Output]) -> None:
     ]
     for argument, path in outputs:
         for name, place in places:
-            if _is_in(path, place):
+            if _is_in(path, place) or (path.is_dir() and _is_in(place, path)):
                 raise LapValueError(
                     f"{{argument}} apart from {name}",
                     repr(str(path)),
