@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from lap_ext.checkpoint.structure import structure_of
 from lap_ext.errors import calling
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
-from lap_ext.topology import Edge, Layer, Topology
+from lap_ext.pruning.reporting import MOST_NEIGHBORS, model_bytes, neighbors
+from lap_ext.topology import Layer, Topology
 
 _STEP = "count zeros"
-MOST_NEIGHBORS = 4  # named in a cell
 _NUMBERS = (3, 4)  # columns of numbers
 _NAMES = (0, 5, 6)  # columns that may become narrower
 
@@ -226,18 +226,6 @@ def inspect_model(
         return total
 
     return _inspected(topology, count, model_bytes(topology.model))
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Counts the bytes of all parameters and buffers; tied ones count once."""
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-
-
-def neighbors(edges: Iterable[Edge]) -> tuple[str, ...]:
-    """Names the ends of edges, and how channels correspond where it is not one-to-one."""
-    marks = {"coupled": "coupled with "}
-    names = [f"{marks.get(edge.kind, '')}{edge.name}{edge.how}" for edge in edges]
-    return tuple(dict.fromkeys(names))
 
 
 def _first(names: Sequence[str], most: int) -> str:

@@ -110,7 +110,7 @@ def _stored_facts(options: Any, earlier: StoredPruning, progress: Progress) -> F
         progress.step("trace")
         how = options.on_unsupported
         return checkpoint_facts(options.model, earlier, on_unsupported=how, **given)
-    from lap_ext.checkpoint.reporting import model_facts
+    from lap_ext.pruning.reporting import model_facts
 
     _, topology = models.traced(options, progress)
     return model_facts(topology, earlier, {}, title=options.model, **given)
@@ -183,7 +183,7 @@ def _prune_module(
     pruned = lap_ext.prune(made.module, None, sparsity, scope=scope, apply=False, **given)
     facts = None
     if options.report or options.plot:
-        from lap_ext.checkpoint.reporting import model_facts
+        from lap_ext.pruning.reporting import model_facts
 
         progress.step("score")
         scores = lap_ext.scores(made.module, **given)

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.nn import Module
@@ -14,8 +15,10 @@ from torch.nn import Module
 from lap_ext._text import columns, html_table
 from lap_ext.errors import calling
 from lap_ext.masks import Masks
-from lap_ext.topology import Layer
+from lap_ext.options import Inputs, OnUnsupported
+from lap_ext.topology import Layer, Topology
 
+Original: TypeAlias = Module | Topology | str | os.PathLike[str]  # what a report is about
 _COUNTS = (3, 4, 5)  # columns of numbers
 
 
@@ -118,6 +121,42 @@ class PruneResult:
         facts = {"criterion": self.criterion, "sparsity": self.sparsity}
         counts = {"kept": self.kept, "total": self.total}
         return json.dumps(facts | counts | {"layers": rows}, indent=2)
+
+    @calling("PruneResult.report")
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        original: Original,
+        example_inputs: Inputs | None = None,
+        *,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> None:
+        """Writes an HTML page about the pruning: layers, distributions, dead channels, topology.
+
+        Args:
+            path: the page; a file of this name is replaced.
+            original: the model with its weights before the pruning (a copy, if they were set to
+                zero in it), or its topology.
+            example_inputs: as in `lap_ext.prune`, unless original is a topology.
+            on_unsupported: as in `lap_ext.prune`.
+
+        Raises:
+            ValueError: original is another model, or its pruned weights are zero already.
+            TypeError, TopologyError: as `lap_ext.prune`.
+
+        Example:
+            >>> import tempfile, pathlib, torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+            >>> result = lap_ext.prune(net, torch.ones(1, 4), 0.75, apply=False)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     page = pathlib.Path(directory) / "page.html"
+            ...     result.report(page, net, torch.ones(1, 4))
+            ...     page.read_text()[:15]
+            '<!doctype html>'
+        """
+        from lap_ext.pruning.reporting import write_report
+
+        write_report(path, self, original, example_inputs, on_unsupported)
 
     def plot(self) -> Any:
         """Draws each layer's sparsity and weights in a matplotlib figure, which a notebook shows.

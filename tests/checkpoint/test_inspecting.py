@@ -13,7 +13,8 @@ from torch import nn
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
-from lap_ext.checkpoint.inspecting import InspectedLayer, inspect_model, neighbors
+from lap_ext.checkpoint.inspecting import InspectedLayer, inspect_model
+from lap_ext.pruning.reporting import neighbors
 from lap_ext.topology import Edge
 from tests.helpers.checkpoints import INPUTS, change, network, saved, write
 
