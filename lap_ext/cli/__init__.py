@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: lap-ext prune, score, inspect, verify, bench, demo, info.
+"""The command line: lap-ext prune, score, inspect, verify, report, bench, demo, info, help.
 
 It turns arguments into calls of the library and shows the results. Exit status: 0 success, 1 verify
 has found a difference, 2 a usage error or an unusable file (one line on stderr), 130 stopped with

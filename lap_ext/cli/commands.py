@@ -83,14 +83,8 @@ def report(options: Any) -> int:
     from lap_ext.report import write
 
     earlier = stored_pruning(options.result)
-    options.model = options.model or earlier.model
     if options.model is None:
-        raise LapValueError(
-            "{argument} (the original, whose weights are measured)",
-            "a result that does not name it",
-            "Give it after RESULT.",
-            argument="model",
-        )
+        options.model = _recorded_model(earlier)
     outputs.check_page(options, page)
     with Progress(not options.quiet) as progress:
         facts = _stored_facts(options, earlier, progress)
@@ -99,6 +93,18 @@ def report(options: Any) -> int:
     shown = {"model": options.model, "result": str(options.result), "out": str(page)}
     result(options, shown | {"measured": facts.to_dict()}, _written([page]))
     return 0
+
+
+def _recorded_model(earlier: StoredPruning) -> str:
+    """Returns the original's directory; a factory that a file names is not run."""
+    model = earlier.model
+    if model is not None and Path(model).is_dir():
+        return model
+    got = "a result that does not name it"
+    if model is not None:
+        got = f"a result of {model!r}, which is no directory here"
+    expected = "{argument} (the original, whose weights are measured)"
+    raise LapValueError(expected, got, "Give it after RESULT.", argument="model")
 
 
 def _stored_facts(options: Any, earlier: StoredPruning, progress: Progress) -> Facts:

@@ -80,7 +80,8 @@ def _check_apart(options: Any, outputs: Sequence[_Output]) -> None:
     ]
     for argument, path in outputs:
         for name, place in places:
-            if _is_in(path, place) or (path.is_dir() and _is_in(place, path)):
+            inside = argument == "out" and path.is_dir() and _is_in(place, path)  # with --force
+            if inside or _is_in(path, place):
                 raise LapValueError(
                     f"{{argument}} apart from {name}",
                     repr(str(path)),

@@ -186,22 +186,18 @@ def test_an_earlier_result_is_replaced_by_force(
         check_refused(run, tmp_path, [*again[:5], out, "--force"], "--out to be a new directory")
 
 
-def test_a_checkpoint_directory_is_replaced_by_force(
+def test_what_lies_around_a_result_that_is_replaced(
     run: Run, checkpoints: Path, tmp_path: Path
 ) -> None:
     """A link stays a link; an original that lies in it is never lost."""
-    argv = ["prune", checkpoints / "llama", "-o", "out", "-s"]
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
-    assert run(*argv, "0.5")[0] == 0
-    assert run(*argv, "0.75", "--force")[0] == 0 and (tmp_path / "out").is_symlink()
-    assert run("verify", "out", checkpoints / "llama", "-s", "0.75")[0] == 0
+    assert run(*PRUNE)[0] == run(*PRUNE, "--force")[0] == 0 and (tmp_path / "out").is_symlink()
     shutil.copytree(checkpoints / "llama", tmp_path / "real/inner")
     argv = ["prune", "out/inner", "-s", "0.5", "-o", "out", "--force"]
     check_refused(run, tmp_path, argv, "--out apart from MODEL")
     (tmp_path / ".real.previous").mkdir()
-    argv[1] = str(checkpoints / "llama")
-    check_refused(run, tmp_path, argv, ".real.previous", "Move it back or remove it.")
+    check_refused(run, tmp_path, [*PRUNE, "--force"], ".real.previous", "Move it back or remove")
 
 
 # --- files that are there -------------------------------------------------------------------------

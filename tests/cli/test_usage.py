@@ -166,22 +166,19 @@ def test_inspect_fits_the_terminal(
     with monkeypatch.context() as patch:
         patch.setenv("COLUMNS", "72")
         patch.setattr(type(sys.stdout), "isatty", lambda self: True)
-        narrow = run("inspect", checkpoints / "llama", "--quiet")[1]
-        assert narrow.count("\n") == 1
         narrow = run("inspect", checkpoints / "llama")[1]
         assert run("inspect", checkpoints / "llama", "--wide")[1] == wide
     assert max(map(len, narrow.splitlines())) <= 72 < max(map(len, wide.splitlines()))
     assert "..." in narrow and "more" not in wide
-    rows = json.loads(run("inspect", checkpoints / "llama", "--json")[1])["layers"]
-    assert all(isinstance(row[side], list) for row in rows for side in ("fed_by", "read_by"))
 
 
 # --- reports --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [["out"], ["out.json"], ["out", "nets:net"]], ids=" ".join)
+@pytest.mark.parametrize("given", [["out"], ["out.json"]], ids=" ".join)
 def test_the_page_of_an_earlier_result(run: Run, tmp_path: Path, given: list[str]) -> None:
     """The same figures as those of the page that prune itself makes."""
+    given = [*given, "nets:net"]
     status, out, _ = run(*PRUNE, "--report", "first.html", "--json")
     (tmp_path / "out.json").write_text(out)
     measured = json.loads(out)["measured"]
@@ -199,15 +196,20 @@ def test_reports_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     for argv, said in (
         (["nowhere"], "expected RESULT to be a directory that prune has written"),
         (["bare.json"], "expected RESULT to be a file with what prune has printed with --json"),
-        (["out", "-o", "mine.html"], "add --force"),
-        (["out", "-o", "out/page.html"], "--out apart from RESULT"),
+        (["out", "nets:net", "-o", "mine.html"], "add --force"),
+        (["out", "nets:net", "-o", "out/page.html"], "--out apart from RESULT"),
         (["out", "nowhere"], "no such directory"),
     ):
         assert said in one_line(run("report", *argv)), argv
-    assert run("report", "out", "-o", "mine.html", "--force")[0] == 0
+    assert run("report", "out", "nets:net", "-o", "mine.html", "--force")[0] == 0
     record = json.loads((tmp_path / "out/lap_ext.json").read_text())
     (tmp_path / "out/lap_ext.json").write_text(json.dumps(record | {"model": None}))
     assert "expected MODEL (the original" in one_line(run("report", "out"))
+    evil = {"out": "out", "model": "evil:net"}  # a file of someone else's must run no code
+    (tmp_path / "evil.json").write_text(json.dumps(evil))
+    (tmp_path / "evil.py").write_text("raise SystemExit('sprung')")
+    line = one_line(run("report", "evil.json"))
+    assert "got a result of 'evil:net', which is no directory here. Give it after RESULT." in line
     (tmp_path / "out/lap_ext_masks.safetensors").unlink()
     assert "lap_ext_masks.safetensors, got 'out' without" in one_line(
         run("report", "out", "nets:net")
