@@ -84,6 +84,8 @@ class Verdict:
         tensors: how many tensors were compared.
         masks: whether there was a mask file; without one, zeros counted as pruned weights.
         files: how many other files of the original were demanded.
+        unpruned: whether no weight is zero that is not zero in the original; without masks, that is
+            a finding.
     """
 
     findings: Sequence[Finding]
@@ -91,6 +93,7 @@ class Verdict:
     tensors: int
     masks: bool
     files: int = 0
+    unpruned: bool = False
 
     @property
     def ok(self) -> bool:
@@ -120,6 +123,7 @@ class Verdict:
             "tensors": self.tensors,
             "masks": self.masks,
             "files": self.files,
+            "unpruned": self.unpruned,
             "kept": self.kept,
             "total": self.total,
             "sparsity": self.sparsity,
@@ -129,7 +133,8 @@ class Verdict:
     def summary(self) -> str:
         """Says in one line what was found."""
         if self.ok:
-            return f"ok: {self.tensors} tensors compared, sparsity {self.sparsity:.2%}"
+            so_what = "; nothing is pruned" if self.unpruned else ""
+            return f"ok: {self.tensors} tensors compared, sparsity {self.sparsity:.2%}{so_what}"
         first, more = self.findings[0], len(self.findings) - 1
         others = f"; {more} more findings" if more else ""
         return visible(f"{first.tensor}: {first.problem}{others}")
@@ -156,9 +161,12 @@ class Verdict:
         if self.findings:
             return [*notes, f"{len(self.findings)} findings in {self.tensors} tensors.{how}"]
         same = f" {self.files} other files are the same." if self.files else ""
+        if self.unpruned:
+            notes = ["Nothing is pruned: no weight is zero that is not zero in the original."]
         return [
+            *notes,
             f"{self.tensors} tensors compared: every kept weight has its original's bits, "
-            f"every pruned one is zero.{same}{how}"
+            f"every pruned one is zero.{same}{how}",
         ]
 
 
@@ -262,7 +270,8 @@ class _Comparison:
         self._check_pair()
         self._check_record(wanted)
         masked, others = self.masks is not None, len(self.others)
-        return Verdict(self.findings, self.layers, len(both), masked, others)
+        unpruned = not self._sums.gone
+        return Verdict(self.findings, self.layers, len(both), masked, others, unpruned)
 
     def demand_others(self) -> None:
         """Demands the other files of the original, unless the pruned one has weights alone."""

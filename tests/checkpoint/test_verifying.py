@@ -407,7 +407,10 @@ def test_the_two_in_the_wrong_order(dense: Path, pruned: Path, tmp_path: Path, m
         first_of_all = checkpoint.verify(first, second).findings[0]
         assert (first_of_all.tensor, first_of_all.count) == ("all layers", count)
         assert first_of_all.problem.endswith(said)
-    assert checkpoint.verify(pruned, dense).ok
+    right, itself = checkpoint.verify(pruned, dense), checkpoint.verify(pruned, pruned)
+    assert right.ok and not right.unpruned and "Nothing is pruned" not in str(right)
+    assert itself.unpruned and itself.ok == masks and "othing is pruned" in str(itself)
+    assert "nothing is pruned" in itself.summary()
     change(pruned, "0.bias", lambda bias: bias[1].add_(1))  # no pruning does that
     assert all(said not in x.problem for x in checkpoint.verify(dense, pruned).findings)
 
