@@ -9,29 +9,46 @@ lap_ext.numpy works without torch.
 """
 
 import ast
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
-_TABLE = ast.parse(Path(__file__).with_name("__init__.pyi").read_text("utf-8"))
-_HOME = {  # public name -> the module that it is in; of a module: this package
-    line.names[0].name: line.module or ""
-    for line in _TABLE.body
-    if isinstance(line, ast.ImportFrom)
-}
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the keys are strings)
+
+def lazily(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:
+    """Makes the __getattr__ of a package whose names are imported when they are first used.
+
+    Args:
+        package: its name.
+        file: its __init__.py; the __init__.pyi beside it is the table of its public names.
+
+    Returns:
+        The function, and the names.
+    """
+    table = ast.parse(Path(file).with_name("__init__.pyi").read_text("utf-8"))
+    home = {  # public name -> the module that it is in; of a module: the package
+        line.names[0].name: line.module or ""
+        for line in table.body
+        if isinstance(line, ast.ImportFrom)
+    }
+
+    def load(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if home[name] == package:
+            return import_module(f"{package}.{name}")
+        value = getattr(import_module(home[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, list(home)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOME[name] == __name__:
-        return import_module(f"{__name__}.{name}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, _NAMES = lazily(__name__, __file__)
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604 (the names are strings)
 
 
 def __dir__() -> list[str]:

@@ -88,6 +88,39 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
 
 
+@contextmanager
+def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Moves a directory to .NAME.previous while a new one of its name is made.
+
+    It is removed once the new one is there, and moved back if there is none at the end. After a
+    kill it stays where it is. A link stays a link.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     out = Path(root) / "out"
+        ...     out.mkdir()
+        ...     with set_aside(out):
+        ...         before = out.exists()
+        ...     before, out.exists()             # nothing was made, so that the old one is back
+        (False, True)
+    """
+    real = Path(os.path.realpath(path))
+    previous = real.with_name(f".{real.name}.previous")
+    if previous.exists():
+        got = "one that an earlier run has left"
+        cure = "Move it back or remove it."
+        raise LapOSError(f"no {str(previous)!r}", got, cure, number=errno.EEXIST)
+    real.rename(previous)
+    try:
+        yield
+    finally:
+        if real.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(real)
+
+
 def _check_free(
     path: str | os.PathLike[str], expected: str, fits: Callable[[int], bool], number: int
 ) -> None:

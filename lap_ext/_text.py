@@ -11,8 +11,10 @@ import difflib
 import html
 from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 _WIDEST = 100  # letters of a column; a longer cell moves the rest of its own row only
+_NARROWEST = 8  # letters of a column of names
 _LONGEST = 1000  # letters of a part of an error: a name in a file may have a million
 
 
@@ -85,6 +87,62 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def elided(text: str, most: int) -> str:
+    """Leaves out the middle of a text that is longer than so many letters.
+
+    Example:
+        >>> elided("encoder.layer.11.output.dense", 18), elided("fc", 18)
+        ('encoder....t.dense', 'fc')
+    """
+    if len(text) <= most:
+        return text
+    left = max(1, most - 3)
+    return f"{text[: left - left // 2]}...{text[len(text) - left // 2 :]}"
+
+
+def fitted(
+    rows: Sequence[Sequence[str]], flexible: Sequence[int], width: int
+) -> list[Sequence[str]]:
+    """Fits the rows of a table into a width: wraps lists, and elides the middle of long names.
+
+    Args:
+        rows: as in `columns`.
+        flexible: the columns with names, or lists of names, that may become narrower.
+        width: letters of a line.
+
+    Example:
+        >>> rows = [("layer", "kept", "read by"), ("fc", "8", "block.0.left, block.0.right")]
+        >>> print(columns(fitted(rows, [0, 2], 26)))
+        layer  kept  read by
+        -----  ----  -------------
+        fc     8     block.0.left,
+                     block.0.right
+    """
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = width - 2 * (len(widest) - 1) - sum(widest) + sum(widest[i] for i in flexible)
+    narrow = {}
+    for count, column in enumerate(sorted(flexible, key=lambda i: widest[i])):
+        narrow[column] = min(widest[column], max(_NARROWEST, left // (len(flexible) - count)))
+        left -= narrow[column]
+    result: list[Sequence[str]] = []
+    for row in rows:
+        cells = [_wrapped(cell, narrow[i]) if i in narrow else [cell] for i, cell in enumerate(row)]
+        result += zip_longest(*cells, fillvalue="")
+    return result
+
+
+def _wrapped(items: str, width: int) -> list[str]:
+    """Breaks an enumeration into lines."""
+    *others, last = items.split(", ")
+    broken = [""]
+    for item in [*(f"{elided(x, width - 1)}," for x in others), elided(last, width)]:
+        if broken[-1] and len(broken[-1]) + 1 + len(item) > width:
+            broken.append("")
+        broken[-1] = f"{broken[-1]} {item}".lstrip()
+    return broken
 
 
 def html_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -160,6 +218,33 @@ def did_you_mean(given: str, known: Iterable[str], most: int = 1, cutoff: float 
     """
     close = difflib.get_close_matches(given, list(known), n=most, cutoff=cutoff)
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def meant_layers(given: str, names: Sequence[str], most: int = 5) -> str:
+    """Says what a pattern that matches no layer may stand for, or lists the first layers.
+
+    Args:
+        given: the pattern.
+        names: those of the layers.
+        most: how many to list.
+
+    Example:
+        >>> names = ["encoder.layer.0.fc", "encoder.layer.1.fc", "head"]
+        >>> meant_layers("encodr.*", names), meant_layers("encoder", names)
+        ("Did you mean 'encoder.*'?", "Did you mean 'encoder.*'?")
+        >>> meant_layers("conv*", names, most=2)
+        'The layers are encoder.layer.0.fc, encoder.layer.1.fc and 1 more.'
+    """
+    if any(name.startswith(f"{given}.") for name in names):
+        return f"Did you mean {f'{given}.*'!r}?"
+    known: Iterable[str] = names
+    if any(sign in given for sign in "*?["):
+        parts = [name.split(".") for name in names]
+        starts = (".".join([*x[:i], "*"]) for x in parts for i in range(1, len(x)))
+        known = dict.fromkeys([*starts, *(f"*.{x[-1]}" for x in parts)])
+    if hint := did_you_mean(given, known, most=3):
+        return hint
+    return f"The layers are {some(names, most)}." if names else "There are no layers."
 
 
 def matches(name: str, pattern: str) -> bool:

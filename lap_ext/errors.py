@@ -5,13 +5,18 @@
 
 The code that raises an error knows what was expected, what it got and the cure, but not its caller.
 `calling`, around every public function, adds the function; `in_layer`, around every loop over
-layers, adds the layer. No code parses or rewrites a message.
+layers, adds the layer. No code parses or rewrites a message: what the user would type, which is
+another thing in Python and on the command line, has a mark in it.
+
+    {argument}          the argument at fault        memory           --memory
+    {scope='global'}    an option to give            scope='global'   --scope global
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +29,18 @@ from lap_ext._text import shortened, visible
 _F = TypeVar("_F", bound=Callable[..., Any])
 _PACKAGE = str(Path(__file__).parent)
 ARGUMENT = "{argument}"  # in the parts of an error: stands for the argument's name
+_OPTION = re.compile(r"\{(\w+)=((?:[^{}]|\{[^{}]*\})*)\}")  # in what was expected, and in cures
+Option = Callable[[str, str], str]  # name and value -> what the user types
+
+
+def in_python(name: str, value: str) -> str:
+    """Spells an option as an argument of a call."""
+    return f"{name}={value}"
+
+
+def _spelled(text: str, option: Option) -> str:
+    """Replaces the marks of options."""
+    return _OPTION.sub(lambda mark: option(mark[1], mark[2]), text)
 
 
 class LapError(Exception):
@@ -34,7 +51,8 @@ class LapError(Exception):
     Attributes:
         expected: what was expected, with the reason in parentheses.
         got: what was passed or found; "" if expected alone is enough.
-        cure: what the user can do about the error, in full sentences.
+        cure: what the user can do about the error, in full sentences. In it and in expected,
+            "{scope='global'}" stands for an option to give.
         argument: the argument at fault, if any; "{argument}" in the other parts stands for it.
         option: the cure in functions of tensors that have an option for such values, such as
             check_finite=False; it is shown instead of cure as long as no layer is known.
@@ -74,11 +92,18 @@ class LapError(Exception):
         self.function: str | None = None
         self.final = False  # the function was called in a user's callback: keep its name
 
-    def text(self, spelled: Callable[[str], str] = str, *, named: bool = True) -> str:
+    def text(
+        self,
+        spelled: Callable[[str], str] = str,
+        option: Option = in_python,
+        *,
+        named: bool = True,
+    ) -> str:
         """Builds the message.
 
         Args:
             spelled: converts an argument's name to what the user types, such as "--memory".
+            option: converts an option and its value to what the user types: "--scope global".
             named: whether the message begins with the function's name.
         """
         cure = self.option if self.option and self.layer is None else self.cure
@@ -89,9 +114,8 @@ class LapError(Exception):
                 argument = f"layer {self.layer!r}"
             else:
                 where.append(f"layer {self.layer!r}")
-        expected, got, cure = (
-            shortened(part.replace(ARGUMENT, argument)) for part in (self.expected, self.got, cure)
-        )
+        parts = _spelled(self.expected, option), self.got, _spelled(cure, option)
+        expected, got, cure = (shortened(part.replace(ARGUMENT, argument)) for part in parts)
         sentences = [f"expected {expected}{', got ' if got else ''}{got}."]
         if cure:
             sentences.append(cure)
@@ -274,9 +298,28 @@ class callback(_Context):  # noqa: N801
         error.final = error.function is not None
 
 
+class LapWarning(UserWarning):
+    """A warning of lap_ext, with marks of options as in the cure of an error.
+
+    Example:
+        >>> warning = LapWarning("No layer is left. Use {scope='layer'}.")
+        >>> print(warning)
+        No layer is left. Use scope='layer'.
+        >>> warning.text(lambda name, value: f"--{name} {value}")
+        "No layer is left. Use --scope 'layer'."
+    """
+
+    def text(self, option: Option = in_python) -> str:
+        """Builds the message; option: as in `LapError.text`."""
+        return visible(_spelled(str(self.args[0]), option), keep="\n")
+
+    def __str__(self) -> str:
+        return self.text()
+
+
 def warn(message: str) -> None:
     """Issues a warning that points to the line of the user's program that called lap_ext."""
     level, frame = 1, cast("FrameType | None", sys._getframe())
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(visible(message, keep="\n"), stacklevel=level)
+    warnings.warn(LapWarning(message), stacklevel=level)

@@ -48,7 +48,9 @@ MOST_LOOSE_MODULES = 10
 SCREEN = 60  # lines
 
 TORCH_FREE = [
-    *("", "_files", "_text", "errors", "numpy", "options"),
+    *("", "_files", "_text", "errors", "numpy", "options", "progress"),
+    *("allocation", "allocation.budget", "allocation.layerwise", "allocation.notation"),
+    *("cli.output", "cli.parser"),
     *("ops", "ops.check", "ops.neighbors", "ops.numpy_args"),
 ]
 

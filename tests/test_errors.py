@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import pickle
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +51,45 @@ def fail(argument: str = "w", option: str = "") -> None:
 
 def text_of(error: pytest.ExceptionInfo[LapError]) -> str:
     return str(error.value)
+
+
+# ---- options ------------------------------------------------------------------------------------
+def test_options_are_spelled_for_whom_they_are_shown_to() -> None:
+    """In what was expected and in cures; what came is the user's, and stays as it is."""
+    around = "{'fc': ('in', None)}"
+    error = LapValueError("no {scope='global'}", "{a='b'}", f"Give {{neighbors={around}}} {{x=}}.")
+    assert str(error) == f"expected no scope='global', got {{a='b'}}. Give neighbors={around} x=."
+    said = error.text(option=lambda name, value: f"--{name} {value.strip(chr(39))}".strip())
+    assert said == f"expected no --scope global, got {{a='b'}}. Give --neighbors {around} --x."
+
+
+SHARED = [lap_ext.prune, lap_ext.checkpoint.prune, lap_ext.trace, lap_ext.checkpoint.verify]
+OPTIONS = {name for function in SHARED for name in inspect.signature(function).parameters}
+OTHERS = {"adapters", "ops", "numpy.py", "criteria", "cli", "report"}  # whose texts are no cures
+SPELLED = re.compile(rf"(?<![{{\w])({'|'.join(OPTIONS - {'apply', 'data'})})=")
+
+
+def texts(tree: ast.AST) -> Iterator[ast.AST]:
+    """Lists what was expected, cures, and constants, which may become one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and re.search(r"Error$|^warn$", ast.unparse(node.func)):
+            yield from (*node.args[:1], *node.args[2:], *(x.value for x in node.keywords))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.value
+
+
+PACKAGE = Path(lap_ext.__file__).parent
+MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("name", [x for x in MODULES if x.split("/")[0] not in OTHERS])
+def test_options_in_messages_are_marked(name: str) -> None:
+    """Else the command line would show scope='global' where --scope global is typed."""
+    for text in texts(ast.parse(MODULES[name].read_text())):
+        for node in ast.walk(text):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = SPELLED.search(node.value)
+                assert not found, f"{name}:{node.lineno}: {found and found[0]} needs a mark"
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import pytest
 
 import lap_ext
-from lap_ext import options
+from lap_ext import checkpoint, options
 
 SOURCES = sorted(Path(lap_ext.__file__).parent.rglob("*.py"))
-STUB = Path(lap_ext.__file__).with_name("__init__.pyi")
+STUBS = sorted(Path(lap_ext.__file__).parent.rglob("__init__.pyi"))
 NAMES = """
     score mask prune_ neighbor_norms score_from_norms mask_from_norms prune_from_norms_ topk_mask
     kth_largest Neighbor IDENTITY bn_scale info __version__ trace Topology TopologyError LapError
@@ -51,11 +51,17 @@ def test_names() -> None:
     assert set(lap_ext.__all__) <= set(dir(lap_ext))
     with pytest.raises(AttributeError, match=r"^module 'lap_ext' has no attribute 'nothing'$"):
         lap_ext.nothing  # noqa: B018 (the access is the test)
+    for name in checkpoint.__all__:
+        assert getattr(checkpoint, name) is not None
+    assert set(checkpoint.__all__) <= set(dir(checkpoint))
+    with pytest.raises(AttributeError, match=r"^module 'lap_ext.checkpoint' has no attribute 'no'"):
+        checkpoint.no  # noqa: B018
 
 
-def test_the_stub_is_one_table_of_single_names() -> None:
+@pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.parent.name)
+def test_a_stub_is_one_table_of_single_names(stub: Path) -> None:
     """__init__.py reads it so; a line `import a, b` or `import a as b` would be half read."""
-    for line in ast.parse(STUB.read_text()).body:
+    for line in ast.parse(stub.read_text()).body:
         if isinstance(line, ast.ImportFrom):
             (name,) = line.names
             assert name.asname == name.name and line.level == 0, ast.unparse(line)

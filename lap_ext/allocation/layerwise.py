@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
-from lap_ext._text import did_you_mean, matches, some
+from lap_ext._text import matches, meant_layers
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
@@ -177,7 +177,7 @@ class uniform_plus:  # noqa: N801
                 f"a {{argument}} that leaves {needed} of {n} weights (the first convolution stays "
                 "dense, the last layer keeps a fifth)",
                 f"{self.sparsity}, which leaves {total}",
-                "Use erk, uniform or scope='global'.",
+                "Use erk, uniform or {scope='global'}.",
                 argument="sparsity",
             )
         return _rounded(_solved(sizes, sizes, least, total), total)
@@ -338,8 +338,7 @@ def _by_layer(by_pattern: Mapping[str, Number], shapes: Shapes) -> dict[str, Num
 
 def _no_layer(what: str, given: str, shapes: Shapes, argument: str | None = None) -> LapValueError:
     """Makes the error about a name or pattern that fits no layer, with what may have been meant."""
-    listed = f"The layers are {some(shapes, 5)}." if shapes else "There are no layers."
-    cure = did_you_mean(given, shapes, most=3) or listed
+    cure = meant_layers(given, list(shapes))
     return LapValueError(f"{what} that names a layer", repr(given), cure, argument=argument)
 
 

@@ -1,36 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints larger than memory: directories of safetensors, read in chunks."""
+"""Checkpoints larger than memory: directories of safetensors, read in chunks.
 
-from lap_ext.checkpoint.figures import LayerFigures as LayerFigures
-from lap_ext.checkpoint.figures import ScoreTable as ScoreTable
-from lap_ext.checkpoint.inspecting import InspectedLayer as InspectedLayer
-from lap_ext.checkpoint.inspecting import Inspection as Inspection
-from lap_ext.checkpoint.inspecting import inspect as inspect
-from lap_ext.checkpoint.pruning import prune as prune
-from lap_ext.checkpoint.result import CheckpointResult as CheckpointResult
-from lap_ext.checkpoint.result import StoredMasks as StoredMasks
-from lap_ext.checkpoint.scoring import scores as scores
-from lap_ext.checkpoint.stream import ScoreStream as ScoreStream
-from lap_ext.checkpoint.verifying import Finding as Finding
-from lap_ext.checkpoint.verifying import LayerCount as LayerCount
-from lap_ext.checkpoint.verifying import Verdict as Verdict
-from lap_ext.checkpoint.verifying import verify as verify
-from lap_ext.progress import Progress as Progress
+The names are listed in __init__.pyi. Each is imported when it is first used: `verify` needs no
+trace.
+"""
 
-__all__ = [
-    "CheckpointResult",
-    "Finding",
-    "InspectedLayer",
-    "Inspection",
-    "LayerCount",
-    "LayerFigures",
-    "Progress",
-    "ScoreStream",
-    "ScoreTable",
-    "StoredMasks",
-    "Verdict",
-    "inspect",
-    "prune",
-    "scores",
-    "verify",
-]
+from lap_ext import lazily
+
+__getattr__, __all__ = lazily(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,8 +18,8 @@ from lap_ext._files import small_file
 from lap_ext.checkpoint.files import Checkpoint, parsed
 from lap_ext.errors import LapValueError
 
-GIVE = "Pass model= (on the meta device will do) and example_inputs=."
-_OWN = "Pass model=, which is your own code"
+GIVE = "Pass {model=} and {example_inputs=}."
+_OWN = "Pass {model=}, which is your own code"
 _REMOVE = f"{_OWN}, or remove it if transformers knows the model without it."
 
 # attributes of transformers' config classes that give other keys another meaning

@@ -95,7 +95,7 @@ def inputs(model: Any) -> list[Shapes]:
         raise LapValueError(
             "a model whose inputs follow from its config (text, images, or sound as for Whisper)",
             f"{type(model).__name__} with main input {main!r}",
-            "Pass example_inputs=: a tensor, a tuple, or a dict of named ones.",
+            "Pass {example_inputs=}: a tensor, a tuple, or a dict of named ones.",
         )
     decoder = {}
     if getattr(made, "is_encoder_decoder", False) and "decoder_input_ids" in names:
@@ -143,7 +143,7 @@ def _whole(name: str, value: Any, most: int = _LARGEST) -> int:
         raise LapValueError(
             f"config.{name} to be a whole number from 1 to {most:,}",
             repr(value)[:80],
-            "Pass example_inputs=.",
+            "Pass {example_inputs=}.",
         )
     return value
 

@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lap_ext._text import columns, html_table, in_html, some, visible
+from lap_ext._text import columns, fitted, html_table, in_html, visible
 from lap_ext.checkpoint.files import open_directory, size_of
 from lap_ext.checkpoint.reading import Buffer, Source, zeros
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.errors import calling
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
-from lap_ext.topology import Edge, Layer, Topology
+from lap_ext.pruning.reporting import MOST_NEIGHBORS, model_bytes, neighbors
+from lap_ext.topology import Layer, Topology
 
 _STEP = "count zeros"
-_MOST = 4  # neighbors named in a cell
 _NUMBERS = (3, 4)  # columns of numbers
+_NAMES = (0, 5, 6)  # columns that may become narrower
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class InspectedLayer:
         dtype: the dtype of the weight in the model, for example "float32".
         weights: the number of weights.
         zeros: the number of weights that are zero (+0.0 or -0.0).
-        fed_by: the layers whose outputs this layer reads, as text.
-        read_by: the layers that read the outputs of this layer, as text.
+        fed_by: the layers whose outputs this layer reads, and how their channels correspond where
+            that is not one-to-one.
+        read_by: the layers that read the outputs of this layer, in the same way.
     """
 
     name: str
@@ -44,8 +47,8 @@ class InspectedLayer:
     dtype: str
     weights: int
     zeros: int
-    fed_by: str
-    read_by: str
+    fed_by: tuple[str, ...]
+    read_by: tuple[str, ...]
 
     @property
     def sparsity(self) -> float:
@@ -62,8 +65,8 @@ class InspectedLayer:
             "weights": self.weights,
             "zeros": self.zeros,
             "sparsity": self.sparsity,
-            "fed_by": self.fed_by,
-            "read_by": self.read_by,
+            "fed_by": list(self.fed_by),
+            "read_by": list(self.read_by),
         }
 
 
@@ -104,21 +107,36 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        return "\n".join([columns(self._rows(), right=_NUMBERS), *self._notes()])
+        return self.table()
+
+    def table(self, width: int | None = None, most: int = MOST_NEIGHBORS) -> str:
+        """Makes the table.
+
+        Args:
+            width: letters of a line, in which long names lose their middle and lists are wrapped;
+                None leaves the lines as long as they are.
+            most: how many neighbors of a layer are named; the others are counted.
+        """
+        rows, notes = self._rows(most), self._notes()
+        if width is not None:
+            rows = fitted(rows, _NAMES, width)
+            notes = [line for note in notes for line in textwrap.wrap(note, max(width, 20))]
+        return "\n".join([columns(rows, right=_NUMBERS), *notes])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{in_html(note)}</p>" for note in self._notes())
-        return html_table(self._rows(), right=_NUMBERS) + notes
+        return html_table(self._rows(MOST_NEIGHBORS), right=_NUMBERS) + notes
 
-    def _rows(self) -> list[Sequence[str]]:
-        """Makes the table: a head, a row a layer, the sums."""
+    def _rows(self, most: int) -> list[Sequence[str]]:
+        """Makes the rows: a head, a row a layer, the sums."""
         rows: list[Sequence[str]] = [
             ("layer", "kind", "shape", "weights", "zeros", "fed by", "read by")
         ]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             counts = f"{row.weights:,}", f"{row.sparsity:.2%}"
-            rows.append((row.name, row.kind, shape, *counts, row.fed_by, row.read_by))
+            names = _first(row.fed_by, most), _first(row.read_by, most)
+            rows.append((row.name, row.kind, shape, *counts, *names))
         share = self.zeros / max(1, self.weights)
         rows.append(("all", "", "", f"{self.weights:,}", f"{share:.2%}", "", ""))
         return rows
@@ -166,7 +184,7 @@ def inspect(
         ...     save_file(net.state_dict(), Path(directory) / "model.safetensors")
         ...     result = inspect(directory, model=net, example_inputs=torch.ones(1, 2))
         >>> [(row.name, row.weights, row.zeros, row.fed_by, row.read_by) for row in result.layers]
-        [('0', 4, 2, 'input', '2'), ('2', 2, 0, '0', 'output')]
+        [('0', 4, 2, ('input',), ('2',)), ('2', 2, 0, ('0',), ('output',))]
     """
     files = open_directory(Path(directory))
     structure = structure_of(files, model, example_inputs, on_unsupported)
@@ -210,16 +228,10 @@ def inspect_model(
     return _inspected(topology, count, model_bytes(topology.model))
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Counts the bytes of all parameters and buffers; tied ones count once."""
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-
-
-def neighbors(edges: Iterable[Edge]) -> str:
-    """Names the ends of edges, and how channels correspond where it is not one-to-one."""
-    marks = {"coupled": "coupled with "}
-    names = [f"{marks.get(edge.kind, '')}{edge.name}{edge.how}" for edge in edges]
-    return some(dict.fromkeys(names), _MOST)
+def _first(names: Sequence[str], most: int) -> str:
+    """Enumerates the first names, and counts the others as one more item."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _inspected(topology: Topology, count: Callable[[Layer], int], size: int) -> Inspection:

@@ -104,7 +104,7 @@ class Names:
             warn(
                 f"The model has no parameter for {len(unknown)} stored tensors, which stay as they "
                 f"are, unpruned: {some(map(repr, sorted(unknown)), _SHOWN)}. If they are layers, "
-                "pass model=, or name the class that has them in config.architectures."
+                "pass {model=}, or name the class that has them in config.architectures."
             )
 
     def _is_matrix(self, name: str) -> bool:
@@ -171,3 +171,9 @@ class Names:
         return LapValueError(
             f"a tensor {name!r} in {str(self.checkpoint.path)!r}, as the model has it", got
         )
+
+
+def untied(checkpoint: Checkpoint, model: nn.Module) -> Names:
+    """Unties parameters of a model that the files store differently, and makes its names."""
+    hf.untie(model, Names(checkpoint, model).unlike(Source(checkpoint)))
+    return Names(checkpoint, model)

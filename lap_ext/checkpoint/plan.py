@@ -209,7 +209,8 @@ def _check_dtypes(task: Task) -> None:
     if len(kinds) > 1 and "torch.float64" in kinds:
         first, second = (f"{kind} in {name!r}" for kind, name in list(kinds.items())[:2])
         raise LapTypeError(
-            "no float64 weights beside others with scope='global' (scores are ranked in one dtype)",
+            "no float64 weights beside others with {scope='global'} (scores are ranked in one "
+            "dtype)",
             f"{first} and {second}",
-            "Convert them, or use scope='layer'.",
+            "Convert them, or use {scope='layer'}.",
         )

@@ -3,7 +3,8 @@
 
 The command line writes it, with the options as typed; `verify` reads it.
 
-    {"lap_ext": version, "asked": {"sparsity": [texts], "scope": "layer", ...},
+    {"lap_ext": version, "model": the original, as typed,
+     "asked": {"sparsity": [texts], "scope": "layer", ...},
      "layers": [{"name": ..., "kept": ..., "total": ..., ...}, ...]}
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lap_ext
 from lap_ext import allocation
@@ -22,7 +23,9 @@ from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, MinKeep, Scope
-from lap_ext.pruning.result import PruneResult
+
+if TYPE_CHECKING:
+    from lap_ext.pruning.result import PruneResult
 
 RECORD = "lap_ext.json"
 _LONGEST = 30_000_000  # bytes; that of 100,000 layers has 20 million
@@ -35,10 +38,12 @@ class Record:
     Attributes:
         counts: layer name -> (weights kept, all weights).
         options: option -> value, as written.
+        model: the original, as it was given to the command line; None if that is not known.
     """
 
     counts: Mapping[str, tuple[int, int]]
     options: Any
+    model: str | None = None
 
     def wanted(self) -> tuple[Sparsity, Scope, MinKeep]:
         """Reads the sparsity, its scope and the floors.
@@ -62,16 +67,20 @@ class Record:
         return min_keep
 
 
-def write(directory: Path, options: Mapping[str, Any], result: PruneResult) -> None:
+def write(
+    directory: Path, options: Mapping[str, Any], result: PruneResult, model: str | None = None
+) -> None:
     """Writes the record of a pruning.
 
     Args:
         directory: of the pruned weights.
         options: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
         result: of the pruning.
+        model: the original.
     """
     layers = json.loads(result.to_json())["layers"]
-    facts = {"lap_ext": lap_ext.__version__, "asked": dict(options), "layers": layers}
+    facts = {"lap_ext": lap_ext.__version__, "model": model, "asked": dict(options)}
+    facts["layers"] = layers
     with replacing(directory / RECORD) as file:
         file.write(f"{json.dumps(facts, indent=2)}\n".encode())
 
@@ -94,7 +103,8 @@ def read(directory: Path) -> Record | None:
                 if type(name) is not str or name in counts or not whole:
                     raise ValueError("no counts of layers")
                 counts[name] = kept, total
-            return Record(counts, facts.get("asked"))
+            model = facts.get("model")
+            return Record(counts, facts.get("asked"), model if isinstance(model, str) else None)
     except FileNotFoundError:
         return None
 

@@ -1,37 +1,50 @@
 # SPDX-License-Identifier: MIT
-"""The facts of a report about a pruning, from a checkpoint directory or from a module in memory."""
+"""The facts of a report about a pruning of a checkpoint directory, in one pass over its files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-import lap_ext
 from lap_ext.checkpoint.files import DTYPES, open_directory, size_of
-from lap_ext.checkpoint.inspecting import model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
-from lap_ext.checkpoint.result import CheckpointResult
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning.result import PruneResult
-from lap_ext.report import Facts, Histogram, LayerFacts
+from lap_ext.pruning.reporting import Pruned, facts_of, layer_weights
+from lap_ext.report import Facts, Histogram
 from lap_ext.report.gather import Chunk, LayerWeights, gather
-from lap_ext.topology import Layer, Topology
+from lap_ext.topology import Layer
 
 _STEP = "measure"
+
+
+class PrunedFiles(Pruned, Protocol):
+    """What the facts need of a result on disk."""
+
+    @property
+    def directory(self) -> Path:
+        """The pruned checkpoint."""
+
+    @property
+    def masks_file(self) -> Path | None:
+        """Its masks, if they were saved."""
+
+    @property
+    def scores(self) -> Mapping[str, Histogram]:
+        """Layer name -> its scores, as far as they were counted."""
 
 
 @calling("checkpoint_facts")
 def checkpoint_facts(
     directory: str | os.PathLike[str],
-    result: CheckpointResult,
+    result: PrunedFiles,
     *,
     options: Mapping[str, str] | None = None,
     example_inputs: Inputs | None = None,
@@ -43,8 +56,8 @@ def checkpoint_facts(
 
     Args:
         directory: the original checkpoint, which is also the report's title.
-        result: of `checkpoint.prune`, with its masks saved. Its scores, if they were counted, are
-            in the report.
+        result: of `checkpoint.prune`, with its masks saved, or one that is stored. Its scores, if
+            they were counted, are in the report.
         options: option -> value, as the report shows them.
         example_inputs: as in `checkpoint.prune`.
         model: as in `checkpoint.prune`.
@@ -56,7 +69,7 @@ def checkpoint_facts(
         TypeError, TopologyError: as `checkpoint.prune`.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile, torch, lap_ext
         >>> from safetensors.torch import save_file
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> net[0].weight.data = torch.tensor([[3., 1.]])
@@ -86,86 +99,10 @@ def checkpoint_facts(
                     yield chunk, masks.chunk(layer.name, first, chunk.numel()), None
 
             scores = result.scores.get(layer.name)
-            return _weights(layer, item, len(copies), chunks, scores)
+            return layer_weights(layer, item, len(copies), chunks, scores)
 
-        facts = _facts(os.fspath(directory), result, options, structure.topology)
+        facts = facts_of(os.fspath(directory), result.criterion, options, structure.topology)
         facts.bytes_before, facts.bytes_after = before.size, after.size
         layers = [structure.topology.layers[name] for name in masks.shapes]
         total = sum(size_of(structure.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)
-
-
-def model_facts(
-    topology: Topology,
-    result: PruneResult,
-    scores: Mapping[str, Tensor],
-    *,
-    title: str,
-    options: Mapping[str, str] | None = None,
-    on_progress: Callable[[Progress], Any] | None = None,
-) -> Facts:
-    """Measures what a pruning of a module in memory does, while the module has all its weights.
-
-    Args:
-        topology: of the module.
-        result: of `lap_ext.prune(..., apply=False)`.
-        scores: layer name -> the scores that ranked its weights; empty to show none.
-        title: of the report.
-        options: option -> value, as the report shows them.
-        on_progress: called with a `Progress` after each layer.
-
-    Example:
-        >>> import torch, lap_ext
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
-        >>> net[0].weight.data = torch.tensor([[3., 1.]])
-        >>> topology = lap_ext.trace(net, torch.ones(1, 2))
-        >>> result = lap_ext.prune(net, None, 0.5, topology=topology, apply=False)
-        >>> facts = model_facts(topology, result, {}, title="net")
-        >>> facts.kept, facts.mass, facts.bytes_before       # 9 / 10
-        (1, 0.9, 8)
-    """
-
-    def weights(layer: Layer) -> LayerWeights:
-        def chunks(_most: int) -> Iterator[Chunk]:  # all are in memory already
-            yield layer.weight, result.masks[layer.name], scores.get(layer.name)
-
-        return _weights(layer, layer.weight.element_size(), 1, chunks)
-
-    facts = _facts(title, result, options, topology)
-    facts.bytes_before = facts.bytes_after = model_bytes(topology.model)
-    layers = [topology.layers[name] for name in result.masks]
-    step = Step(on_progress, _STEP, sum(layer.weight.nbytes for layer in layers))
-    return gather(facts, map(weights, layers), step.read)
-
-
-def _facts(
-    title: str, result: PruneResult, options: Mapping[str, str] | None, topology: Topology
-) -> Facts:
-    """Gathers what is known before a weight is measured."""
-    return Facts(
-        title,
-        result.criterion,
-        [],
-        options or {},
-        topology.others,
-        topology.stops,
-        version=lap_ext.__version__,
-    )
-
-
-def _weights(
-    layer: Layer,
-    itemsize: int,
-    copies: int,
-    chunks: Callable[[int], Iterator[Chunk]],
-    scores: Histogram | None = None,
-) -> LayerWeights:
-    facts = LayerFacts(
-        layer.name,
-        layer.kind,
-        layer.shape,
-        neighbors(layer.prev),
-        neighbors(layer.next),
-        scores=scores,
-    )
-    return LayerWeights(facts, layer.roles[0].part.shape, layer.groups, itemsize, copies, chunks)

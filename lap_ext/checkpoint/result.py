@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
+from torch.nn import Module
 
 from lap_ext.checkpoint.files import MASKS
 from lap_ext.checkpoint.plan import Plan
+from lap_ext.errors import LapTypeError, calling
 from lap_ext.masks import BitMasks, Masks
-from lap_ext.pruning.result import LayerResult, PruneResult
-from lap_ext.report import Histogram
+from lap_ext.options import Inputs, OnUnsupported
+from lap_ext.pruning.result import LayerResult, Original, PruneResult
+from lap_ext.report import Histogram, write
 
 
 class StoredMasks(Masks):
@@ -53,6 +57,46 @@ class CheckpointResult(PruneResult):
     directory: Path
     masks_file: Path | None
     scores: Mapping[str, Histogram] = field(default_factory=dict)
+
+    @calling("CheckpointResult.report")
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        original: Original,
+        example_inputs: Inputs | None = None,
+        *,
+        model: Module | None = None,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> None:
+        """Writes an HTML page about the pruning, with one pass over the original's files.
+
+        Args:
+            path: the page; a file of this name is replaced.
+            original: the checkpoint directory that was pruned.
+            example_inputs: as in `checkpoint.prune`.
+            model: as in `checkpoint.prune`.
+            on_unsupported: as in `checkpoint.prune`.
+
+        Raises:
+            ValueError: the masks were not saved; or as `checkpoint.prune`.
+            TypeError, TopologyError: as `checkpoint.prune`.
+        """
+        from lap_ext.checkpoint.reporting import checkpoint_facts
+
+        if not isinstance(original, (str, os.PathLike)):
+            raise LapTypeError(
+                "{argument} to be a checkpoint directory",
+                type(original).__name__,
+                argument="original",
+            )
+        facts = checkpoint_facts(
+            original,
+            self,
+            example_inputs=example_inputs,
+            model=model,
+            on_unsupported=on_unsupported,
+        )
+        write(path, facts)
 
 
 def result_of(

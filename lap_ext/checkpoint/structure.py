@@ -23,7 +23,7 @@ from lap_ext.checkpoint import hf
 from lap_ext.checkpoint.config import GIVE
 from lap_ext.checkpoint.files import Checkpoint, Copy
 from lap_ext.checkpoint.guard import counted_calls
-from lap_ext.checkpoint.names import Names
+from lap_ext.checkpoint.names import Names, untied
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.errors import LapTypeError, LapValueError, TopologyError, warn
 from lap_ext.options import Inputs, OnUnsupported
@@ -66,10 +66,7 @@ def structure_of(
         )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = _fake_inputs(own, example_inputs, mode)  # for all branches first
-    names = Names(checkpoint, own)
-    if model is None:
-        hf.untie(own, names.unlike(Source(checkpoint)))
-        names = Names(checkpoint, own)
+    names = untied(checkpoint, own) if model is None else Names(checkpoint, own)
     with ExitStack() as stack:
         if model is None:
             stack.enter_context(hf.telling("a config.json whose model can be traced", GIVE))

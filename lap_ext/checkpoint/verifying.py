@@ -7,21 +7,24 @@
     counts    kept weights of each mask: as in the pruning's record (record.py)
     files     all other files of the original: the same bytes
 
-Without a mask file, every weight must have the original's bits or be +0.0. Files are read in
-chunks. How tensors are spread over files, and thus the index, may differ. A directory that has
-nothing but weights, masks and record is the output of a factory's model: other files are not
-demanded of it.
+Without a mask file, every weight must have the original's bits or be +0.0, and some must be zero
+that are not in the original. Files are read in chunks. A tensor's mask is found by its name; only
+where that is not enough is the model of config.json built, which takes seconds. How tensors are
+spread over files, and thus the index, may differ. A directory that has nothing but weights, masks
+and record is the output of a factory's model: other files are not demanded of it.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from lap_ext import allocation
 from lap_ext._text import (
@@ -34,8 +37,9 @@ from lap_ext._text import (
 )
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.checkpoint import hf, inside, record
+from lap_ext.checkpoint.differences import Differences
 from lap_ext.checkpoint.files import Checkpoint, Entry, open_path
-from lap_ext.checkpoint.names import Names
+from lap_ext.checkpoint.names import untied
 from lap_ext.checkpoint.reading import CHUNK, Buffer, Source, bits
 from lap_ext.errors import calling
 from lap_ext.masks import BitMasks
@@ -45,6 +49,7 @@ from lap_ext.progress import Progress, Step
 _NUMBERS = (1, 2, 3)  # columns of numbers
 _OTHER_BYTES = "its bytes are not those of the original"
 _DAMAGED = "it is damaged"
+_ALL = "all layers"
 
 
 Wanted: TypeAlias = tuple[Sparsity, Scope, MinKeep]  # what counts must match
@@ -84,6 +89,8 @@ class Verdict:
         tensors: how many tensors were compared.
         masks: whether there was a mask file; without one, zeros counted as pruned weights.
         files: how many other files of the original were demanded.
+        unpruned: whether no weight is zero that is not zero in the original; without masks, that is
+            a finding.
     """
 
     findings: Sequence[Finding]
@@ -91,6 +98,7 @@ class Verdict:
     tensors: int
     masks: bool
     files: int = 0
+    unpruned: bool = False
 
     @property
     def ok(self) -> bool:
@@ -120,11 +128,21 @@ class Verdict:
             "tensors": self.tensors,
             "masks": self.masks,
             "files": self.files,
+            "unpruned": self.unpruned,
             "kept": self.kept,
             "total": self.total,
             "sparsity": self.sparsity,
             "layers": [asdict(row) for row in self.layers],
         }
+
+    def summary(self) -> str:
+        """Says in one line what was found."""
+        if self.ok:
+            so_what = "; nothing is pruned" if self.unpruned else ""
+            return f"ok: {self.tensors} tensors compared, sparsity {self.sparsity:.2%}{so_what}"
+        first, more = self.findings[0], len(self.findings) - 1
+        others = f"; {more} more findings" if more else ""
+        return visible(f"{first.tensor}: {first.problem}{others}")
 
     def __str__(self) -> str:
         return "\n".join([columns(self._rows(), right=_NUMBERS), "", *self._notes()])
@@ -148,9 +166,12 @@ class Verdict:
         if self.findings:
             return [*notes, f"{len(self.findings)} findings in {self.tensors} tensors.{how}"]
         same = f" {self.files} other files are the same." if self.files else ""
+        if self.unpruned:
+            notes = ["Nothing is pruned: no weight is zero that is not zero in the original."]
         return [
+            *notes,
             f"{self.tensors} tensors compared: every kept weight has its original's bits, "
-            f"every pruned one is zero.{same}{how}"
+            f"every pruned one is zero.{same}{how}",
         ]
 
 
@@ -232,6 +253,8 @@ class _Comparison:
         self.others: list[Path] = []  # files of the original that the pruned one must have
         self._sources = Source(after), Source(before)
         self._buffers = Buffer(), Buffer()
+        self._sums = Differences()
+        self._may_ask = (before.path / "config.json").is_file()
         self._locations = {} if masks is None else self._layers_of(masks)
 
     def run(
@@ -250,9 +273,11 @@ class _Comparison:
             self._compare_files(name, mine, theirs, step)
         if self.masks is not None:
             self._count(self.masks)
+        self._check_pair()
         self._check_record(wanted)
         masked, others = self.masks is not None, len(self.others)
-        return Verdict(self.findings, self.layers, len(both), masked, others)
+        unpruned = not self._sums.gone
+        return Verdict(self.findings, self.layers, len(both), masked, others, unpruned)
 
     def demand_others(self) -> None:
         """Demands the other files of the original, unless the pruned one has weights alone."""
@@ -301,64 +326,88 @@ class _Comparison:
         if not same:
             self._find(name, _OTHER_BYTES)
 
-    def _layers_of(self, masks: BitMasks) -> Mapping[str, tuple[str, int]]:
+    def _layers_of(self, masks: BitMasks) -> dict[str, tuple[str, int]]:
         """Maps tensors to their layer and the index of the first of its weights that they hold."""
-        entries, locations, other = self.before.entries, {}, []
+        entries, other = self.before.entries, []
+        locations: dict[str, tuple[str, int]] = {}
         for layer in masks.shapes:
             parameter = parameter_in(layer, entries)
             if parameter in entries and entries[parameter].shape == masks.shapes[layer]:
                 locations[parameter] = (layer, 0)
             else:
                 other.append(layer)
-        if (self.before.path / "config.json").is_file():  # the model knows other names, tied copies
-            try:
-                locations.update(_by_model(self.before, masks))
-                located = {layer for layer, _ in locations.values()}
-                other = [layer for layer in other if layer not in located]
-            except (ValueError, ModuleNotFoundError):
-                if other:
-                    raise
+        if other and self._may_ask:  # transformers has renamed it, or joined it from slices
+            locations = self._by_model(masks) | locations
+            located = {layer for layer, _ in locations.values()}
+            other = [layer for layer in other if layer not in located]
         for layer in other:
             self._find(layer, "a mask for a tensor that the original does not have")
         return locations
 
+    def _by_model(self, masks: BitMasks) -> dict[str, tuple[str, int]]:
+        """Maps tensors to layers by the model of config.json, which knows other names, tied copies.
+
+        It is asked once.
+        """
+        self._may_ask = False
+        model = hf.build(self.before)
+        names, known = untied(self.before, model), dict(model.named_parameters())
+        locations = {}
+        for layer in masks.shapes:
+            parameter = parameter_in(layer, known)
+            if parameter in known:
+                slices = [x for copy in names.copies(parameter) for x in copy]
+                locations.update({x.entry.name: (layer, x.begin) for x in slices})
+        return locations
+
+    def _is_copy(self, name: str) -> bool:
+        """Tells whether a tensor without a mask of its own is a tied copy of one that has one."""
+        if self.masks is not None and self._may_ask:
+            with suppress(ValueError, ModuleNotFoundError):  # no model: then nothing is tied
+                self._locations = self._by_model(self.masks) | self._locations
+        return name in self._locations
+
     def _compare(self, new: Entry, old: Entry, step: Step) -> None:
         """Compares one tensor."""
-        location = self._locations.get(old.name)
-        changed = lost = alive = zeroed = 0
+        counts = self._counted(new, old, step)
+        if counts.changed and old.name not in self._locations and self._is_copy(old.name):
+            counts = self._counted(new, old, None)
+        if counts.changed:
+            what = "kept weights" if old.name in self._locations else "elements"
+            also = f" ({counts.lost} of them zero)" if counts.lost else ""
+            problem = f"{counts.changed} {what} differ from the original{also}"
+            self._find(new.name, problem, counts.changed)
+        if counts.alive:
+            self._find(new.name, f"{counts.alive} pruned weights are not zero", counts.alive)
+        if self.masks is None and counts.zeros and len(new.shape) > 1:
+            self._keeps(layer_name(new.name), new.shape, new.numel - counts.zeros)
+        self._sums.add(counts)
+
+    def _counted(self, new: Entry, old: Entry, step: Step | None) -> Differences:
+        """Counts how the weights of a tensor differ, in chunks."""
+        location, counts = self._locations.get(old.name), Differences()
         pairs = zip(
             bits(self._sources[0], new, self._buffers[0]),
             bits(self._sources[1], old, self._buffers[1]),
             strict=True,
         )
         for (first, mine), (_, theirs) in pairs:
-            same = mine == theirs
+            kept = None
             if self.masks is not None and location is not None:
                 layer, begin = location
                 kept = self.masks.chunk(layer, begin + first, mine.numel())
-                differing = ~same & kept
-                changed += int(differing.count_nonzero())
-                lost += int((differing & (mine == 0)).count_nonzero())
-                alive += int(((mine != 0) & ~kept).count_nonzero())
-                live = int((theirs << 1).count_nonzero())  # without the sign
-                self.zeros[layer, begin + first] = theirs.numel() - live
-            elif self.masks is not None:
-                changed += int((~same).count_nonzero())
-            else:
-                zero = mine == 0
-                name, live = layer_name(new.name), int((theirs << 1).count_nonzero())
-                self.zeros[name, first] = theirs.numel() - live
-                zeroed += int(zero.count_nonzero())
-                changed += int((~same & ~zero).count_nonzero())
-            step.read(new.name, mine.nbytes)
-        if changed:
-            what = "kept weights" if location else "elements"
-            also = f" ({lost} of them zero)" if lost else ""
-            self._find(new.name, f"{changed} {what} differ from the original{also}", changed)
-        if alive:
-            self._find(new.name, f"{alive} pruned weights are not zero", alive)
-        if self.masks is None and zeroed and len(new.shape) > 1:
-            self._keeps(layer_name(new.name), new.shape, new.numel - zeroed)
+                self._note_zeros(layer, begin + first, theirs)
+            elif self.masks is None:
+                kept = mine != 0
+                self._note_zeros(layer_name(new.name), first, theirs)
+            counts.count(mine, theirs, kept, is_matrix=len(old.shape) > 1)
+            if step is not None:
+                step.read(new.name, mine.nbytes)
+        return counts
+
+    def _note_zeros(self, layer: str, first: int, theirs: Tensor) -> None:
+        """Counts the zeros of the original, of either sign: no pruning keeps them."""
+        self.zeros[layer, first] = theirs.numel() - int((theirs << 1).count_nonzero())
 
     def _count(self, masks: BitMasks) -> None:
         """Counts how many weights each mask keeps."""
@@ -367,6 +416,18 @@ class _Comparison:
             firsts = range(0, total, CHUNK)
             chunks = (masks.chunk(name, first, min(CHUNK, total - first)) for first in firsts)
             self._keeps(name, shape, sum(int(chunk.count_nonzero()) for chunk in chunks))
+
+    def _check_pair(self) -> None:
+        """Finds two that are in the wrong order, and a checkpoint of which nothing is pruned."""
+        sums = self._sums
+        if 0 < sums.revived == sums.changed + sums.alive and not sums.gone:
+            wrong_way = (
+                "every difference is a weight that is zero in the original: are the two in the "
+                "wrong order? The pruned one comes first"
+            )
+            self.findings.insert(0, Finding(_ALL, wrong_way, sums.revived))
+        elif self.masks is None and not sums.gone and not self.findings:
+            self._find(_ALL, "nothing is pruned: the two have the same weights")
 
     def _keeps(self, name: str, shape: tuple[int, ...], kept: int) -> None:
         self.shapes[name] = shape
@@ -406,7 +467,7 @@ class _Comparison:
             kept = sum(row.kept for row in self.layers)
             keep = min(allocation.total(allocated, self.shapes), sum(map(self._live, self.layers)))
             if keep != kept:
-                self._find("all layers", f"{kept} weights are kept, {expected} {keep}")
+                self._find(_ALL, f"{kept} weights are kept, {expected} {keep}")
             return
         keeps = allocation.budget(allocated, self.shapes, min_keep).keeps
         for row in self.layers:
@@ -422,19 +483,3 @@ class _Comparison:
 def _others(checkpoint: Checkpoint) -> Iterator[Path]:
     """Lists the files that hold neither weights nor what lap_ext has written, relative."""
     return (x for x in checkpoint.others() if str(x) not in (record.RECORD, checkpoint.index))
-
-
-def _by_model(checkpoint: Checkpoint, masks: BitMasks) -> dict[str, tuple[str, int]]:
-    """Maps tensors to layers by the model of config.json.
-
-    It knows names that transformers changes, and tied copies.
-    """
-    model = hf.build(checkpoint)
-    names, known = Names(checkpoint, model), dict(model.named_parameters())
-    locations = {}
-    for layer in masks.shapes:
-        parameter = parameter_in(layer, known)
-        if parameter in known:
-            slices = [x for copy in names.copies(parameter) for x in copy]
-            locations.update({x.entry.name: (layer, x.begin) for x in slices})
-    return locations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: lap-ext prune, score, inspect, verify, bench, demo, info.
+"""The command line: lap-ext prune, score, inspect, verify, report, bench, demo, info, help.
 
 It turns arguments into calls of the library and shows the results. Exit status: 0 success, 1 verify
 has found a difference, 2 a usage error or an unusable file (one line on stderr), 130 stopped with
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lap_ext._text import visible
 from lap_ext.cli import parser
 from lap_ext.cli.output import drop, line, work_of
-from lap_ext.errors import LapError
+from lap_ext.errors import LapError, LapWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +77,8 @@ def _state_of_output(options: Any) -> str:
     out, work = options.out, work_of(options.out)
     if options.subcommand == "prune" and work.is_dir():
         return f" Partial results are in {str(work)!r}. Run the same command again to resume."
+    if out.is_dir() and out.stat().st_ino == vars(options).get("before"):
+        return f" {str(out)!r} is as it was."
     written = any(out.iterdir()) if out.is_dir() else out.exists()
     return f" {str(out)!r} was {'' if written else 'not '}written."
 
@@ -97,8 +99,8 @@ def _flush() -> None:
 def _text(error: Exception, options: Any) -> str:
     """Puts an error into one line, with arguments spelled as options."""
     if isinstance(error, LapError):
-        names = parser.spellings(options.subcommand)
-        text = error.text(lambda argument: names.get(argument, argument), named=error.final)
+        names, option = parser.spellings(options.subcommand), parser.options(options.subcommand)
+        text = error.text(lambda x: names.get(x, x), option, named=error.final)
     elif isinstance(error, MemoryError):
         text = "out of memory. Give a smaller --memory, or run it on a larger machine."
     elif isinstance(error, OSError) and error.strerror:
@@ -142,7 +144,10 @@ def _warnings_as_lines(subcommand: str) -> Iterator[None]:
     """Shows each warning as one line on stderr, without the line of code that it came from."""
 
     def show(message: Warning | str, *_source: object, **_more: object) -> None:
-        line(sys.stderr, f"lap-ext {subcommand}: warning: {_joined(str(message))}")
+        text = str(message)
+        if isinstance(message, LapWarning):
+            text = message.text(parser.options(subcommand))
+        line(sys.stderr, f"lap-ext {subcommand}: warning: {_joined(text)}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

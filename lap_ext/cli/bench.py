@@ -64,19 +64,18 @@ class Baseline:
     lap_ext_memory: int | None
 
 
-def bench(options: Any) -> int:
+def bench(options: Any, is_directory: bool) -> int:
     """Measures standard shapes, or those of the layers of a model."""
-    if not 0 <= options.sparsity < 1:
-        raise LapValueError("0 <= {argument} < 1", f"{options.sparsity:g}", argument="sparsity")
     device = _device(options.device)
     with Progress(not options.quiet) as progress, torch.no_grad():
-        counts = _shapes(options, progress)
+        counts = _shapes(options, is_directory, progress)
         fitting = [x for x in counts if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
         chosen = fitting[:_MOST_SHAPES]
         progress.step("bench", len(_SELECT) * sum(torch.Size(x[0]).numel() for x in chosen))
-        cases = []
+        cases, ratios = [], []
         for shape, kind in chosen:
             baselines = _measured(shape, kind, device, options.sparsity, progress)
+            ratios += [x.ratio for x in baselines]
             case = {"shape": list(shape), "dtype": str(kind).removeprefix("torch.")}
             rest = {"layers": counts[shape, kind], "baselines": [asdict(x) for x in baselines]}
             cases.append(case | rest)
@@ -87,7 +86,9 @@ def bench(options: Any) -> int:
         "left_out": len(counts) - len(chosen),
         "cases": cases,
     }
-    result(options, shown, _text(shown))
+    brief = f"{len(cases)} shapes: the baselines take "
+    brief += f"{_short(min(ratios))} to {_short(max(ratios))} times the time of lap_ext"
+    result(options, shown, _text(shown), brief if cases else "no shapes")
     return 0
 
 
@@ -102,7 +103,7 @@ def _device(given: str) -> torch.device:
         ) from None
 
 
-def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
+def _shapes(options: Any, is_directory: bool, progress: Progress) -> Mapping[Shape, int]:
     """Counts the layers of each shape; shapes with the most weights in all layers come first."""
     if options.model is None:
         for name in ("checkpoint", "input"):
@@ -110,7 +111,7 @@ def _shapes(options: Any, progress: Progress) -> Mapping[Shape, int]:
                 raise LapValueError("a MODEL with {argument}", "none", argument=name)
         return {(shape, torch.float32): 1 for shape in _STANDARD}
     counts: Counter[Shape] = Counter()
-    if models.is_directory(options):
+    if is_directory:
         progress.step("trace")
         files = open_directory(Path(options.model))
         given = models.examples(options.input)

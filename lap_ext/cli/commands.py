@@ -1,41 +1,53 @@
 # SPDX-License-Identifier: MIT
-"""Runs the subcommands: each calls the library and shows the result."""
+"""Runs the subcommands: each calls the library and shows the result.
+
+A subcommand checks its arguments first, and then imports what it needs and nothing else: torch
+alone takes seconds.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lap_ext
-from lap_ext import checkpoint, demo, report
-from lap_ext._files import new_directory
+from lap_ext import allocation
+from lap_ext._files import new_directory, set_aside
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
-from lap_ext.checkpoint import record, stream
-from lap_ext.checkpoint.files import MASKS
-from lap_ext.checkpoint.inspecting import inspect_model
-from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
-from lap_ext.cli import bench, models, outputs
-from lap_ext.cli.output import Progress, result, writing
-from lap_ext.errors import LapFileExistsError
-from lap_ext.report import Facts, plots
+from lap_ext.checkpoint import record
+from lap_ext.cli import models
+from lap_ext.cli.output import Progress, result, terminal_width, writing
+from lap_ext.errors import LapFileExistsError, LapValueError
+
+if TYPE_CHECKING:
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint.stored import StoredPruning
+    from lap_ext.report import Facts
 
 _SINGLE = "model.safetensors"
 
 
 def prune(options: Any) -> int:
     """Prunes a checkpoint directory, or a module, and writes it to a new directory."""
-    sparsity = notation.of_texts(options.sparsity)  # mistakes cost nothing yet
-    _check_new(options.out)
-    outputs.check(options)
     start = time.monotonic()
+    sparsity = _sparsity(options)  # mistakes cost nothing yet
+    is_directory = models.is_directory(options)
+    replaces = _replaces(options)
+    from lap_ext.cli import outputs
+
+    outputs.check(options)
     with Progress(not options.quiet) as progress:
-        run = _prune_directory if models.is_directory(options) else _prune_module
-        pruned, facts = run(options, sparsity, progress)
+        run = _prune_directory if is_directory else _prune_module
+        with set_aside(options.out) if replaces else nullcontext():
+            pruned, facts = run(options, sparsity, progress)
         if facts is not None:
             progress.step("draw")
             _draw(options, facts)
@@ -46,8 +58,16 @@ def prune(options: Any) -> int:
         shown["measured"] = facts.to_dict()
     plots_written = [options.plot, outputs.second(options.plot)] if options.plot else []
     files = [path for path in (options.out, options.report, *plots_written) if path]
-    result(options, shown, f"{pruned}\n{_written(files)}")
+    brief = f"{pruned.kept:,} of {pruned.total:,} weights kept, sparsity {pruned.sparsity:.2%}; "
+    result(options, shown, f"{pruned}\n{_written(files)}", brief + _written(files))
     return 0
+
+
+def _sparsity(options: Any) -> Sparsity:
+    """Reads and checks the texts of --sparsity."""
+    sparsity = notation.of_texts(options.sparsity)
+    allocation.of(sparsity)  # raises where it is no fraction
+    return sparsity
 
 
 def _written(files: Sequence[Path]) -> str:
@@ -55,12 +75,62 @@ def _written(files: Sequence[Path]) -> str:
     return f"written: {', '.join(visible(str(path)) for path in files)}"
 
 
+def report(options: Any) -> int:
+    """Makes the page of an earlier result, from its directory and the weights of the original."""
+    page = options.out or options.result.with_name(f"{options.result.resolve().stem}.html")
+    from lap_ext.checkpoint.stored import stored_pruning
+    from lap_ext.cli import outputs
+    from lap_ext.report import write
+
+    earlier = stored_pruning(options.result)
+    if options.model is None:
+        options.model = _recorded_model(earlier)
+    outputs.check_page(options, page)
+    with Progress(not options.quiet) as progress:
+        facts = _stored_facts(options, earlier, progress)
+        with writing(page):
+            write(page, facts)
+    shown = {"model": options.model, "result": str(options.result), "out": str(page)}
+    result(options, shown | {"measured": facts.to_dict()}, _written([page]))
+    return 0
+
+
+def _recorded_model(earlier: StoredPruning) -> str:
+    """Returns the original's directory; a factory that a file names is not run."""
+    model = earlier.model
+    if model is not None and Path(model).is_dir():
+        return model
+    got = "a result that does not name it"
+    if model is not None:
+        got = f"a result of {model!r}, which is no directory here"
+    expected = "{argument} (the original, whose weights are measured)"
+    raise LapValueError(expected, got, "Give it after RESULT.", argument="model")
+
+
+def _stored_facts(options: Any, earlier: StoredPruning, progress: Progress) -> Facts:
+    """Measures an earlier result on the weights of its original."""
+    given: dict[str, Any] = {"options": _texts(earlier.options), "on_progress": progress.follow}
+    if models.is_directory(options):
+        from lap_ext.checkpoint.reporting import checkpoint_facts
+
+        progress.step("trace")
+        how = options.on_unsupported
+        return checkpoint_facts(options.model, earlier, on_unsupported=how, **given)
+    from lap_ext.pruning.reporting import model_facts
+
+    _, topology = models.traced(options, progress)
+    return model_facts(topology, earlier, {}, title=options.model, **given)
+
+
 def _draw(options: Any, facts: Facts) -> None:
     """Writes the report and the plots, where there are options for them."""
+    from lap_ext.cli import outputs
+    from lap_ext.report import plots, write
+
     done = f"; {str(options.out)!r} is complete"
     if options.report:
         with writing(options.report, done):
-            report.write(options.report, facts)
+            write(options.report, facts)
     if options.plot:
         title = f"{facts.title}, {facts.criterion}"
         with writing(options.plot, done):
@@ -72,6 +142,8 @@ def _prune_directory(
     options: Any, sparsity: Sparsity, progress: Progress
 ) -> tuple[checkpoint.CheckpointResult, Facts | None]:
     """Streams a checkpoint directory."""
+    from lap_ext import checkpoint
+
     reported = bool(options.report or options.plot)
     progress.step("prune")
     pruned = checkpoint.prune(
@@ -84,13 +156,15 @@ def _prune_directory(
         **_streaming_options(options, progress),
     )
     with writing(options.out):
-        record.write(options.out, _chosen(options), pruned)
+        record.write(options.out, _chosen(options), pruned, options.model)
     if not reported:
         return pruned, None
+    from lap_ext.checkpoint.reporting import checkpoint_facts
+
     facts = checkpoint_facts(
         options.model,
         pruned,
-        options=_chosen_texts(options),
+        options=_texts(_chosen(options)),
         example_inputs=models.examples(options.input),
         on_unsupported=options.on_unsupported,
         on_progress=progress.follow,
@@ -118,6 +192,8 @@ def _prune_module(
     pruned = lap_ext.prune(made.module, None, sparsity, **how, **given)
     facts = None
     if options.report or options.plot:
+        from lap_ext.pruning.reporting import model_facts
+
         progress.step("score")
         scores = lap_ext.scores(made.module, **given)
         facts = model_facts(
@@ -125,7 +201,7 @@ def _prune_module(
             pruned,
             scores,
             title=options.model,
-            options=_chosen_texts(options),
+            options=_texts(_chosen(options)),
             on_progress=progress.follow,
         )
     pruned.apply(made.module)
@@ -138,16 +214,38 @@ def _write(options: Any, made: models.Made, pruned: lap_ext.PruneResult) -> None
     """Writes the pruned weights, their masks, and the options."""
     from safetensors.torch import save_model
 
+    from lap_ext.checkpoint.files import MASKS
+
     with writing(options.out), new_directory(options.out) as directory:
         save_model(made.module, str(directory / _SINGLE), metadata={"format": "pt"})
         pruned.masks.save(directory / MASKS)
-        record.write(directory, _chosen(options), pruned)
+        record.write(directory, _chosen(options), pruned, options.model)
 
 
-def _check_new(out: Path) -> None:
-    """Raises unless a directory is new, or empty and not the one that lap-ext runs in."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(Path.cwd())):
-        raise LapFileExistsError("{argument} to be a new directory", repr(str(out)), argument="out")
+def _replaces(options: Any) -> bool:
+    """Tells whether --out replaces an earlier result; raises unless it is that, or new, or empty.
+
+    It is never the directory that lap-ext runs in.
+    """
+    out = options.out
+    if not out.exists():
+        return False
+    runs_here = out.resolve() in (Path.cwd(), *Path.cwd().parents)
+    if out.is_dir() and not runs_here:
+        if not any(out.iterdir()):
+            return False
+        if (out / record.RECORD).is_file():
+            if options.force:
+                options.before = out.stat().st_ino
+                return True
+            cure = "Choose another name, or add --force to replace this earlier result."
+            raise _taken(out, cure)
+    raise _taken(out, "Choose another name.")
+
+
+def _taken(out: Path, cure: str) -> LapFileExistsError:
+    expected, got = "{argument} to be a new directory", repr(str(out))
+    return LapFileExistsError(expected, got, cure, argument="out")
 
 
 def _chosen(options: Any) -> dict[str, Any]:
@@ -156,15 +254,19 @@ def _chosen(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*ranking, "layers", "exclude")}
 
 
-def _chosen_texts(options: Any) -> dict[str, str]:
-    """Gathers the same options as texts, for a report."""
-    given = {name: value for name, value in _chosen(options).items() if value not in (None, [])}
-    return {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in given.items()}
+def _texts(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Makes texts of options, for a report."""
+    given = {name: value for name, value in chosen.items() if value not in (None, [])}
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items()}
 
 
 def score(options: Any) -> int:
     """Shows a table of every layer's scores, and writes all scores to a file with --out."""
     directory = Path(options.model) if models.is_directory(options) else None
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint import stream
+    from lap_ext.cli import outputs
+
     outputs.check(options)
     if options.out:
         stream.check_new(options.out, directory, "out")
@@ -184,24 +286,31 @@ def score(options: Any) -> int:
     shown |= {"normalize": options.normalize, "batch_norm": options.batch_norm}
     shown |= {"out": options.out and str(options.out)} | table.to_dict()
     written = f"\n{_written([options.out])}" if options.out else ""
-    result(options, shown, f"{table}{written}")
+    brief = f"{len(table.layers)} layers scored"
+    result(options, shown, f"{table}{written}", f"{brief}{written}".replace("\n", "; "))
     return 0
 
 
 def _score_module(options: Any, progress: Progress) -> checkpoint.ScoreStream:
     """Scores a module; all scores are in memory, as the module is."""
+    from lap_ext.checkpoint import ScoreStream
+
     made, topology = models.traced(options, progress)
     progress.step("score")
     given = models.scoring_options(options)
     scores = lap_ext.scores(made.module, topology=topology, on_progress=progress.follow, **given)
     described = {name: given[name] for name in ("criterion", "normalize", "batch_norm")}
-    return checkpoint.ScoreStream.of_model(topology, scores, described)
+    return ScoreStream.of_model(topology, scores, described)
 
 
 def inspect(options: Any) -> int:
     """Shows layers, their neighbors, sizes and zeros."""
+    is_directory = models.is_directory(options)
+    from lap_ext import checkpoint
+    from lap_ext.checkpoint.inspecting import inspect_model
+
     with Progress(not options.quiet) as progress:
-        if models.is_directory(options):
+        if is_directory:
             progress.step("trace")
             inspection = checkpoint.inspect(
                 options.model,
@@ -216,37 +325,62 @@ def inspect(options: Any) -> int:
         dot = inspection.topology.to_dot()
         result(options, {"dot": dot}, dot)
     else:
-        result(options, {"model": options.model} | inspection.to_dict(), str(inspection))
+        share = inspection.zeros / max(1, inspection.weights)
+        brief = f"{len(inspection.layers)} layers, {inspection.weights:,} weights, "
+        brief += f"{share:.2%} of them zero; {inspection.bytes:,} bytes"
+        shown = {"model": options.model} | inspection.to_dict()
+        width = None if options.wide else terminal_width()
+        table = inspection.table(width) if width else inspection.table(most=sys.maxsize)
+        result(options, shown, table, brief)
     return 0
 
 
 def verify(options: Any) -> int:
     """Compares a pruned checkpoint with its original; returns 1 if it has findings."""
+    sparsity = _sparsity(options) if options.sparsity else None
+    from lap_ext.checkpoint import verify
+
     with Progress(not options.quiet) as progress:
         progress.step("verify")
-        verdict = checkpoint.verify(
+        verdict = verify(
             options.pruned,
             options.original,
-            sparsity=notation.of_texts(options.sparsity) if options.sparsity else None,
+            sparsity=sparsity,
             scope=options.scope,
             on_progress=progress.follow,
         )
-    result(options, verdict.to_dict(), str(verdict))
+    result(options, verdict.to_dict(), str(verdict), verdict.summary())
     return 0 if verdict.ok else 1
 
 
 def info(options: Any) -> int:
     """Shows versions and which kernels are loaded."""
     build = lap_ext.info()
-    result(options, asdict(build), str(build))
+    result(options, asdict(build), str(build), str(build).replace("\n", "; "))
     return 0
+
+
+def bench(options: Any) -> int:
+    """Times lap_ext on this machine, on standard shapes or those of the layers of a model."""
+    if not 0 <= options.sparsity < 1:
+        raise LapValueError("0 <= {argument} < 1", f"{options.sparsity:g}", argument="sparsity")
+    is_directory = options.model is not None and models.is_directory(options)
+    from lap_ext.cli.bench import bench as measured
+
+    return measured(options, is_directory)
 
 
 def demo_(options: Any) -> int:
     """Runs the demo; with --json prints its figures and draws no plot."""
+    from lap_ext import demo
+
     if not options.json:
         given = ["--seeds", str(options.seeds), "--steps", str(options.steps)]
-        return 2 if (status := demo.main([*given, "--out", str(options.out)])) == 1 else status
+        with redirect_stdout(io.StringIO()) if options.quiet else nullcontext():
+            status = demo.main([*given, "--out", str(options.out)])
+        if status == 0 and options.quiet:
+            result(options, {}, _written([options.out]))
+        return 2 if status == 1 else status
     with Progress(not options.quiet) as progress:
         progress.step("demo", demo.total_steps(options.seeds, options.steps))
         results = demo.run(
@@ -261,7 +395,8 @@ COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "score": score,
     "inspect": inspect,
     "verify": verify,
-    "bench": bench.bench,
+    "report": report,
+    "bench": bench,
     "demo": demo_,
     "info": info,
 }

@@ -3,22 +3,20 @@
 
 No file is loaded that can execute code: weights come from safetensors files. A pickle file or a
 torch.export program is refused without being opened; whoever trusts one loads it in a factory.
+torch is imported where a module is made, so that a wrong MODEL is told at once.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from lap_ext._text import some
-from lap_ext.checkpoint.files import DTYPES
 from lap_ext.cli.output import Progress
 from lap_ext.errors import (
     LapFileNotFoundError,
@@ -28,10 +26,15 @@ from lap_ext.errors import (
     callback,
 )
 from lap_ext.options import OnUnsupported
-from lap_ext.topology import Topology, trace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lap_ext.topology import Topology
 
 _PROGRAM = ".pt2"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
+_HUB_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _KINDS = "a checkpoint directory or package.module:factory"
 
 
@@ -51,6 +54,8 @@ class Made:
 
     def trace(self, on_unsupported: OnUnsupported) -> Topology:
         """Finds the neighbors of each layer."""
+        from lap_ext.topology import trace
+
         return trace(self.module, self.example_inputs, on_unsupported=on_unsupported)
 
 
@@ -88,8 +93,20 @@ def is_directory(options: Any) -> bool:
         )
     module, colon, name = given.partition(":")
     if not (colon and name and all(part.isidentifier() for part in module.split("."))):
-        raise LapValueError(_KINDS, f"{given!r}, and no such directory")
+        raise LapValueError(_KINDS, f"{given!r}, and no such directory", _of_the_hub(options))
     return False
+
+
+def _of_the_hub(options: Any) -> str:
+    """Says how to fetch a model whose name on the Hugging Face Hub was given, perhaps."""
+    owner_and_name = options.model.split("/")
+    if len(owner_and_name) > 2 or not all(map(_HUB_NAME.fullmatch, owner_and_name)):
+        return ""
+    directory = f"./{owner_and_name[-1]}"
+    return (
+        f"If it is a model of the Hugging Face Hub, run: hf download {options.model} --local-dir "
+        f"{directory}, then lap-ext {options.subcommand} {directory}."
+    )
 
 
 def scoring_options(options: Any) -> dict[str, Any]:
@@ -113,6 +130,8 @@ def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:
 
 def make(options: Any) -> Made:
     """Makes the module of a factory, with the weights of --checkpoint and the inputs of --input."""
+    from torch import nn
+
     with callback():
         returned = _factory(options.model)()
     is_pair = isinstance(returned, tuple) and len(returned) == 2
@@ -167,6 +186,8 @@ def example(text: str) -> Tensor:
                   [0., 0.],
                   [0., 0.]]]), tensor([[0, 0]]))
     """
+    import torch
+
     shape, _, kind = text.partition(":")
     dtype = getattr(torch, kind or "float32", None)
     sizes = shape.split("x")
@@ -251,6 +272,9 @@ def _load(module: nn.Module, path: Path) -> None:
 def _check_dtypes(module: nn.Module, path: Path) -> None:
     """Raises where loading would turn the numbers of a tensor into other ones."""
     from safetensors import safe_open
+    from torch import Tensor
+
+    from lap_ext.checkpoint.files import DTYPES
 
     own = {name: x.dtype for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     with safe_open(path, framework="pt") as file:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -51,10 +52,18 @@ def drop(stream: IO[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def result(options: Any, facts: Mapping[str, Any], text: str) -> None:
-    """Prints the result of a subcommand: JSON with --json, else a text."""
-    shown = json.dumps(_finite(facts), indent=2, allow_nan=False) if options.json else text
+def result(options: Any, facts: Mapping[str, Any], text: str, brief: str = "") -> None:
+    """Prints the result of a subcommand: JSON with --json, one line with --quiet, else a text."""
+    shown = brief if brief and options.quiet else text
+    if options.json:
+        shown = json.dumps(_finite(facts), indent=2, allow_nan=False)
     line(sys.stdout, shown)
+
+
+def terminal_width() -> int | None:
+    """Returns the letters of a line where results are shown; None if that is no terminal."""
+    shown = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if shown else None
 
 
 def _finite(value: Any) -> Any:

@@ -46,7 +46,13 @@ def check(options: Any) -> None:
     _check_apart(options, outputs)
     for argument, path in outputs:
         if argument != "out":
-            _check_file(argument, path, options.force)
+            _check_file(argument, path, options.force, argument)
+
+
+def check_page(options: Any, page: Path) -> None:
+    """Raises unless the page of an earlier result can be written, and harms nothing."""
+    _check_apart(options, [_Output("out", page)])
+    _check_file("out", page, options.force, "report")
 
 
 def _outputs(options: Any) -> Iterator[_Output]:
@@ -66,7 +72,7 @@ def _outputs(options: Any) -> Iterator[_Output]:
 def _check_apart(options: Any, outputs: Sequence[_Output]) -> None:
     """Raises if an output is an input or another output, or lies in one."""
     names = spellings(options.subcommand)
-    inputs = [(name, getattr(options, name)) for name in ("model", "checkpoint")]
+    inputs = [(name, vars(options).get(name)) for name in ("model", "checkpoint", "result")]
     places = [
         (f"{names[name]}, which is only read", Path(given))
         for name, given in inputs
@@ -74,7 +80,8 @@ def _check_apart(options: Any, outputs: Sequence[_Output]) -> None:
     ]
     for argument, path in outputs:
         for name, place in places:
-            if _is_in(path, place):
+            inside = argument == "out" and path.is_dir() and _is_in(place, path)  # with --force
+            if inside or _is_in(path, place):
                 raise LapValueError(
                     f"{{argument}} apart from {name}",
                     repr(str(path)),
@@ -101,17 +108,17 @@ def _is_one(a: Path, b: Path) -> bool:
     return str(a).casefold() == str(b).casefold()
 
 
-def _check_file(argument: str, path: Path, force: bool) -> None:
+def _check_file(argument: str, path: Path, force: bool, kind: str) -> None:
     """Raises unless a page or plot can be written, and what it replaces is one, or force is set."""
     if not Path(os.path.realpath(path)).parent.is_dir():
         expected = "{argument} in a directory that exists"
         raise LapFileNotFoundError(expected, repr(str(path)), argument=argument)
     with writing(path), suppress(_TriedError), replacing(path):
         raise _TriedError
-    begins = kinds.PAGE if argument == "report" else kinds.PLOTS.get(path.suffix, ())
+    begins = kinds.PAGE if kind == "report" else kinds.PLOTS.get(path.suffix, ())
     if not force and not kinds.is_one(path, begins):
         raise LapFileExistsError(
-            f"{{argument}} to be a new file, or a {argument} that lap_ext wrote",
+            f"{{argument}} to be a new file, or a {kind} that lap_ext wrote",
             f"another file {str(path)!r}",
             "Choose another name, or add --force to replace it.",
             argument=argument,

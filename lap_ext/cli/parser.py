@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lap_ext
 from lap_ext._files import parsed_size
-from lap_ext._text import visible
+from lap_ext._text import did_you_mean, visible
 from lap_ext.errors import LapImportError
 
 _MODEL = """\
@@ -22,12 +22,14 @@ MODEL is one of
   package.module:factory   your function, which returns a module, or (module,
                            example_inputs). The weights are those of
                            --checkpoint, or those that the function sets.
+Nothing is downloaded. For a model of the Hugging Face Hub:
+  hf download meta-llama/Llama-3.2-1B --local-dir ./llama
 Pickle files (.pt, .pth, .bin) and torch.export programs (.pt2) are rejected:
 loading one can execute any code. If you trust it, load it in a factory.
 """
 _EXAMPLES = """\
 examples:
-  lap-ext prune ./llama --sparsity 0.5 --out ./llama-50 --report llama-50.html
+  lap-ext prune ./llama -s 0.5 -o ./llama-50 --report llama-50.html
   lap-ext prune my.nets:resnet --checkpoint resnet.safetensors --sparsity 0.9 \\
       --scope global --out ./resnet-90
   lap-ext prune ./bert --sparsity 'encoder.*=0.8' --sparsity 'pooler*=0.5' \\
@@ -35,7 +37,7 @@ examples:
   lap-ext verify ./llama-50 ./llama
 """
 _MORE = """\
-  lap-ext SUBCOMMAND --help               the options of a subcommand
+  lap-ext help SUBCOMMAND                 the options of a subcommand
   eval "$(lap-ext --completion bash)"     completion in this shell
 
 exit status:
@@ -59,6 +61,15 @@ is 1 if any of this does not hold.
 example:
   lap-ext verify ./llama-50 ./llama
 """
+_REPORT = """\
+RESULT is the directory that lap-ext prune wrote, or a file with what prune
+printed with --json. Kept mass and distributions are measured on the weights of
+the original, which is only read.
+
+examples:
+  lap-ext report ./llama-50
+  lap-ext report ./llama-50 ./llama -o page.html
+"""
 _BENCH = """\
 Times lap_ext.mask against baselines: the scores in eager PyTorch, then topk,
 kthvalue or a stable sort. Results are compared first. Calls are timed in pairs,
@@ -71,14 +82,43 @@ examples:
   lap-ext bench ./llama --sparsity 0.5
 """
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
+_WITH_DATA = ("lookahead_act", "obd", "obd_lookahead", "wanda", "weight_gradient")
+_ELSEWHERE = {"model": "a factory (package.module:factory)", "example_inputs": "--input"}
+_QUOTES = "'\""
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line."""
+    """Reports a usage error in one line, with what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {visible(message)}. See {self.prog} --help.\n")
+        end = "" if message.endswith(("?", ".")) else "."
+        self.exit(2, f"{self.prog}: {visible(message)}{end} See {self.prog} --help.\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Checks a choice, which argparse would report without a suggestion."""
+        if action.choices is None or value in action.choices:
+            return
+        if action.dest == "criterion" and value in _WITH_DATA:
+            text = (
+                f"{value!r} needs data, and is in Python only: "
+                f"lap_ext.prune(model, inputs, sparsity, criterion={value!r}, data=batches)"
+            )
+        else:
+            names = list(map(str, action.choices))
+            hint = did_you_mean(str(value), names, cutoff=0.5)
+            text = f"expected one of {', '.join(names)}, got {value!r}. {hint}".rstrip()
+        raise argparse.ArgumentError(action, text)
+
+    def check_names(self, argv: Sequence[str]) -> None:
+        """Raises for an option that is none, which argparse would report after all others."""
+        known = list(self._option_string_actions)
+        for argument in argv:
+            name = argument.partition("=")[0]
+            if name == "--":
+                return
+            if name.startswith("--") and not any(x.startswith(name) for x in known):
+                self.error(f"no option {name}. {did_you_mean(name, known)}".rstrip())
 
 
 class _Completion(argparse.Action):
@@ -101,7 +141,15 @@ class _Completion(argparse.Action):
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments; SystemExit after --help, --version, --completion or a usage error."""
-    return build().parse_args(argv)
+    given, parser = list(sys.argv[1:] if argv is None else argv), build()
+    commands = _subparsers(parser)
+    if given and given[0] in commands:
+        commands[given[0]].check_names(given[1:])
+    options = parser.parse_args(given or ["help"])
+    if options.subcommand == "help":
+        (commands[options.about] if options.about else parser).print_help()
+        parser.exit()
+    return options
 
 
 def build() -> argparse.ArgumentParser:
@@ -113,7 +161,8 @@ def build() -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}{_MORE}",
         **raw,
     )
-    parser.add_argument("--version", action="version", version=f"lap_ext {lap_ext.__version__}")
+    version = f"lap_ext {lap_ext.__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version)
     parser.add_argument(
         "--completion",
         action=_Completion,
@@ -130,8 +179,12 @@ def build() -> argparse.ArgumentParser:
         add_options(command)
         add = command.add_argument
         add("--json", action="store_true", help="print the result as JSON")
-        add("--quiet", action="store_true", help="show no progress on stderr")
+        add("--quiet", action="store_true", help="print one line, and no progress")
         add("--debug", action="store_true", help="show the traceback of an error")
+    text = "show the options of a subcommand"
+    command = subparsers.add_parser("help", help=text, description=f"{text.capitalize()}.")
+    choices = list(_SUBCOMMANDS)
+    command.add_argument("about", nargs="?", choices=choices, metavar="SUBCOMMAND", help="its name")
     return parser
 
 
@@ -145,6 +198,26 @@ def spellings(subcommand: str) -> dict[str, str]:
     """
     actions = _subparsers(build())[subcommand]._actions
     return {x.dest: x.option_strings[-1] if x.option_strings else str(x.metavar) for x in actions}
+
+
+def options(subcommand: str) -> Callable[[str, str], str]:
+    """Makes the function that spells an option of the library for a subcommand.
+
+    Example:
+        >>> spelled = options("prune")
+        >>> spelled("on_unsupported", "'cut'"), spelled("model", "")
+        ('--on-unsupported cut', 'a factory (package.module:factory)')
+        >>> spelled("neighbors", "{...}")
+        'neighbors={...} in Python'
+    """
+    names = spellings(subcommand) | _ELSEWHERE
+
+    def spelled(name: str, value: str) -> str:
+        if name not in names:
+            return f"{name}={value} in Python"
+        return f"{names[name]} {value.strip(_QUOTES)}".rstrip()
+
+    return spelled
 
 
 def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
@@ -174,7 +247,9 @@ def _add_choice(
 def _add_scoring(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     # fmt: off
-    _add_choice(command, "--criterion", _CRITERIA, "what scores a weight")
+    _add_choice(command, "--criterion", _CRITERIA,
+                f"what scores a weight; those that need data ({', '.join(_WITH_DATA)}) are in "
+                "Python only")
     _add_choice(command, "--normalize", ("auto", "none", "norm", "lamp"),
                 "how scores are made comparable between layers; auto is lamp for --scope global")
     add("--layers", action="append", metavar="PATTERN",
@@ -193,10 +268,10 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     add = command.add_argument
     # fmt: off
-    add("--sparsity", action="append", required=True, metavar="S",
+    add("-s", "--sparsity", action="append", required=True, metavar="S",
         help="fraction to remove: 0.9; 'PATTERN=0.9' for some layers, may be repeated; "
         "erk:0.9, er:0.9 or uniform_plus:0.9 to allocate it to the layers")
-    add("--out", type=Path, required=True, metavar="DIR",
+    add("-o", "--out", type=Path, required=True, metavar="DIR",
         help="new directory for the pruned model")
     _add_choice(command, "--scope", ("layer", "global"),
                 "rank the weights of each layer, or of all layers together")
@@ -207,7 +282,7 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="FILE.png",
         help="write a plot of the layers, and FILE-distributions.png")
     add("--force", action="store_true",
-        help="let a report or plot replace a file that lap-ext did not write")
+        help="replace an earlier result at --out, and any file at --report and --plot")
     # fmt: on
 
 
@@ -215,6 +290,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     _add_scoring(command)
     command.add_argument(
+        "-o",
         "--out",
         type=Path,
         metavar="FILE",
@@ -224,7 +300,12 @@ def _add_score(command: argparse.ArgumentParser) -> None:
 
 def _add_inspect(command: argparse.ArgumentParser) -> None:
     _add_model(command)
-    command.add_argument("--dot", action="store_true", help="print the graph for Graphviz")
+    add = command.add_argument
+    # fmt: off
+    add("--dot", action="store_true", help="print the graph for Graphviz")
+    add("--wide", action="store_true",
+        help="show all names and neighbors, whatever the width of the terminal")
+    # fmt: on
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
@@ -232,9 +313,21 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     # fmt: off
     add("pruned", type=Path, metavar="PRUNED", help="checkpoint directory or safetensors file")
     add("original", type=Path, metavar="ORIGINAL", help="checkpoint directory or safetensors file")
-    add("--sparsity", action="append", metavar="S",
+    add("-s", "--sparsity", action="append", metavar="S",
         help="sparsity that the kept weights must match, as for prune (default: as recorded)")
     _add_choice(command, "--scope", ("layer", "global"), "of --sparsity")
+    # fmt: on
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    # fmt: off
+    add("result", type=Path, metavar="RESULT",
+        help="what prune has written: the directory, or a file with its --json")
+    _add_model(command, required=False)
+    add("-o", "--out", type=Path, metavar="FILE.html",
+        help="the page (default: the name of RESULT with .html)")
+    add("--force", action="store_true", help="replace a file that lap-ext did not write")
     # fmt: on
 
 
@@ -242,7 +335,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     _add_model(command, required=False)
     add = command.add_argument
     # fmt: off
-    add("--sparsity", type=float, default=0.9, metavar="S",
+    add("-s", "--sparsity", type=float, default=0.9, metavar="S",
         help="fraction to remove (default: 0.9)")
     add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: cpu)")
     # fmt: on
@@ -253,7 +346,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     # fmt: off
     add("--seeds", type=_count, default=3, metavar="N", help="dense nets to train (default: 3)")
     add("--steps", type=_count, default=200, metavar="N", help="fine-tuning steps (default: 200)")
-    add("--out", type=Path, default=Path("demo-out"), metavar="DIR",
+    add("-o", "--out", type=Path, default=Path("demo-out"), metavar="DIR",
         help="directory for the plot (default: demo-out)")
     # fmt: on
 
@@ -267,6 +360,7 @@ _SUBCOMMANDS = {
     "score": ("score every weight of a model", _add_score, f"{_MODEL}\n{_SCORE}"),
     "inspect": ("show the layers, their neighbors, sizes and zeros", _add_inspect, _MODEL),
     "verify": ("check a pruned checkpoint against its original", _add_verify, _VERIFY),
+    "report": ("make the HTML page of an earlier result", _add_report, f"{_REPORT}\n{_MODEL}"),
     "bench": ("time lap_ext on this machine", _add_bench, f"{_MODEL}\n{_BENCH}"),
     "demo": ("train, prune by lookahead and by magnitude, compare", _add_demo, ""),
     "info": ("show versions and which kernels are loaded", _add_info, ""),
@@ -334,7 +428,7 @@ def completion(shell: str) -> str:
     return shtab.complete(parser, shell)
 
 
-def _subparsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+def _subparsers(parser: argparse.ArgumentParser) -> Mapping[str, _Parser]:
     """Finds the parsers of the subcommands."""
     (action,) = (x for x in parser._actions if isinstance(x, argparse._SubParsersAction))
     return action.choices

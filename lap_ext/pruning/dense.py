@@ -58,9 +58,9 @@ def sentence(left_dense: Mapping[str, str]) -> str:
 
     Example:
         >>> sentence({"a": "embedding", "head": "output head"})
-        "Left dense: 'a' (embedding), 'head' (output head). Name them in layers= to prune them."
+        "Left dense: 'a' (embedding), 'head' (output head). Name them with layers to prune them."
     """
     if not left_dense:
         return ""
     names = some((f"{name!r} ({why})" for name, why in left_dense.items()), _LISTED)
-    return f"Left dense: {names}. Name them in layers= to prune them."
+    return f"Left dense: {names}. Name them with layers to prune them."

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lap_ext._text import matches, some
+from lap_ext._text import matches, meant_layers, some
 from lap_ext.allocation import Sparsity
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.options import Pattern, Patterns, listed
@@ -86,6 +86,8 @@ def _some(topology: Topology, pattern: Pattern, expected: str, argument: str) ->
         return names
     got = repr(pattern) if isinstance(pattern, str) else f"{_kind(pattern)}, with none"
     cure = f"The layers are {some(topology.layers, _LISTED)}."
+    if isinstance(pattern, str):
+        cure = meant_layers(pattern, list(topology.layers))
     if isinstance(pattern, (nn.Module, Tensor)):
         cure = f"Pass a part of this model. {cure}"
     raise LapValueError(expected, got, cure, argument=argument)

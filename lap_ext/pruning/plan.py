@@ -78,7 +78,7 @@ class Options:
         floors(self.min_keep, {})  # checks it
         if self.scope == "global" and self.order != "parallel":
             raise LapValueError(
-                'order="parallel" with scope="global" (one ranking needs all scores at once)',
+                '{order="parallel"} with {scope="global"} (one ranking needs all scores at once)',
                 f"order={self.order!r}",
                 "Use rounds to score anew in between.",
             )
@@ -206,7 +206,7 @@ def check_prunable(layers: Iterable[Layer]) -> None:
                 "weights that are zero where their parameter is, or that a mask can multiply",
                 f"one that a forward computes by {layer.computed_by} from {layer.parameter!r}, "
                 "where no mask can reach it",
-                f"Leave the layer out with exclude={layer.name!r}. Or compute the weight in a "
+                f"Leave the layer out with {{exclude={layer.name!r}}}. Or compute the weight in a "
                 "parametrization instead of a forward, torch.nn.utils.parametrize."
                 f"register_parametrization(model.get_submodule({path!r}), {attribute!r}, ...), "
                 "where a mask can multiply it.",
@@ -229,7 +229,7 @@ def check_sparsity(
         raise LapValueError(
             "{argument} < 1, the fraction to remove",
             "1, which sets every weight to zero",
-            "If that is what you want, add min_keep=0.",
+            "If that is what you want, add {min_keep=0}.",
             argument="sparsity",
         )
     names = list(names)
@@ -239,7 +239,7 @@ def check_sparsity(
             raise LapValueError(
                 "patterns of layers that are pruned",
                 f"{pattern!r}, which names {some(dense, _LISTED)}",
-                "Embeddings and output heads stay dense unless layers= names them.",
+                "Embeddings and output heads stay dense unless {layers=} names them.",
                 argument="sparsity",
             )
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.nn import Module
@@ -14,9 +15,11 @@ from torch.nn import Module
 from lap_ext._text import columns, html_table, in_html, some
 from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
+from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.pruning.dense import sentence
-from lap_ext.topology import Layer, PrunedBy
+from lap_ext.topology import Layer, PrunedBy, Topology
 
+Original: TypeAlias = Module | Topology | str | os.PathLike[str]  # what a report is about
 _COUNTS = (3, 4, 5)  # columns of numbers
 _LISTED = 5  # of many layers, a line lists the first ones
 
@@ -108,7 +111,7 @@ class PruneResult:
             >>> net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2))
             >>> result = lap_ext.prune(net, torch.ones(1, dtype=torch.int64), 0.75)
             >>> print("\n".join(result.notes()))
-            Left dense: '0' (embedding). Name them in layers= to prune them.
+            Left dense: '0' (embedding). Name them with layers to prune them.
             Of all 46 parameters of the model, 13.04% were removed.
         """
         notes = []
@@ -134,7 +137,7 @@ class PruneResult:
         names, count = some(map(repr, self.empty_layers), _LISTED), len(self.empty_layers)
         warn(
             f"{count} of {len(self.layers)} layers keep no weight: {names}. The model may not work "
-            "any more. Give min_keep=, a lower sparsity or normalize='lamp'."
+            "any more. Give {min_keep=}, a lower sparsity or {normalize='lamp'}."
         )
 
     @calling("PruneResult.apply")
@@ -190,6 +193,42 @@ class PruneResult:
             "left_dense": dict(self.left_dense),
         }
         return json.dumps(facts | counts | outside | {"layers": rows}, indent=2)
+
+    @calling("PruneResult.report")
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        original: Original,
+        example_inputs: Inputs | None = None,
+        *,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> None:
+        """Writes an HTML page about the pruning: layers, distributions, dead channels, topology.
+
+        Args:
+            path: the page; a file of this name is replaced.
+            original: the model with its weights before the pruning (a copy, if they were set to
+                zero in it), or its topology.
+            example_inputs: as in `lap_ext.prune`, unless original is a topology.
+            on_unsupported: as in `lap_ext.prune`.
+
+        Raises:
+            ValueError: original is another model, or its pruned weights are zero already.
+            TypeError, TopologyError: as `lap_ext.prune`.
+
+        Example:
+            >>> import tempfile, pathlib, torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+            >>> result = lap_ext.prune(net, torch.ones(1, 4), 0.75, apply=False)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     page = pathlib.Path(directory) / "page.html"
+            ...     result.report(page, net, torch.ones(1, 4))
+            ...     page.read_text()[:15]
+            '<!doctype html>'
+        """
+        from lap_ext.pruning.reporting import write_report
+
+        write_report(path, self, original, example_inputs, on_unsupported)
 
     def plot(self) -> Any:
         """Draws each layer's sparsity and weights in a matplotlib figure, which a notebook shows.

@@ -97,7 +97,7 @@ def scores_nothing(network: Network, criterion: Criterion, layer: Layer) -> bool
 
 def dead_text(names: Iterable[str], raw: bool) -> str:
     """Says which layers have scores that are all 0; raw: whether these were ranked as they are."""
-    ranked = "last (normalize='lamp' ranks them by magnitude)" if raw else "by magnitude"
+    ranked = "last ({normalize='lamp'} ranks them by magnitude)" if raw else "by magnitude"
     return (
         f"All scores are 0 in {some(map(repr, names), _LISTED)}: the weights before or after are "
         f"all zero. The weights of these layers were ranked {ranked}."
@@ -310,7 +310,7 @@ def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
         masked = masked * mask
     if masked.numel() and math.isinf(masked.max()):
         raise LapValueError(
-            f"finite scores for normalize={how!r}",
+            f"finite scores for {{normalize={how!r}}}",
             "infinite ones: products of a weight and norms beyond the range of their dtype",
             "Convert the model to float64, or scale its weights down.",
         )

@@ -320,8 +320,8 @@ def _ways_out(feeding: list[str]) -> str:
     neighbors = ""
     if feeding:
         around = f"{{{feeding[0]!r}: (previous, next), ...}}"
-        neighbors = f"neighbors={around} for the layers around it, or "
-    return f'Pass {neighbors}on_unsupported="cut" to count it as a boundary (factor 1)'
+        neighbors = f"{{neighbors={around}}} for the layers around it, or "
+    return f'Pass {neighbors}{{on_unsupported="cut"}} to count it as a boundary (factor 1)'
 
 
 def _unknown_sizes(call: Call, feeding: list[str]) -> TopologyError:

@@ -94,7 +94,7 @@ def trace(
         raise LapTypeError(
             "{argument} to be what the model's forward takes",
             "a Topology",
-            "Pass it as topology=, where that is a parameter.",
+            "Pass it as {topology=}, where that is a parameter.",
             argument="example_inputs",
         )
     if neighbors is not None and not isinstance(neighbors, Mapping):
@@ -154,7 +154,7 @@ def _check_neighbors(topology: Topology, skipped: list[int]) -> None:
                     f"neighbors for layer {role.layer!r} too (it reads the result of {operation}, "
                     "which lap_ext cannot follow)",
                     "none",
-                    f"Pass neighbors={{{role.layer!r}: (previous, next), ...}}.",
+                    f"Pass {{neighbors={{{role.layer!r}: (previous, next), ...}}}}.",
                 )
 
 

@@ -8,6 +8,7 @@ LAP_EXT_FUZZ=20000 HYPOTHESIS_PROFILE=explore pytest tests/checkpoint/test_fuzze
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import lap_ext
 from lap_ext import Masks, checkpoint
 from lap_ext.checkpoint import files, hf, record
 from lap_ext.checkpoint.files import MASKS
+from lap_ext.checkpoint.stored import stored_pruning
 from lap_ext.errors import LapError
 from tests.helpers.checkpoints import bits, saved, write
 from tests.helpers.mutations import bounded, change, clear, fresh
@@ -143,6 +145,17 @@ def test_the_record(place: Path, data: st.DataObject) -> None:
     after = fresh(place / "after", place / "pruned")
     change(data, after / record.RECORD, text=True)
     ends(checkpoint.verify, after, place / "base")
+    ends(stored_pruning, after)
+
+
+@fuzzed
+@given(data=st.data())
+def test_a_printed_result(place: Path, data: st.DataObject) -> None:
+    printed, out = place / "printed.json", str(place / "after")
+    printed.write_text(json.dumps({"criterion": "magnitude", "model": "base", "out": out}))
+    change(data, printed, text=True)
+    found = ends(stored_pruning, printed)
+    assert found is None or found.directory.is_dir()
 
 
 @pytest.fixture(scope="module")

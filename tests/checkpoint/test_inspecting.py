@@ -13,7 +13,8 @@ from torch import nn
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
-from lap_ext.checkpoint.inspecting import inspect_model, neighbors
+from lap_ext.checkpoint.inspecting import InspectedLayer, inspect_model
+from lap_ext.pruning.reporting import neighbors
 from lap_ext.topology import Edge
 from tests.helpers.checkpoints import INPUTS, change, network, saved, write
 
@@ -34,9 +35,9 @@ def test_rows(dense: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
         for x in result.layers
     ]
     assert rows == [
-        ("0", "linear", (150, 6), "float32", 900, 18, "input", "3"),
-        ("3", "linear", (70, 150), "float32", 10500, 2, "0", "5"),
-        ("5", "linear", (9, 70), "float32", 630, 0, "3", "output"),
+        ("0", "linear", (150, 6), "float32", 900, 18, ("input",), ("3",)),
+        ("3", "linear", (70, 150), "float32", 10500, 2, ("0",), ("5",)),
+        ("5", "linear", (9, 70), "float32", 630, 0, ("3",), ("output",)),
     ]
     assert result.layers[0].sparsity == 0.02
     assert (result.weights, result.zeros) == (12030, 20)
@@ -65,8 +66,8 @@ def test_for_json(dense: Path) -> None:
         "weights": 630,
         "zeros": 0,
         "sparsity": 0.0,
-        "fed_by": "3",
-        "read_by": "output",
+        "fed_by": ["3"],
+        "read_by": ["output"],
     }
 
 
@@ -114,11 +115,31 @@ def test_names_of_neighbors() -> None:
         here = torch.arange(2)
         return Edge(name, kind, here, here + shift, None, ())
 
-    assert neighbors([]) == ""
-    assert neighbors([edge("a"), edge("b", 5, "input"), edge("a")]) == "a, b"
+    assert neighbors([]) == ()
+    assert neighbors([edge("a"), edge("b", 5, "input"), edge("a")]) == ("a", "b")
     said = neighbors([edge("a", 2), edge("b", kind="coupled")])
-    assert said == "a (offset +2), coupled with b"
-    assert neighbors([edge(name) for name in "abcdef"]) == "a, b, c, d and 2 more"
+    assert said == ("a (offset +2)", "coupled with b")
+
+
+def many(names: list[str]) -> checkpoint.Inspection:
+    """A layer with a long name that all the named ones read."""
+    name = "model.language_model.layers.11.self_attn.q_proj"
+    row = InspectedLayer(name, "linear", (8, 8), "float32", 64, 0, ("input",), tuple(names))
+    return checkpoint.Inspection(lap_ext.trace(nn.Linear(2, 2), torch.ones(1, 2)), [row], 256)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_table_fits_the_terminal(width: int) -> None:
+    """The middle of names is left out, lists are wrapped; JSON and wide tables have everything."""
+    names = [f"model.language_model.layers.{n}.block_sparse_moe.experts" for n in range(6)]
+    inspection = many(names)
+    table = inspection.table(width)
+    assert max(map(len, table.splitlines())) <= width
+    assert "model.l" in table and "q_proj" in table and "..." in table
+    assert "and 2 more" in table and "and 2 more" in str(inspection)
+    wide = inspection.table(most=100)
+    assert all(name in wide for name in names) and "more" not in wide
+    assert inspection.to_dict()["layers"][0]["read_by"] == names
 
 
 def test_progress_adds_up(dense: Path) -> None:

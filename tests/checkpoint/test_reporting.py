@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
-from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
+from lap_ext.checkpoint.reporting import checkpoint_facts
+from lap_ext.pruning.reporting import model_facts
 from lap_ext.report import Facts, facts
 from tests.helpers.checkpoints import INPUTS, network, prune, write
 
@@ -108,3 +110,36 @@ def test_the_module_is_left_alone() -> None:
     result = lap_ext.prune(net, None, 0.5, topology=topology, apply=False)
     model_facts(topology, result, {}, title="net")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# --- result.report --------------------------------------------------------------------------------
+
+
+def test_a_result_in_memory_reports(tmp_path: Path) -> None:
+    net = network()
+    result = lap_ext.prune(net, INPUTS, 0.5, apply=False)
+    result.report(tmp_path / "a.html", net, INPUTS)
+    result.report(tmp_path / "b.html", lap_ext.trace(net, INPUTS))
+    result.apply(net)
+    result.report(tmp_path / "c.html", network(), INPUTS)
+    pages = [(tmp_path / f"{name}.html").read_text() for name in "abc"]
+    assert pages[0] == pages[1] == pages[2] and "Pruning of Sequential" in pages[0]
+    for original, kind, said in (
+        (net, ValueError, "original with the weights before the pruning, got a model whose pruned"),
+        (network()[:1], ValueError, "original with a layer '3' of shape [70, 150], got none."),
+        (tmp_path, TypeError, "original to be a torch.nn.Module or its topology, got PosixPath"),
+    ):
+        with pytest.raises(kind, match=rf"^PruneResult\.report: expected {re.escape(said)}"):
+            result.report(tmp_path / "d.html", original, INPUTS)
+    assert not (tmp_path / "d.html").exists()
+
+
+def test_a_result_on_disk_reports(dense: Path, tmp_path: Path) -> None:
+    result = prune(dense, tmp_path / "out", 0.5, count_scores=True)
+    result.report(tmp_path / "page.html", dense, INPUTS, model=network())
+    assert "lowest score kept" in (tmp_path / "page.html").read_text()
+    with pytest.raises(TypeError, match=r"^CheckpointResult\.report: expected original to be a ch"):
+        result.report(tmp_path / "page.html", network())
+    bare = prune(dense, tmp_path / "bare", 0.5, save_masks=False)
+    with pytest.raises(ValueError, match=r"^CheckpointResult\.report: .* with its masks saved"):
+        bare.report(tmp_path / "page.html", dense, INPUTS, model=network())

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lap_ext.checkpoint import reading, record
 from tests.helpers.checkpoints import change, network, prune, saved, write
 
 OPTIONS = {"sparsity": ["0.5"], "scope": "layer"}
+UNPRUNED = ("all layers", "nothing is pruned: the two have the same weights")
 
 
 @pytest.fixture
@@ -364,7 +367,7 @@ def test_dtypes_of_other_tensors(tmp_path: Path) -> None:
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     save_file(extra, one)
     save_file(extra, two)
-    assert checkpoint.verify(one, two).ok
+    assert problems(checkpoint.verify(one, two)) == {UNPRUNED}
     save_file(extra | {"steps": torch.tensor([0, 1, 2, 3, 1 << 40])}, two)
     assert problems(checkpoint.verify(one, two)) == {
         ("steps", "1 elements differ from the original")
@@ -373,13 +376,85 @@ def test_dtypes_of_other_tensors(tmp_path: Path) -> None:
 
 def test_files(dense: Path, tmp_path: Path) -> None:
     save_file(load_file(next(dense.glob("*00001*"))), tmp_path / "part.safetensors")
-    assert checkpoint.verify(next(dense.glob("*00001*")), tmp_path / "part.safetensors").ok
+    found = checkpoint.verify(next(dense.glob("*00001*")), tmp_path / "part.safetensors")
+    assert problems(found) == {UNPRUNED}
     for path in (tmp_path / "no", tmp_path / "w.pt"):
         with pytest.raises(ValueError, match=r"^checkpoint.verify: expected a checkpoint dir"):
             checkpoint.verify(dense, path)
     os.truncate(tmp_path / "part.safetensors", 100)
     with pytest.raises(ValueError, match=r"^checkpoint.verify: .* Download it again"):
         checkpoint.verify(tmp_path / "part.safetensors", dense)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_an_unpruned_checkpoint(dense: Path, tmp_path: Path, sparsity: float | None) -> None:
+    """It may have zeros, as long as the original has them too."""
+    change(dense, "5.weight", lambda weight: weight[2].zero_())
+    shutil.copytree(dense, tmp_path / "copy")
+    verdict = checkpoint.verify(tmp_path / "copy", dense, sparsity=sparsity)
+    assert UNPRUNED in problems(verdict) and "nothing is pruned" in str(verdict)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_two_in_the_wrong_order(dense: Path, pruned: Path, tmp_path: Path, masks: bool) -> None:
+    """The pruned one in place of the original, or one that is pruned more in place of it."""
+    (pruned / "lap_ext.json").unlink()
+    prune(dense, tmp_path / "more", 0.75)
+    if not masks:
+        (pruned / "lap_ext_masks.safetensors").unlink()
+    said = "are the two in the wrong order? The pruned one comes first"
+    for first, second, count in ((dense, pruned, 6015), (pruned, tmp_path / "more", 3007)):
+        first_of_all = checkpoint.verify(first, second).findings[0]
+        assert (first_of_all.tensor, first_of_all.count) == ("all layers", count)
+        assert first_of_all.problem.endswith(said)
+    right, itself = checkpoint.verify(pruned, dense), checkpoint.verify(pruned, pruned)
+    assert right.ok and not right.unpruned and "Nothing is pruned" not in str(right)
+    assert itself.unpruned and itself.ok == masks and "othing is pruned" in str(itself)
+    assert "nothing is pruned" in itself.summary()
+    change(pruned, "0.bias", lambda bias: bias[1].add_(1))  # no pruning does that
+    assert all(said not in x.problem for x in checkpoint.verify(dense, pruned).findings)
+
+
+def test_a_bias_of_zeros_that_has_changed_is_no_wrong_order(dense: Path, pruned: Path) -> None:
+    change(dense, "0.bias", lambda bias: bias.zero_())
+    change(pruned, "0.bias", lambda bias: bias.fill_(1))
+    found = problems(checkpoint.verify(pruned, dense))
+    assert found == {("0.bias", "150 elements differ from the original")}
+
+
+def with_a_head(directory: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """Saves GPT-2, whose config ties the head to the embedding, with a stored head beside it."""
+    saved("hf_gpt2_sdpa", directory)
+    tensors = {}
+    for path in [*directory.glob("model*.safetensors")]:
+        tensors |= load_file(path)
+        path.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    tensors["lm_head.weight"] = head(tensors["transformer.wte.weight"]).contiguous()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("layers", ["*", "transformer*"])
+def test_a_head_of_its_own_where_the_config_ties(tmp_path: Path, layers: str) -> None:
+    """As transformers loads it: what is stored differently is not tied."""
+    dense, out = with_a_head(tmp_path / "dense", lambda table: table.flip(0)), tmp_path / "out"
+    checkpoint.prune(dense, out, 0.5, layers=layers)
+    verdict = checkpoint.verify(out, dense)
+    assert verdict.ok, str(verdict)
+    change(out, "lm_head.weight", lambda weight: weight[3].fill_(7))
+    assert {x.tensor for x in checkpoint.verify(out, dense).findings} == {"lm_head.weight"}
+
+
+def test_a_tied_copy_that_is_stored_too(tmp_path: Path) -> None:
+    """It has no mask of its own, and is pruned with the layer that it is a copy of."""
+    dense, out = with_a_head(tmp_path / "dense", torch.clone), tmp_path / "out"
+    checkpoint.prune(dense, out, 0.5, layers="*")
+    assert checkpoint.verify(out, dense).ok
+    assert load_file(out / "model.safetensors")["lm_head.weight"].eq(0).any()
+    change(out, "lm_head.weight", lambda weight: weight[3].fill_(7))
+    found = problems(checkpoint.verify(out, dense))
+    assert any("kept weights differ" in problem for _, problem in found)
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2_sdpa", "hf_qwen3_moe"])

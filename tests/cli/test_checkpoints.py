@@ -116,6 +116,7 @@ def test_verify_finds_what_was_changed(run: Run, checkpoints: Path, pruned: Path
         "tensors",
         "masks",
         "files",
+        "unpruned",
         "kept",
         "total",
         "sparsity",

@@ -296,7 +296,7 @@ def test_bad_sparsities(run: Run, given: str, said: str) -> None:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [[], ["prun"], ["prune"], ["verify", "a"], ["info", "--no"],
+@pytest.mark.parametrize("argv", [["prun"], ["prune"], ["verify", "a"], ["info", "--no"],
                                   ["prune", "m", "--sparsity", "1", "--out", "o", "--memory", "x"],
                                   ["--completion"], ["--completion", "csh"]])  # fmt: skip
 def test_wrong_usage_is_one_line(run: Run, argv: list[str]) -> None:

@@ -12,6 +12,7 @@ from socket import AF_UNIX, socket
 import pytest
 from safetensors.torch import save_file
 
+import lap_ext
 from lap_ext.report import kinds
 from tests.helpers.command_line import Run, dense, one_line
 
@@ -155,6 +156,48 @@ def test_the_directory_where_it_runs(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     check_refused(run, tmp_path, [*PRUNE[:-1], "."], "--out to be a new directory")
+
+
+def test_an_earlier_result_is_replaced_by_force(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only then: another directory never is, and an error leaves the old one."""
+    assert run(*PRUNE)[0] == 0
+    before = contents(tmp_path / "out")
+    check_refused(run, tmp_path, PRUNE, "--out to be a new directory", "add --force to replace")
+    again = ["prune", "nets:net", "-s", "0.75", "-o", "out", "--force"]
+    check_refused(run, tmp_path, [*again[:3], "7", *again[4:]], "expected 0 <= --sparsity <= 1")
+    check_refused(run, tmp_path, [*again, "--exclude", "x"], "name a layer")
+    with monkeypatch.context() as patch:
+
+        def stop(*given: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(lap_ext.Masks, "save", stop)
+        assert run(*again) == (130, "", "lap-ext prune: stopped. 'out' is as it was.\n")
+        assert contents(tmp_path / "out") == before
+    assert run(*again)[0] == 0 and contents(tmp_path / "out") != before
+    assert {x.name for x in tmp_path.iterdir()} == {"nets.py", "out"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").touch()
+    check_refused(run, tmp_path, [*again[:5], "mine", "--force"], "--out to be a new directory")
+    monkeypatch.chdir(tmp_path / "out")
+    for out in (".", "../out"):
+        check_refused(run, tmp_path, [*again[:5], out, "--force"], "--out to be a new directory")
+
+
+def test_what_lies_around_a_result_that_is_replaced(
+    run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    """A link stays a link; an original that lies in it is never lost."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    assert run(*PRUNE)[0] == run(*PRUNE, "--force")[0] == 0 and (tmp_path / "out").is_symlink()
+    shutil.copytree(checkpoints / "llama", tmp_path / "real/inner")
+    argv = ["prune", "out/inner", "-s", "0.5", "-o", "out", "--force"]
+    check_refused(run, tmp_path, argv, "--out apart from MODEL")
+    (tmp_path / ".real.previous").mkdir()
+    check_refused(run, tmp_path, [*PRUNE, "--force"], ".real.previous", "Move it back or remove")
 
 
 # --- files that are there -------------------------------------------------------------------------

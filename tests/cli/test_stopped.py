@@ -153,12 +153,12 @@ def test_letters_that_the_terminal_lacks(
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        output.result(Namespace(json=False), {}, name)
+        output.result(Namespace(json=False, quiet=False), {}, name)
     assert stream.buffer.getvalue().decode() == f"{ascii(name)[1:-1]}\n"
 
 
 def test_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"a": [math.nan, 1.5], "b": {"c": math.inf, "d": (-math.inf, "x", None, 3)}}
-    output.result(Namespace(json=True), facts, "")
+    output.result(Namespace(json=True, quiet=False), facts, "")
     shown = json.loads(capsys.readouterr().out)
     assert shown == {"a": ["nan", 1.5], "b": {"c": "inf", "d": ["-inf", "x", None, 3]}}

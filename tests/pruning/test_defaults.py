@@ -222,7 +222,7 @@ def test_embeddings_and_heads_stay_dense(tied: bool) -> None:
     head = {} if tied else {"head": "output head"}
     assert result.left_dense == reason | {"positions": "embedding"} | head
     assert result.notes()[0].startswith("Left dense: ")
-    assert "Name them in layers= to prune them" in str(result)
+    assert "Name them with layers to prune them" in str(result)
     removed = 32 / sum(p.numel() for p in net.parameters())
     assert f"of the model, {removed:.2%} were removed" in str(result)
 

@@ -39,7 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_says_that_it_has_types(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"lap_ext/py.typed", "lap_ext/__init__.pyi", "lap_ext/options.py"} <= set(names)
+    stubs = {"lap_ext/__init__.pyi", "lap_ext/checkpoint/__init__.pyi"}
+    assert {"lap_ext/py.typed", "lap_ext/options.py", *stubs} <= set(names)
     rooms = {Path(x).parent for x in names if x.endswith(".py")}
     here = {x.parent.relative_to(ROOT) for x in (ROOT / "lap_ext").rglob("*.py")}
     assert rooms == here, "pyproject.toml lists every package"
