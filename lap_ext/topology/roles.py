@@ -10,11 +10,12 @@ call for a module called twice, one per projection for a packed weight that is u
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
-from lap_ext.topology.channels import ChannelGroup, Trail
+from lap_ext.topology.channels import ChannelGroup, Step, Trail
 from lap_ext.topology.value import WeightView
 
 
@@ -84,6 +85,15 @@ class Role:
     x: int = -1
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Role({self.kind} {self.layer!r}, {self.part.block})"
+
+    @cached_property
+    def reading(self) -> Step:
+        """The pairs from the channels that it reads to its input channels."""
+        channel, ids = self.inputs
+        return Step.of(ids, channel)
 
 
 def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:
