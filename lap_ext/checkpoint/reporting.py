@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import lap_ext
@@ -16,6 +18,7 @@ from lap_ext.checkpoint.inspecting import model_bytes, neighbors
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.result import CheckpointResult
 from lap_ext.checkpoint.structure import structure_of
+from lap_ext.checkpoint.usage import loading
 from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
 from lap_ext.options import Inputs, OnUnsupported
@@ -90,6 +93,7 @@ def checkpoint_facts(
 
         facts = _facts(os.fspath(directory), result, options, structure.topology)
         facts.bytes_before, facts.bytes_after = before.size, after.size
+        facts.load = loading(result.directory, structure.topology.model)
         layers = [structure.topology.layers[name] for name in masks.shapes]
         total = sum(size_of(structure.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)
@@ -150,6 +154,8 @@ def _facts(
         topology.others,
         topology.stops,
         version=lap_ext.__version__,
+        torch=torch.__version__,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
@@ -168,4 +174,6 @@ def _weights(
         neighbors(layer.next),
         scores=scores,
     )
+    names = (edge.name for edge in layer.prev if edge.kind == "layer")
+    facts.producers = tuple(dict.fromkeys(names))
     return LayerWeights(facts, layer.roles[0].part.shape, layer.groups, itemsize, copies, chunks)

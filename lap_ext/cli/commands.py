@@ -19,6 +19,7 @@ from lap_ext.checkpoint import record, stream
 from lap_ext.checkpoint.files import MASKS
 from lap_ext.checkpoint.inspecting import inspect_model
 from lap_ext.checkpoint.reporting import checkpoint_facts, model_facts
+from lap_ext.checkpoint.usage import loading
 from lap_ext.cli import bench, models, outputs
 from lap_ext.cli.output import Progress, result, writing
 from lap_ext.errors import LapFileExistsError
@@ -37,6 +38,7 @@ def prune(options: Any) -> int:
         run = _prune_directory if models.is_directory(options) else _prune_module
         pruned, facts = run(options, sparsity, progress)
         if facts is not None:
+            facts.command, facts.seconds = options.command, time.monotonic() - start
             progress.step("draw")
             _draw(options, facts)
     shown = json.loads(pruned.to_json())
@@ -125,6 +127,7 @@ def _prune_module(
             options=_chosen_texts(options),
             on_progress=progress.follow,
         )
+        facts.load = loading(options.out)
     pruned.apply(made.module)
     progress.step("write")
     _write(options, made, pruned)
