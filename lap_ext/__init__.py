@@ -9,11 +9,15 @@ lap_ext.numpy works without torch.
 """
 
 import ast
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# A torch without NumPy says so when it is imported. Nothing here converts between the two.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 _TABLE = ast.parse(Path(__file__).with_name("__init__.pyi").read_text("utf-8"))
 _HOME = {  # public name -> the module that it is in; of a module: this package

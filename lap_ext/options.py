@@ -20,6 +20,7 @@ Order: TypeAlias = Literal["parallel", "forward", "backward"]
 BatchNorm: TypeAlias = Literal["edge", "fold", "ignore"]
 Residual: TypeAlias = Literal["sum", "chain"]
 OnUnsupported: TypeAlias = Literal["raise", "cut"]
+By: TypeAlias = Literal["layer", "parameter"]  # whose names are the keys of scores
 Patterns: TypeAlias = str | Sequence[str]  # of layer names: exact, or with *, ? and [abc]
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"  # of model.forward
 
@@ -29,6 +30,7 @@ ORDERS: tuple[str, ...] = get_args(Order)
 BATCH_NORMS: tuple[str, ...] = get_args(BatchNorm)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 ON_UNSUPPORTED: tuple[str, ...] = get_args(OnUnsupported)
+BYS: tuple[str, ...] = get_args(By)
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

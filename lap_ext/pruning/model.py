@@ -26,7 +26,9 @@ from lap_ext.errors import LapTypeError, LapValueError, callback, calling, in_la
 from lap_ext.masks import Masks
 from lap_ext.ops.reference.common import require_finite
 from lap_ext.options import (
+    BYS,
     BatchNorm,
+    By,
     Inputs,
     Normalize,
     OnUnsupported,
@@ -34,6 +36,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    one_of,
 )
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
@@ -58,6 +61,7 @@ def scores(
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
+    by: By = "layer",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Scores every weight of a model without changing the model.
@@ -76,11 +80,14 @@ def scores(
         neighbors: as in `prune`.
         on_unsupported: as in `prune`.
         masks: as in `prune`; the weights that they prune do not count in the neighbor norms.
+        by: whose names are the keys: "layer", as in the results and masks of `prune` ("fc1",
+            "attn.in_proj_weight"), or "parameter", as in `model.named_parameters()` and
+            `model.state_dict()` ("fc1.weight", "attn.in_proj_weight").
         on_progress: as in `prune`.
 
     Returns:
-        Layer name -> scores >= 0, with the shape and device of the weight. Scores are float32, or
-        float64 if the weights are float64 or the scores are normalized.
+        Layer name (or parameter name) -> scores >= 0, with the shape and device of the weight.
+        Scores are float32, or float64 if the weights are float64 or the scores are normalized.
 
     Raises:
         TopologyError, TypeError, ValueError: as in `prune`.
@@ -92,7 +99,10 @@ def scores(
         ...     _ = layer.weight.data.fill_(value)
         >>> lap_ext.scores(net, torch.ones(1, 1))       # |3| * 1 * |-2| and |-2| * |3| * 1
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
+        >>> list(lap_ext.scores(net, torch.ones(1, 1), by="parameter"))
+        ['0.weight', '2.weight']
     """
+    one_of("by", by, BYS)
     options = options_of(
         criterion,
         normalize=normalize,
@@ -109,7 +119,8 @@ def scores(
     result = {}
     for layer in plan.layers:
         mask = scoring.masks.get(layer.name)
-        result[layer.name] = selection.comparable_scores(
+        name = layer.parameter if by == "parameter" else layer.name
+        result[name] = selection.comparable_scores(
             scoring.network, plan.criterion, layer, normalize, mask
         )
         step.read(layer.name, layer.weight.nbytes)
