@@ -49,7 +49,7 @@ SCREEN = 60  # lines
 
 TORCH_FREE = [
     *("", "_files", "_text", "errors", "numpy", "options"),
-    *("ops", "ops.check", "ops.neighbors", "ops.numpy_args"),
+    *("ops", "ops.check", "ops.missing", "ops.neighbors", "ops.numpy_args"),
 ]
 
 EVERYWHERE = {"torch", "numpy", "safetensors", "lap_ext"}

@@ -33,7 +33,7 @@ class Step(NamedTuple):
     low: int  # the first channel at which a pair starts
     starts: Tensor  # int64: the pairs of channel low + i are starts[i] to starts[i + 1] - 1
     to: Tensor  # int64 [n]
-    index: Tensor | None  # of the pair that each given one has become; None: they are as given
+    pair_of: Tensor | None  # which pair each given one has become; None: they are as given
     meets: bool  # whether several lead to one channel
 
     @classmethod
@@ -42,17 +42,17 @@ class Step(NamedTuple):
 
         Example:
             >>> step = Step.of(torch.tensor([2, 1, 2]), torch.tensor([5, 7, 5]))
-            >>> step.starts.tolist(), step.to.tolist(), step.index.tolist(), step.meets
+            >>> step.starts.tolist(), step.to.tolist(), step.pair_of.tolist(), step.meets
             ([0, 1, 2], [7, 5], [1, 0, 1], False)
         """
-        index, keys = None, at * _BASE + to
+        pair_of, keys = None, at * _BASE + to
         if not bool((keys[1:] > keys[:-1]).all()):
-            keys, index = torch.unique(keys, return_inverse=True)
+            keys, pair_of = torch.unique(keys, return_inverse=True)
             at, to = keys // _BASE, keys % _BASE
         low = int(at[0]) if at.numel() else 0
         ends = torch.bincount(at - low).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])
-        return cls(low, starts, to, index, torch.unique(to).numel() < to.numel())
+        return cls(low, starts, to, pair_of, torch.unique(to).numel() < to.numel())
 
     def found(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Finds all (index in ids, index of a pair) where the pair starts at that channel.

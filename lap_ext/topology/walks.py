@@ -137,10 +137,10 @@ class Walker:
         if edges not in self._squared:
             self._squared[edges] = edges.squared(self._tensors, self._known, self._batch_norm)
         squared = self._squared[edges]
-        if step.index is None:
+        if step.pair_of is None:
             return squared
-        ones = torch.ones(step.index.shape, dtype=torch.float64) if squared is None else squared
-        return torch.zeros(step.to.shape, dtype=torch.float64).index_add_(0, step.index, ones)
+        ones = torch.ones(step.pair_of.shape, dtype=torch.float64) if squared is None else squared
+        return torch.zeros(step.to.shape, dtype=torch.float64).index_add_(0, step.pair_of, ones)
 
     def _by_group(self, walk: Walk) -> Iterator[tuple[int, Walk]]:
         """Splits a walk by the channel groups that it has reached."""
