@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builds lap_ext's native libraries: runs CMake, which holds the only list of sources and flags.
 
-LAP_EXT_BUILD  auto (default): native; pure PyTorch, with a message, where cmake or a C++ compiler
-               is missing or the machine is not x86-64 Linux. require: then an error. pure: never
-               native.
+LAP_EXT_BUILD  auto (default): native; pure PyTorch where cmake or a C++ compiler is missing or the
+               machine is not x86-64 Linux: the wheel is then for every machine, and notes why, for
+               lap_ext.info(). require: then an error. pure: never native.
                A tool that is there and fails is always an error.
 LAP_EXT_CUDA   auto (default): CUDA kernels if a CUDA toolkit is found. 0: never. 1: must be found.
 CUDA_HOME, CXX, CMAKE_ARGS, MAX_JOBS are honored.
@@ -11,6 +11,7 @@ CUDA_HOME, CXX, CMAKE_ARGS, MAX_JOBS are honored.
 
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent  # under PEP 517 __file__ is relative
 # pip's cmake and ninja first
@@ -36,15 +38,19 @@ def option(name: str, *allowed: str) -> str:
     return value
 
 
-def missing_tool() -> str | None:
-    """Why this machine cannot build the native library, or None."""
+def why_pure() -> tuple[str, str] | None:
+    """Why no native library is built, and the cure; None: it is built."""
+    if option("LAP_EXT_BUILD", "auto", "require", "pure") == "pure":
+        return "LAP_EXT_BUILD=pure was set", "Unset it and install again"
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"it is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    if not shutil.which("cmake", path=PATH):
-        return "cmake was not found (pip install cmake ninja)"
+        here = f"this is {sys.platform} on {platform.machine()}"
+        return f"it is for Linux on x86-64, {here}", "Install it on such a machine"
     compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(name, path=PATH) for name in compilers):
-        return f"no C++ compiler was found (looked for {', '.join(compilers)})"
+        reason = f"no C++ compiler was found (looked for {', '.join(compilers)})"
+        return reason, "Install one (gcc >= 12) and then lap_ext again"
+    if not shutil.which("cmake", path=PATH):
+        return "cmake was not found", "Run: pip install cmake ninja, and install lap_ext again"
     return None
 
 
@@ -85,24 +91,42 @@ def configure_options() -> list[str]:
     return options + shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
 
+def why_no_cuda() -> tuple[str, str] | None:
+    """Why no CUDA kernels are built, and the cure; None: they are."""
+    if option("LAP_EXT_CUDA", "auto", "0", "1") == "0":
+        return "LAP_EXT_CUDA=0 was set", "Unset it and install again"
+    if cuda_root() is None:
+        return "no CUDA toolkit was found", "Set CUDA_HOME and install again"
+    return None
+
+
+class Modules(build_py):
+    """Copies the modules, and notes beside them which native libraries are not built, and why."""
+
+    def run(self) -> None:
+        """Runs before CMake; removes libraries and the note of an earlier, different build."""
+        if PURE and os.environ.get("LAP_EXT_BUILD") == "require":
+            sys.exit(f"lap_ext: LAP_EXT_BUILD=require, but {PURE[0]}. {PURE[1]}.")
+        super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "lap_ext"
+        note = package / "not_built.json"
+        for stale in [*package.glob("_*.so"), *package.glob(note.name)]:
+            stale.unlink()
+        if PURE:
+            text = "lap_ext: no native library, pure PyTorch (slower, same results)"
+            print(f"{text}: {PURE[0]}.", file=sys.stderr)
+        missing = {"_C.abi3.so": PURE, "_np": PURE, "_C_cuda.abi3.so": PURE or why_no_cuda()}
+        if missing := {file: why for file, why in missing.items() if why}:
+            note.write_text(json.dumps(missing), encoding="utf-8")
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the native libraries into the package folder."""
 
     def run(self) -> None:
-        """Runs CMake, or says why not."""
+        """Runs CMake."""
         inplace = self.inplace or self.editable_mode
-        package = (ROOT if inplace else Path(self.build_lib).resolve()) / "lap_ext"
-        for stale in package.glob("_*.so"):  # of an earlier build with other options
-            stale.unlink()
-        mode = option("LAP_EXT_BUILD", "auto", "require", "pure")
-        reason = "LAP_EXT_BUILD=pure" if mode == "pure" else missing_tool()
-        if reason is None:
-            self.run_cmake(package)
-        elif mode == "require":
-            sys.exit(f"lap_ext: LAP_EXT_BUILD=require, but {reason}.")
-        else:
-            text = "lap_ext: no native library, pure PyTorch (slower, same results)"
-            print(f"{text}: {reason}.", file=sys.stderr)
+        self.run_cmake((ROOT if inplace else Path(self.build_lib).resolve()) / "lap_ext")
 
     def run_cmake(self, package: Path) -> None:
         """Three calls; a build folder per configuration: rebuilds are short and never stale."""
@@ -132,5 +156,9 @@ class CMakeBuild(build_ext):
         return {}
 
 
+PURE = why_pure()
 # The extension without sources only makes the wheel platform-specific; the rest: pyproject.toml.
-setup(ext_modules=[Extension("lap_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[] if PURE else [Extension("lap_ext._C", [])],
+    cmdclass={"build_py": Modules, "build_ext": CMakeBuild},
+)

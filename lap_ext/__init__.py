@@ -10,12 +10,16 @@ lap_ext.numpy works without torch.
 
 import ast
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# A torch without NumPy says so when it is imported. Nothing here converts between the two.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def lazily(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:

@@ -51,7 +51,7 @@ TORCH_FREE = [
     *("", "_files", "_text", "errors", "numpy", "options", "progress"),
     *("allocation", "allocation.budget", "allocation.layerwise", "allocation.notation"),
     *("cli.output", "cli.parser"),
-    *("ops", "ops.check", "ops.neighbors", "ops.numpy_args"),
+    *("ops", "ops.check", "ops.missing", "ops.neighbors", "ops.numpy_args"),
 ]
 
 EVERYWHERE = {"torch", "numpy", "safetensors", "lap_ext"}

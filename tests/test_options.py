@@ -17,6 +17,7 @@ PAIRS = {
     "BATCH_NORMS": options.BatchNorm,
     "RESIDUALS": options.Residual,
     "ON_UNSUPPORTED": options.OnUnsupported,
+    "BYS": options.By,
 }
 
 
@@ -31,6 +32,7 @@ def test_words_are_those_of_the_types() -> None:
     assert options.BATCH_NORMS == ("edge", "fold", "ignore")
     assert options.RESIDUALS == ("sum", "chain")
     assert options.ON_UNSUPPORTED == ("raise", "cut")
+    assert options.BYS == ("layer", "parameter")
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -30,7 +30,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_SINGLE, _INDEX = "model.safetensors", ".safetensors.index.json"
+SINGLE, _INDEX = "model.safetensors", ".safetensors.index.json"
 _LEAST_WEIGHTS = 1_000_000  # bytes of a file that may hold weights
 _LONGEST_JSON = 100_000_000  # bytes; the limit of safetensors for a header
 _LONGEST_NAME = 1_000
@@ -171,7 +171,7 @@ def open_directory(path: Path) -> Checkpoint:
 
 def _index_of(path: Path) -> str | None:
     """Finds the index file's name; None where one file holds everything."""
-    if (path / _SINGLE).exists():
+    if (path / SINGLE).exists():
         return None
     names = sorted(p.name for p in path.glob(f"*{_INDEX}"))
     if f"model{_INDEX}" in names:
@@ -183,12 +183,12 @@ def _index_of(path: Path) -> str | None:
 
 def _single_of(path: Path) -> str:
     """Finds the name of the one file that holds all tensors."""
-    if (path / _SINGLE).exists():
-        return _SINGLE
+    if (path / SINGLE).exists():
+        return SINGLE
     names = sorted(p.name for p in path.glob("*.safetensors") if p.name != MASKS)
     if len(names) != 1:
         raise LapValueError(
-            f"{_SINGLE} or {_SINGLE}.index.json in {str(path)!r}",
+            f"{SINGLE} or {SINGLE}.index.json in {str(path)!r}",
             ", ".join(names) if names else "neither",
             "Only safetensors are read: save the model with save_pretrained.",
         )

@@ -13,6 +13,7 @@ from torch import nn
 from lap_ext.checkpoint.files import DTYPES, open_directory, size_of
 from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.checkpoint.structure import structure_of
+from lap_ext.checkpoint.usage import loading
 from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
 from lap_ext.options import Inputs, OnUnsupported
@@ -103,6 +104,7 @@ def checkpoint_facts(
 
         facts = facts_of(os.fspath(directory), result.criterion, options, structure.topology)
         facts.bytes_before, facts.bytes_after = before.size, after.size
+        facts.load = loading(result.directory, structure.topology.model)
         layers = [structure.topology.layers[name] for name in masks.shapes]
         total = sum(size_of(structure.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)

@@ -8,6 +8,7 @@ Ctrl-C, 141 nobody reads the output, 143 stopped by SIGTERM.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -48,6 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except SystemExit as stop:  # --help, --version, a wrong option
         _flush()
         return stop.code if isinstance(stop.code, int) else 2
+    options.command = shlex.join(["lap-ext", *(sys.argv[1:] if argv is None else argv)])
     arrived: list[int] = []
     try:
         with _stopping(arrived), _warnings_as_lines(options.subcommand):

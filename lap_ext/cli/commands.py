@@ -49,6 +49,7 @@ def prune(options: Any) -> int:
         with set_aside(options.out) if replaces else nullcontext():
             pruned, facts = run(options, sparsity, progress)
         if facts is not None:
+            facts.command, facts.seconds = options.command, time.monotonic() - start
             progress.step("draw")
             _draw(options, facts)
     shown = json.loads(pruned.to_json())
@@ -192,6 +193,7 @@ def _prune_module(
     pruned = lap_ext.prune(made.module, None, sparsity, **how, **given)
     facts = None
     if options.report or options.plot:
+        from lap_ext.checkpoint.usage import loading
         from lap_ext.pruning.reporting import model_facts
 
         progress.step("score")
@@ -204,6 +206,7 @@ def _prune_module(
             options=_texts(_chosen(options)),
             on_progress=progress.follow,
         )
+        facts.load = loading(options.out)
     pruned.apply(made.module)
     progress.step("write")
     _write(options, made, pruned)

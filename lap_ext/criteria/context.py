@@ -26,6 +26,7 @@ from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology import Layer, Topology, edges
 from lap_ext.topology.propagate import Propagation
 from lap_ext.topology.roles import Role
+from lap_ext.topology.walks import Walker
 
 
 class Network:
@@ -161,7 +162,7 @@ class Network:
         before = {b: a for a, b in pairwise(chain)}
         after = dict(pairwise(chain))
         roles, batch_norm = self.topology.roles, self.batch_norm != "ignore"
-        graph, tensors = self.topology.graph, self.topology.tensors()
+        walker = Walker(self.topology.graph, self.topology.tensors(), batch_norm)
         result = []
         for role in roles:
             sides = (
@@ -172,7 +173,7 @@ class Network:
             for find, neighbor, n, side in sides:
                 squared_norm = torch.zeros(n, dtype=torch.float64)
                 name = neighbor.get(role.layer)
-                every = [] if name is None else find(graph, role, tensors, batch_norm)
+                every = [] if name is None else find(walker, [role])
                 to_neighbor = [edge for edge in every if edge.kind == "layer" and edge.name == name]
                 for edge in to_neighbor:
                     given = self._squared_norms[self._first_role(edge.name)]

@@ -2,22 +2,23 @@
 """Loads the native kernels of the package and reports what is loaded (`info`).
 
 The reference kernels of schema.py serve every device; a native library only adds faster ones for
-CPU or CUDA. If a library is missing, the reference is used, with one warning. A library that
-exists but does not load is an error, because a fallback would hide a broken installation.
+CPU or CUDA. If a library is missing, the reference is used, with one warning that says why and what
+to do. A library that exists but does not load is an error, because a fallback would hide a broken
+installation.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lap_ext import __version__
-from lap_ext.errors import LapError, LapValueError
+from lap_ext.errors import LapError, LapValueError, warn
+from lap_ext.ops.missing import why
 
 _CPU, _CUDA = "_C.abi3.so", "_C_cuda.abi3.so"
 _PACKAGE = Path(__file__).parents[1]  # the directory of lap_ext
@@ -35,6 +36,7 @@ class Info:
     cuda_usable: bool  # and it is loaded: torch sees a CUDA device
     threads: int  # of torch, which the CPU kernels use
     fallback: str | None  # why pure PyTorch is in use somewhere
+    cure: str | None = None  # what would change that
 
     def __str__(self) -> str:
         native = f"native, {self.isa}" if self.native else "pure PyTorch"
@@ -44,7 +46,8 @@ class Info:
             f"CPU: {native}, threads: {self.threads}",
             f"CUDA kernels: {cuda}",
         ]
-        return "\n".join(lines + ([f"fallback: {self.fallback}"] if self.fallback else []))
+        lines += [f"fallback: {self.fallback}"] if self.fallback else []
+        return "\n".join(lines + ([f"cure: {self.cure}"] if self.cure else []))
 
 
 @dataclass
@@ -52,6 +55,7 @@ class _State:
     cpu: bool = False
     cuda: bool = False
     fallback: str | None = None
+    cure: str | None = None
 
 
 _state = _State()
@@ -60,7 +64,7 @@ _state = _State()
 def load() -> None:
     """Loads the installed, usable libraries; called once, after schema.py has defined operators."""
     if os.environ.get("LAP_EXT_NATIVE") == "0":
-        _state.fallback = "LAP_EXT_NATIVE=0"
+        _state.fallback, _state.cure = "LAP_EXT_NATIVE=0", "Unset LAP_EXT_NATIVE."
         return
     _state.cpu = _load(_CPU)
     if _state.cpu:
@@ -72,15 +76,12 @@ def load() -> None:
 def _load(file: str) -> bool:
     path = _PACKAGE / file
     if not path.exists():
-        reason = f"{file} is not in {_PACKAGE}"
-        _state.fallback = f"{_state.fallback}; {reason}" if _state.fallback else reason
-        what = "CUDA kernels" if file == _CUDA else "native library"
-        warnings.warn(
-            f"lap_ext: no {what}, pure PyTorch is used (slower, same results): {reason}. Install "
-            "with LAP_EXT_BUILD=require to see why it was not built.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        reason, cure = why(file, _PACKAGE)
+        if _state.fallback is None:  # without the library for CPUs, the reason for CUDA is the same
+            what = "CUDA kernels" if file == _CUDA else "native library"
+            _state.fallback, _state.cure = f"no {what}. {reason}", cure
+            used = "pure PyTorch is used (slower, same results)"
+            warn(f"lap_ext: no {what}, {used}. {reason} {cure}")
         return False
     try:
         torch.ops.load_library(str(path))
@@ -131,6 +132,7 @@ def info() -> Info:
         cuda_usable=_state.cuda,
         threads=torch.get_num_threads(),
         fallback=_state.fallback,
+        cure=_state.cure,
     )
 
 

@@ -7,6 +7,7 @@ The counterpart of torch_args.py. Nothing here imports torch.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
 from lap_ext.ops import check
+from lap_ext.ops.missing import REINSTALL, why
 from lap_ext.ops.neighbors import needs_check, norm_of, side_of
 
 _NATIVE = "lap_ext._np"
@@ -25,11 +27,12 @@ def _loaded() -> Any:
     try:
         return importlib.import_module(_NATIVE)
     except ImportError as error:
+        there = error.name != _NATIVE  # and does not load
+        reason, cure = (error, REINSTALL) if there else why("_np", Path(__file__).parents[1])
         raise LapImportError(
             f"the native module {_NATIVE} (there is no fallback for NumPy)",
-            error,
-            "Build it with a C++ compiler installed: "
-            "LAP_EXT_BUILD=require pip install --no-build-isolation --force-reinstall lap_ext.",
+            reason,
+            cure,
             name=_NATIVE,
         ) from error
 

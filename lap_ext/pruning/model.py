@@ -23,7 +23,9 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops.memory import memory_key
 from lap_ext.options import (
+    BYS,
     BatchNorm,
+    By,
     Inputs,
     MinKeep,
     Normalize,
@@ -32,6 +34,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
+    one_of,
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning import selection
@@ -57,6 +60,7 @@ def scores(
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
+    by: By = "layer",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Scores every weight of a model without changing the model.
@@ -75,11 +79,14 @@ def scores(
         neighbors: as in `prune`.
         on_unsupported: as in `prune`.
         masks: as in `prune`; the weights that they prune do not count in the neighbor norms.
+        by: whose names are the keys: "layer", as in the results and masks of `prune` ("fc1",
+            "attn.in_proj_weight"), or "parameter", as in `model.named_parameters()` and
+            `model.state_dict()` ("fc1.weight", "attn.in_proj_weight").
         on_progress: as in `prune`.
 
     Returns:
-        Layer name -> scores >= 0, with the shape and device of the weight. Scores are float32, or
-        float64 if the weights are float64 or the scores are normalized.
+        Layer name (or parameter name) -> scores >= 0, with the shape and device of the weight.
+        Scores are float32, or float64 if the weights are float64 or the scores are normalized.
 
     Raises:
         TopologyError, TypeError, ValueError: as in `prune`.
@@ -91,7 +98,10 @@ def scores(
         ...     _ = layer.weight.data.fill_(value)
         >>> lap_ext.scores(net, torch.ones(1, 1))       # |3| * 1 * |-2| and |-2| * |3| * 1
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
+        >>> list(lap_ext.scores(net, torch.ones(1, 1), by="parameter"))
+        ['0.weight', '2.weight']
     """
+    one_of("by", by, BYS)
     options = options_of(
         criterion,
         normalize=normalize,
@@ -108,7 +118,8 @@ def scores(
     result = {}
     for layer in plan.layers:
         mask = scoring.masks.get(layer.name)
-        result[layer.name] = selection.comparable_scores(
+        name = layer.parameter if by == "parameter" else layer.name
+        result[name] = selection.comparable_scores(
             scoring.network, plan.criterion, layer, options.normalize, mask
         )
         step.read(layer.name, layer.weight.nbytes)

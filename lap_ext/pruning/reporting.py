@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timezone
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lap_ext import __version__
@@ -148,6 +150,8 @@ def facts_of(
         topology.others,
         topology.stops,
         version=__version__,
+        torch=torch.__version__,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
@@ -167,4 +171,6 @@ def layer_weights(
         some(neighbors(layer.next), MOST_NEIGHBORS),
         scores=scores,
     )
+    names = (edge.name for edge in layer.prev if edge.kind == "layer")
+    facts.producers = tuple(dict.fromkeys(names))
     return LayerWeights(facts, layer.roles[0].part.shape, layer.groups, itemsize, copies, chunks)

@@ -7,10 +7,12 @@ Colors come from the style sheet of the page, so that they follow a dark color s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lap_ext._text import in_html
-from lap_ext.report.facts import STEPS, Histogram, binned
+from lap_ext.report.facts import STEPS, Histogram, LayerFacts, binned
 
+_LONGEST = 72  # letters of a name in a picture
 _SUFFIXES = ("", "k", "M", "G", "T")
 
 
@@ -109,6 +111,34 @@ def histogram(
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{in_html(label)}">'
         f"<title>{in_html(label)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def arcs(layers: Sequence[LayerFacts], row: int = 20, reach: int = 240) -> str:
+    """Draws the layers one below the other, with an arc from each to those that it feeds."""
+    places = {layer.name: row * index + row / 2 for index, layer in enumerate(layers)}
+    parts = []
+    for layer in layers:
+        y = places[layer.name]
+        for before in layer.producers:
+            start = places.get(before, y)
+            bend = reach - max(12, reach * abs(y - start) / (row * len(layers)))
+            if start != y:
+                parts.append(
+                    f'<path class="arc" d="M{reach} {start:g}C{bend:.0f} {start:g} '
+                    f'{bend:.0f} {y:g} {reach} {y:g}"/>'
+                )
+        kind = "alarm-dot" if layer.empty else "dot"
+        parts.append(f'<circle class="{kind}" cx="{reach}" cy="{y:g}" r="4"/>')
+        half = _LONGEST // 2
+        long = len(layer.name) > _LONGEST
+        shown = f"{layer.name[:half]}…{layer.name[-half:]}" if long else layer.name
+        text = in_html(f"{shown}, empty" if layer.empty else shown)
+        parts.append(f'<text x="{reach + 10}" y="{y + 4:g}">{text}</text>')
+    label = f"{len(layers)} layers and what feeds them"
+    return (
+        f'<svg viewBox="0 0 {reach + 520} {row * len(layers)}" role="img" aria-label="{label}">'
+        f"<title>{label}</title>{''.join(parts)}</svg>"
     )
 
 

@@ -4,6 +4,7 @@
     kept mass        sum of w^2 over the kept weights, divided by the sum over all weights
     dead rows        all-zero rows of the pruned weight as a matrix [rows, columns, *window]
     dead columns     all-zero columns of this matrix, counted in each group separately
+    overlap          the share of the kept weights that magnitude would have kept as well
     distribution     histograms of kept and pruned |w| (or scores); a bin spans a factor 2^(1/4)
 
 A chunk is some rows of a layer, so that a layer larger than memory can be measured.
@@ -25,6 +26,7 @@ _LAST = 1024 * STEPS - 1  # the bin of the largest double
 _UP = 600  # a denormal double times 2^600 is normal, and exact
 _BATCH = 1 << 15  # values whose bins are counted together: they stay in the cache
 _CHUNK = 1 << 22  # weights measured at once: 32 MB in float64
+_DROPPED = 15  # bits of a float32 by which magnitudes are not told apart for the overlap: 1 / 256
 
 
 @dataclass
@@ -137,12 +139,32 @@ class LayerFacts:
     total: int = 0
     square_kept: float = 0.0  # sum of squares of the kept weights
     square_total: float = 0.0
+    agreed: int = 0  # kept weights that are also among the largest |w|
     rows: int = 0
     dead_rows: int = 0
     columns: int = 0
     dead_columns: int = 0
     weights: Histogram = field(default_factory=Histogram)
     scores: Histogram | None = None
+    producers: tuple[str, ...] = ()  # names of the layers that feed it
+
+    @property
+    def empty(self) -> bool:
+        """Whether the layer has weights, and keeps none."""
+        return self.kept == 0 < self.total
+
+    @property
+    def dead(self) -> int:
+        """Counts the dead rows and columns."""
+        return self.dead_rows + self.dead_columns
+
+    @property
+    def overlap(self) -> float | None:
+        """Computes the share of the kept weights that magnitude would have kept; None without any.
+
+        Magnitudes that differ by less than 1 / 256 count as equal.
+        """
+        return self.agreed / self.kept if self.kept else None
 
     @property
     def threshold(self) -> float | None:
@@ -173,7 +195,17 @@ class Facts:
     bytes_before: int | None = None
     bytes_after: int | None = None
     bytes_sparse: int | None = None  # kept values and one bit a weight, with all that is not pruned
-    version: str = ""
+    version: str = ""  # of lap_ext
+    torch: str = ""  # its version
+    date: str = ""  # when the facts were gathered
+    command: str = ""  # the command line that pruned, if there was one
+    seconds: float | None = None  # that the pruning took
+    load: Sequence[str] = ()  # lines of Python that load the result
+
+    @property
+    def empty_layers(self) -> list[str]:
+        """Lists the layers that keep no weight."""
+        return [layer.name for layer in self.layers if layer.empty]
 
     @property
     def kept(self) -> int:
@@ -205,9 +237,10 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the figures to a dict for JSON, without the distributions."""
-        names = "name kind shape kept total sparsity mass rows dead_rows columns dead_columns"
-        rows = [{name: getattr(layer, name) for name in names.split()} for layer in self.layers]
-        return {"mass": self.mass, "layers": rows}
+        counts = "rows dead_rows columns dead_columns"
+        names = f"name kind shape kept total sparsity mass overlap {counts}".split()
+        rows = [{name: getattr(layer, name) for name in names} for layer in self.layers]
+        return {"mass": self.mass, "empty_layers": self.empty_layers, "layers": rows}
 
 
 class Measure:
@@ -229,6 +262,8 @@ class Measure:
         >>> measure.finish()
         >>> facts.kept, facts.mass, facts.dead_rows, facts.dead_columns      # 9 / (9 + 1 + 16 + 4)
         (1, 0.3, 1, 1)
+        >>> facts.overlap                                   # magnitude would have kept the 4
+        0.0
     """
 
     def __init__(
@@ -241,6 +276,7 @@ class Measure:
         facts.rows = shape[0]
         self.rows_a_group = max(1, facts.rows // groups)
         self.alive = torch.zeros(groups, self.inner[0], dtype=torch.bool)
+        self.magnitudes = torch.zeros(1 << 31 - _DROPPED, 2, dtype=torch.int64)  # pruned, kept
 
     @property
     def step(self) -> int:
@@ -260,6 +296,10 @@ class Measure:
         """Sets the facts that depend on all rows together."""
         self.facts.columns = self.alive.numel()
         self.facts.dead_columns = int((~self.alive).sum())
+        counts = self.magnitudes.flip(0)  # the largest first
+        above = counts.sum(1).cumsum(0) - counts.sum(1)
+        room = (self.facts.kept - above).clamp(min=0)  # for the weights of each magnitude
+        self.facts.agreed = int(torch.minimum(room, counts[:, 1]).sum())
 
     def _add(self, weight: Tensor, kept: Tensor, scores: Tensor | None) -> None:
         facts = self.facts
@@ -270,6 +310,9 @@ class Measure:
         facts.kept += int(kept.count_nonzero())
         facts.total += weight.numel()
         facts.weights.add(size, kept)
+        key = size.float().view(torch.int32).reshape(-1).long() >> _DROPPED
+        counts = torch.bincount(2 * key + kept.reshape(-1), minlength=self.magnitudes.numel())
+        self.magnitudes += counts.view(-1, 2)
         alive = (
             (kept & (weight != 0)).flatten(2).any(2) if weight.dim() > 2 else kept & (weight != 0)
         )

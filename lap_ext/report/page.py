@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Makes one self-contained HTML page about a pruning from what facts.py has measured.
 
-The page needs no script, font or request, so it can be mailed, archived and read offline. Its
-policy forbids browsers all of that, should a name ever get past the escapes.
+The page needs no font, file or request, so it can be mailed, archived and read offline. Its policy
+forbids browsers all of that, and every script but its own one, which it names by its hash, should a
+name ever get past the escapes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 
 from lap_ext._files import replacing
-from lap_ext._text import in_html
-from lap_ext.report.charts import bar, histogram, number, percent, size
-from lap_ext.report.facts import Facts, LayerFacts
+from lap_ext._text import in_html, shortened, some
+from lap_ext.report import tables
+from lap_ext.report.charts import arcs, histogram, number, percent
+from lap_ext.report.facts import Facts
+from lap_ext.report.script import HASH, SCRIPT
 from lap_ext.report.style import STYLE
 
 BEGIN = (  # of every page, by which one is recognized
@@ -22,27 +24,44 @@ BEGIN = (  # of every page, by which one is recognized
 )
 _POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
+    f"script-src '{HASH}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
 )
 _SHOWN = 24  # distributions of layers; the others are collapsed
+_NAMED = 20  # empty layers that are named in the alarm
+_DRAWN = 60  # layers of a topology that is drawn
 
 
 def write(path: str | os.PathLike[str], facts: Facts) -> None:
-    """Writes the page atomically: path holds either the old file or the complete new one."""
+    """Writes the page atomically: path holds either the old file or the complete new one.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write(f"{directory}/report.html", Facts("net", "lookahead", []))
+        ...     print(Path(directory, "report.html").read_text()[:15])
+        <!doctype html>
+    """
     with replacing(path) as file:
         file.write(html(facts).encode())
 
 
 def html(facts: Facts) -> str:
     """Returns the page as a string."""
+    sizes = tables.sizes(facts)
+    places = {"layers": "Layers", "distributions": "Distributions", "dead": "Dead channels"}
+    places |= {"topology": "Topology"} | ({"sizes": "Size on disk"} if sizes else {})
+    links = "".join(f'<li><a href="#{x}">{text}</a></li>' for x, text in places.items())
     body = [
         _header(facts),
+        f'<nav aria-label="Contents"><ul>{links}<li><a href="#origin">Origin</a></li></ul></nav>',
         "<main>",
-        _layers(facts),
+        tables.layers(facts),
         _distributions(facts),
-        _dead(facts),
+        tables.dead(facts),
         _topology(facts),
-        _sizes(facts),
+        sizes,
+        _origin(facts),
         "</main>",
         f"<footer>Made by lap_ext {in_html(facts.version)}.</footer>",
     ]
@@ -50,7 +69,7 @@ def html(facts: Facts) -> str:
         f"{BEGIN}{_POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Pruning of {in_html(facts.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{''.join(body)}\n</body>\n</html>\n"
+        f"<body>\n{''.join(body)}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
@@ -61,7 +80,7 @@ def _header(facts: Facts) -> str:
         ("sparsity", percent(facts.sparsity), "of the pruned layers' weights"),
         ("weights kept", number(facts.kept), f"of {number(facts.total)}"),
         ("kept mass", percent(facts.mass), "share of the sum of squares"),
-        ("layers", f"{len(facts.layers)}", "pruned"),
+        ("layers", f"{len(facts.layers)}", f"pruned, {len(facts.empty_layers)} empty"),
         ("dead channels", f"{dead_rows + dead_columns:,}",
          f"{dead_rows:,} rows, {dead_columns:,} columns"),
     ]  # fmt: skip
@@ -69,32 +88,24 @@ def _header(facts: Facts) -> str:
         f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
         for name, value, note in cards
     )
-    options = ", ".join(f"{in_html(k)} <code>{in_html(v)}</code>" for k, v in facts.options.items())
-    options = f'<p class="quiet">{options}</p>' if options else ""
     return (
-        f"<header><h1>Pruning of {in_html(facts.title)}</h1>{options}"
+        f"<header><h1>Pruning of {in_html(facts.title)}</h1>"
+        f'<p class="quiet">Criterion <code>{in_html(facts.criterion)}</code></p>{_alarm(facts)}'
         f'<dl class="cards">{tiles}</dl></header>'
     )
 
 
-def _layers(facts: Facts) -> str:
-    rows = [
-        f'<tr><th scope="row">{in_html(layer.name)}</th><td>{in_html(layer.kind)}</td>'
-        f'<td class="num">{_shape(layer)}</td><td class="num">{layer.kept:,}</td>'
-        f'<td class="num">{layer.total:,}</td>'
-        f'<td class="barred">{bar(layer.sparsity, "pruned")}</td>'
-        f'<td class="barred">{bar(layer.mass, "mass")}</td></tr>'
-        for layer in facts.layers
-    ]
-    foot = (
-        f'<tfoot><tr><th scope="row">all</th><td></td><td></td><td class="num">{facts.kept:,}</td>'
-        f'<td class="num">{facts.total:,}</td><td class="barred">{bar(facts.sparsity, "pruned")}'
-        f'</td><td class="barred">{bar(facts.mass, "mass")}</td></tr></tfoot>'
-    )
-    head = ("layer", "kind", "#shape", "#kept", "#weights", "sparsity", "kept mass")
+def _alarm(facts: Facts) -> str:
+    """Says which layers keep no weight."""
+    empty = facts.empty_layers
+    if not empty:
+        return ""
+    keep, cut = ("keeps", "it") if len(empty) == 1 else ("keep", "them")
+    names = in_html(shortened(some(empty, _NAMED)))
     return (
-        '<h2>Layers</h2><p class="quiet">Sparsity is the share of weights removed; kept mass the '
-        "share of the layer's sum of squares that is left.</p>" + _table(head, rows, foot)
+        f'<p class="alarm" role="note">Empty: {len(empty)} of {len(facts.layers)} layers {keep} '
+        f"no weight ({names}). Nothing but biases and residual paths gets past {cut}. Prune with a "
+        "lower sparsity there, or rank each layer separately (scope layer).</p>"
     )
 
 
@@ -108,7 +119,8 @@ def _distributions(facts: Facts) -> str:
         picture = histogram(shown, f"{layer.name}, {what}", layer.threshold)
         zeros = shown.zeros_kept + shown.zeros_pruned
         note = f"<figcaption>{zeros:,} are zero</figcaption>" if zeros else ""
-        figures.append(f"<figure><h3>{in_html(layer.name)}</h3>{picture}{note}</figure>")
+        mark = ' <strong class="badge">empty</strong>' if layer.empty else ""
+        figures.append(f"<figure><h3>{in_html(layer.name)}{mark}</h3>{picture}{note}</figure>")
     grid = f'<div class="grid">{"".join(figures[:_SHOWN])}</div>'
     if figures[_SHOWN:]:
         grid += (
@@ -124,92 +136,62 @@ def _distributions(facts: Facts) -> str:
         "magnitude."
     )
     return (
-        "<h2>Distributions</h2>"
+        '<h2 id="distributions">Distributions</h2>'
         '<p class="quiet">The number of weights by magnitude, on a logarithmic axis; the smallest '
         "0.3 % are in the first bar.</p>"
         f'<ul class="legend"><li><span class="swatch kept"></span>kept</li>'
         f'<li><span class="swatch pruned"></span>pruned</li>{lowest}</ul>'
-        f'<figure class="wide"><h3>|weight|, all layers</h3>{together}</figure>'
+        '<figure class="wide" role="region" aria-label="Distribution of all layers, scrollable" '
+        f'tabindex="0"><h3>|weight|, all layers</h3>{together}</figure>'
         f"<h2>{'Scores' if scored else '|weight|'} by layer</h2>"
         f'<p class="quiet">{explained}</p>{grid}'
     )
 
 
-def _dead(facts: Facts) -> str:
-    title = "<h2>Dead channels</h2>"
-    dead = [layer for layer in facts.layers if layer.dead_rows or layer.dead_columns]
-    if not dead:
-        return f"{title}<p>None: no row and no column of a pruned weight is all zero.</p>"
-    rows = [
-        f'<tr><th scope="row">{in_html(layer.name)}</th>'
-        f'<td class="barred">{_dead_bar(layer.dead_rows, layer.rows)}</td>'
-        f'<td class="barred">{_dead_bar(layer.dead_columns, layer.columns)}</td></tr>'
-        for layer in dead
-    ]
-    return (
-        f'{title}<p class="quiet">Rows and columns of a weight that are all zero: '
-        "apart from biases, removing them would not change the output.</p>"
-        + _table(("layer", "rows", "columns"), rows)
-    )
-
-
-def _dead_bar(dead: int, total: int) -> str:
-    return bar(dead / total if total else 0.0, "pruned", f"{dead:,} of {total:,}")
-
-
 def _topology(facts: Facts) -> str:
-    rows = [
-        f'<tr><th scope="row">{in_html(layer.name)}</th><td>{in_html(layer.fed_by)}</td>'
-        f"<td>{in_html(layer.read_by)}</td></tr>"
-        for layer in facts.layers
-    ]
     notes = ""
     if facts.others:
         names = ", ".join(f"<code>{in_html(name)}</code>" for name in facts.others)
         notes += f"<p>Not layers, never pruned: {names}.</p>"
     for stop in facts.stops:
         notes += f'<p class="alarm">The trace stopped: {in_html(stop)}</p>'
+    drawing = ""
+    if 1 < len(facts.layers) <= _DRAWN:
+        drawing = (
+            '<figure class="wide" role="region" aria-label="Drawing of the topology, scrollable" '
+            f'tabindex="0">{arcs(facts.layers)}<figcaption>An arc leads from a layer to a later '
+            "one that it feeds, directly or past a residual path.</figcaption></figure>"
+        )
     return (
-        '<h2>Topology</h2><p class="quiet">The layers that share a channel with each layer: '
-        "lookahead scores use the norms of their weights.</p>"
-        + _table(("layer", "fed by", "read by"), rows)
-        + notes
+        '<h2 id="topology">Topology</h2><p class="quiet">The layers that share a channel with each '
+        "layer: lookahead scores use the norms of their weights.</p>"
+        f"{notes}<details><summary>What feeds and reads each of the {len(facts.layers)} layers"
+        f"</summary>{drawing}{tables.topology(facts)}</details>"
     )
 
 
-def _sizes(facts: Facts) -> str:
-    rows = [
-        ("before", facts.bytes_before, "kept"),
-        ("after, zeros stored", facts.bytes_after, "kept"),
-        ("after, kept values and one bit a weight (computed)", facts.bytes_sparse, "mass"),
-    ]
-    known = [(name, count, kind) for name, count, kind in rows if count is not None]
-    if not known:
-        return ""
-    most = max(count for _, count, _ in known) or 1
-    cells = [
-        f'<tr><th scope="row">{name}</th><td class="barred">{bar(count / most, kind, size(count))}'
-        f'</td><td class="num">{count:,} bytes</td></tr>'
-        for name, count, kind in known
-    ]
-    return (
-        '<h2>Size on disk</h2><p class="quiet">A pruned checkpoint stores its zeros, so that every '
-        "tool can read it; the last row is the size in a sparse format.</p>"
-        + _table(("", "size", "#exactly"), cells)
+def _origin(facts: Facts) -> str:
+    """Writes how the result was made, and how to load it."""
+    took = None if facts.seconds is None else f"{facts.seconds:.1f} s"
+    versions = [f"{x} {y}" for x, y in (("lap_ext", facts.version), ("torch", facts.torch)) if y]
+    known = {
+        "date": facts.date,
+        "versions": ", ".join(versions),
+        "time taken": took,
+        "command": facts.command,
+        **facts.options,
+    }
+    rows = "".join(
+        f"<dt>{in_html(what)}</dt><dd><code>{in_html(text)}</code></dd>"
+        for what, text in known.items()
+        if text
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[str], foot: str = "") -> str:
-    """Writes a table; a column whose head begins with # holds numbers."""
-    cells = "".join(
-        f'<th scope="col"{" class=num" if name.startswith("#") else ""}>{name.lstrip("#")}</th>'
-        for name in head
+    lines = "\n".join(map(in_html, facts.load))
+    load = (
+        "<h3>To load the result</h3>"
+        '<pre role="region" aria-label="Python that loads the result, scrollable" tabindex="0">'
+        f"<code>{lines}</code></pre>"
+        if lines
+        else ""
     )
-    return (
-        f'<div class="panel" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody>{foot}</table></div>"
-    )
-
-
-def _shape(layer: LayerFacts) -> str:
-    return " × ".join(map(str, layer.shape))
+    return f'<h2 id="origin">Origin</h2><dl class="origin">{rows}</dl>{load}'

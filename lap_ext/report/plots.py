@@ -20,7 +20,7 @@ from lap_ext._text import visible
 from lap_ext.errors import LapImportError, LapValueError
 from lap_ext.report.facts import STEPS, Facts, Histogram, binned
 
-_KEPT, _PRUNED, _MASS = "#1b6ca8", "#e08a3c", "#2a8f78"
+_KEPT, _PRUNED, _MASS = "#1b6ca8", "#b45309", "#1f7a66"  # as on the page
 _NAMED = 60  # layers whose names can still be read on an axis
 _LONGEST = 64  # letters of a name
 _LARGEST = 1e300  # on an axis: matplotlib's ticks beyond it overflow
@@ -83,7 +83,11 @@ def layers(rows: Sequence[Any], title: str = "") -> Any:
 
 
 def distributions(facts: Facts, most: int = 24) -> Any:
-    """Draws the distributions of the scores (or magnitudes) of at most so many layers."""
+    """Draws the distributions of the scores (or magnitudes) of at most so many layers.
+
+    The figure says how many layers are left out; `distributions(facts, len(facts.layers))` draws
+    all.
+    """
     figure_of = _matplotlib()
     shown = list(facts.layers)[:most]
     columns = min(3, max(1, len(shown)))
@@ -102,6 +106,9 @@ def distributions(facts: Facts, most: int = 24) -> Any:
     _plain(*panels)
     if panels[0].patches:
         panels[0].legend(frameon=False, fontsize=7)
+    if left := len(facts.layers) - len(shown):
+        text = f"The first {len(shown)} of {len(facts.layers)} layers; {left} are left out."
+        figure.suptitle(text, fontsize=9)
     return figure
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,55 @@ Trail = tuple[str, ...]
 _BASE = 1 << 40  # more than there are channel ids: (child, id) is one int64 key
 
 
-@dataclass(frozen=True)
+class Step(NamedTuple):
+    """Pairs of channels as a walk uses them: each once, sorted by where they start."""
+
+    low: int  # the first channel at which a pair starts
+    starts: Tensor  # int64: the pairs of channel low + i are starts[i] to starts[i + 1] - 1
+    to: Tensor  # int64 [n]
+    pair_of: Tensor | None  # which pair each given one has become; None: they are as given
+    meets: bool  # whether several lead to one channel
+
+    @classmethod
+    def of(cls, at: Tensor, to: Tensor) -> Step:
+        """Sorts pairs.
+
+        Example:
+            >>> step = Step.of(torch.tensor([2, 1, 2]), torch.tensor([5, 7, 5]))
+            >>> step.starts.tolist(), step.to.tolist(), step.pair_of.tolist(), step.meets
+            ([0, 1, 2], [7, 5], [1, 0, 1], False)
+        """
+        pair_of, keys = None, at * _BASE + to
+        if not bool((keys[1:] > keys[:-1]).all()):
+            keys, pair_of = torch.unique(keys, return_inverse=True)
+            at, to = keys // _BASE, keys % _BASE
+        low = int(at[0]) if at.numel() else 0
+        ends = torch.bincount(at - low).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends])
+        return cls(low, starts, to, pair_of, torch.unique(to).numel() < to.numel())
+
+    def found(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Finds all (index in ids, index of a pair) where the pair starts at that channel.
+
+        Example:
+            >>> step = Step.of(torch.tensor([1, 2, 2]), torch.tensor([7, 5, 6]))
+            >>> [x.tolist() for x in step.found(torch.tensor([0, 2, 3]))]
+            [[1, 1], [1, 2]]
+        """
+        place = ids - self.low
+        inside = (place >= 0) & (place < self.starts.numel() - 1)
+        place = torch.where(inside, place, 0)
+        first = self.starts[place]
+        count = (self.starts[(place + 1).clamp(max=self.starts.numel() - 1)] - first) * inside
+        if int(count.amax() if count.numel() else 0) <= 1:
+            left = count.nonzero().flatten()
+            return left, first[left]
+        left = torch.repeat_interleave(torch.arange(ids.numel()), count)
+        start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+        return left, start + torch.arange(left.numel())
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelEdges:
     """The child, the parent and the factor between them for each pair of channels."""
 
@@ -36,6 +85,19 @@ class ChannelEdges:
     scale: Scale | None = None
     entry: Tensor | None = None  # int64 [n]: entry of the flattened scale
     weight: Tensor | None = None  # float64 [n]; None: 1
+
+    def __repr__(self) -> str:
+        return f"ChannelEdges({self.child.numel()})"
+
+    @cached_property
+    def up(self) -> Step:
+        """The pairs from child to parent."""
+        return Step.of(self.child, self.parent)
+
+    @cached_property
+    def down(self) -> Step:
+        """The pairs from parent to child."""
+        return Step.of(self.parent, self.child)
 
     def squared(
         self, tensors: Mapping[str, Tensor], known: dict[int, Any], batch_norm: bool = True
@@ -70,6 +132,9 @@ class ChannelGroup:
     kind: str
     name: str  # of the layer, the input or the operation
     edges: list[ChannelEdges] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"ChannelGroup({self.kind} {self.name!r}, {self.size} channels from {self.first})"
 
     @property
     def ids(self) -> Tensor:

@@ -1,50 +1,90 @@
 # SPDX-License-Identifier: MIT
 """Finds the edges between layers, one hop through the channel graph, for people and for tests.
 
-Scores do not need edges, because propagate.py passes over the full graph at once; a test checks
-that both agree.
+Which layers an edge joins is found with sets of channels. The pairs of channels are found when an
+edge is first asked for them: a token mixer has one for each channel and position. Scores do not
+need edges, because propagate.py passes over the full graph at once; a test checks that both agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lap_ext.ops.reference.common import exact_sqrt
-from lap_ext.topology.channels import ChannelEdges, ChannelGroup, Trail
-from lap_ext.topology.graph import Graph
+from lap_ext.topology.channels import Trail
 from lap_ext.topology.roles import Role
 from lap_ext.topology.value import merged
+from lap_ext.topology.walks import End, Walk, Walker, together
 
-_SOURCES = ("role", "input", "boundary")
+_Key = tuple[str, str]  # name and kind of an edge
 
 
-@dataclass(frozen=True, eq=False)
+class Pairs(NamedTuple):
+    """The channels that an edge joins, pair by pair; the scale is None where all are 1."""
+
+    here: Tensor
+    there: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Edge:
     """A neighbor of a layer and how their channels correspond.
 
     Attributes:
         name: the neighbor's layer name; "input", "output" or the operation where a trace stopped.
         kind: "layer", "input", "output", "boundary" or "coupled" (q and k of an attention).
-        here: this layer's channel in each pair, int64 [n]; counted in the full weight where roles
-            use parts of it.
-        there: the neighbor's channel in each pair, int64 [n].
-        scale: the factor along the path for each pair, float64 [n], from batch norms, norm weights
-            and layer scales; where a mean gives squared weights, their root. None means ones.
         via: the operations along the path, each listed once; where paths meet, those of all
             paths.
+        find: finds the pairs of channels; called once, when they are first read.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 3))
+        >>> (edge,) = lap_ext.trace(net, torch.ones(1, 4)).layers["0"].next
+        >>> edge, edge.channel_map, edge.here.tolist(), edge.there.tolist()
+        (Edge(layer '2'), 'same', [0, 1], [0, 1])
     """
 
     name: str
     kind: str
-    here: Tensor
-    there: Tensor
-    scale: Tensor | None
     via: Trail
+    find: Callable[[], Pairs]
+
+    def __repr__(self) -> str:
+        return f"Edge({self.kind} {self.name!r})"
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        return self.find()
+
+    @property
+    def here(self) -> Tensor:
+        """This layer's channel in each pair, int64 [n].
+
+        It is counted in the full weight where roles use parts of it.
+        """
+        return self._pairs.here
+
+    @property
+    def there(self) -> Tensor:
+        """The neighbor's channel in each pair, int64 [n]."""
+        return self._pairs.there
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factor along the path for each pair, float64 [n]; None means ones.
+
+        It comes from batch norms, norm weights and layer scales, as they are when pairs are first
+        read; where a mean gives squared weights, it is their root.
+        """
+        return self._pairs.scale
 
     @property
     def how(self) -> str:
@@ -54,218 +94,81 @@ class Edge:
     @property
     def channel_map(self) -> str:
         """The channel map in short: "same", "offset +64", "repeat 4", "permuted", ..."""
-        here, there = self.here, self.there
         if self.kind in ("input", "output", "boundary"):
             return "all"
+        here, there = self.here, self.there
         if torch.equal(here, there):
             return "same"
         shift = there - here
         if bool((shift == shift[0]).all()):
             return f"offset {int(shift[0]):+d}"
         for one, many in ((there, here), (here, there)):
-            times = many.numel() // max(1, int(torch.unique(one).numel()))
+            times = many.numel() // max(1, _different(one))
             if times > 1 and torch.equal(one, (many - many.min()) // times + one.min()):
                 return f"repeat {times}"
         n = here.numel()
-        unique = torch.unique(here).numel() == n and torch.unique(there).numel() == n
+        unique = _different(here) == _different(there) == n
         return "permuted" if unique else f"{n} pairs"
 
 
-@dataclass(frozen=True)
-class _Walk:
-    """Pairs along a path: channel of the layer, channel id reached, squared factor, operations."""
+class _Neighborhood:
+    """The edges of one side of a role; all their pairs are found at once, when one is needed."""
 
-    here: Tensor
-    reached: Tensor
-    factor: Tensor
-    via: Trail
+    def __init__(self, start: Walk, follow: Callable[[Walk], Iterable[End]]) -> None:
+        self._start, self._follow = start, follow
 
-    def taken(self, index: Tensor) -> _Walk:
-        """Returns some of the pairs, in a given order."""
-        return _Walk(self.here[index], self.reached[index], self.factor[index], self.via)
+    def edges(self) -> list[Edge]:
+        """Finds the edges, one a neighbor and kind, whatever groups their channels are of."""
+        found = _by_key(self._follow(Walk.of_set(self._start.reached, self._start.via)))
+        return [
+            Edge(*key, merged(*(walk.via for walk in walks)), partial(self._pairs_of, key))
+            for key, walks in found.items()
+        ]
 
+    def _pairs_of(self, key: _Key) -> Pairs:
+        return self._pairs[key]
 
-class _Factors:
-    """The factors of channel edges, computed from the model's weights as they are now."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], batch_norm: bool) -> None:
-        self.tensors = tensors
-        self.batch_norm = batch_norm
-        self.known: dict[int, Any] = {}  # static values of this pass
-
-    def squared(self, edges: ChannelEdges) -> Tensor:
-        """Returns the squared factor of each edge, float64."""
-        factor = edges.squared(self.tensors, self.known, self.batch_norm)
-        return torch.ones(edges.child.shape, dtype=torch.float64) if factor is None else factor
+    @cached_property
+    def _pairs(self) -> dict[_Key, Pairs]:
+        found = _by_key(self._follow(self._start))
+        return {key: _joined(walks) for key, walks in found.items()}
 
 
-def producers(
-    graph: Graph, role: Role, tensors: Mapping[str, Tensor], batch_norm: bool = True
-) -> list[Edge]:
-    """Finds the edges to what feeds a role.
-
-    Args:
-        graph: of the network.
-        role: one of its roles.
-        tensors: the model's parameters and buffers by name, for the scales.
-        batch_norm: whether batch norms are among the scales.
-    """
-    channel, ids = role.inputs
-    here = channel + role.part.first[0]
-    start = _Walk(here, ids, torch.ones(ids.shape).double(), role.trail)
-    edges = [
-        _edge(group.name, _kind(group), walk, graph.channel(group, walk.reached))
-        for group, walk in _sources(graph, start, _Factors(tensors, batch_norm))
-    ]
-    return _merged(edges[::-1])
+def _different(channels: Tensor) -> int:
+    """Counts the channels, each once."""
+    return int(torch.bincount(channels).count_nonzero())
 
 
-def consumers(
-    graph: Graph, role: Role, tensors: Mapping[str, Tensor], batch_norm: bool = True
-) -> list[Edge]:
-    """Finds the edges to what reads a role.
-
-    Args:
-        graph: of the network.
-        role: one of its roles.
-        tensors: the model's parameters and buffers by name, for the scales.
-        batch_norm: whether batch norms are among the scales.
-    """
-    ids = role.out.ids
-    factors = _Factors(tensors, batch_norm)
-    here = torch.arange(role.out.size) + role.part.first[1]
-    start = _Walk(here, ids, torch.ones(ids.shape).double(), ())
-    pending = list(_by_group(graph, start))
-    edges: list[Edge] = []
-    while pending:
-        index = min(index for index, _ in pending)
-        walk = _together([w for i, w in pending if i == index])
-        pending = [(i, w) for i, w in pending if i != index]
-        edges += _read(graph, index, walk, factors)
-        for child, channel_edges in graph.children.get(index, []):
-            step = _down(walk, graph.channels.groups[child], channel_edges, factors)
-            pending += [(child, step)] if step.here.numel() else []
-    return _merged(edges)
-
-
-def _sources(graph: Graph, start: _Walk, factors: _Factors) -> Iterator[tuple[ChannelGroup, _Walk]]:
-    """Walks up to the layers, inputs and boundaries that channels come from, the newest first."""
-    pending = list(_by_group(graph, start))
-    while pending:
-        index = max(index for index, _ in pending)
-        walk = _together([w for i, w in pending if i == index])
-        pending = [(i, w) for i, w in pending if i != index]
-        group = graph.channels.groups[index]
-        if group.kind in _SOURCES:
-            yield group, walk
-            continue
-        for edges in group.edges:
-            pending += _by_group(graph, _up(walk, group, edges, factors))
-
-
-def _merged(edges: list[Edge]) -> list[Edge]:
-    """Merges the edges to the same neighbor and kind, whichever groups their channels are of."""
-    groups: dict[tuple[str, str], list[Edge]] = {}
-    for edge in edges:
-        groups.setdefault((edge.name, edge.kind), []).append(edge)
+def producers(walker: Walker, roles: Iterable[Role]) -> list[Edge]:
+    """Finds the edges to what feeds each role, in the order of the network."""
     result = []
-    for (name, kind), group in groups.items():
-        scale = None
-        if any(edge.scale is not None for edge in group):
-            ones = [e.here.new_ones(e.here.shape, dtype=torch.float64) for e in group]
-            scale = torch.cat(
-                [one if e.scale is None else e.scale for e, one in zip(group, ones, strict=True)]
-            )
-        here, there = torch.cat([e.here for e in group]), torch.cat([e.there for e in group])
-        here, there, scale = _distinct(here, there, scale)
-        result.append(Edge(name, kind, here, there, scale, merged(*(e.via for e in group))))
+    for role in roles:
+        channel, ids = role.inputs
+        start = Walk.of_pairs(channel + role.part.first[0], ids, role.trail)
+        result += _Neighborhood(start, lambda walk: reversed(list(walker.up(walk)))).edges()
     return result
 
 
-def _distinct(
-    here: Tensor, there: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keeps each pair once; adds the squared scales of pairs that occur several times."""
-    base = int(there.max()) + 1
-    keys, index = torch.unique(here * base + there, return_inverse=True)
-    if keys.numel() == here.numel():
-        return here, there, scale
-    squares = torch.ones(here.shape).double() if scale is None else scale.square()
-    total = torch.zeros(keys.shape, dtype=torch.float64).index_add_(0, index, squares)
-    return keys // base, keys % base, exact_sqrt(total)
+def consumers(walker: Walker, roles: Iterable[Role]) -> list[Edge]:
+    """Finds the edges to what reads each role, in the order of the network."""
+    result = []
+    for role in roles:
+        here = torch.arange(role.out.size) + role.part.first[1]
+        result += _Neighborhood(Walk.of_pairs(here, role.out.ids), walker.down).edges()
+    return result
 
 
-def _read(graph: Graph, index: int, walk: _Walk, factors: _Factors) -> Iterator[Edge]:
-    """Finds the layers, couplings and ends that the channels of a walk reach in this group."""
-    for reader in graph.readers.get(index, []):
-        a, b = _matches(walk.reached, reader.inputs[1])
-        if a.numel():
-            met = replace(walk.taken(a), via=merged(walk.via, reader.trail))
-            there = reader.inputs[0][b] + reader.part.first[0]
-            yield _edge(reader.layer, "layer", met, there)
-    for own, other in graph.coupled.get(index, []):
-        a, b = _matches(walk.reached, own)
-        if a.numel():
-            met = replace(walk.taken(a), reached=other[b])
-            for group, source in _sources(graph, met, factors):
-                there = graph.channel(group, source.reached)
-                yield _edge(group.name, "coupled", source, there)
-    for ids, name in graph.ended.get(index, []):
-        a, _ = _matches(walk.reached, ids)
-        if a.numel():
-            met = walk.taken(a)
-            yield _edge(name, "output" if name == "output" else "boundary", met, met.here)
+def _by_key(ends: Iterable[End]) -> dict[_Key, list[Walk]]:
+    """Gathers the walks to each end."""
+    walks: dict[_Key, list[Walk]] = {}
+    for end in ends:
+        walks.setdefault((end.name, end.kind), []).append(end.walk)
+    return walks
 
 
-def _up(walk: _Walk, group: ChannelGroup, edges: ChannelEdges, factors: _Factors) -> _Walk:
-    a, b = _matches(walk.reached - group.first, edges.child)
-    factor = walk.factor[a] * factors.squared(edges)[b]
-    return _Walk(
-        walk.here[a], edges.parent[b], factor, merged(edges.trail, (group.name,), walk.via)
-    )
-
-
-def _down(walk: _Walk, group: ChannelGroup, edges: ChannelEdges, factors: _Factors) -> _Walk:
-    a, b = _matches(walk.reached, edges.parent)
-    factor = walk.factor[a] * factors.squared(edges)[b]
-    via = merged(walk.via, edges.trail, (group.name,))
-    return _Walk(walk.here[a], edges.child[b] + group.first, factor, via)
-
-
-def _by_group(graph: Graph, walk: _Walk) -> Iterator[tuple[int, _Walk]]:
-    """Splits a walk by the channel groups that it has reached."""
-    indices = graph.channels.group_index(walk.reached)
-    for index in torch.unique(indices).tolist():
-        yield index, walk.taken(indices == index)
-
-
-def _together(walks: list[_Walk]) -> _Walk:
-    """Joins walks that meet; equal pairs add their squared factors."""
-    if len(walks) == 1:
-        return walks[0]
-    here, reached = torch.cat([w.here for w in walks]), torch.cat([w.reached for w in walks])
-    base = int(reached.max()) + 1
-    keys, index = torch.unique(here * base + reached, return_inverse=True)
-    factor = torch.zeros(keys.shape, dtype=torch.float64)
-    factor.index_add_(0, index, torch.cat([w.factor for w in walks]))
-    return _Walk(keys // base, keys % base, factor, merged(*(w.via for w in walks)))
-
-
-def _matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds all (index in a, index in b) with equal values."""
-    order = torch.argsort(b, stable=True)
-    sorted_b = b[order].contiguous()
-    first = torch.searchsorted(sorted_b, a.contiguous())
-    count = torch.searchsorted(sorted_b, a.contiguous(), right=True) - first
-    left = torch.repeat_interleave(torch.arange(a.numel()), count)
-    start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
-    return left, order[start + torch.arange(left.numel())]
-
-
-def _kind(group: ChannelGroup) -> str:
-    return "layer" if group.kind == "role" else group.kind
-
-
-def _edge(name: str, kind: str, walk: _Walk, there: Tensor) -> Edge:
+def _joined(walks: Sequence[Walk]) -> Pairs:
+    """Makes the pairs of an edge of those of its walks."""
+    walk = together(walks)
+    assert walk.factor is not None
     plain = bool((walk.factor == 1).all())
-    return Edge(name, kind, walk.here, there, None if plain else exact_sqrt(walk.factor), walk.via)
+    return Pairs(walk.here, walk.reached, None if plain else exact_sqrt(walk.factor))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lap_ext._text import columns, html_table, in_html, some, visible
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     next: list[Edge]
 
 
-def table(layers: Sequence[Row], notes: Sequence[str]) -> str:
+def table(layers: Iterable[Row], notes: Sequence[str]) -> str:
     """Writes one row per layer, name, kind, shape, what feeds it, what reads it; then the notes.
 
     "..mlp.up" is a neighbor whose name shares its first two parts or more with the layer's own.
@@ -31,12 +31,12 @@ def table(layers: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n".join([columns(_rows(layers)), *map(visible, notes)])
 
 
-def html_of(layers: Sequence[Row], notes: Sequence[str]) -> str:
+def html_of(layers: Iterable[Row], notes: Sequence[str]) -> str:
     """Writes the rows of `table` and the notes in HTML, for notebooks."""
     return "".join([html_table(_rows(layers)), *(f"<p>{in_html(note)}</p>" for note in notes)])
 
 
-def _rows(layers: Sequence[Row]) -> list[tuple[str, ...]]:
+def _rows(layers: Iterable[Row]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("layer", "kind", "shape", "fed by", "read by")]
     for layer in layers:
         shape = "x".join(map(str, layer.shape))
@@ -66,8 +66,9 @@ def _short(name: str, row: str) -> str:
     return name if shared < 2 else ".." + ".".join(parts[shared:])
 
 
-def dot(layers: Sequence[Row]) -> str:
+def dot(layers: Iterable[Row]) -> str:
     """Draws an arrow from every producer to every consumer, labeled with the channel map."""
+    layers = list(layers)
     lines = ["digraph topology {", "  rankdir=LR; node [shape=box, fontname=Helvetica];"]
     names = {layer.name: f"n{index}" for index, layer in enumerate(layers)}
     for layer in layers:

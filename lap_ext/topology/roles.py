@@ -10,12 +10,13 @@ call for a module called twice, one per projection for a packed weight that is u
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lap_ext.topology.call import NodeKey
-from lap_ext.topology.channels import ChannelGroup, Trail
+from lap_ext.topology.channels import ChannelGroup, Step, Trail
 from lap_ext.topology.value import Computation, WeightView
 
 
@@ -86,6 +87,15 @@ class Role:
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
     computation: Computation | None = None  # of the weight; None: it is the parameter
+
+    def __repr__(self) -> str:
+        return f"Role({self.kind} {self.layer!r}, {self.part.block})"
+
+    @cached_property
+    def reading(self) -> Step:
+        """The pairs from the channels that it reads to its input channels."""
+        channel, ids = self.inputs
+        return Step.of(ids, channel)
 
 
 def part_of(view: WeightView, full: tuple[int, ...], transposed: bool = False) -> Part | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -22,13 +22,14 @@ from lap_ext.topology.model_structure import structure_of
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Computation
+from lap_ext.topology.walks import Walker
 
 # How pruned weights become zero: "zeros", the parameter is zero there; "mask", a mask multiplies
 # what the module computes; "nothing", a forward computes the weight where no mask can reach it.
 PrunedBy: TypeAlias = Literal["zeros", "mask", "nothing"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layer:
     """One weight of the model and its roles in the network.
 
@@ -46,7 +47,10 @@ class Layer:
     kind: str
     shape: tuple[int, ...]
     roles: tuple[Role, ...]
-    topology: Topology = field(repr=False, compare=False)
+    topology: Topology = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, {self.kind} {'x'.join(map(str, self.shape))})"
 
     @property
     def weight(self) -> Tensor:
@@ -119,14 +123,12 @@ class Layer:
     @property
     def prev(self) -> list[Edge]:
         """The edges to what feeds this layer, one per producer and role."""
-        graph, tensors = self.topology.graph, self.topology.tensors()
-        return [edge for role in self.roles for edge in edges.producers(graph, role, tensors)]
+        return edges.producers(self.topology.walker(), self.roles)
 
     @property
     def next(self) -> list[Edge]:
         """The edges to what reads this layer, one per consumer and role."""
-        graph, tensors = self.topology.graph, self.topology.tensors()
-        return [edge for role in self.roles for edge in edges.consumers(graph, role, tensors)]
+        return edges.consumers(self.topology.walker(), self.roles)
 
 
 class Topology:
@@ -265,6 +267,10 @@ class Topology:
         """Returns the model's current parameters, buffers and computed tensors by name."""
         return named_tensors(self.model)
 
+    def walker(self) -> Walker:
+        """Returns a walker through the graph, with the model's weights as they are now."""
+        return Walker(self.graph, self.tensors())
+
     def __str__(self) -> str:
         return render.table(self._rows(), self._notes())
 
@@ -287,5 +293,9 @@ class Topology:
             notes.append(f"not reached by the example inputs, never pruned: {names}")
         return [*notes, *(f"stopped at: {text}" for text in self.stops)]
 
-    def _rows(self) -> list[render.Row]:
-        return [render.Row(x.name, x.kind, x.shape, x.prev, x.next) for x in self.layers.values()]
+    def _rows(self) -> Iterator[render.Row]:
+        """Yields what is shown of each layer; its edges are freed before the next one's."""
+        walker = self.walker()
+        for x in self.layers.values():
+            prev, following = (f(walker, x.roles) for f in (edges.producers, edges.consumers))
+            yield render.Row(x.name, x.kind, x.shape, prev, following)

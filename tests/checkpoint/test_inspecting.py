@@ -15,7 +15,7 @@ from lap_ext import checkpoint
 from lap_ext.checkpoint import reading
 from lap_ext.checkpoint.inspecting import InspectedLayer, inspect_model
 from lap_ext.pruning.reporting import neighbors
-from lap_ext.topology import Edge
+from lap_ext.topology.edges import Edge, Pairs
 from tests.helpers.checkpoints import INPUTS, change, network, saved, write
 
 
@@ -113,7 +113,7 @@ def test_others_and_stops_are_told(tmp_path: Path) -> None:
 def test_names_of_neighbors() -> None:
     def edge(name: str, shift: int = 0, kind: str = "layer") -> Edge:
         here = torch.arange(2)
-        return Edge(name, kind, here, here + shift, None, ())
+        return Edge(name, kind, (), lambda: Pairs(here, here + shift, None))
 
     assert neighbors([]) == ()
     assert neighbors([edge("a"), edge("b", 5, "input"), edge("a")]) == ("a", "b")

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import lap_ext
 from lap_ext import checkpoint
 from lap_ext.cli import output
 from tests.helpers.checkpoints import change
@@ -33,8 +37,15 @@ def test_pruned_reported_verified(run: Run, checkpoints: Path, name: str, tmp_pa
     assert {path.name: path.read_bytes() for path in original.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"nets.py", "out", "out.html"}
     page = (tmp_path / "out.html").read_text()
-    assert all(row["name"] in page for row in shown["layers"])
+    assert all(row["name"].replace(".", ".<wbr>") in page for row in shown["layers"])
     assert "lowest score kept" in page and page.count("lowest kept") >= len(shown["layers"])
+    assert f"lap-ext prune {original} --sparsity 0.75 --out out" in page
+    assert "time taken" in page and f"torch {torch.__version__}" in page
+    (load,) = re.findall("<pre.*?<code>(.*?)</code>", page, re.DOTALL)
+    loaded: dict[str, Any] = {}
+    exec(html.unescape(load), loaded)  # it is run as it is shown
+    assert set(loaded["masks"]) == {row["name"] for row in shown["layers"]}
+    assert 0.7 < lap_ext.sparsity(loaded["model"]) < 0.8
     measured = {row["name"]: row for row in shown["measured"]["layers"]}
     assert {n: (m["kept"], m["total"]) for n, m in measured.items()} == {
         row["name"]: (row["kept"], row["total"]) for row in shown["layers"]

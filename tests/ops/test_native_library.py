@@ -7,6 +7,7 @@ LAP_EXT_BUILD=pure or LAP_EXT_NATIVE=0 say that the fallback is wanted; only the
 from __future__ import annotations
 
 import ctypes
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import lap_ext
 import lap_ext.ops.schema
+from lap_ext.ops import native
 from tests.helpers.parameters import needs_native
 from tests.helpers.processes import run_python
 
@@ -68,3 +70,32 @@ def test_fallback_on_request() -> None:
     )
     result = run_python(code, LAP_EXT_NATIVE="0")
     assert result.stdout.split("\n")[0] == "False [[True, False, True]] True", result.stderr
+
+
+def test_a_lost_library_is_named_with_a_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "_state", native._State())
+    with pytest.warns(UserWarning, match=r"_C\.abi3\.so is not in .* Install it again: pip"):
+        native.load()
+    assert "was built with it" in str(native.info()) and "\ncure: Install it again" in str(
+        native.info()
+    )
+
+
+@needs_native
+def test_numpy_says_why_it_has_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lap_ext.ops import numpy_args
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    note = {"_np": ["no C++ compiler was found", "Install one"]}
+    (tmp_path / "not_built.json").write_text(json.dumps(note))
+    monkeypatch.setattr(numpy_args, "__file__", str(tmp_path / "ops" / "numpy_args.py"))
+    monkeypatch.setattr(numpy_args.importlib, "import_module", missing)
+    with pytest.raises(
+        ImportError, match=r"got It was built without: no C\+\+ .* Install one: pip"
+    ):
+        numpy_args._loaded()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from tests.helpers.processes import run_python
 
 
 class TwoInputs(nn.Module):
@@ -168,3 +170,34 @@ def test_tables_for_notebooks() -> None:
     assert page.count("<tr>") == 5 and ">sparsity</th>" in page and ">50.00%</td>" in page
     page = lap_ext.trace(model, X)._repr_html_()
     assert page.count("<tr>") >= 4 and ">fed by</th>" in page
+
+
+def test_scores_by_the_names_of_parameters() -> None:
+    """In a packed attention, a layer's name is its parameter's: keys of two kinds, unless asked."""
+    block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    x = torch.ones(1, 3, 4)
+    by_layer, by_parameter = lap_ext.scores(block, x), lap_ext.scores(block, x, by="parameter")
+    assert {"self_attn.in_proj_weight", "linear1"} <= set(by_layer)
+    parameters = dict(block.named_parameters())
+    assert set(by_parameter) <= set(parameters) and len(by_parameter) == len(by_layer)
+    for (name, one), other in zip(by_parameter.items(), by_layer.values(), strict=True):
+        assert torch.equal(one, other) and one.shape == parameters[name].shape
+    with pytest.raises(ValueError, match="scores: expected by to be 'layer' or 'parameter'"):
+        lap_ext.scores(block, x, by="name")  # type: ignore[arg-type]
+
+
+def test_a_torch_without_numpy_prints_no_warning(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["numpy"] = None  # as if it were not installed
+import lap_ext, torch
+net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+result = lap_ext.prune(net, torch.ones(1, 4), 0.5)
+result.masks.save({str(tmp_path / "masks")!r})
+print(lap_ext.Masks.load({str(tmp_path / "masks")!r}, net))
+"""
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == (
+        "Masks(2 layers, 9 of 18 weights kept, sparsity 0.5)\n",
+        "",
+    )

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from lap_ext.report import Facts, LayerFacts, Measure, page, plots
 HOSTILE = '<script>alert(1)</script>"\x1b[31m\u202e\n\ud800&$x^{$'
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
+    "script-src 'sha256-{hash}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
 )
 
 
@@ -32,14 +35,28 @@ def test_hostile_names_in_a_page(tmp_path: Path) -> None:
     report.write(tmp_path / "r.html", facts_of(HOSTILE, torch.eye(4)))
     text = (tmp_path / "r.html").read_text()
     assert text.replace("\n", "").isprintable()
-    assert "<script" not in text and '"\\x1b' not in text
+    assert text.count("<script") == 1 and "<script>alert" not in text and '"\\x1b' not in text
     assert r"&quot;\x1b[31m\u202e\n\ud800&amp;$x^{$" in text
 
 
-def test_the_page_lets_nothing_be_loaded_or_run(tmp_path: Path) -> None:
+def test_the_page_lets_nothing_be_loaded_and_only_its_own_script_be_run() -> None:
     text = report.html(facts_of("fc", torch.eye(4)))
-    assert POLICY in text and text.index(POLICY) < text.index("<style>")
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    policy = POLICY.format(hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    assert policy in text and text.index(policy) < text.index("<style>")
     assert text.startswith(page.BEGIN)
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval|fetch|import|http", script)
+
+
+def test_an_ending_tag_in_a_name_does_not_end_the_script() -> None:
+    named = report.html(facts_of("</script><b>", torch.eye(4)))
+    assert named.count("</script>") == 1 and "&lt;/script&gt;" in named
+
+
+def test_a_long_name_is_cut_on_the_page() -> None:
+    text = report.html(facts_of(f"first{'x' * 200_000}last", torch.eye(4)))
+    (table,) = re.findall('id="layers-table".*?</table>', text, re.DOTALL)
+    assert len(table) < 5000 and "…" in table and "last</th>" in table
 
 
 @pytest.mark.parametrize(

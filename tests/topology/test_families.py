@@ -98,8 +98,8 @@ Walk = tuple[Role, list[Edge], list[Edge]]  # a role, what feeds it, what reads 
 @cache
 def walked(name: str) -> list[Walk]:
     topology = traced(name)
-    graph, tensors = topology.graph, topology.tensors()
-    return [(r, producers(graph, r, tensors), consumers(graph, r, tensors)) for r in graph.roles]
+    walker = topology.walker()
+    return [(r, producers(walker, [r]), consumers(walker, [r])) for r in topology.roles]
 
 
 def squared_norms(weight: Tensor, role: Role) -> tuple[Tensor, Tensor]:
