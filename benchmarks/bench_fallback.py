@@ -60,7 +60,7 @@ def _list(bench: Bench) -> None:
     n = sum(score.numel() for score in scores)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
     ours = partial(reference.topk_mask, scores, keep, [], True)
-    checks.equal(ours(), lap_ext.topk_mask(scores, keep))
+    checks.equal(ours(), lap_ext.topk_mask(scores, keep=keep))
     bench.measure(
         "fallback",
         f"{len(scores)} tensors, {n / 1e6:.0f} M",

@@ -36,7 +36,7 @@ def _list(bench: Bench, scores: list[Tensor], sparsity: float) -> None:
     n = sum(score.numel() for score in scores)
     keep = cases.keep_of(sparsity, n)
     ours = partial(lap_ext.topk_mask, scores, keep)
-    threshold = checks.is_top(lap_ext.topk_mask(scores, keep), scores, keep)
+    threshold = checks.is_top(lap_ext.topk_mask(scores, keep=keep), scores, keep)
     exact = checks.same_choice(scores, threshold, 0)
     about = checks.same_choice(scores, threshold, None)
     # half a minute a call: little is left to chance in it

@@ -67,8 +67,9 @@ def _layer_call(
 
 
 def _list_call(call: str, scores: list[Tensor], keep: int) -> Callable[[], object]:
+    if call == "topk_mask":
+        return partial(lap_ext.topk_mask, scores, keep=keep)
     functions: dict[str, Callable[[list[Tensor], int], object]] = {
-        "topk_mask": lap_ext.topk_mask,
         "cat + kthvalue": baselines.cat_kthvalue,
         "prune.global_unstructured": baselines.global_unstructured,
     }

@@ -66,8 +66,8 @@ def mask(
     w_prev: Neighbors,
     w: Array,
     w_next: Neighbors,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Mask | None = None,
     groups: int = 1,
@@ -95,8 +95,8 @@ def prune_(
     w_prev: Neighbors,
     w: Array,
     w_next: Neighbors,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Mask | None = None,
     groups: int = 1,
@@ -161,8 +161,8 @@ def mask_from_norms(
     w: Array,
     in_norm: Array | None,
     out_norm: Array | None,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Mask | None = None,
     groups: int = 1,
@@ -181,8 +181,8 @@ def prune_from_norms_(
     w: Array,
     in_norm: Array | None,
     out_norm: Array | None,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Mask | None = None,
     groups: int = 1,
@@ -208,8 +208,8 @@ def prune_from_norms_(
 @overload
 def topk_mask(
     scores: Array,
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Mask | None = None,
     check_finite: bool = True,
@@ -217,8 +217,8 @@ def topk_mask(
 @overload
 def topk_mask(
     scores: Sequence[Array],
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Sequence[Mask] | None = None,
     check_finite: bool = True,
@@ -226,8 +226,8 @@ def topk_mask(
 @calling("topk_mask")
 def topk_mask(
     scores: Array | Sequence[Array],
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Mask | Sequence[Mask] | None = None,
     check_finite: bool = True,
@@ -236,7 +236,7 @@ def topk_mask(
 
     Example:
         >>> import numpy as np, lap_ext.numpy as lap
-        >>> lap.topk_mask(np.array([3., 1., 3., 2.]), 2)
+        >>> lap.topk_mask(np.array([3., 1., 3., 2.]), keep=2)
         array([ True, False,  True, False])
     """
     single, checked = numpy_args.score_list(scores)

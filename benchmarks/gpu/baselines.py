@@ -139,7 +139,7 @@ def unstructured(device: Device, timer: Timer, add: Add) -> None:
     n = sum(x.numel() for x in scores)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
     ours = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
-    threshold = checks.is_top(lap_ext.topk_mask(scores, keep), scores, keep)
+    threshold = checks.is_top(lap_ext.topk_mask(scores, keep=keep), scores, keep)
     baseline = partial(baselines.global_unstructured, scores, keep)
     add(
         contest(

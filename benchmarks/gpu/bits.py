@@ -352,8 +352,8 @@ def errors(device: Device) -> None:
             pair.same("mask", w, ins, outs, keep, None, 1, False, False)
         calls: list[Callable[[Tensor], Any]] = [
             lambda x: lap_ext.score(None, x, None),
-            lambda x: lap_ext.mask(None, x, None, 0.5),
-            lambda x: lap_ext.prune_(None, x, None, 0.5),
+            lambda x: lap_ext.mask(None, x, None, sparsity=0.5),
+            lambda x: lap_ext.prune_(None, x, None, sparsity=0.5),
             lambda x: lap_ext.neighbor_norms(x, torch.ones(2, 100).to(x), None),
             lambda x: lap_ext.kth_largest(x, 5),
         ]
@@ -379,9 +379,9 @@ def twice(device: Device) -> None:
     n = device.sizes.hostile * (20 if device.cuda else 1) // 64 * 64
     for name in ("random", "three_values", "zeros_60"):
         w = cases.hostile(name, n, torch.float32).view(-1, 64).to(device.device)
-        first = lap_ext.mask(None, w, None, 0.7)
+        first = lap_ext.mask(None, w, None, sparsity=0.7)
         for _ in range(5):
-            checks.equal(lap_ext.mask(None, w, None, 0.7), first)
+            checks.equal(lap_ext.mask(None, w, None, sparsity=0.7), first)
 
 
 def graphs(device: Device) -> None:
@@ -415,11 +415,11 @@ def streams(device: Device) -> None:
     """Checks work enqueued on the caller's stream: it reads data made there."""
     side = 2048 if device.cuda else 32
     source = device.normal((side, side), 1, torch.float32)
-    expected = lap_ext.mask(None, source.neg().mul(3), None, 0.9)
+    expected = lap_ext.mask(None, source.neg().mul(3), None, sparsity=0.9)
     for _ in range(5):
         with device.other_stream():
             w = source.neg().mul(3)
-            got = lap_ext.mask(None, w, None, 0.9, check_finite=False)
+            got = lap_ext.mask(None, w, None, sparsity=0.9, check_finite=False)
             count = got.sum()
         device.wait()
         checks.equal(got, expected)
@@ -433,9 +433,9 @@ def devices(device: Device) -> str:
     other = torch.device("cuda", 1)
     w = device.normal((512, 512), 1, torch.float32)
     with torch.cuda.device(0):
-        there = lap_ext.mask(None, w.to(other), None, 0.9)
+        there = lap_ext.mask(None, w.to(other), None, sparsity=0.9)
         checks.require(there.device == other, f"the mask is on {there.device}")
-        checks.equal(there.to(w.device), lap_ext.mask(None, w, None, 0.9))
+        checks.equal(there.to(w.device), lap_ext.mask(None, w, None, sparsity=0.9))
         checks.require(torch.cuda.current_device() == 0, "the current device was changed")
     return "two devices"
 

@@ -27,9 +27,9 @@ def scores(device: Device, n: int) -> str:
     """Checks topk_mask and kth_largest; the threshold's ties lie on both sides of element 2^31."""
     x = device.normal((n,), 1, torch.bfloat16)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
-    mask, value = lap_ext.topk_mask(x, keep), lap_ext.kth_largest(x, keep)
+    mask, value = lap_ext.topk_mask(x, keep=keep), lap_ext.kth_largest(x, keep)
     there = x.cpu()
-    equal_bits(mask.cpu(), lap_ext.topk_mask(there, keep), "topk_mask")
+    equal_bits(mask.cpu(), lap_ext.topk_mask(there, keep=keep), "topk_mask")
     equal_bits(value.cpu(), lap_ext.kth_largest(there, keep), "kth_largest")
     device.free()
     return f"{int(mask.count_nonzero())} kept"

@@ -89,8 +89,8 @@ def mask(
     w_prev: Neighbors,
     w: Tensor,
     w_next: Neighbors,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Tensor | None = None,
     groups: int = 1,
@@ -134,7 +134,7 @@ def mask(
     Example:
         >>> import torch, lap_ext
         >>> w = torch.tensor([[1., -2., 3.], [2., 0., -2.]])
-        >>> lap_ext.mask(None, w, None, 0.5)        # 3 of 6; of the three twos the first two
+        >>> lap_ext.mask(None, w, None, sparsity=0.5)    # 3 of 6; of the three twos the first two
         tensor([[False,  True,  True],
                 [ True, False, False]])
     """
@@ -151,8 +151,8 @@ def prune_(
     w_prev: Neighbors,
     w: Tensor,
     w_next: Neighbors,
-    sparsity: check.Number | None = None,
     *,
+    sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
     mask: Tensor | None = None,
     groups: int = 1,

@@ -20,8 +20,8 @@ from lap_ext.ops import check, schema, torch_args
 @overload
 def topk_mask(
     scores: Tensor,
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Tensor | None = None,
     check_finite: bool = True,
@@ -29,8 +29,8 @@ def topk_mask(
 @overload
 def topk_mask(
     scores: Sequence[Tensor],
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Sequence[Tensor] | None = None,
     check_finite: bool = True,
@@ -38,8 +38,8 @@ def topk_mask(
 @calling("topk_mask")
 def topk_mask(
     scores: Tensor | Sequence[Tensor],
-    keep: SupportsIndex | None = None,
     *,
+    keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
     mask: Tensor | Sequence[Tensor] | None = None,
     check_finite: bool = True,
@@ -71,7 +71,7 @@ def topk_mask(
 
     Example:
         >>> import torch, lap_ext
-        >>> lap_ext.topk_mask(torch.tensor([3., 1., 3., 2.]), 2)
+        >>> lap_ext.topk_mask(torch.tensor([3., 1., 3., 2.]), keep=2)
         tensor([ True, False,  True, False])
         >>> lap_ext.topk_mask([torch.tensor([1., 5.]), torch.tensor([4.])], sparsity=0.5)
         [tensor([False,  True]), tensor([True])]

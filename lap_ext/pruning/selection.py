@@ -125,7 +125,7 @@ def _layer_mask(
         weight = _weight(network, criterion, layer)
         return from_norms.mask_from_norms(weight, None, None, keep=keep, mask=mask)
     if len(layer.roles) > 1 or not layer.roles[0].part.full:
-        return ranking.topk_mask(layer_scores(network, criterion, layer), keep, mask=mask)
+        return ranking.topk_mask(layer_scores(network, criterion, layer), keep=keep, mask=mask)
     role = layer.roles[0]
     weight = _weight(network, criterion, layer)
     into, out = _on(weight, criterion.norms(network, role))

@@ -78,7 +78,7 @@ def test_thresholds_are_those_of_topk_mask(
     """Whatever the interval at the start, and whatever is held."""
     slices = [torch.tensor(x, dtype=dtype) for x in scores]
     low, high = sorted(int(ranking.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
-    want = lap_ext.topk_mask(slices, keep)
+    want = lap_ext.topk_mask(slices, keep=keep)
     for got, mask in zip(threshold_masks(slices, keep, (low, high), capacity), want, strict=True):
         assert torch.equal(got, mask)
 
@@ -90,7 +90,7 @@ def test_thresholds_of_many_keys(keep: int, capacity: int) -> None:
     sample = torch.cat(slices)[::31].double()
     interval = ranking.bracket(sample, keep, 60_000, torch.float32)
     assert interval[0] <= interval[1]
-    want = lap_ext.topk_mask(slices, keep)
+    want = lap_ext.topk_mask(slices, keep=keep)
     for start in (interval, (0, ranking.largest(torch.float32))):
         masks = threshold_masks(slices, keep, start, capacity, 997)
         assert all(map(torch.equal, masks, want)) and len(masks) == len(want)

@@ -76,7 +76,7 @@ class TestWanda:
             net, torch.ones(1, 5), 0.6, criterion=together, data=data, apply=False
         ).masks
         for name, mask in masks.items():
-            expected = lap_ext.topk_mask(score[name], int(mask.sum()))
+            expected = lap_ext.topk_mask(score[name], keep=int(mask.sum()))
             assert torch.equal(mask, expected)
 
     def test_an_embedding_reads_one_hot_rows(self) -> None:

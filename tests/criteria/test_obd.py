@@ -155,7 +155,9 @@ class TestScores:
             weight = net.get_parameter(f"{name}.weight").detach()
             square = h.clamp(min=0) / 2 * weight**2
             torch.testing.assert_close(found[name] ** 2, square, rtol=1e-5, atol=0)
-            assert torch.equal(masks[name], lap_ext.topk_mask(found[name], int(masks[name].sum())))
+            assert torch.equal(
+                masks[name], lap_ext.topk_mask(found[name], keep=int(masks[name].sum()))
+            )
 
     def test_lookahead_of_surrogates(self) -> None:
         """The paper's OBD+LAP: lookahead of sqrt(h) |w|."""

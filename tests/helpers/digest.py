@@ -24,10 +24,10 @@ def everything(w_prev: Tensor, w: Tensor, w_next: Tensor) -> list[Tensor]:
     """All results of a layer, with the weights after pruning."""
     in_norm, out_norm = lap_ext.neighbor_norms(w_prev, w, w_next)
     scores = lap_ext.score(w_prev, w, w_next)
-    masks = [lap_ext.mask(w_prev, w, w_next, s) for s in (0.5, 0.9, 0.99)]
+    masks = [lap_ext.mask(w_prev, w, w_next, sparsity=s) for s in (0.5, 0.9, 0.99)]
     lists = lap_ext.topk_mask([w_prev, scores, w_next], sparsity=0.8)
     pruned = w.clone()
-    kept = lap_ext.prune_(w_prev, pruned, w_next, 0.7)
+    kept = lap_ext.prune_(w_prev, pruned, w_next, sparsity=0.7)
     return [in_norm, out_norm, scores, *masks, *lists, kept, pruned, lap_ext.kth_largest(w, 99)]
 
 

@@ -51,13 +51,13 @@ SHAPES: list[Case] = [
         "Check that w_prev is the layer next to w.",
     ),
     (
-        lambda: lap_ext.mask(None, W, zeros(2, 5), 0.5),
+        lambda: lap_ext.mask(None, W, zeros(2, 5), sparsity=0.5),
         ValueError,
         f"mask: expected {READ}, got w_next [2, 5] and w [4, 3], that is 5 and 4 channels. "
         "Check that w_next is the layer next to w.",
     ),
     (
-        lambda: lap_ext.prune_([PREV, zeros(5, 2)], W, None, 0.5),
+        lambda: lap_ext.prune_([PREV, zeros(5, 2)], W, None, sparsity=0.5),
         ValueError,
         f"prune_: expected {DATA.replace('w_prev', 'w_prev[1]')}, got w_prev[1] [5, 2] and w "
         "[4, 3], that is 5 and 3 channels. Check that w_prev[1] is the layer next to w.",
@@ -118,28 +118,28 @@ SHAPES: list[Case] = [
         "score_from_norms: expected in_norm [3] (one entry per input channel of w), got [4].",
     ),
     (
-        lambda: lap_ext.mask_from_norms(W, None, torch.ones(4, 1), 0.5),
+        lambda: lap_ext.mask_from_norms(W, None, torch.ones(4, 1), sparsity=0.5),
         ValueError,
         "mask_from_norms: expected out_norm [4] (one entry per output channel of w), got [4, 1].",
     ),
     (
-        lambda: lap_ext.mask(None, W, None, 0.5, mask=zeros(3, 4, dtype=torch.bool)),
+        lambda: lap_ext.mask(None, W, None, sparsity=0.5, mask=zeros(3, 4, dtype=torch.bool)),
         ValueError,
         "mask: expected mask.shape == w.shape (one flag per weight), got mask [3, 4] and w [4, 3].",
     ),
     (
-        lambda: lap_ext.topk_mask([W, W], 3, mask=[W > 0, zeros(2, dtype=torch.bool)]),
+        lambda: lap_ext.topk_mask([W, W], keep=3, mask=[W > 0, zeros(2, dtype=torch.bool)]),
         ValueError,
         "topk_mask: expected mask[1].shape == scores[1].shape (one flag per weight), got mask[1] "
         "[2] and scores[1] [4, 3].",
     ),
     (
-        lambda: lap_ext.topk_mask([W, W], 3, mask=[W > 0]),
+        lambda: lap_ext.topk_mask([W, W], keep=3, mask=[W > 0]),
         ValueError,
         "topk_mask: expected one mask per tensor of scores, got 1 masks for 2 tensors.",
     ),
     (
-        lambda: lap_ext.prune_(None, torch.ones(1, 3).expand(4, 3), None, 0.5),
+        lambda: lap_ext.prune_(None, torch.ones(1, 3).expand(4, 3), None, sparsity=0.5),
         ValueError,
         "prune_: expected w whose elements do not share memory (it is changed in place), got shape "
         "[4, 3] with strides [0, 1]. Make a contiguous copy first.",
@@ -148,7 +148,7 @@ SHAPES: list[Case] = [
 
 TYPES: list[Case] = [
     (
-        lambda: lap_ext.prune_(None, W.to(torch.int8), None, 0.5),
+        lambda: lap_ext.prune_(None, W.to(torch.int8), None, sparsity=0.5),
         TypeError,
         f"prune_: expected a floating-point w {FLOATS}, got torch.int8. Dequantize first.",
     ),
@@ -174,7 +174,7 @@ TYPES: list[Case] = [
         "score: expected w to be a torch.Tensor, got ndarray. Use lap_ext.numpy for NumPy arrays.",
     ),
     (
-        lambda: lap_ext.mask([PREV, [PREV]], W, None, 0.5),
+        lambda: lap_ext.mask([PREV, [PREV]], W, None, sparsity=0.5),
         TypeError,
         "mask: expected w_prev[1] to be a torch.Tensor, got list.",
     ),
@@ -184,18 +184,18 @@ TYPES: list[Case] = [
         "score: expected a dense w, got layout torch.sparse_coo. Pass w.to_dense().",
     ),
     (
-        lambda: lap_ext.mask(None, W, None, 0.5, mask=W),
+        lambda: lap_ext.mask(None, W, None, sparsity=0.5, mask=W),
         TypeError,
         "mask: expected a bool mask (True: may be kept), got torch.float32. Pass mask != 0.",
     ),
     (
-        lambda: lap_ext.topk_mask([W], 3, mask=W > 0),
+        lambda: lap_ext.topk_mask([W], keep=3, mask=W > 0),
         TypeError,
         "topk_mask: expected mask to be a list of bool masks, one per tensor of scores, got "
         "Tensor.",
     ),
     (
-        lambda: lap_ext.topk_mask([W, W.half()], 3),
+        lambda: lap_ext.topk_mask([W, W.half()], keep=3),
         TypeError,
         "topk_mask: expected all scores to share one dtype (they are ranked together), got "
         "torch.float32 for scores[0] and torch.float16 for scores[1]. Move or convert them first.",
@@ -225,26 +225,26 @@ TYPES: list[Case] = [
 
 AMOUNTS: list[Case] = [
     (
-        lambda: lap_ext.mask(None, W, None, 90),
+        lambda: lap_ext.mask(None, W, None, sparsity=90),
         ValueError,
         f"mask: {FRACTION} 90. Did you mean 0.90?",
     ),
     (
-        lambda: lap_ext.prune_(None, W, None, 12.5),
+        lambda: lap_ext.prune_(None, W, None, sparsity=12.5),
         ValueError,
         f"prune_: {FRACTION} 12.5. Did you mean 0.125?",
     ),
-    (lambda: lap_ext.mask(None, W, None, 101), ValueError, f"mask: {FRACTION} 101."),
-    (lambda: lap_ext.mask(None, W, None, -0.1), ValueError, f"mask: {FRACTION} -0.1."),
-    (lambda: lap_ext.mask(None, W, None, NAN), ValueError, f"mask: {FRACTION} nan."),
+    (lambda: lap_ext.mask(None, W, None, sparsity=101), ValueError, f"mask: {FRACTION} 101."),
+    (lambda: lap_ext.mask(None, W, None, sparsity=-0.1), ValueError, f"mask: {FRACTION} -0.1."),
+    (lambda: lap_ext.mask(None, W, None, sparsity=NAN), ValueError, f"mask: {FRACTION} nan."),
     (lambda: lap_ext.topk_mask(W, sparsity=INF), ValueError, f"topk_mask: {FRACTION} inf."),
     (
-        lambda: lap_ext.mask(None, W, None, True),
+        lambda: lap_ext.mask(None, W, None, sparsity=True),
         TypeError,
         "mask: expected sparsity to be a number (the fraction removed), got bool.",
     ),
     (
-        lambda: lap_ext.mask(None, W, None, "0.5"),
+        lambda: lap_ext.mask(None, W, None, sparsity="0.5"),
         TypeError,
         "mask: expected sparsity to be a number (the fraction removed), got str.",
     ),
@@ -254,7 +254,7 @@ AMOUNTS: list[Case] = [
         "mask_from_norms: expected keep >= 0 (the number kept), got -1.",
     ),
     (
-        lambda: lap_ext.topk_mask(W, 0.5),
+        lambda: lap_ext.topk_mask(W, keep=0.5),
         TypeError,
         "topk_mask: expected keep to be an integer (the number kept), got float.",
     ),
@@ -264,7 +264,7 @@ AMOUNTS: list[Case] = [
         "mask: expected keep to be an integer (the number kept), got bool.",
     ),
     (
-        lambda: lap_ext.mask(None, W, None, 0.5, keep=3),
+        lambda: lap_ext.mask(None, W, None, sparsity=0.5, keep=3),
         ValueError,
         f"mask: {ONE_OF} sparsity=0.5 and keep=3. Pass exactly one.",
     ),
@@ -302,7 +302,7 @@ def one_device(function: str, name: str, like: str = "w") -> str:
 DEVICES: list[Case] = [
     (lambda: lap_ext.score(meta(PREV), W, None), ValueError, one_device("score", "w_prev")),
     (
-        lambda: lap_ext.prune_(None, W, [NEXT, meta(NEXT)], 0.5),
+        lambda: lap_ext.prune_(None, W, [NEXT, meta(NEXT)], sparsity=0.5),
         ValueError,
         one_device("prune_", "w_next[1]"),
     ),
@@ -312,17 +312,17 @@ DEVICES: list[Case] = [
         one_device("score_from_norms", "in_norm"),
     ),
     (
-        lambda: lap_ext.mask(None, W, None, 0.5, mask=meta(W > 0)),
+        lambda: lap_ext.mask(None, W, None, sparsity=0.5, mask=meta(W > 0)),
         ValueError,
         one_device("mask", "mask"),
     ),
     (
-        lambda: lap_ext.topk_mask(W, 5, mask=meta(W > 0)),
+        lambda: lap_ext.topk_mask(W, keep=5, mask=meta(W > 0)),
         ValueError,
         one_device("topk_mask", "mask", "scores"),
     ),
     (
-        lambda: lap_ext.topk_mask([W, meta(W)], 5),
+        lambda: lap_ext.topk_mask([W, meta(W)], keep=5),
         ValueError,
         "topk_mask: expected all scores to share one device (they are ranked together), got cpu "
         "for scores[0] and meta for scores[1]. Move or convert them first.",

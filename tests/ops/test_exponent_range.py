@@ -44,9 +44,12 @@ def test_power_of_two_in_the_norms(
     powers: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
     w, ins, outs = cases.random_layer(cases.Shape("", (67, 129)), dtype)
-    expected = lap_ext.mask_from_norms(w, ins, outs, 0.8)
+    expected = lap_ext.mask_from_norms(w, ins, outs, sparsity=0.8)
     got = lap_ext.mask_from_norms(
-        w.to(device), ins.to(device) * 2.0 ** powers[0], outs.to(device) * 2.0 ** powers[1], 0.8
+        w.to(device),
+        ins.to(device) * 2.0 ** powers[0],
+        outs.to(device) * 2.0 ** powers[1],
+        sparsity=0.8,
     )
     assert torch.equal(got.cpu(), expected)
 
@@ -56,12 +59,12 @@ def test_power_of_two_in_the_weights(power: int, device: str) -> None:
     """Weights of 8 bits stay exact down to denormals."""
     w = torch.randint(-255, 256, (50, 90)).float()
     ins, outs = torch.rand(90, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
-    expected = lap_ext.mask_from_norms(w, ins, outs, 0.7)
+    expected = lap_ext.mask_from_norms(w, ins, outs, sparsity=0.7)
     for norm_power in (-140, 0, 120):
         scaled = (w.double() * 2.0**power).float()
         assert torch.equal(scaled.double(), w.double() * 2.0**power)
         got = lap_ext.mask_from_norms(
-            scaled.to(device), ins.to(device) * 2.0**norm_power, outs.to(device), 0.7
+            scaled.to(device), ins.to(device) * 2.0**norm_power, outs.to(device), sparsity=0.7
         )
         assert torch.equal(got.cpu(), expected), norm_power
 
@@ -71,9 +74,11 @@ def test_power_of_two_in_the_neighbors(neighbor_power: int, device: str) -> None
     """Through float32 neighbors, whose squares leave float32's range."""
     w_prev = torch.randint(-8, 9, (30, 20)).float()
     w, w_next = torch.randn(40, 30), torch.randint(-8, 9, (25, 40)).float()
-    expected = lap_ext.mask(w_prev, w, w_next, 0.9)
+    expected = lap_ext.mask(w_prev, w, w_next, sparsity=0.9)
     scaled = [x.to(device) * 2.0**neighbor_power for x in (w_prev, w_next)]
-    assert torch.equal(lap_ext.mask(scaled[0], w.to(device), scaled[1], 0.9).cpu(), expected)
+    assert torch.equal(
+        lap_ext.mask(scaled[0], w.to(device), scaled[1], sparsity=0.9).cpu(), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

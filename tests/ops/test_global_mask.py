@@ -61,7 +61,7 @@ def test_masks_are_those_of_the_scores(dtypes: tuple[torch.dtype, ...], spread: 
         n = sum(x.numel() for x in w)
         keep = random.choice([0, 1, n // 10, n // 2, n - 1, n, n + 5])
         masks = [torch.rand(x.shape) > 0.3 for x in w] if trial % 3 == 0 else []
-        want = lap_ext.topk_mask(scores, keep, mask=masks or None)
+        want = lap_ext.topk_mask(scores, keep=keep, mask=masks or None)
         got = schema.global_mask(*given, keep, masks, True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -73,7 +73,7 @@ def test_scores_of_a_few_bits_tie() -> None:
     cols = [torch.full((40,), 2.0**-63, dtype=torch.float64)] * 2
     scores = [schema.score(x, c, r, 1, False, True) for x, r, c in zip(w, rows, cols, strict=True)]
     assert 5 < len(torch.cat(scores).unique()) < 60
-    want = lap_ext.topk_mask(scores, 2000)
+    want = lap_ext.topk_mask(scores, keep=2000)
     got = schema.global_mask(w, rows, cols, [1, 1], 2000, [], True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

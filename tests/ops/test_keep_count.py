@@ -62,10 +62,10 @@ def test_every_per_mille(n: int) -> None:
 def test_number_types() -> None:
     w = torch.arange(1.0, 9).view(2, 4)
     for half in (0.5, Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.float64(0.5)):
-        assert int(lap_ext.mask(None, w, None, half).sum()) == 4
+        assert int(lap_ext.mask(None, w, None, sparsity=half).sum()) == 4
     for three in (3, np.int32(3), np.int64(3)):
         assert int(lap_ext.mask(None, w, None, keep=three).sum()) == 3
-        assert int(lap_ext.topk_mask(w, three).sum()) == 3
+        assert int(lap_ext.topk_mask(w, keep=three).sum()) == 3
 
 
 def test_functions_agree() -> None:
@@ -73,9 +73,9 @@ def test_functions_agree() -> None:
     w = torch.randn(7, 11)
     for sparsity in (0.0, 0.123, 0.5, 0.9, 0.999, 1.0):
         kept = oracle.keep_count(sparsity, 77)
-        assert int(lap_ext.mask(None, w, None, sparsity).sum()) == kept
-        assert int(lap_ext.mask_from_norms(w, None, None, sparsity).sum()) == kept
-        assert int(lap_ext.prune_(None, w.clone(), None, sparsity).sum()) == kept
+        assert int(lap_ext.mask(None, w, None, sparsity=sparsity).sum()) == kept
+        assert int(lap_ext.mask_from_norms(w, None, None, sparsity=sparsity).sum()) == kept
+        assert int(lap_ext.prune_(None, w.clone(), None, sparsity=sparsity).sum()) == kept
         assert int(lap_ext.topk_mask(w, sparsity=sparsity).sum()) == kept
         parts = lap_ext.topk_mask(list(w), sparsity=sparsity)
         assert sum(int(m.sum()) for m in parts) == kept
@@ -86,7 +86,7 @@ def test_keep_beyond_everything(keep: int) -> None:
     """More than there are means all, however large the number."""
     w = torch.randn(3, 5)
     assert lap_ext.mask(None, w, None, keep=keep).all()
-    assert lap_ext.topk_mask([w, w], keep)[1].all()
+    assert lap_ext.topk_mask([w, w], keep=keep)[1].all()
 
 
 def test_above_2_to_24() -> None:
@@ -95,7 +95,7 @@ def test_above_2_to_24() -> None:
     n = rows * cols
     w = torch.full((1, 1), -2.0).expand(rows, cols)
     for keep in (2**24 + 1, 2**24 + 3, n - 1):
-        for got in (lap_ext.mask(None, w, None, keep=keep), lap_ext.topk_mask(w, keep)):
+        for got in (lap_ext.mask(None, w, None, keep=keep), lap_ext.topk_mask(w, keep=keep)):
             flat = got.view(-1)
             assert int(got.sum()) == keep and flat[:keep].all() and not flat[keep:].any()
     assert lap_ext.kth_largest(w, n).item() == -2.0
@@ -132,7 +132,7 @@ def test_list_above_2_to_31() -> None:
     part = torch.ones(1, 1, dtype=torch.float16).expand(27000, 27000)
     scores = [part, part, part]
     keep = 2**31 + 1
-    got = lap_ext.topk_mask(scores, keep)
+    got = lap_ext.topk_mask(scores, keep=keep)
     counts = [int(m.count_nonzero()) for m in got]
     assert counts == [27000**2, 27000**2, keep - 2 * 27000**2]
     assert got[2].view(-1)[: counts[2]].all()

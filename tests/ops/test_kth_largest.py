@@ -85,4 +85,4 @@ def test_threshold_agrees_with_the_mask(dtype: torch.dtype, device: str) -> None
     """The k-th largest is the smallest score that topk_mask keeps."""
     x = torch.randn(70, 91, dtype=torch.float64).to(dtype).to(device)
     for k in (1, 63, 3000, x.numel()):
-        assert lap_ext.kth_largest(x, k) == x[lap_ext.topk_mask(x, k)].min()
+        assert lap_ext.kth_largest(x, k) == x[lap_ext.topk_mask(x, keep=k)].min()

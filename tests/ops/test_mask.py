@@ -54,7 +54,7 @@ def test_worked_by_hand(device: str) -> None:
         for index in rank[:keep]:
             expected[index] = True
         assert torch.equal(lap_ext.mask(w_prev, w, w_next, keep=keep).cpu(), expected)
-    assert lap_ext.mask(w_prev, w, w_next, 0.5).tolist() == [[True, False], [False, True]]
+    assert lap_ext.mask(w_prev, w, w_next, sparsity=0.5).tolist() == [[True, False], [False, True]]
     assert lap_ext.mask(w_prev, w, w_next, sparsity=0.75).sum() == 1
 
 
@@ -84,7 +84,7 @@ def test_hostile_data(name: str, dtype: torch.dtype, device: str) -> None:
             exact = oracle.exact_score(w, norm, outs)
             for sparsity in (0.5, 0.9):
                 got = lap_ext.mask_from_norms(
-                    w.to(device), norm.to(device), outs.to(device), sparsity
+                    w.to(device), norm.to(device), outs.to(device), sparsity=sparsity
                 )
                 expected = oracle.rank_mask(exact, oracle.keep_count(sparsity, w.numel()))
                 assert torch.equal(got.cpu(), expected), (rows, cols, sparsity)
@@ -134,7 +134,7 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
     w = torch.zeros(shape, device=device)
     for keep in (0, 1, 10):
         assert lap_ext.mask(None, w, None, keep=keep).shape == shape
-    assert lap_ext.mask(None, w, None, 0.5, mask=w != 0).shape == shape
+    assert lap_ext.mask(None, w, None, sparsity=0.5, mask=w != 0).shape == shape
 
 
 @cache
@@ -152,6 +152,6 @@ def test_large(shape: tuple[int, ...], sparsity: float, threads: int) -> None:
     torch.set_num_threads(threads)
     w, ins, outs, order = large(shape)
     expected = oracle.first_of(order, oracle.keep_count(sparsity, w.numel()), shape)
-    assert torch.equal(lap_ext.mask_from_norms(w, ins, outs, sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(w, ins, outs, sparsity=sparsity), expected)
     last = cases.LAYOUTS["channels_last" if w.dim() == 4 else "transposed"](w)
-    assert torch.equal(lap_ext.mask_from_norms(last, ins, outs, sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(last, ins, outs, sparsity=sparsity), expected)

@@ -116,7 +116,7 @@ def test_nan_in_scores(dtype: torch.dtype, device: str) -> None:
         assert raised(call, bad, 2) == f"{name}: expected scores without NaN in scores, {tail}"
         text = raised(call, [x, x[:0], bad], 2)
         assert text == f"{name}: expected scores without NaN in scores[2], {tail}"
-    assert int(lap_ext.topk_mask(bad, 2, check_finite=False).sum()) == 2
+    assert int(lap_ext.topk_mask(bad, keep=2, check_finite=False).sum()) == 2
 
 
 @each_call
@@ -145,11 +145,11 @@ def test_prune_that_fails_changes_nothing(device: str) -> None:
     span = torch.full((50,), 1e-300, dtype=torch.float64, device=device)
     span[0] = 1e300
     bad: list[Callable[[], Tensor]] = [
-        lambda: lap_ext.prune_(None, w, None, 90),
-        lambda: lap_ext.prune_(torch.ones(51, 2, device=device), w, None, 0.5),
-        lambda: lap_ext.prune_(None, w, None, 0.5, mask=w[:1] > 0),
-        lambda: lap_ext.prune_(torch.full((50, 1), NAN, device=device), w, None, 0.5),
-        lambda: lap_ext.prune_from_norms_(w, -torch.ones(50, device=device), None, 0.5),
+        lambda: lap_ext.prune_(None, w, None, sparsity=90),
+        lambda: lap_ext.prune_(torch.ones(51, 2, device=device), w, None, sparsity=0.5),
+        lambda: lap_ext.prune_(None, w, None, sparsity=0.5, mask=w[:1] > 0),
+        lambda: lap_ext.prune_(torch.full((50, 1), NAN, device=device), w, None, sparsity=0.5),
+        lambda: lap_ext.prune_from_norms_(w, -torch.ones(50, device=device), None, sparsity=0.5),
         lambda: lap_ext.prune_from_norms_(w, span, span[:40].clone(), keep=1900),
     ]
     for call in bad:

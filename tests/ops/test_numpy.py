@@ -92,12 +92,14 @@ def test_negative_strides(lap: Any) -> None:
         lap.score_from_norms(turned, ins, outs),
         lap.score_from_norms(np.ascontiguousarray(turned), ins, outs),
     )
-    expected = lap.mask_from_norms(turned.copy(), ins[::-1], outs, 0.6)
-    assert np.array_equal(lap.mask_from_norms(turned, ins[::-1].copy(), outs, 0.6), expected)
+    expected = lap.mask_from_norms(turned.copy(), ins[::-1], outs, sparsity=0.6)
+    assert np.array_equal(
+        lap.mask_from_norms(turned, ins[::-1].copy(), outs, sparsity=0.6), expected
+    )
     before = w.copy()
-    assert np.array_equal(lap.prune_from_norms_(turned, ins[::-1], outs, 0.6), expected)
+    assert np.array_equal(lap.prune_from_norms_(turned, ins[::-1], outs, sparsity=0.6), expected)
     assert np.array_equal(turned, before[::-1, :, ::-1] * expected)
-    assert np.array_equal(lap.topk_mask(turned, 9), lap.topk_mask(turned.copy(), 9))
+    assert np.array_equal(lap.topk_mask(turned, keep=9), lap.topk_mask(turned.copy(), keep=9))
 
 
 @each_dtype
@@ -106,8 +108,8 @@ def test_scores_and_lists(dtype: Any, lap: Any) -> None:
     scores = [np.asarray(np.random.randn(*s)).astype(dtype) for s in shapes]
     tensors = [torch.from_numpy(x) for x in scores]
     for keep in (0, 1, 100, 10**6):
-        got = lap.topk_mask(scores, keep)
-        assert all(map(same, got, lap_ext.topk_mask(tensors, keep)))
+        got = lap.topk_mask(scores, keep=keep)
+        assert all(map(same, got, lap_ext.topk_mask(tensors, keep=keep)))
     for k in (1, 17, 1040):
         got = lap.kth_largest(scores, k)
         assert got == lap_ext.kth_largest(tensors, k).item() and got.dtype == dtype
@@ -126,7 +128,7 @@ def test_neighbors(lap: Any) -> None:
     ):
         assert same(got, expected)
     assert same(lap.score(*args), lap_ext.score(w_prev, w, w_next))
-    assert same(lap.mask(*args, 0.8), lap_ext.mask(w_prev, w, w_next, 0.8))
+    assert same(lap.mask(*args, 0.8), lap_ext.mask(w_prev, w, w_next, sparsity=0.8))
     assert same(lap.prune_(*args, keep=9), lap_ext.mask(w_prev, w, w_next, keep=9))
     assert np.count_nonzero(args[1]) == 9
 
@@ -134,14 +136,14 @@ def test_neighbors(lap: Any) -> None:
 @pytest.mark.parametrize("shape", cases.EMPTY_SHAPES, ids=str)
 def test_empty(shape: tuple[int, ...], lap: Any) -> None:
     w = np.zeros(shape, np.float32)
-    assert lap.score(None, w, None).shape == lap.mask(None, w, None, 0.5).shape == shape
+    assert lap.score(None, w, None).shape == lap.mask(None, w, None, sparsity=0.5).shape == shape
 
 
 def test_large(lap: Any) -> None:
     w = cases.hostile("zeros_60", 3_000_000, torch.float32).view(1500, 2000)
     for sparsity in (0.5, 0.9, 0.99):
-        got = lap.mask(None, w.numpy(), None, sparsity)
-        assert same(got, lap_ext.mask(None, w, None, sparsity))
+        got = lap.mask(None, w.numpy(), None, sparsity=sparsity)
+        assert same(got, lap_ext.mask(None, w, None, sparsity=sparsity))
 
 
 def raised(call: Any, *args: Any, **kwargs: Any) -> tuple[type, str]:

@@ -39,7 +39,7 @@ SHARE = st.floats(0, 1)
 def test_mask_is_the_exact_rank(layer: tuple[Tensor, ...], sparsity: float) -> None:
     w, ins, outs = layer
     keep = oracle.keep_count(sparsity, w.numel())
-    got = lap_ext.mask_from_norms(w, ins, outs, sparsity)
+    got = lap_ext.mask_from_norms(w, ins, outs, sparsity=sparsity)
     assert torch.equal(got, oracle.rank_mask(oracle.exact_score(w, ins, outs), keep))
     assert int(got.sum()) == keep
 
@@ -54,9 +54,9 @@ def test_score_is_the_exact_score(layer: tuple[Tensor, ...]) -> None:
 @given(MILD, st.integers(-100, 100), SHARE)
 def test_scaling_by_a_power_of_two(layer: tuple[Tensor, ...], k: int, sparsity: float) -> None:
     w, ins, outs = layer
-    expected = lap_ext.mask_from_norms(w, ins, outs, sparsity)
-    assert torch.equal(lap_ext.mask_from_norms(w * 2.0**k, ins, outs, sparsity), expected)
-    assert torch.equal(lap_ext.mask_from_norms(w, ins * 2.0**k, outs, sparsity), expected)
+    expected = lap_ext.mask_from_norms(w, ins, outs, sparsity=sparsity)
+    assert torch.equal(lap_ext.mask_from_norms(w * 2.0**k, ins, outs, sparsity=sparsity), expected)
+    assert torch.equal(lap_ext.mask_from_norms(w, ins * 2.0**k, outs, sparsity=sparsity), expected)
     scaled = lap_ext.score_from_norms(w * 2.0**k, ins, outs)
     assert torch.equal(scaled, lap_ext.score_from_norms(w, ins, outs) * 2.0**k)
 
@@ -75,7 +75,7 @@ def test_permuted_channels_permute_scores(layer: tuple[Tensor, ...], random: Any
 def test_mask_is_topk_of_score(layer: tuple[Tensor, ...], sparsity: float) -> None:
     w, ins, outs = layer
     scores = lap_ext.score_from_norms(w, ins, outs)
-    got = lap_ext.mask_from_norms(w, ins, outs, sparsity)
+    got = lap_ext.mask_from_norms(w, ins, outs, sparsity=sparsity)
     assert torch.equal(got, lap_ext.topk_mask(scores, sparsity=sparsity))
     kept, dropped = scores[got], scores[~got]
     if kept.numel() and dropped.numel():
@@ -97,9 +97,9 @@ def test_pruning_twice(layer: tuple[Tensor, ...], first: float, second: float) -
     w, ins, outs = layer
     w = w.clone()
     before = w.clone()
-    alive = lap_ext.prune_from_norms_(w, ins, outs, first)
+    alive = lap_ext.prune_from_norms_(w, ins, outs, sparsity=first)
     assert torch.equal(w, before * alive) and not torch.signbit(w[~alive]).any()
-    again = lap_ext.prune_from_norms_(w, ins, outs, second, mask=alive)
+    again = lap_ext.prune_from_norms_(w, ins, outs, sparsity=second, mask=alive)
     assert not (again & ~alive).any()
     keep = oracle.keep_count(second, w.numel())
     assert int(again.sum()) == min(keep, int(alive.sum()))
@@ -128,6 +128,6 @@ def test_keep_count_is_exact(sparsity: float, n: int) -> None:
 def test_topk_of_lists(arrays: list[np.ndarray], keep: int, masked: bool) -> None:
     scores = [torch.from_numpy(np.asarray(x)) for x in arrays]
     masks = [torch.rand(x.shape) < 0.5 for x in scores] if masked else None
-    got = lap_ext.topk_mask(scores, keep, mask=masks)
+    got = lap_ext.topk_mask(scores, keep=keep, mask=masks)
     expected = oracle.rank_values(scores, keep, masks)
     assert all(map(torch.equal, got, expected))

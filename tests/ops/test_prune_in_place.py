@@ -51,7 +51,7 @@ def test_neighbors_of_a_view_are_untouched(device: str) -> None:
     view = wide[1:7:2, 3:19:3]
     view.copy_(torch.randn(3, 6))
     before = wide.clone()
-    mask = lap_ext.prune_(None, view, None, 0.5)
+    mask = lap_ext.prune_(None, view, None, sparsity=0.5)
     assert int(mask.sum()) == 9
     inside = torch.zeros(8, 20, dtype=torch.bool, device=device)
     inside[1:7:2, 3:19:3] = ~mask
@@ -85,14 +85,14 @@ def test_large(name: str, threads: int) -> None:
     for sparsity in (0.5, 0.99):
         expected = oracle.first_of(order, oracle.keep_count(sparsity, w.numel()), w.shape)
         got = w.clone()
-        assert torch.equal(lap_ext.prune_(None, got, None, sparsity), expected)
+        assert torch.equal(lap_ext.prune_(None, got, None, sparsity=sparsity), expected)
         assert torch.equal(bits(got), bits(pruned(w, expected)))
 
 
 @pytest.mark.parametrize("shape", cases.EMPTY_SHAPES, ids=str)
 def test_empty(shape: tuple[int, ...], device: str) -> None:
     w = torch.zeros(shape, device=device)
-    assert lap_ext.prune_(None, w, None, 0.5).shape == shape
+    assert lap_ext.prune_(None, w, None, sparsity=0.5).shape == shape
 
 
 def test_from_neighbors(device: str) -> None:

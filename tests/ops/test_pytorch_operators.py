@@ -98,7 +98,7 @@ def everything(w_prev: Tensor, w: Tensor, w_next: Tensor) -> tuple[Any, ...]:
     neighbor = lap_ext.Neighbor(w_prev, scale=w_prev[:, 0, 0, 0] * 0 + 2)
     in_norm, out_norm = lap_ext.neighbor_norms([neighbor, lap_ext.IDENTITY], w, w_next)
     scores = lap_ext.score(w_prev, w, w_next)
-    mask = lap_ext.mask(w_prev, w, w_next, 0.7)
+    mask = lap_ext.mask(w_prev, w, w_next, sparsity=0.7)
     again = lap_ext.mask(neighbor, w, w_next, keep=9, mask=mask)
     masks = lap_ext.topk_mask([scores, w_prev], sparsity=0.5)
     kth = lap_ext.kth_largest(scores, 5)
@@ -126,7 +126,7 @@ def test_compile_prune_(device: str) -> None:
     torch._dynamo.reset()
 
     def step(w_prev: Tensor, w: Tensor, w_next: Tensor) -> tuple[Tensor, Tensor]:
-        kept = lap_ext.prune_(w_prev, w, w_next, 0.8)
+        kept = lap_ext.prune_(w_prev, w, w_next, sparsity=0.8)
         return kept, w * 2
 
     args = [x.to(device) for x in layer()]
@@ -165,9 +165,9 @@ def test_meta(dtype: torch.dtype) -> None:
     scores = lap_ext.score(w_prev, w, None)
     assert scores.shape == w.shape and scores.dtype == SCORE_DTYPE[dtype] and scores.is_meta
     masks = (
-        lap_ext.mask(w_prev, w, lap_ext.IDENTITY, 0.9),
+        lap_ext.mask(w_prev, w, lap_ext.IDENTITY, sparsity=0.9),
         lap_ext.prune_(w_prev, w, None, keep=5),
-        lap_ext.topk_mask([w_prev, w], 5)[1],
+        lap_ext.topk_mask([w_prev, w], keep=5)[1],
     )
     assert all(m.shape == w.shape and m.dtype == torch.bool and m.is_meta for m in masks)
     in_norm, out_norm = lap_ext.neighbor_norms([w_prev, lap_ext.IDENTITY], w, None)
@@ -194,7 +194,7 @@ def test_prune_tells_autograd(device: str) -> None:
     x = torch.randn(6, device=device, requires_grad=True)
     before = w._version
     y = (w * x).sum()
-    lap_ext.prune_(None, w, None, 0.5)
+    lap_ext.prune_(None, w, None, sparsity=0.5)
     assert w._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
@@ -211,7 +211,7 @@ def test_prune_of_a_parameter_then_train(device: str) -> None:
 def test_prune_of_a_view_bumps_the_base(device: str) -> None:
     base = torch.randn(8, 6, device=device)
     before = base._version
-    lap_ext.prune_(None, base[::2], None, 0.5)
+    lap_ext.prune_(None, base[::2], None, sparsity=0.5)
     assert base._version > before
 
 

@@ -28,7 +28,7 @@ def test_all_equal_in_every_layout(shape: tuple[int, ...], dtype: torch.dtype, d
         w = cases.LAYOUTS[layout]((signs * 0.625).to(dtype).to(device))
         for keep in (0, 1, 2, 31, n // 2, n - 1, n):
             assert torch.equal(lap_ext.mask(None, w, None, keep=keep).cpu(), first(keep, shape))
-            assert torch.equal(lap_ext.topk_mask(w.abs(), keep).cpu(), first(keep, shape))
+            assert torch.equal(lap_ext.topk_mask(w.abs(), keep=keep).cpu(), first(keep, shape))
             pruned = w.clone()
             lap_ext.prune_(None, pruned, None, keep=keep)
             assert torch.equal((pruned != 0).cpu(), first(keep, shape)), (layout, keep)
@@ -41,7 +41,7 @@ def test_all_equal_and_large(value: float, threads: int) -> None:
     w = torch.full((1001, 2003), value)
     for keep in (1, 4095, 4097, 1_000_003, w.numel() - 1):
         assert torch.equal(lap_ext.mask(None, w, None, keep=keep), first(keep, w.shape)), keep
-        got = lap_ext.topk_mask([w[:500], w[500:]], keep)
+        got = lap_ext.topk_mask([w[:500], w[500:]], keep=keep)
         assert torch.equal(torch.cat(got), first(keep, w.shape)), keep
 
 
@@ -59,7 +59,7 @@ def test_zeros_of_both_signs(dtype: torch.dtype, device: str) -> None:
     zeros = torch.tensor([[0.0, -0.0, -0.0], [0.0, -0.0, 5.0]], dtype=dtype, device=device)
     got = lap_ext.mask(None, zeros, None, keep=3).tolist()
     assert got == [[True, True, False], [False, False, True]]
-    assert lap_ext.topk_mask(zeros, 3).tolist() == got
+    assert lap_ext.topk_mask(zeros, keep=3).tolist() == got
 
 
 def test_zero_norm_equals_zero_weight(device: str) -> None:
@@ -73,7 +73,7 @@ def test_threshold_among_the_zeros(device: str) -> None:
     """60 % zeros at sparsity 0.5: all nonzero weights and the first zeros."""
     w = cases.hostile("zeros_60", 300 * 301, torch.float32).view(300, 301)
     keep = oracle.keep_count(0.5, w.numel())
-    got = lap_ext.mask(None, w.to(device), None, 0.5).cpu()
+    got = lap_ext.mask(None, w.to(device), None, sparsity=0.5).cpu()
     assert int((w != 0).sum()) < keep
     zeros = got[w == 0]
     extra = keep - int((w != 0).sum())
@@ -96,7 +96,7 @@ def test_across_tensors(device: str) -> None:
     flat = [2.0 == v for v in [1, 2, 2, 1, 2, 1, 2, 2, 1]]
     indices = [i for i, two in enumerate(flat) if two]
     for keep in range(1, 6):
-        got = torch.cat([m.flatten() for m in lap_ext.topk_mask(scores, keep)])
+        got = torch.cat([m.flatten() for m in lap_ext.topk_mask(scores, keep=keep)])
         assert got.nonzero().flatten().tolist() == indices[:keep]
 
 
@@ -113,4 +113,4 @@ def test_equal_leading_bits(bits: int, threads: int) -> None:
     for keep in (1, 777, w.numel() // 2, w.numel() - 2):
         expected = oracle.first_of(order, keep, w.shape)
         assert torch.equal(lap_ext.mask(None, w, None, keep=keep), expected), keep
-        assert torch.equal(lap_ext.topk_mask(w, keep), expected), keep
+        assert torch.equal(lap_ext.topk_mask(w, keep=keep), expected), keep

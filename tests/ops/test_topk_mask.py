@@ -38,14 +38,14 @@ def scores_of(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]
 def test_worked_by_hand(device: str) -> None:
     x = torch.tensor([[2.0, -1.0], [0.0, 2.0]], device=device)
     y = torch.tensor([2.0, 5.0], device=device)
-    assert lap_ext.topk_mask(x, 1).tolist() == [[True, False], [False, False]]
+    assert lap_ext.topk_mask(x, keep=1).tolist() == [[True, False], [False, False]]
     assert lap_ext.topk_mask(x, keep=3).tolist() == [[True, False], [True, True]]
     got = lap_ext.topk_mask([x, y], keep=3)  # 5, then 2 and 2 of x before the 2 of y
     assert [m.tolist() for m in got] == [[[True, False], [False, True]], [False, True]]
     got = lap_ext.topk_mask([y, x], keep=3)  # 5, the 2 of y, the first 2 of x
     assert [m.tolist() for m in got] == [[True, True], [[True, False], [False, False]]]
     assert [int(m.sum()) for m in lap_ext.topk_mask([x, y], sparsity=0.5)] == [2, 1]
-    assert isinstance(lap_ext.topk_mask([x], 1), list)
+    assert isinstance(lap_ext.topk_mask([x], keep=1), list)
 
 
 @each_dtype
@@ -61,7 +61,7 @@ def test_lists_layouts_and_keeps(dtype: torch.dtype, device: str) -> None:
             for x in scores
         ]
         for keep in (0, 1, 2, n // 3, n - 1, n, n + 1, 10 * n):
-            got = lap_ext.topk_mask(laid, keep)
+            got = lap_ext.topk_mask(laid, keep=keep)
             assert same(got, oracle.rank_values(scores, keep)), (layout, keep)
 
 
@@ -72,11 +72,11 @@ def test_eligible(dtype: torch.dtype, device: str) -> None:
         masks = [torch.rand(x.shape) < share for x in scores]
         for keep in (0, 1, 100, 10**6):
             got = lap_ext.topk_mask(
-                [x.to(device) for x in scores], keep, mask=[m.to(device) for m in masks]
+                [x.to(device) for x in scores], keep=keep, mask=[m.to(device) for m in masks]
             )
             assert same(got, oracle.rank_values(scores, keep, masks)), (share, keep)
     one, mask = scores[0], torch.rand(30, 41) < 0.5
-    got = lap_ext.topk_mask(one.to(device), 99, mask=mask.to(device))
+    got = lap_ext.topk_mask(one.to(device), keep=99, mask=mask.to(device))
     assert same([got], oracle.rank_values([one], 99, [mask]))
 
 
@@ -85,11 +85,11 @@ def test_infinities_are_numbers(dtype: torch.dtype, device: str) -> None:
     x = torch.tensor([1.0, float("-inf"), float("inf"), -2.0, float("inf")], dtype=dtype)
     rank = [2, 4, 0, 3, 1]
     for keep in range(6):
-        got = lap_ext.topk_mask(x.to(device), keep)
+        got = lap_ext.topk_mask(x.to(device), keep=keep)
         assert got.nonzero().flatten().tolist() == sorted(rank[:keep])
     # An eligible -inf still beats everything ineligible.
     allowed = torch.tensor([False, True, False, False, False], device=device)
-    assert lap_ext.topk_mask(x.to(device), 1, mask=allowed).tolist() == allowed.tolist()
+    assert lap_ext.topk_mask(x.to(device), keep=1, mask=allowed).tolist() == allowed.tolist()
 
 
 @each_dtype
@@ -100,9 +100,9 @@ def test_sizes_and_threads(threads: int, dtype: torch.dtype) -> None:
         x = torch.randn(n, dtype=torch.float64).to(dtype)
         for keep in {1, n // 10, n // 2, n - 1} if n < 5000 else {n // 10}:
             expected = oracle.rank_values([x], keep)
-            assert same([lap_ext.topk_mask(x, keep)], expected), (n, keep)
+            assert same([lap_ext.topk_mask(x, keep=keep)], expected), (n, keep)
             cut = n // 3
-            got = lap_ext.topk_mask([x[:cut], x[cut:]], keep)
+            got = lap_ext.topk_mask([x[:cut], x[cut:]], keep=keep)
             assert same([torch.cat(got)], expected), (n, keep)
 
 
@@ -140,5 +140,5 @@ def test_large_lists(name: str, threads: int) -> None:
 
 def test_same_tensor_twice(device: str) -> None:
     x = torch.tensor([1.0, 3.0, 2.0], device=device)
-    got = lap_ext.topk_mask([x, x], 3)
+    got = lap_ext.topk_mask([x, x], keep=3)
     assert [m.tolist() for m in got] == [[False, True, True], [False, True, False]]

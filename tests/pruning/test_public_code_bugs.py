@@ -176,7 +176,9 @@ def test_7_global_pruning_keeps_to_earlier_masks(normalize: str) -> None:
     # and ranks those that are left as if nothing else had ever been there
     network_scores = lap_ext.scores(net, X, masks=first, normalize=normalize)
     every = lap_ext.topk_mask(
-        list(network_scores.values()), result.kept, mask=[first[name] for name in network_scores]
+        list(network_scores.values()),
+        keep=result.kept,
+        mask=[first[name] for name in network_scores],
     )
     assert all(torch.equal(a, b) for a, b in zip(result.masks.values(), every, strict=True))
 
@@ -197,7 +199,7 @@ def test_8_an_order_with_rounds(order: str) -> None:
             chain = [cases.Link(weights[other] * masks[other]) for other in names]
             chain[place] = cases.Link(weights[name])
             score = cases.lookahead(chain, place)
-            masks[name] = lap_ext.topk_mask(score.float(), left, mask=masks[name])
+            masks[name] = lap_ext.topk_mask(score.float(), keep=left, mask=masks[name])
     for name, mask in result.masks.items():
         assert torch.equal(mask, masks[name])
         assert mask.any()

@@ -86,7 +86,8 @@ def test_forward_order_sees_the_pruned_producer(net: Residual) -> None:
     )
     pruned = torch.where(result.masks["stem"], net.stem.weight.detach(), 0.0)
     assert torch.equal(
-        result.masks["first"], lap_ext.mask(pruned, net.first.weight, net.second.weight, 0.5)
+        result.masks["first"],
+        lap_ext.mask(pruned, net.first.weight, net.second.weight, sparsity=0.5),
     )
 
 

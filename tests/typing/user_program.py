@@ -29,8 +29,8 @@ def program() -> None:
     assert isinstance(first, Tensor) and isinstance(last, Tensor)
     score: Tensor = lap_ext.score(None, first, last)
     norms: tuple[Tensor, Tensor] = lap_ext.neighbor_norms(None, first, last)
-    kept: Tensor = lap_ext.mask_from_norms(first, *norms, 0.5)
-    one: Tensor = lap_ext.topk_mask(score, 10)
+    kept: Tensor = lap_ext.mask_from_norms(first, *norms, sparsity=0.5)
+    one: Tensor = lap_ext.topk_mask(score, keep=10)
     several: list[Tensor] = lap_ext.topk_mask([score, score], sparsity=0.5)
 
     # a model, with every kind of option
