@@ -3,8 +3,8 @@
 
     measure  each layer once, for its row and column squared norms (criteria with neighbor norms)
              and for a sample of its weights
-    sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: the largest one, and how
-             many weights a layer keeps
+    sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: how many weights a layer
+             keeps
     rank     the threshold of a ranking over more than fits into memory: of all layers
              (scope="global"), or of a layer that does not fit, is used twice or is stored in slices
 
@@ -31,7 +31,7 @@ from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.criteria import Criterion
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization
 from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 
@@ -45,7 +45,7 @@ class SliceThreshold:
     key: int
     ties: int
     kept: int  # in all
-    how: str  # which scores were ranked: "plain", "scaled", "wide" or "squared"
+    how: str  # which scores were ranked: "plain", "scaled" or "wide"
 
 
 @dataclass
@@ -175,16 +175,16 @@ def sample_steps(layers: Sequence[Layer], limit: int) -> dict[str, int]:
 
 
 def score_sizes(task: Task) -> dict[str, float]:
-    """Computes the norm of each layer's scores, as selection.normalized does."""
+    """Computes the norm of each layer's scores, as normalization.normalized does."""
     buffer, sizes = Buffer(), {}
     task.begin("rank", task.layers)
     for layer in task.layers:
         scores = LayerScores(task.network, task.criterion, layer)
         squares = ExactSum()
         for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
-            selection.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
+            normalization.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            sizes[layer.name] = selection.size_of(squares)
+            sizes[layer.name] = normalization.size_of(squares)
     return sizes
 
 
@@ -221,14 +221,11 @@ def thresholds_of(
 
 def scorer(task: Task, layer: Layer, how: str) -> Callable[[Tensor, int], Tensor]:
     """Returns what scores a chunk of a layer (weights, first element), as it is ranked."""
-    squared = how == "squared"
-    scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
+    scores = LayerScores(task.network, task.criterion, layer, how)
     size = task.sizes.get(layer.name)
     if size is None:
         return scores.of
-    if squared:
-        return lambda weight, first: selection.over(scores.of(weight, first), size).square()
-    return lambda weight, first: selection.over(scores.of(weight, first), size)
+    return lambda weight, first: normalization.over(scores.of(weight, first), size)
 
 
 def _score_dtype(task: Task, layers: Sequence[Layer], how: str) -> torch.dtype:
@@ -243,11 +240,9 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
         weight = task.samples.get(layer.name)
         if weight is None:
             return sampled[0]
-        squared = how == "squared"
-        scores = LayerScores(task.network, task.criterion, layer, "plain" if squared else how)
+        scores = LayerScores(task.network, task.criterion, layer, how)
         size = task.sizes.get(layer.name) or 1.0
-        values = scores.at(weight, task.steps[layer.name]) / size
-        sampled.append(values.square() if squared else values)
+        sampled.append(scores.at(weight, task.steps[layer.name]) / size)
     return torch.cat(sampled)
 
 

@@ -81,8 +81,8 @@ class Plan:
             return
         for layer in self.task.layers:
             if layer.name not in self.fused:
-                how = "scaled" if used_once(self.task.criterion, layer) else "plain"
-                how = "squared" if self.normalize == "lamp" else how
+                once = used_once(self.task.criterion, layer)
+                how = "scaled" if once and self.normalize != "lamp" else "plain"
                 yield [layer], self.keeps[layer.name], how
 
     def steps(self) -> dict[str, int]:

@@ -214,16 +214,14 @@ def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
 def _normalize(plan: Plan, work: Work) -> None:
     """Finds what makes scores of layers comparable, unless an earlier run has found it."""
     task, facts = plan.task, work.facts
-    if "sizes" not in facts:
+    if "sizes" not in facts and "keeps" not in facts:
         if plan.normalize == "norm":
             facts["sizes"] = passes.score_sizes(task)
         else:
             assert plan.keep is not None
-            shares = lamp.kept(task, task.layers, plan.keep)
-            facts["keeps"] = {name: keep for name, (keep, _) in shares.items()}
-            facts["sizes"] = {name: size for name, (_, size) in shares.items()}
+            facts["keeps"] = lamp.kept(task, task.layers, plan.keep)
         work.save()
-    task.sizes = dict(facts["sizes"])
+    task.sizes = dict(facts.get("sizes", {}))
     plan.keeps |= facts.get("keeps", {})
 
 

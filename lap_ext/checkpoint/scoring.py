@@ -29,7 +29,7 @@ from lap_ext.errors import calling, in_layer
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Patterns
 from lap_ext.progress import Progress
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization
 from lap_ext.topology import Layer
 
 
@@ -133,7 +133,7 @@ def _scored(task: passes.Task, layer: Layer, normalize: Normalize, buffer: Buffe
     for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
         values[first : first + weight.numel()] = scorer(weight, first)
     with in_layer(layer.name):
-        return selection.normalized(values.view(layer.shape), normalize, None)
+        return normalization.normalized(values.view(layer.shape), normalize, None)
 
 
 def _dtype(normalize: Normalize, weight: torch.dtype) -> torch.dtype:

@@ -335,14 +335,13 @@ def _globally(scoring: _Scoring, layers: list[Layer], keep: int) -> dict[str, Te
     network, criterion, options = scoring.network, scoring.plan.criterion, scoring.plan.options
     masks = _own_masks(scoring, layers)
     start = sum(_unpruned(layer, masks) for layer in layers)
-    stored = [x for x in layers if selection.stores_scores(criterion, x, options.normalize)]
+    stored = [x for x in layers if selection.stores_scores(criterion, x)]
     for number in range(1, options.rounds + 1):
         scoring.measure(layers)
         step, rankables = scoring.step("score", stored), []
         for layer in layers:
-            own = masks.get(layer.name)
-            rankables.append(selection.rankable(network, criterion, layer, options.normalize, own))
-            if selection.stores_scores(criterion, layer, options.normalize):
+            rankables.append(selection.rankable(network, criterion, layer, options.normalize))
+            if selection.stores_scores(criterion, layer):
                 step.read(layer.name, layer.weight.nbytes)
         target = _target(number, options.rounds, start, keep)
         step = scoring.step("rank", layers)
