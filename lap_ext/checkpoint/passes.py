@@ -104,6 +104,7 @@ class Task:
 
 def measure(task: Task) -> None:
     """Takes the squared norms of all layers, and samples of those that have a step."""
+    task.network.check_scales()
     layers = sorted(task.network.topology.layers.values(), key=lambda x: _position(task, x))
     fitting = [x for x in layers if x.name in task.limits.measured_full]
     full = task.full([task.copies[x.name][0] for x in fitting])

@@ -101,6 +101,11 @@ class Network:
             self._apply_named_neighbors()
         return self._norms[self.topology.roles.index(role)]
 
+    def check_scales(self) -> None:
+        """Raises unless the scales between layers are finite, before weights are read."""
+        if self.check_finite:
+            self._propagation.check()
+
     def unmeasured(self) -> list[Role]:
         """Lists the roles with squared norms that `norms` needs but that are not measured yet."""
         pairs = zip(self.topology.roles, self._squared_norms, strict=True)
@@ -108,6 +113,7 @@ class Network:
 
     def take_norms(self) -> Iterator[Role]:
         """Measures the squared norms that `norms` still needs and yields each role once read."""
+        self.check_scales()
         for index, role in enumerate(self.topology.roles):
             if self._squared_norms[index] is None:
                 with in_layer(role.layer):
