@@ -93,6 +93,7 @@ class Scale:
             return
         if self.kind == "batch_norm":
             gamma, variance = values
+            assert variance is not None
             name = f"batch norm {self._module!r}"
             require_batch_norm(gamma, variance, self.eps, name)
             return
