@@ -36,7 +36,7 @@ ON_UNSUPPORTED: tuple[str, ...] = get_args(OnUnsupported)
 BYS: tuple[str, ...] = get_args(By)
 
 
-def normalization(normalize: Normalize, scope: Scope) -> Normalize:
+def normalize_for(normalize: Normalize, scope: Scope) -> Normalize:
     """Resolves "auto": "lamp" where layers are ranked together, otherwise "none"."""
     one_of("normalize", normalize, NORMALIZATIONS)
     if normalize == "auto":

@@ -8,6 +8,7 @@
 
 #include "../cpu/memory.h"
 #include "../cpu/norms.h"
+#include "../cpu/parallel.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
 #include "../cpu/zero.h"
@@ -62,9 +63,9 @@ class CpuCore {
   Problems squared_norm(
       Axis axis, const Weight& weight, double scale, bool check, const Array& out) const {
     if (axis == Axis::rows) {
-      cpu::row_squared_norms(weight.x, weight.layout.rows, scale, pool_, doubles(out));
+      cpu::row_squared_norms(weight.x, weight.layout.rows, scale, pool(weight.x), doubles(out));
     } else {
-      cpu::col_squared_norms(weight.x, weight.layout, scale, pool_, doubles(out));
+      cpu::col_squared_norms(weight.x, weight.layout, scale, pool(weight.x), doubles(out));
     }
     return check ? problems_in(weight.x, out) : Problems{};
   }
@@ -74,7 +75,7 @@ class CpuCore {
                          bool check,
                          const Array& row,
                          const Array& col) const {
-    cpu::squared_norms(weight.x, weight.layout, pool_, doubles(row), doubles(col));
+    cpu::squared_norms(weight.x, weight.layout, pool(weight.x), doubles(row), doubles(col));
     return check ? problems_in(weight.x, row) : Problems{};
   }
 
@@ -83,8 +84,8 @@ class CpuCore {
   }
 
   Problems score(const Weight& weight, bool check_finite, const Array& out) const {
-    const bool finite = cpu::score(weight.x, weight.layout, weight.norms, check_finite, pool_,
-                                   Arrays::mutable_data(out));
+    const bool finite = cpu::score(weight.x, weight.layout, weight.norms, check_finite,
+                                   pool(weight.x), Arrays::mutable_data(out));
     return finite ? Problems{} : problems_in({source_of(weight)});
   }
 
@@ -103,7 +104,7 @@ class CpuCore {
     Strided target = weight.x;
     if (target.data != Arrays::data(*pruned)) fail(weight.op, {Arrays::kNotInPlace});
     target.data = Arrays::mutable_data(*pruned);
-    cpu::zero(target, source.mask, pool_);
+    cpu::zero(target, source.mask, pool(target));
     return problems;
   }
 
@@ -125,7 +126,10 @@ class CpuCore {
                   int64_t keep,
                   bool check_finite,
                   double* threshold = nullptr) const {
-    const cpu::Selection selection = cpu::select(sources, keep, check_finite, pool_);
+    int64_t size = 0;
+    for (const Source& source : sources) size += source.x.size;
+    const cpu::Pool pool = cpu::pool_for(size, pool_);
+    const cpu::Selection selection = cpu::select(sources, keep, check_finite, pool);
     if (threshold != nullptr) *threshold = selection.threshold;
     Problems problems;
     if (selection.outcome == cpu::Outcome::not_finite) problems = problems_in(sources);
@@ -136,6 +140,8 @@ class CpuCore {
   static Source source_of(const Weight& weight) { return {weight.x, weight.layout, weight.norms}; }
 
  private:
+  cpu::Pool pool(const Strided& x) const { return cpu::pool_for(x.size, pool_); }
+
   static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
 
   static Problems problems_in(const std::vector<Source>& sources) {

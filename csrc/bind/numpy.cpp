@@ -31,7 +31,7 @@ struct NumpyArrays {
 
   static lap::cpu::Pool pool() {
     const unsigned cores = std::thread::hardware_concurrency();
-    return lap::cpu::std_thread_pool(cores == 0 ? 1 : static_cast<int>(cores));
+    return lap::cpu::thread_pool(cores == 0 ? 1 : static_cast<int>(cores));
   }
 
   static DType dtype(const char* op, const Array& x) {

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,12 +28,7 @@ struct TorchCpuArrays : bind::TorchArrays {
   static constexpr const char* kNotInPlace = "w of at most 8 strides";
 
   static lap::cpu::Pool pool() {
-    return {static_cast<int>(torch::stable::get_num_threads()),
-            [](int workers, const std::function<void(int)>& body) {
-              torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
-              });
-            }};
+    return lap::cpu::thread_pool(static_cast<int>(torch::stable::get_num_threads()));
   }
 };
 

@@ -1,34 +1,35 @@
 // SPDX-License-Identifier: MIT
-// How the core asks for threads without knowing whose they are: the torch bindings pass torch's
-// pool, the NumPy module and the C++ tests pass std::thread, a test may pass one thread.
-// Work is divided into chunks whose results do not depend on who takes them; workers draw the next
-// chunk from a counter, so a busy core delays nobody.
+// How the core shares work among threads. Work is divided into chunks whose results do not depend
+// on who takes them; workers draw the next chunk from a counter, so a busy core delays nobody.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <thread>
-#include <vector>
 
 #include "float_env.h"
 
 namespace lap::cpu {
 
+constexpr int64_t kGrain = int64_t{1} << 15;  // elements that are worth a thread
+
 struct Pool {
   int threads = 1;
-  // runs body(0) ... body(workers - 1), each once, and returns when all are done
+  // runs body(0) here, and body(1) ... body(workers - 1), each at most once, on threads that come
+  // before body(0) returns; returns when all that have begun are done
   std::function<void(int workers, const std::function<void(int)>& body)> run;
 };
 
-inline Pool std_thread_pool(int threads) {
-  return {threads, [](int workers, const std::function<void(int)>& body) {
-            std::vector<std::thread> others;
-            for (int i = 1; i < workers; ++i) others.emplace_back(body, i);
-            body(0);
-            for (std::thread& other : others) other.join();
-          }};
+// Threads that sleep until there is work. Nobody waits for one that has not begun, or by spinning:
+// another program may have its core. One call at a time has them; others run on their own thread.
+Pool thread_pool(int threads);
+
+// As many threads of a pool as so many elements are worth.
+inline Pool pool_for(int64_t elements, Pool pool) {
+  const int64_t worth = std::max<int64_t>(1, elements / kGrain);
+  pool.threads = static_cast<int>(std::min<int64_t>(pool.threads, worth));
+  return pool;
 }
 
 // Calls body(worker, chunk) for each chunk in 0 .. chunks-1. Chunks rise within a worker.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lap_ext._text import columns, html_table
 from lap_ext.ops.ranking import kth_largest
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization
 from lap_ext.topology import Layer
 
 _TENTHS = {"min": 0, "10%": 1, "median": 5, "90%": 9, "max": 10}
@@ -115,7 +115,7 @@ def figures(layer: Layer, scores: Tensor) -> LayerFigures:
         count,
         count - int(scores.count_nonzero()),
         quantiles,
-        selection.squares_of(scores).value(),
+        normalization.squares_of(scores).value(),
     )
 
 

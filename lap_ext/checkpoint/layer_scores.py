@@ -143,7 +143,7 @@ class LayerScores:
         for part, rows, cols in self._parts:
             for x in row_ranges(part, first, weight.numel()):
                 ranged = self._range_scores(weight, first, part, rows, cols, x)
-                _rows_of(total, first, part, x).add_(ranged.double().square_())
+                rows_of(total, first, part, x).add_(ranged.double().square_())
         return exact_sqrt(total, out=total).to(score_dtype(weight.dtype))
 
     def at(self, weight: Tensor, step: int) -> Tensor:
@@ -181,7 +181,7 @@ class LayerScores:
         x: RowRange,
     ) -> Tensor:
         """Scores a range of rows, [rows, cols, *window]."""
-        chunk = _rows_of(weight, first, part, x)
+        chunk = rows_of(weight, first, part, x)
         start = 0 if part.rows is None else part.rows[0]
         if rows is not None:
             rows = rows[x.top - start : x.bottom - start]
@@ -198,7 +198,7 @@ class LayerScores:
         return from_norms.score_from_norms(chunk, cols, rows, groups=groups)
 
 
-def _rows_of(flat: Tensor, first: int, part: Part, x: RowRange) -> Tensor:
+def rows_of(flat: Tensor, first: int, part: Part, x: RowRange) -> Tensor:
     """Views a range of rows in a chunk that begins at element first, [rows, cols, *window]."""
     length = _length(part)
     begin = x.top * length - first

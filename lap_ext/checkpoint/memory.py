@@ -35,7 +35,6 @@ _SCRATCH = 48  # bytes per weight of a chunk beside itself: float64 sums over ro
 _FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
 _FOLDED = 16  # the same for norms of weights times their batch norm, in float64
 _KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
-_SORTED = 48  # bytes per score that is sorted: itself, the sorted one, its index, merging, slack
 _SUMS = 24  # bytes per column of a layer whose squared norms are taken in chunks
 _CHANNEL = 40  # bytes per channel in the two passes over the channel graph
 # bytes per score that normalizing needs beside it, all of a layer at once
@@ -54,7 +53,6 @@ class Limits:
     background: bool  # whether the one before is then written in the background too
     candidates: int  # keys that a ranking may hold
     sample: int  # weights of a sample
-    sorted: int  # scores that are sorted at a time
 
 
 def parsed(memory: int | str) -> int:
@@ -136,7 +134,6 @@ def limits(
         ahead and writing + before <= rest,
         left // _SHARE // _KEY,
         left // _SHARE // _SAMPLED,
-        max(1, rest // _SORTED),
     )
 
 

@@ -3,8 +3,8 @@
 
     measure  each layer once, for its row and column squared norms (criteria with neighbor norms)
              and for a sample of its weights
-    sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: the largest one, and how
-             many weights a layer keeps
+    sizes    the L2 norm of a layer's scores (normalize="norm"); lamp.py: how many weights a layer
+             keeps
     rank     the threshold of a ranking over more than fits into memory: of all layers
              (scope="global"), or of a layer that does not fit, is used twice or is stored in slices
 
@@ -32,7 +32,7 @@ from lap_ext.checkpoint.reading import Buffer, Source
 from lap_ext.criteria import Criterion
 from lap_ext.errors import LapValueError, in_layer, warn
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization, selection
 from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 
@@ -46,7 +46,7 @@ class SliceThreshold:
     key: int
     ties: int
     kept: int  # in all
-    how: str  # which scores were ranked: "plain", "scaled", "wide" or "squared"
+    how: str  # which scores were ranked: "plain", "scaled" or "wide"
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Task:
 
 def measure(task: Task) -> None:
     """Takes the squared norms of all layers, and samples of those that have a step."""
+    task.network.check_scales()
     layers = sorted(task.network.topology.layers.values(), key=lambda x: _position(task, x))
     fitting = [x for x in layers if x.name in task.limits.measured_full]
     full = task.full([task.copies[x.name][0] for x in fitting])
@@ -190,16 +191,16 @@ def sample_steps(layers: Sequence[Layer], limit: int) -> dict[str, int]:
 
 
 def score_sizes(task: Task) -> dict[str, float]:
-    """Computes the norm of each layer's scores, as selection.normalized does."""
+    """Computes the norm of each layer's scores, as normalization.normalized does."""
     buffer, sizes = Buffer(), {}
     task.begin("rank", task.layers)
     for layer in task.layers:
         scores = LayerScores(task.network, task.criterion_of(layer), layer)
         squares = ExactSum()
         for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
-            selection.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
+            normalization.squares_of(scores.of(weight, first).view(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            sizes[layer.name] = selection.size_of(squares)
+            sizes[layer.name] = normalization.size_of(squares)
     return sizes
 
 
@@ -268,15 +269,11 @@ def zero_layers(task: Task) -> list[str]:
 
 def scorer(task: Task, layer: Layer, how: str) -> Callable[[Tensor, int], Tensor]:
     """Returns what scores a chunk of a layer (weights, first element), as it is ranked."""
-    squared = how == "squared"
-    how = "plain" if squared else how
     scores = LayerScores(task.network, task.criterion_of(layer), layer, how)
     size = task.sizes.get(layer.name)
     if size is None:
         return scores.of
-    if squared:
-        return lambda weight, first: selection.over(scores.of(weight, first), size).square()
-    return lambda weight, first: selection.over(scores.of(weight, first), size)
+    return lambda weight, first: normalization.over(scores.of(weight, first), size)
 
 
 def _score_dtype(task: Task, layers: Sequence[Layer], how: str) -> torch.dtype:
@@ -291,12 +288,9 @@ def _sampled(task: Task, layers: Sequence[Layer], how: str) -> Tensor:
         weight = task.samples.get(layer.name)
         if weight is None:
             return sampled[0]
-        squared = how == "squared"
-        scaled = "plain" if squared else how
-        scores = LayerScores(task.network, task.criterion_of(layer), layer, scaled)
+        scores = LayerScores(task.network, task.criterion_of(layer), layer, how)
         size = task.sizes.get(layer.name) or 1.0
-        values = scores.at(weight, task.steps[layer.name]) / size
-        sampled.append(values.square() if squared else values)
+        sampled.append(scores.at(weight, task.steps[layer.name]) / size)
     return torch.cat(sampled)
 
 

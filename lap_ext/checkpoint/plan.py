@@ -36,7 +36,7 @@ from lap_ext.options import (
     Normalize,
     Patterns,
     Scope,
-    normalization,
+    normalize_for,
     one_of,
 )
 from lap_ext.pruning.dense import ZERO
@@ -88,8 +88,8 @@ class Plan:
             return
         for layer in self.task.layers:
             if layer.name not in self.fused:
-                how = "scaled" if used_once(self.task.criterion, layer) else "plain"
-                how = "squared" if self.normalize == "lamp" else how
+                once = used_once(self.task.criterion, layer)
+                how = "scaled" if once and self.normalize != "lamp" else "plain"
                 yield [layer], self.keeps[layer.name], how
 
     def steps(self) -> dict[str, int]:
@@ -113,7 +113,7 @@ def check_options(
     """Returns the criterion, if it and the other options can be used for checkpoints."""
     one_of("scope", scope, SCOPES)
     one_of("batch_norm", batch_norm, BATCH_NORMS)
-    normalization(normalize, scope)  # checks it
+    normalize_for(normalize, scope)  # checks it
     checked = criteria.of(criterion)
     if type(checked) not in DATA_FREE:
         names = ", ".join(repr(kind.name) for kind in DATA_FREE)

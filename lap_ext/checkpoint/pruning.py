@@ -43,7 +43,7 @@ from lap_ext.options import (
     OnUnsupported,
     Patterns,
     Scope,
-    normalization,
+    normalize_for,
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning.result import LayerResult
@@ -141,7 +141,7 @@ def prune(
         36
     """
     checked = check_options(scope, criterion, normalize, batch_norm)
-    normalize = normalization(normalize, scope)
+    normalize = normalize_for(normalize, scope)
     source, target = Path(directory), Path(out)
     check_out(source, target)
     budget = parsed(memory)
@@ -224,16 +224,14 @@ def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
 def _normalize(plan: Plan, work: Work) -> None:
     """Finds what makes scores of layers comparable, unless an earlier run has found it."""
     task, facts = plan.task, work.facts
-    if "sizes" not in facts:
+    if "sizes" not in facts and "keeps" not in facts:
         if plan.normalize == "norm":
             facts["sizes"] = passes.score_sizes(task)
         else:
             assert plan.keep is not None
-            shares = lamp.kept(task, task.layers, plan.keep, plan.floors)
-            facts["keeps"] = {name: keep for name, (keep, _) in shares.items()}
-            facts["sizes"] = {name: size for name, (_, size) in shares.items()}
+            facts["keeps"] = lamp.kept(task, task.layers, plan.keep, plan.floors)
         work.save()
-    task.sizes = dict(facts["sizes"])
+    task.sizes = dict(facts.get("sizes", {}))
     plan.keeps |= facts.get("keeps", {})
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -179,19 +179,6 @@ class Pass:
         index = BINS - 1 - int(torch.searchsorted(upward, rank))
         first = self.low + (index << self.shift)
         return first, min(first + (1 << self.shift) - 1, self.high)
-
-    def intervals(self) -> Iterator[tuple[int, int]]:
-        """Splits the interval, highest keys first: each range fits the capacity, or is one bin."""
-        upward = self.histogram.flip(0).cumsum(0)  # of the bins from the top
-        total, passed = int(upward[-1]), 0
-        while passed < total:
-            first, beyond = torch.searchsorted(
-                upward, torch.tensor([passed, passed + self.capacity]), right=True
-            ).tolist()
-            beyond = max(beyond, first + 1)
-            high = self.low + ((BINS - first) << self.shift) - 1
-            yield self.low + ((BINS - beyond) << self.shift), min(high, self.high)
-            passed = int(upward[beyond - 1])
 
 
 def _solved(counted: Pass, keep: int) -> Threshold:

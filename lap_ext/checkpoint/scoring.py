@@ -33,10 +33,10 @@ from lap_ext.options import (
     Normalize,
     OnUnsupported,
     Patterns,
-    normalization,
+    normalize_for,
 )
 from lap_ext.progress import Progress
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization
 from lap_ext.topology import Layer
 
 
@@ -97,7 +97,7 @@ def scores(
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
     checked = check_options("layer", criterion, normalize, batch_norm)
-    normalize = normalization(normalize, "layer")
+    normalize = normalize_for(normalize, "layer")
     budget = parsed(memory)
     files = open_directory(Path(directory))
     structure = structure_of(files, model, example_inputs, on_unsupported)
@@ -141,7 +141,7 @@ def _scored(task: passes.Task, layer: Layer, normalize: Normalize, buffer: Buffe
     for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
         values[first : first + weight.numel()] = scorer(weight, first)
     with in_layer(layer.name):
-        return selection.normalized(values.view(layer.shape), normalize, None)
+        return normalization.normalized(values.view(layer.shape), normalize, None)
 
 
 def _dtype(normalize: Normalize, weight: torch.dtype) -> torch.dtype:

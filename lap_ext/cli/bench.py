@@ -15,6 +15,7 @@ of the process, or of the CUDA allocator.
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import sys
 import time
@@ -43,6 +44,7 @@ Call = Callable[[], Tensor]
 _STANDARD = ((500, 500), (512, 512, 3, 3), (4096, 4096))  # the paper's net, ResNet-18, Llama-2-7B
 _MOST_SHAPES, _MOST_WEIGHTS = 4, 1 << 26  # a sort takes six times the weights' bytes
 _PAIRS, _LEAST_PAIRS, _SECONDS = 9, 3, 6.0  # of a comparison
+_BUSY = 0.5  # load average of other programs that is worth a word
 _SAMPLE_S = 0.02  # seconds that a sample lasts at least
 _TOLERANCE = 1e-5  # relative, of scores with float32 norms
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -67,6 +69,7 @@ class Baseline:
 def bench(options: Any, is_directory: bool) -> int:
     """Measures standard shapes, or those of the layers of a model."""
     device = _device(options.device)
+    load = _load()
     with Progress(not options.quiet) as progress, torch.no_grad():
         counts = _shapes(options, is_directory, progress)
         fitting = [x for x in counts if torch.Size(x[0]).numel() <= _MOST_WEIGHTS]
@@ -81,6 +84,7 @@ def bench(options: Any, is_directory: bool) -> int:
             cases.append(case | rest)
     shown = {"model": options.model, "sparsity": options.sparsity, "device": str(device)}
     shown |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    shown |= {"load": load, "cores": os.cpu_count()}
     shown |= {
         "lap_ext": asdict(lap_ext.info()),
         "left_out": len(counts) - len(chosen),
@@ -90,6 +94,11 @@ def bench(options: Any, is_directory: bool) -> int:
     brief += f"{_short(min(ratios))} to {_short(max(ratios))} times the time of lap_ext"
     result(options, shown, _text(shown), brief if cases else "no shapes")
     return 0
+
+
+def _load() -> float | None:
+    """Reads the load average of the last minute; None where there is none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _device(given: str) -> torch.device:
@@ -294,6 +303,13 @@ def _text(shown: Mapping[str, Any]) -> str:
         f"sparsity {shown['sparsity']:g} on {shown['device']}, {shown['threads']} threads",
         "",
     ]
+    if (shown["load"] or 0) > _BUSY:
+        lines[-1:] = [
+            f"The machine is busy: load average {shown['load']:.1f} on {shown['cores']} cores "
+            "before measuring.",
+            "Other programs take time from both sides, unevenly: repeat this when they are done.",
+            "",
+        ]
     lines += [columns(rows, right=range(2, len(rows[0]))), ""]
     lines += [
         "ratio: the baseline's time / lap_ext's, above 1 where lap_ext is faster; median of pairs",

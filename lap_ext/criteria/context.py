@@ -19,14 +19,18 @@ from torch import Tensor
 
 from lap_ext.errors import LapTypeError, LapValueError, in_layer
 from lap_ext.ops import schema
+from lap_ext.ops.channel_sums import ChannelSums
 from lap_ext.ops.check import FLOATS
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
-from lap_ext.ops.reference.common import exact_sqrt
+from lap_ext.ops.reference.common import exact_sqrt, require_finite
+from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.topology import Layer, Topology, edges
 from lap_ext.topology.propagate import Propagation
 from lap_ext.topology.roles import Role
 from lap_ext.topology.walks import Walker
+
+_COPIED = 1 << 20  # weights of a layer that may be masked or scaled in a copy
 
 
 class Network:
@@ -100,6 +104,11 @@ class Network:
             self._apply_named_neighbors()
         return self._norms[self.topology.roles.index(role)]
 
+    def check_scales(self) -> None:
+        """Raises unless the scales between layers are finite, before weights are read."""
+        if self.check_finite:
+            self._propagation.check()
+
     def unmeasured(self) -> list[Role]:
         """Lists the roles with squared norms that `norms` needs but that are not measured yet."""
         pairs = zip(self.topology.roles, self._squared_norms, strict=True)
@@ -107,6 +116,7 @@ class Network:
 
     def take_norms(self) -> Iterator[Role]:
         """Measures the squared norms that `norms` still needs and yields each role once read."""
+        self.check_scales()
         for index, role in enumerate(self.topology.roles):
             if self._squared_norms[index] is None:
                 with in_layer(role.layer):
@@ -116,15 +126,37 @@ class Network:
     def _measure(self, index: int) -> tuple[Tensor, Tensor]:
         """Measures squared norms of a role's inputs [I] and outputs [O], float64, on the CPU."""
         role = self.topology.roles[index]
-        layer = self.topology.layers[role.layer]
-        block = role.part.of(self._masked(layer))
-        scale = self.row_weight(index, role)
-        if scale is None:
+        weight, mask = self.weight(self.topology.layers[role.layer]), self.masks.get(role.layer)
+        block, scale = role.part.of(weight), self.row_weight(index, role)
+        if scale is None and mask is None:
             return self._both_squared_norms(block, role)
-        out = self._squared_norm(block, role, of_inputs=False)
-        into = self._squared_norm(_scaled(block, scale, role), role, of_inputs=True)
+        if mask is not None:
+            mask = role.part.of(mask)
+        if block.numel() > _COPIED:
+            into, out = self._squared_norms_of_rows(block, mask, scale, role)
+        else:
+            block = block if mask is None else block * mask
+            if scale is None:
+                return self._both_squared_norms(block, role)
+            out = self._squared_norm(block, role, of_inputs=False)
+            into = self._squared_norm(_scaled(block, scale, role), role, of_inputs=True)
         active = self.activity[index]
         return into, out if active is None else out * active
+
+    def _squared_norms_of_rows(
+        self, block: Tensor, mask: Tensor | None, scale: Tensor | None, role: Role
+    ) -> tuple[Tensor, Tensor]:
+        """Measures some rows of a block at a time: no copy of it is made."""
+        if self.check_finite:
+            require_finite(block, "w")  # names the index in the block
+        groups, transposed = role.part.groups, role.part.transposed
+        finite, device = self.check_finite, block.device
+        sums = ChannelSums(block.shape, groups, transposed, scale, finite, device)
+        for top in range(0, block.shape[0], SEGMENT_ROWS):
+            rows = block[top : top + SEGMENT_ROWS]
+            sums.add(rows if mask is None else rows * mask[top : top + SEGMENT_ROWS])
+        into, out = sums.squared_norms()
+        return into.cpu(), out.cpu()
 
     def _masked(self, layer: Layer) -> Tensor:
         """Returns the layer's weight, zero where its mask has pruned it."""

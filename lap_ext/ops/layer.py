@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check, schema, torch_args
 from lap_ext.ops.neighbors import Neighbor
+from lap_ext.ops.reference.common import require_batch_norm
 
 Neighbors: TypeAlias = Tensor | Neighbor | Sequence[Tensor | Neighbor | None] | None
 
@@ -259,7 +260,8 @@ def bn_scale(module: torch.nn.Module) -> Tensor:
 
     Raises:
         TypeError: module is of another type.
-        ValueError: module has no running statistics or is not initialized yet.
+        ValueError: module has no running statistics, is not initialized yet, or its scale has an
+            entry that is not finite.
 
     Example:
         >>> import torch, lap_ext
@@ -283,6 +285,8 @@ def bn_scale(module: torch.nn.Module) -> Tensor:
         )
     if is_lazy(variance):
         raise LapValueError("an initialized batch norm", "a lazy one", "Run the model once.")
+    if not torch.compiler.is_compiling() and not variance.is_meta:
+        require_batch_norm(gamma, variance, module.eps, "module")
     variance = variance.detach().to(torch.float64) + module.eps
     deviation = schema.norm([variance])  # an operator: no compiler takes its root in another way
     if gamma is None:

@@ -172,11 +172,10 @@ def _globally(
         scoring.measure(layers)
         criteria = [scoring.criterion(layer) for layer in layers]
         pairs = list(zip(layers, criteria, strict=True))
-        stored = [x for x, how in pairs if selection.stores_scores(how, x, options.normalize)]
+        stored = [x for x, how in pairs if selection.stores_scores(how, x)]
         step, rankables = scoring.step("score", stored), []
         for layer, how in pairs:
-            own = masks.get(layer.name)
-            rankables.append(selection.rankable(network, how, layer, options.normalize, own))
+            rankables.append(selection.rankable(network, how, layer, options.normalize))
             if layer in stored:
                 step.read(layer.name, layer.weight.nbytes)
         target = _target(number, options.rounds, start, keep)

@@ -31,7 +31,7 @@ from lap_ext.options import (
     Patterns,
     Residual,
     Scope,
-    normalization,
+    normalize_for,
     one_of,
     positive,
 )
@@ -129,7 +129,7 @@ def options_of(
     return Options(
         criteria.of(criterion),
         scope=scope,
-        normalize=normalization(normalize, scope),
+        normalize=normalize_for(normalize, scope),
         order=order,
         rounds=rounds,
         batch_norm=batch_norm,

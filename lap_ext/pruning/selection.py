@@ -7,16 +7,12 @@ roles of s^2), where s is the score in one role. A criterion without norms is el
 score is |w|, however often the weight is used. A criterion with rows keeps the same number of
 weights in every output channel.
 
-Normalizations of scores for one ranking over several layers:
-
-    norm    s / ||s||_2 of the layer
-    lamp    s_j^2 / sum of s_m^2 over the weights of the layer ranked at or above j
-            (Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021)
+In one ranking over several layers, normalized scores (normalization.py) are not stored either: they
+decide only how many weights each layer keeps (shares.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +24,17 @@ from lap_ext import allocation
 from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network
-from lap_ext.errors import LapError, LapValueError, callback, in_layer
+from lap_ext.errors import LapError, callback, in_layer
 from lap_ext.ops import check, from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
+from lap_ext.pruning import normalization, shares
 from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
 
 _LISTED = 5  # of many layers, warnings list the first ones
-_SQUARED = 1 << 18  # scores whose squares are summed at a time
+_CHUNK = 1 << 17  # scores of a layer at a time
+_HELD, _LEAST_HELD = 64, 1 << 16  # one score of so many may be held, and these always
 
 
 def layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
@@ -53,7 +51,8 @@ def comparable_scores(
 ) -> Tensor:
     """Scores a layer's weights and normalizes the scores over the weights that mask keeps."""
     with in_layer(layer.name):
-        return normalized(_layer_scores(network, criterion, layer), normalize, mask)
+        scores = _layer_scores(network, criterion, layer)
+        return normalization.normalized(scores, normalize, mask)
 
 
 def _layer_scores(network: Network, criterion: Criterion, layer: Layer) -> Tensor:
@@ -211,22 +210,20 @@ class Rankable:
     rows: Tensor  # float64 [R]; empty: x holds scores
     cols: Tensor  # float64 [groups * C]
     groups: int = 1
+    normalize: str = "none"
 
 
-def stores_scores(criterion: Criterion, layer: Layer, normalize: str) -> bool:
+def stores_scores(criterion: Criterion, layer: Layer) -> bool:
     """Tells whether a ranking of several layers needs the scores of this one in memory."""
-    fused = not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.full)
-    return normalize != "none" or not fused
+    return criterion.by_role and not (len(layer.roles) == 1 and layer.roles[0].part.full)
 
 
-def rankable(
-    network: Network, criterion: Criterion, layer: Layer, normalize: str, mask: Tensor | None
-) -> Rankable:
-    """Prepares a layer for a ranking of several; only the weights that mask keeps count."""
-    if stores_scores(criterion, layer, normalize):
-        scores = comparable_scores(network, criterion, layer, normalize, mask)
+def rankable(network: Network, criterion: Criterion, layer: Layer, normalize: str) -> Rankable:
+    """Prepares a layer for a ranking of several."""
+    if stores_scores(criterion, layer):
+        scores = layer_scores(network, criterion, layer)
         none = scores.new_empty(0, dtype=torch.float64)
-        return Rankable(scores, none, none)
+        return Rankable(scores, none, none, normalize=normalize)
     part = layer.roles[0].part
     with in_layer(layer.name):
         weight = _weight(network, criterion, layer)
@@ -235,7 +232,7 @@ def rankable(
         into, out = _on(weight, norms)
         into, out = torch_args.given_norms(x, into, out, part.groups, part.transposed)
     rows, cols = (into, out) if part.transposed else (out, into)
-    return Rankable(x, rows, cols, part.groups)
+    return Rankable(x, rows, cols, part.groups, normalize)
 
 
 def global_masks(
@@ -246,25 +243,112 @@ def global_masks(
     masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Selects the best keep weights of all layers in one ranking; layers are in network order."""
+    eligible = {
+        layer.name: masks[layer.name].reshape(item.x.shape).contiguous()
+        for layer, item in zip(layers, rankables, strict=True)
+        if layer.name in masks
+    }
+    if any(item.normalize != "none" for item in rankables):
+        return _normalized_masks(layers, rankables, keep, eligible)
     dtypes = [str(score_dtype(item.x.dtype)) for item in rankables]
     names = [f"layer {layer.name!r}" for layer in layers]
     check.one_of_a_kind("dtype", dtypes, names)
     check.one_of_a_kind("device", [str(item.x.device) for item in rankables], names)
-    eligible = []
-    if masks:
-        given = [masks.get(layer.name) for layer in layers]
-        eligible = [
-            torch.ones(item.x.shape, dtype=torch.bool, device=item.x.device)
-            if mask is None
-            else mask.reshape(item.x.shape).contiguous()
-            for item, mask in zip(rankables, given, strict=True)
+    return _ranked_together(layers, rankables, keep, eligible)
+
+
+def _ranked_together(
+    layers: Sequence[Layer],
+    rankables: Sequence[Rankable],
+    keep: int,
+    eligible: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    every = []
+    if eligible:
+        every = [
+            eligible[layer.name]
+            if layer.name in eligible
+            else torch.ones(item.x.shape, dtype=torch.bool, device=item.x.device)
+            for layer, item in zip(layers, rankables, strict=True)
         ]
     weights = [item.x for item in rankables]
     rows, cols = [item.rows for item in rankables], [item.cols for item in rankables]
     groups = [item.groups for item in rankables]
     with _in_one_of(layers):
-        kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, eligible, True)
+        kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, every, True)
     return {layer.name: mask.reshape(layer.shape) for layer, mask in zip(layers, kept, strict=True)}
+
+
+def _normalized_masks(
+    layers: Sequence[Layer],
+    rankables: Sequence[Rankable],
+    keep: int,
+    eligible: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Selects in each layer as many weights as are its share of the ranking."""
+    sources = []
+    for layer, item in zip(layers, rankables, strict=True):
+        mask = eligible.get(layer.name)
+        with in_layer(layer.name):
+            sources.append(_source(layer, item, mask))
+    total = sum(source.count for source in sources)
+    capacity = max(total // _HELD, _LEAST_HELD)
+    masks: dict[str, Tensor] = {}
+    for layer, item, share in zip(
+        layers, rankables, shares.shares(sources, keep, capacity), strict=True
+    ):
+        masks |= _ranked_together([layer], [item], share, eligible)
+    return masks
+
+
+def _source(layer: Layer, item: Rankable, mask: Tensor | None) -> shares.Source:
+    """Describes the scores of a layer; those that mask prunes may not be kept."""
+
+    def read() -> Iterator[Tensor]:
+        for rows in _row_chunks(item):
+            with in_layer(layer.name):
+                scores = _scores_of_rows(item, rows)
+            yield scores if mask is None else torch.where(mask[rows], scores, -1.0)
+
+    size = None
+    if item.normalize == "norm":
+        squares = ExactSum()
+        for rows in _row_chunks(item, layer.shape[-1]):
+            scores = _scores_of_rows(item, rows)
+            scores = scores if mask is None else scores * mask[rows]
+            normalization.require_finite_scores(float(scores.max()), item.normalize)
+            normalization.squares_of(scores.reshape(-1, layer.shape[-1]), squares)
+        size = normalization.size_of(squares)
+    count = item.x.numel() if mask is None else int(mask.count_nonzero())
+    return shares.Source(layer.name, read, count, score_dtype(item.x.dtype), size)
+
+
+def _row_chunks(item: Rankable, width: int = 1) -> Iterator[slice]:
+    """Splits the rows into chunks of whole groups, or inside one; of multiples of width scores."""
+    height, length = item.x.shape[0], max(item.x[:1].numel(), 1)
+    group = max(height // item.groups, 1)
+    rows = height if length % width else max(_CHUNK // length, 1)
+    if rows >= group:
+        rows -= rows % group
+        group = height
+    for top in range(0, height, max(group, 1)):
+        for begin in range(top, top + group, rows):
+            yield slice(begin, min(begin + rows, top + group))
+
+
+def _scores_of_rows(item: Rankable, rows: slice) -> Tensor:
+    """Scores rows [begin, end) of a layer."""
+    x = item.x[rows]
+    if item.rows.numel() == 0:
+        return x
+    group, columns = item.x.shape[0] // item.groups, item.x.shape[1]
+    first, groups = rows.start // group, max(x.shape[0] // group, 1)
+    cols = item.cols[first * columns : (first + groups) * columns]
+    try:
+        return schema.call(schema.score, x, cols, item.rows[rows], groups, False, True)
+    except LapError:
+        require_finite(item.x, "w")  # names the index in the layer
+        raise
 
 
 def floored_masks(
@@ -299,70 +383,6 @@ def _in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
         if error.argument in names:
             error.layer, error.argument = names[error.argument], "w"
         raise
-
-
-def normalized(scores: Tensor, how: str, mask: Tensor | None) -> Tensor:
-    """Makes a layer's scores comparable with those of other layers; counts only those in mask."""
-    if how == "none":
-        return scores
-    masked = scores.double()
-    if mask is not None:
-        masked = masked * mask
-    if masked.numel() and math.isinf(masked.max()):
-        raise LapValueError(
-            f"finite scores for {{normalize={how!r}}}",
-            "infinite ones: products of a weight and norms beyond the range of their dtype",
-            "Convert the model to float64, or scale its weights down.",
-        )
-    if how == "norm":
-        return over(masked, size_of(squares_of(masked)))
-    return lamp(masked)
-
-
-def squares_of(scores: Tensor, squares: ExactSum | None = None) -> ExactSum:
-    """Sums the squares of scores, or adds them to a sum; any chunks of whole rows have its bits.
-
-    Each row (of the last dimension) is summed as row_squared_norms does, and the sum of these is
-    exact.
-    """
-    squares = ExactSum() if squares is None else squares
-    width = scores.shape[-1] if scores.dim() else 1
-    if scores.numel():
-        for rows in scores.reshape(-1, width).split(max(1, _SQUARED // width)):
-            squares.add(schema.row_squared_norms(rows, False, "scores"))
-    return squares
-
-
-def size_of(squares: ExactSum) -> float:
-    """Takes the norm of a layer's scores from the sum of their squares."""
-    size = math.sqrt(squares.value())
-    if not math.isfinite(size):
-        raise LapValueError("scores with a finite norm", size)
-    return size
-
-
-def over(scores: Tensor, size: float) -> Tensor:
-    """Divides scores by size, the norm of all scores of their layer; computes in float64."""
-    scores = scores.double()
-    return scores / size if size > 0 else scores
-
-
-def lamp(scores: Tensor) -> Tensor:
-    """Divides each squared score by the sum of the squares that are not smaller, in float64.
-
-        lamp[j] = s[j]^2 / sum of s[m]^2 over m ranked at or above j
-
-    Of equal scores, the one with the lower index ranks higher and so has the larger result.
-    The largest result is 1, so that no layer is emptied before the others.
-    """
-    flat = scores.double().flatten()
-    size = flat.max() if flat.numel() else flat.new_zeros(())
-    squares = (flat / size).square() if bool(size > 0) else flat
-    ordered, order = torch.sort(squares, descending=True, stable=True)
-    above = ordered.cumsum(0)
-    result = torch.empty_like(flat)
-    result[order] = torch.where(ordered > 0, ordered / above, 0.0)
-    return result.reshape(scores.shape)
 
 
 def _on(weight: Tensor, norms: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -47,11 +47,19 @@ class Propagation:
         self.channels = graph.channels
         self._tensors = tensors
         self._known: dict[int, Any] = {}
+        self._batch_norm = batch_norm
         self._edges = [
             (group, edges, edges.squared(self._tensors, self._known, batch_norm))
             for group in self.channels.groups
             for edges in group.edges
         ]
+
+    def check(self) -> None:
+        """Raises unless every scale on an edge is finite."""
+        for _, edges, _ in self._edges:
+            if edges.scale is not None and edges.entry is not None:
+                if self._batch_norm or edges.scale.kind != "batch_norm":
+                    edges.scale.check(self._tensors, self._known, edges.entry)
 
     def norm_scale(self, role: Role) -> Tensor | None:
         """Returns |gamma| / sqrt(running_var + eps) of the batch norm that alone follows.
@@ -63,6 +71,7 @@ class Propagation:
             return None
         (edges,) = norm.edges
         assert edges.scale is not None and edges.entry is not None
+        edges.scale.check(self._tensors, self._known, edges.entry)
         scale = torch.ones(role.out.size, dtype=torch.float64)
         entries = edges.scale.value(self._tensors, self._known)[edges.entry]
         scale[edges.parent - role.out.first] = entries.abs()

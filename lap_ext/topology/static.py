@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from lap_ext.ops.reference.common import exact_sqrt
+from lap_ext.errors import LapValueError
+from lap_ext.ops.reference.common import exact_sqrt, require_batch_norm
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,35 @@ class Scale:
         (factor,) = values
         assert factor is not None
         return 1.0 / factor if self.inverse else factor
+
+    def check(self, tensors: Mapping[str, Tensor], known: dict[int, Any], entry: Tensor) -> None:
+        """Raises unless these entries are finite; parameters on the meta device are not known."""
+        values = [None if x is None else x.value(tensors, known) for x in self.sources]
+        if any(x is not None and x.is_meta for x in values):
+            return
+        if self.kind == "batch_norm":
+            gamma, variance = values
+            assert variance is not None
+            name = f"batch norm {self._module!r}"
+            require_batch_norm(gamma, variance, self.eps, name)
+            return
+        used = self.value(tensors, known)[entry]
+        good = used.isfinite()
+        if not bool(good.all()):
+            index = int((~good).to(torch.uint8).argmax())
+            value = 1 / used[index] if self.inverse else used[index]
+            whose = " and ".join(repr(name) for name in self.names) or "a constant"
+            what = "other than 0, finite, as divisors" if self.inverse else "finite, as factors"
+            raise LapValueError(
+                f"entries of {whose} that are {what} of channels",
+                f"{float(value):g} at index {int(entry[index])}",
+                "Repair it.",
+            )
+
+    @property
+    def _module(self) -> str:
+        """The name of the module that holds the sources."""
+        return self.names[0].rpartition(".")[0] if self.names else ""
 
     @property
     def names(self) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -111,22 +110,6 @@ def test_a_good_sample_needs_one_pass() -> None:
     )
     assert len(passes) == 1
     assert threshold.kept == (50_000,)
-
-
-@pytest.mark.parametrize("keys", [[5], [0, 0, 0], [7, 7, 7, 8], list(range(1000)), [0, 1 << 30]])
-@pytest.mark.parametrize("capacity", [1, 2, 100])
-def test_intervals_hold_all_keys_once(keys: list[int], capacity: int) -> None:
-    """From the highest on; as many as fit the capacity, or those of one bin."""
-    counted = ranking.Pass(1, 0, ranking.largest(torch.float32), capacity)
-    counted.add(0, torch.tensor(keys, dtype=torch.int32))
-    ranges, width = list(counted.intervals()), 1 << counted.shift
-    counts = [sum(low <= key <= high for key in keys) for low, high in ranges]
-    assert sum(counts) == len(keys)
-    assert ranges == sorted(ranges, reverse=True)
-    assert all(
-        n <= capacity or high - low < width for n, (low, high) in zip(counts, ranges, strict=True)
-    )
-    assert all(above[0] > high for above, (_, high) in itertools.pairwise(ranges))
 
 
 # --- masks ----------------------------------------------------------------------------------------

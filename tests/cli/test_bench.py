@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def test_table(run: Run) -> None:
         ["6x5", "float32", "topk"],
         ["4x3x2x2", "float32", "topk"],
     ]
+
+
+def test_a_busy_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the table, and in the JSON; the load is read before anything is measured."""
+    for load, said in ((0.1, False), (3.25, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert ("The machine is busy: load average 3.2 on" in run("bench")[1]) == said
+        assert json.loads(run("bench", "--json")[1])["load"] == load
 
 
 def test_shapes_of_a_factory(run: Run) -> None:

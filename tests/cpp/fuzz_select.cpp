@@ -82,7 +82,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<uint8_t> mask(n, 7);
   lap::cpu::Source source = layer.source(mask.data());
   if (restricted) source.eligible = eligible.data();
-  const lap::cpu::Pool pool = lap::cpu::std_thread_pool(threads);
+  const lap::cpu::Pool pool = lap::cpu::thread_pool(threads);
   const lap::cpu::Selection selection = lap::cpu::select({source}, keep, true, pool);
   if (selection.outcome == lap::cpu::Outcome::range) return 0;  // said, not guessed
   const bool to_float = layer.dtype != layers::DType::f64;

@@ -52,10 +52,10 @@ std::vector<double> squared_norms_apart(const Strided& x, const Layout& layout, 
 void check_squared_norms(const Strided& x,
                          const Layout& layout,
                          std::initializer_list<int> threads) {
-  const std::vector<double> right = squared_norms_apart(x, layout, lap::cpu::std_thread_pool(3));
+  const std::vector<double> right = squared_norms_apart(x, layout, lap::cpu::thread_pool(3));
   for (const int workers : threads) {
     std::vector<double> got(right.size(), -2.0);
-    const Pool pool = lap::cpu::std_thread_pool(workers);
+    const Pool pool = lap::cpu::thread_pool(workers);
     lap::cpu::squared_norms(x, layout, pool, got.data(), got.data() + layout.rows);
     CAPTURE(layout.rows);
     CAPTURE(layout.cols);
@@ -75,7 +75,7 @@ TEST_CASE("a 3-4-5 row") {
   const int64_t stride[] = {2, 1};
   REQUIRE(lap::make_strided(x, DType::f64, 2, shape, stride, &s));
   double squared_norm = 0;
-  lap::cpu::row_squared_norms(s, 1, 1.0, lap::cpu::std_thread_pool(1), &squared_norm);
+  lap::cpu::row_squared_norms(s, 1, 1.0, lap::cpu::thread_pool(1), &squared_norm);
   CHECK(squared_norm == 25);
 }
 
@@ -89,7 +89,7 @@ TEST_CASE("squared_norms in the documented order, for every dtype, layout and th
       const int64_t width = layout.row_size();
       const int64_t rows = layout.rows / layout.groups;
       for (const int threads : {1, 3}) {
-        const Pool pool = lap::cpu::std_thread_pool(threads);
+        const Pool pool = lap::cpu::thread_pool(threads);
         std::vector<double> row(layout.rows);
         lap::cpu::row_squared_norms(x, layout.rows, 1.0, pool, row.data());
         for (int64_t r = 0; r < layout.rows; ++r) {

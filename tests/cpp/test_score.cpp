@@ -34,7 +34,7 @@ Scores scores_of(const Strided& x,
   const bool to_float = x.dtype != DType::f64;
   const int64_t item = to_float ? 4 : 8;
   std::vector<char> memory(x.size * item, 0x55);
-  const lap::cpu::Pool pool = lap::cpu::std_thread_pool(threads);
+  const lap::cpu::Pool pool = lap::cpu::thread_pool(threads);
   Scores scores = {lap::cpu::score(x, layout, norms, check_finite, pool, memory.data()), {}};
   for (int64_t p = 0; p < x.size; ++p) {
     float narrow = 0;

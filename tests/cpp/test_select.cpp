@@ -24,7 +24,7 @@ std::vector<uint8_t> selected(const Layer& layer,
   std::vector<uint8_t> mask(layer.w.size(), 7);
   Source source = layer.source(mask.data());
   if (!eligible.empty()) source.eligible = eligible.data();
-  const Pool pool = lap::cpu::std_thread_pool(threads);
+  const Pool pool = lap::cpu::thread_pool(threads);
   REQUIRE(lap::cpu::select({source}, keep, true, pool).outcome == Outcome::ok);
   return mask;
 }
@@ -175,7 +175,7 @@ TEST_CASE("a list of score tensors is one ranking; empty tensors do not matter")
       sources.back().norms = {};
       first += tensor.w.size();
     }
-    const Pool pool = lap::cpu::std_thread_pool(2);
+    const Pool pool = lap::cpu::thread_pool(2);
     CHECK(lap::cpu::select(sources, keep, true, pool).threshold == all[right[keep - 1]]);
     CHECK(mask == naive::mask(right, keep, all.size()));
     for (Source& source : sources) source.mask = nullptr;  // only the threshold
@@ -221,7 +221,7 @@ TEST_CASE("several weights with their norms are one ranking of their scores, bes
       if (t == 4) sources.back().norms = {};
       first += layers[t].w.size();
     }
-    const Pool pool = lap::cpu::std_thread_pool(2);
+    const Pool pool = lap::cpu::thread_pool(2);
     CHECK(lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok);
     CHECK(mask == naive::mask(right, keep, all.size()));
   }
@@ -241,7 +241,7 @@ TEST_CASE("an infinite weight is found beside infinite scores") {
       std::vector<Source> sources = {weight.source(mask.data()), scores.source(mask.data() + 9000)};
       sources[0].absolute = true;
       sources[1].norms = {};
-      const Pool pool = lap::cpu::std_thread_pool(2);
+      const Pool pool = lap::cpu::thread_pool(2);
       CHECK((lap::cpu::select(sources, keep, true, pool).outcome == Outcome::ok) == (bad == 0));
     }
   }
@@ -260,7 +260,7 @@ TEST_CASE("strides: the same bits as the contiguous weight") {
   const int64_t shape[] = {300, 200};
   const int64_t stride[] = {1, 300};
   REQUIRE(lap::make_strided(transposed.data(), DType::f32, 2, shape, stride, &source.x));
-  const Pool pool = lap::cpu::std_thread_pool(2);
+  const Pool pool = lap::cpu::thread_pool(2);
   REQUIRE(lap::cpu::select({source}, 6000, true, pool).outcome == Outcome::ok);
   CHECK(mask == selected(layer, 6000, 1));
 }
@@ -274,7 +274,7 @@ TEST_CASE("infinities and NaNs are found, counted, and ranked only on request") 
     layer.store();
     std::vector<uint8_t> mask(layer.w.size());
     const Source source = layer.source(mask.data());
-    const Pool pool = lap::cpu::std_thread_pool(2);
+    const Pool pool = lap::cpu::thread_pool(2);
     for (const int64_t keep : {int64_t{0}, int64_t{1000}, int64_t{1} << 40}) {
       CHECK(lap::cpu::select({source}, keep, true, pool).outcome == Outcome::not_finite);
     }

@@ -19,7 +19,7 @@ TEST_CASE("zeroing writes +0.0 where the mask is 0 and nothing else, through any
   REQUIRE(lap::make_strided(memory.data(), DType::f32, 2, shape, stride, &x));
   std::vector<uint8_t> mask(1200);
   for (size_t p = 0; p < mask.size(); ++p) mask[p] = p % 3 == 0;
-  lap::cpu::zero(x, mask.data(), lap::cpu::std_thread_pool(2));
+  lap::cpu::zero(x, mask.data(), lap::cpu::thread_pool(2));
   for (int64_t p = 0; p < 1200; ++p) {
     const int64_t at = p / 40 * 2 + p % 40 * 60;
     CHECK(memory[at] == (mask[p] ? -3.0f : 0.0f));

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization, selection
 from lap_ext.topology.roles import Part
 from tests.helpers import paper_formulas as cases
 
@@ -161,12 +161,12 @@ class TestLamp:
 
     def test_by_hand(self) -> None:
         # squares 9, 1, 4: 9/9, 1/(9+4+1), 4/(9+4)
-        found = selection.lamp(torch.tensor([3.0, 1.0, 2.0]))
+        found = normalization.lamp(torch.tensor([3.0, 1.0, 2.0]))
         torch.testing.assert_close(found, torch.tensor([1, 1 / 14, 4 / 13], dtype=torch.float64))
 
     def test_ties(self) -> None:
         """Of equal scores the lower index is the larger; zeros are 0."""
-        found = selection.lamp(torch.tensor([2.0, 2.0, 0.0]))
+        found = normalization.lamp(torch.tensor([2.0, 2.0, 0.0]))
         assert found.tolist() == [1.0, 0.5, 0.0]
 
     def test_global_by_hand(self) -> None:

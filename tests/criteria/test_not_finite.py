@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,46 @@ def test_from_files(criterion: str, scope: str, tmp_path: Path) -> None:
     mine.pop("scope", None)
     with pytest.raises(ValueError, match=SAID.format("checkpoint.scores")):
         list(checkpoint.scores(source, **mine))
+
+
+BATCH_NORM = "{} in batch norm '1', got {} at index 2. Repair it."
+SCALES: dict[str, tuple[int, str, float, str]] = {  # module, its tensor, value, what is said
+    "weight": (1, "weight", torch.nan, BATCH_NORM.format("finite weight", "nan")),
+    "infinite": (1, "running_var", torch.inf, BATCH_NORM.format("finite running_var", "inf")),
+    "nan": (1, "running_var", torch.nan, BATCH_NORM.format("finite running_var", "nan")),
+    "negative": (1, "running_var", -1.0, BATCH_NORM.format("running_var > -1e-05 (-eps)", "-1")),
+    "layer_norm": (4, "weight", -torch.inf, "entries of '4.weight' that are finite, as factors of "
+                   "channels, got -inf at index 2. Repair it."),
+}  # fmt: skip
+
+
+def scaled(case: str) -> nn.Sequential:
+    """A batch norm and a layer norm between layers, one with an entry that makes no scale."""
+    net = nn.Sequential(
+        nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 5), nn.LayerNorm(5),
+        nn.Linear(5, 4),
+    ).eval()  # fmt: skip
+    module, tensor, value, _ = SCALES[case]
+    net.state_dict()[f"{module}.{tensor}"][2] = value
+    return net
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_scales_between_layers(case: str, tmp_path: Path) -> None:
+    """The error names what is damaged, not a layer beside it; nothing else reads it."""
+    net, module, said = scaled(case), SCALES[case][0], SCALES[case][3]
+    mine: dict[str, Any] = {"sparsity": 0.5, "apply": False}
+    wrong: list[dict[str, Any]] = [{}, {"scope": "global", "rounds": 2}, {"residual": "chain"}]
+    if module == 1:
+        wrong += [{"batch_norm": "fold"}, {"criterion": "magnitude_bn"}]
+        assert lap_ext.prune(net, INPUTS, **mine, batch_norm="ignore").kept == 65
+        with pytest.raises(ValueError, match=r"^bn_scale: expected .* in module, got "):
+            lap_ext.bn_scale(net[1])
+    assert lap_ext.prune(net, INPUTS, **mine, criterion="magnitude").kept == 65
+    for options in wrong:
+        with pytest.raises(ValueError) as error:
+            lap_ext.prune(net, INPUTS, **mine, **options)
+        assert str(error.value).endswith(f": expected {said}"), options
+    source = write(tmp_path / "dense", net.state_dict())
+    with pytest.raises(ValueError, match=f"^checkpoint.prune: expected {re.escape(said)}"):
+        prune(source, tmp_path / "out", 0.5, model=scaled(case), example_inputs=INPUTS)

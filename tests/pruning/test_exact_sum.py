@@ -18,7 +18,7 @@ from torch import nn
 
 import lap_ext
 from lap_ext.ops import schema
-from lap_ext.pruning import selection
+from lap_ext.pruning import normalization
 from lap_ext.pruning.exact_sum import ExactSum
 from tests.helpers.checkpoints import prune, write
 
@@ -79,8 +79,8 @@ def test_squares_by_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
     rows = scores.reshape(-1, shape[-1] if shape else 1) if scores.numel() else scores
     expected = math.fsum(schema.row_squared_norms(rows, False, "scores").tolist())
     for size in (1, 4, 1 << 18):
-        monkeypatch.setattr(selection, "_SQUARED", size)
-        assert selection.squares_of(scores).value() == expected
+        monkeypatch.setattr(normalization, "_SQUARED", size)
+        assert normalization.squares_of(scores).value() == expected
 
 
 @pytest.mark.parametrize("value", [1e200, 1.2e154], ids=str)  # squares, and their sum, overflow

@@ -44,10 +44,9 @@ ORDERS: list[tuple[dict[str, Any], list[tuple[str, int]]]] = [
     ({"criterion": "magnitude"}, [RANK]),
     ({"criterion": "random", "scope": "global", "normalize": "none"}, [RANK]),
     ({"rounds": 2}, [MEASURE, RANK] * 2),
-    ({"scope": "global"}, [MEASURE, ("score", 60), RANK]),  # LAMP needs all scores
-    # those of the tied layer are stored
+    ({"scope": "global"}, [MEASURE, ("score", 25), RANK]),  # scores of the tied layer are stored
     ({"scope": "global", "normalize": "none"}, [MEASURE, ("score", 25), RANK]),
-    ({"scope": "global", "rounds": 2, "normalize": "norm"}, [MEASURE, ("score", 60), RANK] * 2),
+    ({"scope": "global", "rounds": 2, "normalize": "norm"}, [MEASURE, ("score", 25), RANK] * 2),
     ({"order": "forward"}, [MEASURE, RANK]),
     # once more in the second round: all that was pruned since it was last measured (head, the last
     # of the first round; the others were measured again by the layers after them)

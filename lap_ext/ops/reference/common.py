@@ -111,3 +111,16 @@ def require_finite(w: Tensor, name: str) -> None:
         option=RANK_AS_THEY_COME,
         argument=name,
     )
+
+
+def require_batch_norm(gamma: Tensor | None, variance: Tensor, eps: float, name: str) -> None:
+    """Raises unless a batch norm's scale, gamma / sqrt(variance + eps), is made of numbers."""
+    checks = [("finite running_var", variance, variance.isfinite())]
+    checks += [(f"running_var > {-eps:g} (-eps)", variance, variance + eps > 0)]
+    if gamma is not None:
+        checks.append(("finite weight", gamma.detach(), gamma.isfinite()))
+    for expected, values, good in checks:
+        if not bool(good.all()):
+            index = int((~good).to(torch.uint8).argmax())
+            got = f"{float(values[index]):g} at index {index}"
+            raise LapValueError(f"{expected} in {name}", got, "Repair it.")
