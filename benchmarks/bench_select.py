@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
 def _list(bench: Bench, scores: list[Tensor], sparsity: float) -> None:
     n = sum(score.numel() for score in scores)
     keep = cases.keep_of(sparsity, n)
-    ours = partial(lap_ext.topk_mask, scores, keep)
+    ours = partial(lap_ext.topk_mask, scores, keep=keep)
     threshold = checks.is_top(lap_ext.topk_mask(scores, keep=keep), scores, keep)
     exact = checks.same_choice(scores, threshold, 0)
     about = checks.same_choice(scores, threshold, None)

@@ -230,8 +230,8 @@ def meant_layers(given: str, names: Sequence[str], most: int = 5) -> str:
 
     Example:
         >>> names = ["encoder.layer.0.fc", "encoder.layer.1.fc", "head"]
-        >>> meant_layers("encodr.*", names), meant_layers("encoder", names)
-        ("Did you mean 'encoder.*'?", "Did you mean 'encoder.*'?")
+        >>> meant_layers("hed", names), meant_layers("encoder", names)
+        ("Did you mean 'head'?", "Did you mean 'encoder.*'?")
         >>> meant_layers("conv*", names, most=2)
         'The layers are encoder.layer.0.fc, encoder.layer.1.fc and 1 more.'
     """

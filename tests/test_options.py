@@ -27,7 +27,7 @@ def test_words_are_those_of_the_types() -> None:
     for name, kind in PAIRS.items():
         assert getattr(options, name) == get_args(kind)
     assert options.SCOPES == ("layer", "global")
-    assert options.NORMALIZATIONS == ("none", "norm", "lamp")
+    assert options.NORMALIZATIONS == ("auto", "none", "norm", "lamp")
     assert options.ORDERS == ("parallel", "forward", "backward")
     assert options.BATCH_NORMS == ("edge", "fold", "ignore")
     assert options.RESIDUALS == ("sum", "chain")
@@ -46,7 +46,11 @@ def test_known_words_pass(name: str) -> None:
     ("value", "known", "text"),
     [
         ("all", options.SCOPES, "expected scope to be 'layer' or 'global', got 'all'."),
-        ("l2", options.NORMALIZATIONS, "expected scope to be 'none', 'norm' or 'lamp', got 'l2'."),
+        (
+            "l2",
+            options.NORMALIZATIONS,
+            "expected scope to be 'auto', 'none', 'norm' or 'lamp', got 'l2'.",
+        ),
         (None, options.SCOPES, "expected scope to be 'layer' or 'global', got None."),
         (3, options.RESIDUALS, "expected scope to be 'sum' or 'chain', got 3."),
         (["layer"], options.SCOPES, "expected scope to be 'layer' or 'global', got ['layer']."),

@@ -138,7 +138,7 @@ def unstructured(device: Device, timer: Timer, add: Add) -> None:
     scores = [device.normal((per_tensor + t,), t, torch.float32).abs_() for t in range(count)]
     n = sum(x.numel() for x in scores)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
-    ours = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
+    ours = partial(lap_ext.topk_mask, scores, keep=keep, check_finite=False)
     threshold = checks.is_top(lap_ext.topk_mask(scores, keep=keep), scores, keep)
     baseline = partial(baselines.global_unstructured, scores, keep)
     add(
@@ -158,7 +158,7 @@ def radix_sort(device: Device, timer: Timer, add: Add) -> None:
     layer = Layer(device)
     sort = cub.RadixSort(device)
     baseline = "cub::DeviceRadixSort, scores given", partial(sort.mask, layer.scores, layer.keep)
-    ours = partial(lap_ext.topk_mask, layer.scores, layer.keep, check_finite=False)
+    ours = partial(lap_ext.topk_mask, layer.scores, keep=layer.keep, check_finite=False)
     add(contest(timer, layer.case, ("topk_mask", ours), baseline, checks.equal))
 
 
@@ -188,7 +188,7 @@ def issue_77049(device: Device, add: Add) -> None:
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, x.numel())
     calls: dict[str, Call] = {
         "sort": x.sort,
-        "topk_mask": partial(lap_ext.topk_mask, x, keep, check_finite=False),
+        "topk_mask": partial(lap_ext.topk_mask, x, keep=keep, check_finite=False),
         "kth_largest": partial(lap_ext.kth_largest, x, keep, check_finite=False),
     }
     size = x.numel() * x.element_size()

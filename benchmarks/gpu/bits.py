@@ -396,7 +396,7 @@ def graphs(device: Device) -> None:
             lap_ext.mask_from_norms, w, *norms, keep=keep, check_finite=False
         ),
         "score": partial(lap_ext.score, w, w, w, check_finite=False),
-        "topk_mask": partial(lap_ext.topk_mask, [w, scores], keep, check_finite=False),
+        "topk_mask": partial(lap_ext.topk_mask, [w, scores], keep=keep, check_finite=False),
         "kth_largest": partial(lap_ext.kth_largest, scores, keep, check_finite=False),
         "neighbor_norms": partial(lap_ext.neighbor_norms, w, w, w, check_finite=False),
     }

@@ -85,7 +85,7 @@ def _large(
     )
     del across
     scores = w.abs()
-    topk = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
+    topk = partial(lap_ext.topk_mask, scores, keep=keep, check_finite=False)
     yield f"topk_mask {cases.DEFAULT_SPARSITY} {what}", topk
 
 

@@ -145,7 +145,7 @@ def _list(device: Device, timer: Timer, dtype: torch.dtype, add: Add) -> None:
     scores = [device.normal((each + t,), t, dtype).abs_() for t in range(count)]
     n = sum(x.numel() for x in scores)
     keep = cases.keep_of(cases.DEFAULT_SPARSITY, n)
-    call = partial(lap_ext.topk_mask, scores, keep, check_finite=False)
+    call = partial(lap_ext.topk_mask, scores, keep=keep, check_finite=False)
     kept = sum(int(mask.count_nonzero()) for mask in call())
     checks.require(kept == keep, f"expected {keep} kept, got {kept}")
     what = {

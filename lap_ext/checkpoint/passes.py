@@ -73,7 +73,8 @@ class Task:
 
     def criterion_of(self, layer: Layer) -> Criterion:
         """Returns the criterion that ranks a layer, as pruning in memory does."""
-        if not selection.scores_nothing(self.network, self.criterion, layer):
+        empty = math.prod(layer.shape) == 0
+        if empty or not selection.scores_nothing(self.network, self.criterion, layer):
             return self.criterion
         self.dead[layer.name] = None
         return self.criterion if self.raw else Criterion()

@@ -113,6 +113,8 @@ class Scoring:
         options = self.plan.options
         if not selection.scores_nothing(self.network, options.criterion, layer):
             return options.criterion
+        if not bool(layer.weight.any()):  # nothing is left to rank
+            return options.criterion
         self.dead[layer.name] = None
         return options.criterion if options.raw else Criterion()
 
@@ -143,7 +145,7 @@ def _live(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> dict[str, Ten
     """Masks the weights that may be kept, for layers that have others: pruned or zero ones."""
     live = {}
     for layer in layers:
-        weight, mask = layer.effective, masks.get(layer.name)
+        weight, mask = layer.weight.detach(), masks.get(layer.name)
         if int(weight.count_nonzero()) < weight.numel():
             live[layer.name] = weight != 0 if mask is None else (weight != 0) & mask
         elif mask is not None:

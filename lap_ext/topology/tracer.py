@@ -49,7 +49,6 @@ _WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "
              "rnn_relu_cell"}  # fmt: skip
 
 
-# Those of them whose operands need not be weights.
 # Operations that may have a complex tensor with channels among their arguments.
 _PAIRED = {*_SAME, *_VIEWS, "view_as_real", "real", "imag", "mul", "_conj", "resolve_conj", "cat",
            "stack", "index", "index_select", "gather", "expand_as", "flip", "roll", "repeat",
@@ -138,7 +137,7 @@ class Tracer:
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
         if routed is not None and not weighted:
             return routed if call.name in _SAME else self.unknown(call)
-        if call.name not in _PAIRED and _is_complex(call):
+        if call.name not in _PAIRED and not weighted and _is_complex(call):
             return self.unknown(call)
         function = _RULES.get(call.name)
         return self.unknown(call) if function is None else function(self, call)

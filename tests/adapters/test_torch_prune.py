@@ -85,9 +85,14 @@ def test_global_by_torch_and_by_us(amount: float) -> None:
         list(importance), LookaheadUnstructured, importance_scores=importance, amount=amount
     )
     plain = copy.deepcopy(other)
-    expected = lap_ext.prune(plain, EXAMPLE, 0.75, scope="global").masks
+    how = {"scope": "global", "normalize": "none", "min_keep": 0}
+    expected = lap_ext.prune(plain, EXAMPLE, 0.75, **how).masks
     assert expected.total == 572 and masks_of(model) == expected
-    assert torch_prune.apply_global_(other, EXAMPLE, 0.75) == expected == masks_of(other)
+    assert (
+        torch_prune.apply_global_(other, EXAMPLE, 0.75, normalize="none", min_keep=0)
+        == expected
+        == masks_of(other)
+    )
     model(EXAMPLE), other(EXAMPLE)
     assert torch.equal(model.fc1.weight, other.fc1.weight)
     expected.remove(other)
@@ -108,7 +113,8 @@ def test_second_pruning_sees_what_is_left() -> None:
     prune.global_unstructured(
         list(importance), LookaheadUnstructured, importance_scores=importance, amount=0.5
     )
-    ranked = lap_ext.prune(plain, EXAMPLE, 0.75, scope="global", masks=first)
+    how = {"scope": "global", "normalize": "none", "min_keep": 0}
+    ranked = lap_ext.prune(plain, EXAMPLE, 0.75, masks=first, **how)
     assert first.kept == 286 and masks_of(model) == ranked.masks and ranked.kept == 143
 
 
@@ -200,12 +206,14 @@ def test_tied_weights() -> None:
 
     model = Tied()
     for sparsity in (0.25, 0.5):
-        masks = torch_prune.apply_global_(model, torch.arange(6), sparsity)
+        masks = torch_prune.apply_global_(model, torch.arange(6), sparsity, layers="*")
         model(torch.arange(6))
         assert list(masks) == ["embed"] and masks.kept == 24 * (1 - sparsity)
         for layer in (model.embed, model.head):
             assert torch.equal(layer.weight != 0, masks["embed"])
-    assert list(torch_prune.scores(model, torch.arange(6))) == [(model.embed, "weight")]
+    assert list(torch_prune.scores(model, torch.arange(6))) == []  # dense by default
+    scores = torch_prune.scores(model, torch.arange(6), layers="*")
+    assert list(scores) == [(model.embed, "weight")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -50,7 +50,7 @@ def test_the_squared_norm_of_what_is_removed(make: Callable[[], Model], root: st
             buffer.uniform_(0.5, 2.0)
     group = group_of(model, x, root)
     result = LookaheadImportance(model, x, normalizer=None)(group)
-    scores = lap_ext.scores(model, x)
+    scores = lap_ext.scores(model, x, layers="*")
     expected = [removed_squared_norm(model, x, root, [i], scores) for i in group[0].idxs]
     torch.testing.assert_close(
         result, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0.0

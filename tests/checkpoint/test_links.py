@@ -268,7 +268,8 @@ def test_what_lies_beside_a_single_file(name: str, tmp_path: Path) -> None:
         write(tmp_path / place, network().state_dict(), shards=1)
     file = tmp_path / "pruned" / "model.safetensors"
     to_outside(file, tmp_path / "outside")
-    assert checkpoint.verify(file, tmp_path / "dense" / "model.safetensors").ok
+    verdict = checkpoint.verify(file, tmp_path / "dense" / "model.safetensors")
+    assert verdict.unpruned and len(verdict.findings) == 1
     to_outside(file.parent / name, tmp_path / "outside")
     with pytest.raises(ValueError, match=rf"expected .*'{name}'.*a link to"):
         checkpoint.verify(file, tmp_path / "dense" / "model.safetensors")

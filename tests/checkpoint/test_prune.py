@@ -37,8 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lamp_magnitude": {"criterion": "magnitude", "scope": "global", "normalize": "lamp"},
     "lamp_random": {"criterion": "random", "scope": "global", "normalize": "lamp"},
     "lamp_dict": {"sparsity": {"3": 0.9, "5": 0.1}, "scope": "global", "normalize": "lamp"},
-    "lamp_few": {"sparsity": 0.9998, "scope": "global", "normalize": "lamp"},
-    "lamp_none": {"sparsity": 1.0, "scope": "global", "normalize": "lamp"},
+    "lamp_few": {"sparsity": 0.9998, "min_keep": 0, "scope": "global", "normalize": "lamp"},
+    "lamp_none": {"sparsity": 1.0, "min_keep": 0, "scope": "global", "normalize": "lamp"},
     "lamp_layer": {"normalize": "lamp"},
     "magnitude": {"criterion": "magnitude"},
     "magnitude_global": {"criterion": "magnitude", "scope": "global"},
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dict_global": {"sparsity": {"3": 0.9, "5": 0.1}, "scope": "global"},
     "erk": {"sparsity": lap_ext.erk(0.8)},
     "exclude": {"exclude": ["0"], "scope": "global"},
-    "none": {"sparsity": 1.0},
+    "none": {"sparsity": 1.0, "min_keep": 0},
     "all": {"sparsity": 0.0, "scope": "global"},
 }
 

@@ -174,7 +174,10 @@ def test_progress_adds_up(dense: Path) -> None:
     ("options", "said"),
     [
         ({"criterion": "obd"}, "checkpoint.scores: expected a criterion that reads weights only"),
-        ({"normalize": "all"}, "checkpoint.scores: expected normalize to be 'none', 'norm'"),
+        (
+            {"normalize": "all"},
+            "checkpoint.scores: expected normalize to be 'auto', 'none', 'norm'",
+        ),
         ({"memory": "much"}, "checkpoint.scores: expected memory such as"),
         ({"exclude": "x*"}, "checkpoint.scores: expected exclude patterns that name a layer"),
         ({"layers": "x*"}, "checkpoint.scores: expected layers patterns that name a layer"),

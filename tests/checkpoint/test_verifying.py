@@ -310,7 +310,7 @@ def test_the_record_has_all_options(dense: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "lap_ext.json").read_text())
     assert facts["lap_ext"] == lap_ext.__version__ and facts["asked"]["batch_norm"] == "ignore"
     recorded = record.read(tmp_path / "out")
-    assert recorded is not None and recorded.wanted() == (lap_ext.erk(0.5), "layer")
+    assert recorded is not None and recorded.wanted() == (lap_ext.erk(0.5), "layer", None)
     assert recorded.counts == {row.name: (row.kept, row.total) for row in result.layers}
     assert record.read(dense) is None
 

@@ -80,7 +80,7 @@ def test_options_reach_the_scores(run: Run, tmp_path: Path) -> None:
         assert file.metadata() == {
             "lap_ext": lap_ext.__version__,
             "criterion": "magnitude",
-            "normalize": "none",
+            "normalize": "auto",
             "batch_norm": "edge",
         }
 

@@ -19,9 +19,7 @@ import lap_ext
 from lap_ext.cli import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTIONS = {
-    text.partition("\n")[0].strip(): text for text in re.split(r"^##? ", README, flags=re.M)[1:]
-}
+SECTIONS = {text.partition("\n")[0].strip(): text for text in re.split(r"^## ", README, flags=re.M)}
 COMMANDS = {
     name: [
         shlex.split(line, comments=True)[1:]
@@ -110,4 +108,4 @@ def test_the_blocks_of_a_section(
 
 
 def test_there_is_something_to_run() -> None:
-    assert sum(map(len, COMMANDS.values())) >= 9 and sum(map(len, BLOCKS.values())) >= 6
+    assert sum(map(len, COMMANDS.values())) >= 9 and sum(map(len, BLOCKS.values())) >= 5

@@ -102,7 +102,7 @@ def test_count_and_first_of_many(n: int, threads: int) -> None:
     for indices in ({0}, {n - 1}, {n // 2, n - 1}, set(range(n // 3, n // 3 + 1 + n // 5))):
         w = torch.ones(1, n)
         w[0, sorted(indices)] = INF
-        text = raised(lap_ext.mask, None, w, None, 0.5)
+        text = raised(lap_ext.mask, None, w, None, sparsity=0.5)
         assert text == message("mask", "w", len(indices), min(indices))
 
 
@@ -112,7 +112,8 @@ def test_nan_in_scores(dtype: torch.dtype, device: str) -> None:
     bad = x.clone()
     bad[1, 1] = bad[2, 0] = NAN
     tail = f"got 2 NaN values, the first at flat index 5. {REPAIR}"
-    for name, call in (("topk_mask", lap_ext.topk_mask), ("kth_largest", lap_ext.kth_largest)):
+    topk = lambda scores, keep: lap_ext.topk_mask(scores, keep=keep)  # noqa: E731
+    for name, call in (("topk_mask", topk), ("kth_largest", lap_ext.kth_largest)):
         assert raised(call, bad, 2) == f"{name}: expected scores without NaN in scores, {tail}"
         text = raised(call, [x, x[:0], bad], 2)
         assert text == f"{name}: expected scores without NaN in scores[2], {tail}"

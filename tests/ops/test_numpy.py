@@ -128,7 +128,7 @@ def test_neighbors(lap: Any) -> None:
     ):
         assert same(got, expected)
     assert same(lap.score(*args), lap_ext.score(w_prev, w, w_next))
-    assert same(lap.mask(*args, 0.8), lap_ext.mask(w_prev, w, w_next, sparsity=0.8))
+    assert same(lap.mask(*args, sparsity=0.8), lap_ext.mask(w_prev, w, w_next, sparsity=0.8))
     assert same(lap.prune_(*args, keep=9), lap_ext.mask(w_prev, w, w_next, keep=9))
     assert np.count_nonzero(args[1]) == 9
 

@@ -86,8 +86,8 @@ def test_mask_is_topk_of_score(layer: tuple[Tensor, ...], sparsity: float) -> No
 @given(layers(), SHARE, SHARE)
 def test_more_sparsity_keeps_a_subset(layer: tuple[Tensor, ...], a: float, b: float) -> None:
     less, more = sorted((a, b))
-    wide = lap_ext.mask_from_norms(*layer, less)
-    narrow = lap_ext.mask_from_norms(*layer, more)
+    wide = lap_ext.mask_from_norms(*layer, sparsity=less)
+    narrow = lap_ext.mask_from_norms(*layer, sparsity=more)
     assert not (narrow & ~wide).any()
 
 

@@ -182,7 +182,7 @@ def test_inputs_that_require_grad(device: str) -> None:
     for got, expected in zip(everything(*args)[:-1], everything(*plain)[:-1], strict=True):
         assert not got.requires_grad and got.grad_fn is None
         assert torch.equal(got, expected)
-    loss = (args[1] * lap_ext.mask(*args, 0.5)).sum()
+    loss = (args[1] * lap_ext.mask(*args, sparsity=0.5)).sum()
     loss.backward()
     assert args[0].grad is None and args[1].grad is not None
     assert not lap_ext.bn_scale(nn.BatchNorm1d(3)).requires_grad

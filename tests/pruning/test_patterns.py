@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a share": ({"sparsity": {nn.Linear: "0.5"}}, TypeError, "to be a number"),
     "a shadowed key": (
-        {"sparsity": {"*": 0.5, nn.Embedding: 0.9}},
+        {"sparsity": {"*": 0.5, nn.Embedding: 0.9}, "layers": "*"},
         ValueError,
         "got 'emb', whose layers all match '*' before it. Put it first.",
     ),

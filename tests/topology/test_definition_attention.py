@@ -226,7 +226,7 @@ def test_scaled_logits(name: str) -> None:
 
     model = randomized(qkvo(rule(SCALED[name])))
     x = torch.randn(1, 2, 2, dtype=torch.float64)
-    got = lap_ext.scores(model, x)
+    got = lap_ext.scores(model, x, layers="*")
     bare = qkvo(plain)
     bare.load_state_dict(model.state_dict())
     expected = distortions(bare, x, **LAST)

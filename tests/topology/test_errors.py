@@ -115,7 +115,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
                      "got aten.fft_fft.default, fed by the model's input (networks.py:"),
     "every_other_row": (lambda: picked(lambda w: w[::2]), ROWS, PICKED),
     "rows_by_index": (lambda: picked(lambda w: w[[4, 0, 2]]), ROWS, PICKED),
-    "columns_by_index": (lambda: picked(lambda w: w[:, [1, 0, 2, 3, 5, 4]]), ROWS, PICKED),
+    "columns_by_index": (lambda: picked(lambda w: w[:, [1, 0, 2, 3, 5]]), ROWS, PICKED),
     "repeated_row": (lambda: picked(lambda w: w[:1].expand(3, 6)), ROWS, PICKED),
     "computed_operand": (
         lambda: Net(lambda m, x: m.b(torch.einsum("nc,oc->no", m.a(x), m.w @ m.v)), a=linear(),
@@ -324,7 +324,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "order": ({"order": "up"}, ValueError,
               "expected order to be 'parallel', 'forward' or 'backward', got 'up'."),
     "normalize": ({"normalize": "l2"}, ValueError,
-                  "expected normalize to be 'none', 'norm' or 'lamp', got 'l2'."),
+                  "expected normalize to be 'auto', 'none', 'norm' or 'lamp', got 'l2'."),
     "batch_norm": ({"batch_norm": "on"}, ValueError,
                    "expected batch_norm to be 'edge', 'fold' or 'ignore', got 'on'."),
     "rounds": ({"rounds": 0}, ValueError, "expected rounds >= 1, got 0."),

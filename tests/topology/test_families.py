@@ -79,12 +79,14 @@ def test_what_is_a_layer(name: str) -> None:
 def test_half_of_every_layer(name: str) -> None:
     """All scores are finite and none is negative; (n + 1) // 2 weights of n are kept."""
     topology = traced(name)
-    scores = lap_ext.scores(topology.model, topology=topology)
+    scores = lap_ext.scores(topology.model, topology=topology, layers="*")
     assert list(scores) == list(topology.layers)
     for layer, score in scores.items():
         assert score.shape == topology.layers[layer].shape
         assert score.isfinite().all() and (score >= 0).all() and score.any()
-    result = lap_ext.prune(topology.model, None, 0.5, topology=topology, apply=False)
+    result = lap_ext.prune(
+        topology.model, None, 0.5, topology=topology, layers="*", apply=False, masks={}
+    )
     for row in result.layers:
         assert row.kept == (row.total + 1) // 2 == int(result.masks[row.name].sum())
         assert row.shape == topology.layers[row.name].shape

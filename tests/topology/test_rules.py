@@ -363,7 +363,9 @@ def test_parts_of_a_kernel() -> None:
     sizes = {"w": (4, 6, 1, 1), "d": (5, 1, 1, 1), "u": (6, 4, 1, 1), "e": (4, 2)}
     for name, size in sizes.items():
         setattr(model, name, nn.Parameter(torch.randn(size)))
-    scores = lap_ext.scores(randomized(model), torch.randn(1, 3, 2, 2, dtype=torch.float64))
+    scores = lap_ext.scores(
+        randomized(model), torch.randn(1, 3, 2, 2, dtype=torch.float64), layers="*"
+    )
     used = {"w": model.w[:3, 1:5], "d": model.d[:3], "u": model.u[2:4, :3], "e": model.e[1:3]}
     inside = {"w": scores["w"][:3, 1:5], "d": scores["d"][:3], "u": scores["u"][2:4, :3],
               "e": scores["e"][1:3]}  # fmt: skip
