@@ -226,7 +226,10 @@ class LookaheadImportance(tp.importance.Importance):
             if self._topology is None or shapes != self._shapes:
                 self._topology, self._shapes = self._traced(), shapes
             scores = lap_ext.scores(
-                self._model, topology=self._topology, layers="*", **self._scoring
+                self._model,
+                topology=self._topology,
+                layers=list(self._topology.layers),
+                **self._scoring,
             )
             layers = self._topology.layers
             self._scores = {

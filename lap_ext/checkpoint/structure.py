@@ -102,7 +102,8 @@ def _traced(model: nn.Module, inputs: list[Inputs], on_unsupported: OnUnsupporte
                 topology = trace(model, given, on_unsupported=on_unsupported)
                 warn(
                     f"The image branch is not pruned: its trace expected {error.expected}, got "
-                    f"{error.got}. To prune it, pass {{model=}} and {{example_inputs=}} that reach it."
+                    f"{error.got}. To prune it, pass {{model=}} and {{example_inputs=}} that reach "
+                    "it."
                 )
                 return topology
         raise

@@ -95,6 +95,8 @@ def _structure(model: nn.Module, constants: Mapping[str, Tensor]) -> ModelStruct
     for word, list_named in named.items():
         first: dict[int, str] = {}
         for name, x in list_named(remove_duplicate=False):
+            if word == "buffer" and _is_mask(name, tensors):
+                continue
             shared = first.setdefault(id(x), name)
             tied = "" if shared == name else f", the same as {shared!r}"
             shape = "not initialized" if is_lazy(x) else str(list(x.shape))
@@ -102,6 +104,12 @@ def _structure(model: nn.Module, constants: Mapping[str, Tensor]) -> ModelStruct
             tensors[name] = x
     values = {name: tensors[name].detach() for name in constants if name in tensors}
     return ModelStructure(built, attributes, values)
+
+
+def _is_mask(buffer: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether torch.nn.utils.prune keeps a mask of a parameter in a buffer."""
+    name = buffer.removesuffix("_mask")
+    return name != buffer and (name in parameters or f"{name}_orig" in parameters)
 
 
 def _places(prefix: str, values: Mapping[str, Any], seen: set[int]) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ _WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "
              "rnn_relu_cell"}  # fmt: skip
 
 
-# Operations that may have a complex tensor with channels among their arguments.
+# Operations that may have pairs of channels, real and imaginary parts, among their arguments.
 _PAIRED = {*_SAME, *_VIEWS, "view_as_real", "real", "imag", "mul", "_conj", "resolve_conj", "cat",
            "stack", "index", "index_select", "gather", "expand_as", "flip", "roll", "repeat",
            "repeat_interleave"}  # fmt: skip
@@ -137,10 +137,15 @@ class Tracer:
         routed = next((x for x in tensors if x.view is not None and x.view.routed), None)
         if routed is not None and not weighted:
             return routed if call.name in _SAME else self.unknown(call)
-        if call.name not in _PAIRED and not weighted and _is_complex(call):
+        if call.name not in _PAIRED and self._has_pairs(call):
             return self.unknown(call)
         function = _RULES.get(call.name)
         return self.unknown(call) if function is None else function(self, call)
+
+    def _has_pairs(self, call: Call) -> bool:
+        """Whether channels of an argument are pairs: real and imaginary parts."""
+        ids = (x.ids for x in call.values if self.pairs)
+        return any(bool(self.channels.of_kind(x, "complex").any()) for x in ids)
 
     def _sized(self, call: Call) -> Any:
         """Follows an operation some of whose sizes the data decides.
@@ -365,13 +370,6 @@ def _listed(feeding: list[str]) -> str:
     if len(feeding) <= 3:
         last = first.pop()
     return f"layers {', '.join(first)} and {last}"
-
-
-def _is_complex(call: Call) -> bool:
-    """Whether a tensor with channels is complex among the arguments."""
-    kinds = [x.meta.get("val") for x in call.node.all_input_nodes]
-    paired = any(isinstance(x, Tensor) and x.is_complex() for x in kinds)
-    return paired and any(x.has_channels for x in call.values)
 
 
 def _fits(x: Any) -> bool:

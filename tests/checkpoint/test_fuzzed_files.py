@@ -151,7 +151,8 @@ def test_the_record(place: Path, data: st.DataObject) -> None:
 @fuzzed
 @given(data=st.data())
 def test_a_printed_result(place: Path, data: st.DataObject) -> None:
-    printed, out = place / "printed.json", str(place / "after")
+    out = str(place / "after")
+    printed = fresh(place / "after", place / "pruned") / "printed.json"
     printed.write_text(json.dumps({"criterion": "magnitude", "model": "base", "out": out}))
     change(data, printed, text=True)
     found = ends(stored_pruning, printed)

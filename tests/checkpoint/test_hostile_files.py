@@ -220,7 +220,7 @@ def test_weights_that_are_not_finite(
 def test_options(dense: Path, tmp_path: Path) -> None:
     for options, text in (
         ({"scope": "model"}, "scope to be 'layer' or 'global'"),
-        ({"normalize": "l2"}, "normalize to be 'none', 'norm' or 'lamp'"),
+        ({"normalize": "l2"}, "normalize to be 'auto', 'none', 'norm' or 'lamp'"),
         ({"batch_norm": "maybe"}, "batch_norm to be"),
         ({"criterion": "wanda"}, "a criterion that reads weights only"),
         ({"criterion": lambda layer: layer.weight}, "a criterion that reads weights only"),

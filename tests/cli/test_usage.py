@@ -186,7 +186,8 @@ def test_the_page_of_an_earlier_result(run: Run, tmp_path: Path, given: list[str
     shown = json.loads(out)
     assert (status, error) == (0, "")
     assert shown["measured"] == measured and shown["out"] == "page.html"
-    assert "scope <code>layer</code>" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "<dt>scope</dt><dd><code>layer</code></dd>" in page
 
 
 def test_reports_that_cannot_be_made(run: Run, tmp_path: Path) -> None:

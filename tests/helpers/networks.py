@@ -44,7 +44,7 @@ def randomized(model: nn.Module) -> nn.Module:
 def check(model: nn.Module, *inputs: Tensor, **how: Any) -> None:
     """All scores of the model against the definition."""
     expected = distortions(randomized(model), inputs, **how)
-    got = lap_ext.scores(model, inputs, criterion="lookahead", batch_norm="edge")
+    got = lap_ext.scores(model, inputs, criterion="lookahead", layers="*", batch_norm="edge")
     assert set(got) == set(expected)
     for name, score in got.items():
         wrong = (score - expected[name]).abs() > RTOL * expected[name]

@@ -178,7 +178,7 @@ def test_types(lap: Any) -> None:
         assert issubclass(kind, TypeError) and text.startswith("score: expected"), text
     frozen = w.copy()
     frozen.flags.writeable = False
-    kind, text = raised(lap.prune_, None, frozen, None, 0.5)
+    kind, text = raised(lap.prune_, None, frozen, None, sparsity=0.5)
     assert issubclass(kind, ValueError) and text.startswith("prune_: expected") and frozen.all(), (
         text
     )

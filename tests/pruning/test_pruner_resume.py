@@ -297,7 +297,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
             "residual: sum in the state, chain here",
         ],
     ),
-    "min_keep": ({"min_keep": 5}, {}, ["min_keep: 5 in the state, None here"]),
+    "min_keep": ({"min_keep": 5}, {}, ["min_keep: 5 in the state, none here"]),
     "layers": (
         {},
         {"exclude": "fc2"},

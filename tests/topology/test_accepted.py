@@ -159,6 +159,7 @@ def test_models_that_cannot_be_traced() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore:All scores are 0")
 @pytest.mark.parametrize("criterion", ["lookahead", "random"])
 @pytest.mark.parametrize(
     "build",

@@ -115,7 +115,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
                      "got aten.fft_fft.default, fed by the model's input (networks.py:"),
     "every_other_row": (lambda: picked(lambda w: w[::2]), ROWS, PICKED),
     "rows_by_index": (lambda: picked(lambda w: w[[4, 0, 2]]), ROWS, PICKED),
-    "columns_by_index": (lambda: picked(lambda w: w[:, [1, 0, 2, 3, 5]]), ROWS, PICKED),
     "repeated_row": (lambda: picked(lambda w: w[:1].expand(3, 6)), ROWS, PICKED),
     "computed_operand": (
         lambda: Net(lambda m, x: m.b(torch.einsum("nc,oc->no", m.a(x), m.w @ m.v)), a=linear(),
