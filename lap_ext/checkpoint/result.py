@@ -110,7 +110,7 @@ def result_of(
     masks_file = directory / MASKS if masks_saved else None
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
-    model = plan.task.network.topology.model
+    topology = plan.task.network.topology
     return CheckpointResult(
         masks,
         rows,
@@ -119,5 +119,6 @@ def result_of(
         masks_file,
         scores,
         left_dense=plan.left_dense,
-        parameters=sum(x.numel() for x in model.parameters()),
+        parameters=sum(x.numel() for x in topology.model.parameters()),
+        unreached=topology.unreached,
     )

@@ -74,9 +74,15 @@ def result_of(
     plan: Plan, masks: Masks, rows: Sequence[LayerResult], left_dense: Mapping[str, str]
 ) -> PruneResult:
     """Makes the result of a plan."""
-    parameters = sum(x.numel() for x in plan.topology.model.parameters())
-    name = plan.criterion.name
-    return PruneResult(masks, rows, name, left_dense=left_dense, parameters=parameters)
+    topology = plan.topology
+    return PruneResult(
+        masks,
+        rows,
+        plan.criterion.name,
+        left_dense=left_dense,
+        parameters=sum(x.numel() for x in topology.model.parameters()),
+        unreached=topology.unreached,
+    )
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class PruneResult:
         left_dense: layers that were left dense by default -> the reason ("embedding", "tied to an
             embedding", "output head" or "all zero").
         parameters: the number of all parameters of the model.
+        unreached: names of weights that the example inputs do not reach: they stay dense.
 
     Example:
         >>> import torch, lap_ext
@@ -77,6 +78,7 @@ class PruneResult:
     criterion: str
     left_dense: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     parameters: int = field(kw_only=True)
+    unreached: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def kept(self) -> int:
@@ -124,6 +126,10 @@ class PruneResult:
             notes.append(f"Computed weights, multiplied by a mask: {some(masked, _LISTED)}.")
         if self.left_dense:
             notes.append(sentence(self.left_dense))
+        if self.unreached:
+            names = some(map(repr, self.unreached), _LISTED)
+            notes.append(f"Not reached by the example inputs, so dense: {names}.")
+        if self.left_dense or self.unreached:
             removed = (self.total - self.kept) / max(1, self.parameters)
             notes.append(
                 f"Of all {self.parameters:,} parameters of the model, {removed:.2%} were removed."
@@ -191,6 +197,7 @@ class PruneResult:
             "parameters": self.parameters,
             "empty_layers": self.empty_layers,
             "left_dense": dict(self.left_dense),
+            "unreached": list(self.unreached),
         }
         return json.dumps(facts | counts | outside | {"layers": rows}, indent=2)
 

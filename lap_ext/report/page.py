@@ -105,7 +105,7 @@ def _alarm(facts: Facts) -> str:
     return (
         f'<p class="alarm" role="note">Empty: {len(empty)} of {len(facts.layers)} layers {keep} '
         f"no weight ({names}). Nothing but biases and residual paths gets past {cut}. Prune with a "
-        "lower sparsity there, or rank each layer separately (scope layer).</p>"
+        "floor for every layer (min_keep), a lower sparsity, or each layer separately (scope).</p>"
     )
 
 

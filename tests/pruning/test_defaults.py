@@ -244,3 +244,26 @@ def test_a_name_includes_them() -> None:
 def test_a_classifier_is_no_output_head() -> None:
     net = nn.Sequential(nn.Embedding(30, 8), nn.Flatten(), nn.Linear(40, 7))
     assert list(lap_ext.prune(net, TOKENS, 0.5).masks) == ["2"]
+
+
+class Branches(nn.Module):
+    """Two branches, of which inputs may reach one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.image = nn.Linear(4, 6), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        y = self.words(x)
+        return y if image is None else y + self.image(image)
+
+
+def test_what_the_inputs_do_not_reach_is_said() -> None:
+    x = torch.ones(1, 4)
+    result = lap_ext.prune(Branches(), x, 0.5)
+    assert result.unreached == ("image.weight",) and list(result.masks) == ["words"]
+    assert "Not reached by the example inputs, so dense: 'image.weight'." in str(result)
+    assert "Of all 90 parameters of the model, 13.33% were removed." in str(result)
+    assert json.loads(result.to_json())["unreached"] == ["image.weight"]
+    both = lap_ext.prune(Branches(), (x, torch.ones(1, 9)), 0.5)
+    assert both.unreached == () and "Not reached" not in str(both)
