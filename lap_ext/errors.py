@@ -320,6 +320,10 @@ class LapWarning(UserWarning):
 def warn(message: str) -> None:
     """Issues a warning that points to the line of the user's program that called lap_ext."""
     level, frame = 1, cast("FrameType | None", sys._getframe())
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
+    while frame is not None:
+        file = frame.f_code.co_filename
+        importing = "importlib" in file and "_bootstrap" in file  # warnings does not count these
+        if not importing and not file.startswith(_PACKAGE):
+            break
+        level, frame = level + (not importing), frame.f_back
     warnings.warn(LapWarning(message), stacklevel=level)

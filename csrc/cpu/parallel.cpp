@@ -15,6 +15,7 @@ namespace {
 
 class Helpers {
  public:
+  // A body must not call this again.
   void run(int workers, const std::function<void(int)>& body) {
     const std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);
     if (!alone.owns_lock()) return body(0);
@@ -49,10 +50,11 @@ class Helpers {
     for (int i = 0; i < invited_; ++i) wake_.notify_one();
   }
 
-  // Signals are for the host's own threads.
+  // Signals are for the host's own threads, but for those that a thread's own fault raises.
   void start() {
     sigset_t all, before;
     sigfillset(&all);
+    for (int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, own);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       std::thread([this] { work(); }).detach();

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import lap_ext
 from lap_ext.allocation import Sparsity
+from lap_ext.computed import references, value
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in, revived_text
@@ -142,6 +143,7 @@ class TrainingCallback(ABC):
                 if known and isinstance(held, nn.Module):
                     weights = weights_of(_averaged(held), self.masks)
                     if len(weights) == len(self.masks):  # an average of the whole model
+                        _check_average(held, weights)
                         self._apply(held)
 
     def _finish(self, model: nn.Module) -> None:
@@ -196,6 +198,18 @@ def _averaged(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, AveragedModel) else model
 
 
+def _check_average(held: nn.Module, names: Iterable[str]) -> None:
+    """Raises for an average of buffers, where masks of computed weights are among them."""
+    computed = references(_averaged(held))
+    found = [name for name in names if parameter_in(name, computed) is not None]
+    if found and getattr(held, "use_buffers", False):
+        raise LapValueError(
+            "an average of parameters alone (use_buffers=False)",
+            f"one of buffers too, such as the mask of {found[0]!r}, which its module computes",
+            "Make its weight permanent (torch.nn.utils.parametrize.remove_parametrizations).",
+        )
+
+
 def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cure: str) -> None:
     """Checks that masks belong to the model's current weights: all that they prune are zero."""
     for name, weight in weights_of(model, masks).items():
@@ -208,13 +222,14 @@ def check_pruned(model: nn.Module, masks: Mapping[str, Tensor], source: str, cur
 
 
 def weights_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps the names of masks to parameters, where the model itself has parameters so named."""
+    """Maps the names of masks to the weights that the model itself has, or computes."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    computed = references(model)
     weights: dict[str, Tensor] = {}
     for layer in masks:
-        name = parameter_in(layer, parameters)
+        name = parameter_in(layer, {**parameters, **computed})
         if name is not None:
-            weights[layer] = parameters[name]
+            weights[layer] = parameters[name] if name in parameters else value(*computed[name])
     return weights
 
 
@@ -233,9 +248,9 @@ def _check_defaults(options: Mapping[str, Any]) -> None:
     """Checks that no option is given beside masks."""
     parameters = inspect.signature(TrainingCallback).parameters
     given = []
-    for name, value in options.items():
+    for name, given_value in options.items():
         default = parameters[name].default
-        if value is not None and (default is None or value != default):
+        if given_value is not None and (default is None or given_value != default):
             given.append(name)
     if given:
         raise LapTypeError(

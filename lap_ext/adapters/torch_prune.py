@@ -204,7 +204,9 @@ def scores(
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[ModuleWeight, Tensor]:
-    """Scores every weight of a model, under the keys that torch.nn.utils.prune expects.
+    """Scores weights of a model, under the keys that torch.nn.utils.prune expects.
+
+    Embeddings and output heads are left out unless layers names them, as in `lap_ext.prune`.
 
     A model that torch has already pruned is scored with its masks applied: only the weights that
     are left count in neighbor norms.

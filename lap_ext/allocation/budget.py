@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lap_ext.allocation.layerwise import Allocation, Shapes, total, uniform
+from lap_ext.allocation.layerwise import Allocation, Shapes, er, total, uniform, uniform_plus
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.options import MinKeep
 
@@ -94,7 +94,9 @@ def budget(
         Budget(keeps={'fc1': 4, 'fc2': 4}, total=5, floors={'fc1': 4, 'fc2': 4})
     """
     left = {name: shape for name, shape in shapes.items() if name not in without}
-    every = allocation.keeps(shapes)
+    every = allocation.keeps(shapes)  # names that it does not know are an error
+    if isinstance(allocation, (er, uniform_plus)):  # shares of what is left
+        every = allocation.keeps(left)
     keeps = {name: every[name] for name in left if name in every}
     least = floors(min_keep, {name: math.prod(left[name]) for name in keeps})
     # a number is a fraction of the layers that are left

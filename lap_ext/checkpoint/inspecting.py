@@ -221,7 +221,7 @@ def inspect_model(
     step = Step(on_progress, _STEP, sum(x.weight.nbytes for x in topology.layers.values()))
 
     def count(layer: Layer) -> int:
-        total = layer.weight.numel() - int(layer.weight.count_nonzero())
+        total = layer.weight.numel() - int(layer.effective.count_nonzero())
         step.read(layer.name, layer.weight.nbytes)
         return total
 

@@ -256,16 +256,20 @@ def floored_thresholds(
     return result
 
 
-def zero_layers(task: Task) -> list[str]:
-    """Names the layers with weights that are all zero; most need only their first chunk."""
-    buffer, zero = Buffer(), []
+def live_counts(task: Task, *, exact: bool) -> dict[str, int]:
+    """Counts the weights of each layer that are not zero.
+
+    exact: whether to read all of them; otherwise the first chunk that has one ends a layer.
+    """
+    buffer, live = Buffer(), {}
     for layer in task.layers:
-        copy = task.copies[layer.name][0]
-        chunks = task.source.chunks(copy, task.limits.chunk[layer.name], buffer)
-        empty = math.prod(layer.shape) == 0
-        if not empty and not any(bool(weight.any()) for _, weight in chunks):
-            zero.append(layer.name)
-    return zero
+        copy, count = task.copies[layer.name][0], 0
+        for _, weight in task.source.chunks(copy, task.limits.chunk[layer.name], buffer):
+            count += int(weight.count_nonzero())
+            if count and not exact:
+                break
+        live[layer.name] = count
+    return live
 
 
 def scorer(task: Task, layer: Layer, how: str) -> Callable[[Tensor, int], Tensor]:

@@ -169,12 +169,16 @@ def plan_of(
     source = Source(files)
     _check_copies(source, copies)
     task = Task(source, FileNetwork(topology, batch_norm), criterion, pruned, copies, limit)
-    zero = [] if scored is not None else passes.zero_layers(task)
+    floored = scope == "global" and bool(min_keep)
+    live = passes.live_counts(task, exact=floored) if scored is None else {}
+    zero = [name for name, count in live.items() if not count and 0 not in shapes[name]]
     left_dense |= dict.fromkeys(zero, ZERO)
     budget = allocation.budget(allocated, shapes, min_keep, without=zero)
     task.layers = [layer for layer in pruned if layer.name in budget.keeps]
     task.raw = scored is not None or (scope == "global" and normalize == "none")
     keeps, floors = budget.keeps, budget.floors
+    if floored:
+        floors = {name: min(floor, live[name]) for name, floor in floors.items()}
     if scope == "global":
         if normalize == "none":
             _check_dtypes(task)

@@ -106,8 +106,9 @@ def prune(
         save_masks: whether to write the masks, one bit per weight, to lap_ext_masks.safetensors in
             out.
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
-            bins, for a report. They are the scores that `lap_ext.scores` returns;
-            normalize="norm" is applied to them, "lamp" is not. No file is read again for this.
+            bins, for a report. They are the scores that `lap_ext.scores` returns, or magnitudes
+            where all of these are 0; normalize="norm" is applied to them, "lamp" is not. No file is
+            read again for this.
         resume: whether to resume an interrupted run with the same options, model and files, and to
             keep the finished part if this run is interrupted too. What an earlier run has left is
             read again and compared with checksums; what does not match is done anew, with a

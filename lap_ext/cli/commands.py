@@ -78,7 +78,8 @@ def _written(files: Sequence[Path]) -> str:
 
 def report(options: Any) -> int:
     """Makes the page of an earlier result, from its directory and the weights of the original."""
-    page = options.out or options.result.with_name(f"{options.result.resolve().stem}.html")
+    real = options.result.resolve()
+    page = options.out or real.with_name(f"{real.stem if real.is_file() else real.name}.html")
     from lap_ext.checkpoint.stored import stored_pruning
     from lap_ext.cli import outputs
     from lap_ext.report import write
@@ -115,6 +116,7 @@ def _stored_facts(options: Any, earlier: StoredPruning, progress: Progress) -> F
         from lap_ext.checkpoint.reporting import checkpoint_facts
 
         progress.step("trace")
+        given["example_inputs"] = models.examples(options.input)
         how = options.on_unsupported
         return checkpoint_facts(options.model, earlier, on_unsupported=how, **given)
     from lap_ext.pruning.reporting import model_facts

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lap_ext.computed.masking import MaskHook, keep_only, mask_of, masked, settle
+from lap_ext.computed.masking import MaskHook, keep_only, mask_buffer, mask_of, masked, settle
 
 
 class Reference(NamedTuple):
@@ -147,16 +147,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """Copies what `_replace` changes."""
-    stores: list[dict[Any, Any]] = [module._parameters, module._modules]
+    stores: list[dict[Any, Any]] = [module._parameters, module._buffers, module._modules]
     stores += [module._forward_pre_hooks, module.__dict__]
     return tuple(dict(store) for store in stores)
 
 
 def _restore(module: nn.Module, kind: type[nn.Module], *state: dict[str, Any]) -> None:
     module.__class__ = kind
-    parameters, modules, hooks, attributes = state
-    stores: Any = (module._parameters, module._modules, module._forward_pre_hooks)
-    for store, entries in zip(stores, (parameters, modules, hooks), strict=True):
+    *entries_of, attributes = state
+    stores: Any = (module._parameters, module._buffers, module._modules, module._forward_pre_hooks)
+    for store, entries in zip(stores, entries_of, strict=True):
         store.clear()
         store.update(entries)
     module.__dict__.update(attributes)
@@ -172,4 +172,5 @@ def _replace(module: nn.Module, values: dict[str, Tensor], requires_grad: bool) 
             del module._forward_pre_hooks[key]
     for name, tensor in values.items():
         module.__dict__.pop(name, None)  # what a hook has left
+        module._buffers.pop(mask_buffer(name), None)
         module._parameters[name] = nn.Parameter(tensor, requires_grad=requires_grad)

@@ -65,12 +65,12 @@ def settle(module: nn.Module) -> None:
         if isinstance(hook, MaskHook) and hook.attribute in module._parameters:
             weight = module.get_parameter(hook.attribute).detach()
             weight.copy_(masked(module, hook.attribute, weight))
-            del module._forward_pre_hooks[key], module._buffers[_buffer(hook.attribute)]
+            del module._forward_pre_hooks[key], module._buffers[mask_buffer(hook.attribute)]
 
 
 def masked(module: nn.Module, attribute: str, x: Tensor) -> Tensor:
     """Applies the mask of a tensor that a hook computes, where it has one."""
-    mask = module._buffers.get(_buffer(attribute))
+    mask = module._buffers.get(mask_buffer(attribute))
     return x if mask is None else torch.where(mask, x, 0.0)
 
 
@@ -79,7 +79,7 @@ def mask_of(module: nn.Module, attribute: str) -> Tensor | None:
     if parametrize.is_parametrized(module, attribute):
         steps: Any = module.parametrizations
         return next((x.mask for x in steps[attribute] if isinstance(x, Masked)), None)
-    return module._buffers.get(_buffer(attribute))
+    return module._buffers.get(mask_buffer(attribute))
 
 
 def keep_only(module: nn.Module, attribute: str, mask: Tensor) -> None:
@@ -93,11 +93,12 @@ def keep_only(module: nn.Module, attribute: str, mask: Tensor) -> None:
         steps: Any = module.parametrizations
         steps[attribute].append(Masked(own).train(module.training))
         return
-    module.register_buffer(_buffer(attribute), own)
+    module.register_buffer(mask_buffer(attribute), own)
     module.register_forward_pre_hook(MaskHook(attribute))
     with torch.no_grad():
         setattr(module, attribute, masked(module, attribute, getattr(module, attribute).detach()))
 
 
-def _buffer(attribute: str) -> str:
+def mask_buffer(attribute: str) -> str:
+    """Names the buffer that holds the mask of what a hook computes."""
     return f"{attribute}_kept"

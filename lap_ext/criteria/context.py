@@ -254,8 +254,8 @@ def readable(layer: Layer) -> Tensor:
     weight = layer.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
-        alone = f"exclude=[{layer.name!r}] with a criterion that reads no neighbors (magnitude)"
-        cure = f"Leave it out: {alone}."
+        alone = f"{{exclude={layer.name!r}}} with {{criterion='magnitude'}}"
+        cure = f"Leave it out: {alone}, which reads no neighbors."
         if not weight.is_complex():
             cure = "Convert the model first, as with model.to(torch.bfloat16), or dequantize it."
         raise LapTypeError(f"weights of {', '.join(FLOATS)}", dtype, cure, layer=layer.name)

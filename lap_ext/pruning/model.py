@@ -63,7 +63,7 @@ def scores(
     by: By = "layer",
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Scores every weight of a model without changing the model.
+    """Scores the weights of the layers that `prune` prunes, without changing the model.
 
     Args:
         model: as in `prune`.

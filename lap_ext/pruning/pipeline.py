@@ -47,7 +47,7 @@ def run(
     scoring = scoring_of(plan, given, data, on_progress)
     live = _live(plan.layers, given)
     asked = masks is not None and not masks  # {}: zeros count as weights
-    zero = [] if asked else [x.name for x in plan.layers if _is_zero(x, live, given)]
+    zero = [] if asked else [x.name for x in plan.layers if _is_zero(x, live, masks or {})]
     budget = allocation.budget(allocated, shapes, min_keep, without=zero)
     layers = [layer for layer in plan.layers if layer.name in budget.keeps]
     check_prunable(layers)
@@ -188,7 +188,7 @@ def _globally(
                 step.read(layer.name, layer.weight.nbytes)
         target = _target(number, options.rounds, start, keep)
         step = scoring.step("rank", layers)
-        masks = selection.floored_masks(network, layers, rankables, target, masks, floors)
+        masks = selection.floored_masks(layers, rankables, target, masks, floors)
         step.read("", step.total)
         if number < options.rounds:
             _set_masks(network, masks)

@@ -265,5 +265,5 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
     for name, layer in topology.layers.items():
         alive = layer.alive  # what a mask in the model has pruned stays pruned
         if alive is not None:
-            given[name] = given[name] & alive if name in given else alive
+            given[name] = given[name].to(alive.device) & alive if name in given else alive
     return given

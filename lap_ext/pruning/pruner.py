@@ -43,6 +43,7 @@ from lap_ext.options import (
 )
 from lap_ext.progress import Progress
 from lap_ext.pruning import pruner_state
+from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.pipeline import result_of, run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
@@ -212,7 +213,7 @@ class Pruner:
         own = {name: x for name, x in vars(self).items() if name != "_handle"}
         vars(twin).update(copy.deepcopy(own, memo), _handle=None)
         if self._handle is not None:
-            twin._use(twin.masks, self._plan.left_dense)
+            twin._use(twin.masks, self.result.left_dense if self.result else {})
         return twin
 
     @calling("Pruner")
@@ -321,7 +322,7 @@ class Pruner:
         expected = pruner_state.prunings_of(self._sparsity, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
-        self._use(masks, self._plan.left_dense)
+        self._use(masks, self._plan.left_dense | self._zero_layers(masks))
         self._step, self._prunings = step, expected
 
     def remove(self) -> None:
@@ -351,8 +352,19 @@ class Pruner:
         current = {
             name: self.masks[name].to(weight.device) for name, weight in self._weights(self.masks)
         }
-        result = run(self._plan, sparsity, current or None, self._data, self._on_progress)
+        given = None if not current else current | self._zeros_of_others(current)
+        result = run(self._plan, sparsity, given, self._data, self._on_progress)
         self._use({**current, **_broadcast(result.masks, self._group)}, result.left_dense)
+
+    def _zeros_of_others(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks zeros of layers that no pruning has masked yet, as the first pruning does."""
+        others = (x for x in self._plan.layers if x.name not in masks and bool(x.weight.any()))
+        return {x.name: x.weight.detach() != 0 for x in others}
+
+    def _zero_layers(self, masks: Mapping[str, Tensor]) -> dict[str, str]:
+        """Finds the layers that the prunings so far have left as they are."""
+        others = (x for x in self._plan.layers if masks and x.name not in masks)
+        return {x.name: ZERO for x in others if not bool(x.weight.any())}
 
     def _use(self, masks: Mapping[str, Tensor], left_dense: Mapping[str, str]) -> None:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""

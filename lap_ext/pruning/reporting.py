@@ -69,7 +69,7 @@ def _check_original(topology: Topology, masks: Masks) -> None:
                 "none" if layer is None else list(layer.shape),
                 argument="original",
             )
-        gone = layer.weight.detach()[~mask.to(layer.weight.device)]
+        gone = layer.effective[~mask.to(layer.weight.device)]
         pruned, alive = pruned + gone.numel(), alive + int(gone.count_nonzero())
     if pruned and not alive:
         raise LapValueError(
@@ -112,7 +112,7 @@ def model_facts(
 
     def weights(layer: Layer) -> LayerWeights:
         def chunks(_most: int) -> Iterator[Chunk]:  # all are in memory already
-            yield layer.weight, result.masks[layer.name], scores.get(layer.name)
+            yield layer.effective, result.masks[layer.name], scores.get(layer.name)
 
         return layer_weights(layer, layer.weight.element_size(), 1, chunks)
 

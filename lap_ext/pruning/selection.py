@@ -87,7 +87,9 @@ def _role_scores(network: Network, criterion: Criterion, role: Role, weight: Ten
 
 
 def scores_nothing(network: Network, criterion: Criterion, layer: Layer) -> bool:
-    """Tells whether all scores of a layer are 0: each use has a neighbor without weights."""
+    """Tells whether all scores of a layer are 0: what multiplies its weights is, in every use."""
+    if criterion.replaces and type(criterion).prepare is not Criterion.prepare:  # of data
+        return not bool(_weight(network, criterion, layer).any())
     if not criterion.by_role:
         return False
     norms = (criterion.norms(network, role) for role in layer.roles)
@@ -98,8 +100,8 @@ def dead_text(names: Iterable[str], raw: bool) -> str:
     """Says which layers have scores that are all 0; raw: whether these were ranked as they are."""
     ranked = "last ({normalize='lamp'} ranks them by magnitude)" if raw else "by magnitude"
     return (
-        f"All scores are 0 in {some(map(repr, names), _LISTED)}: the weights before or after are "
-        f"all zero. The weights of these layers were ranked {ranked}."
+        f"All scores are 0 in {some(map(repr, names), _LISTED)}: the weights, scales, inputs or "
+        f"gradients that multiply theirs are. Their weights were ranked {ranked}."
     )
 
 
@@ -236,7 +238,6 @@ def rankable(network: Network, criterion: Criterion, layer: Layer, normalize: st
 
 
 def global_masks(
-    network: Network,
     layers: Sequence[Layer],
     rankables: Sequence[Rankable],
     keep: int,
@@ -311,6 +312,8 @@ def _source(layer: Layer, item: Rankable, mask: Tensor | None) -> shares.Source:
             yield scores if mask is None else torch.where(mask[rows], scores, -1.0)
 
     size = None
+    if item.x.numel() == 0:
+        return shares.Source(layer.name, read, 0, score_dtype(item.x.dtype), size)
     if item.normalize == "norm":
         squares = ExactSum()
         for rows in _row_chunks(item, layer.shape[-1]):
@@ -352,7 +355,6 @@ def _scores_of_rows(item: Rankable, rows: slice) -> Tensor:
 
 
 def floored_masks(
-    network: Network,
     layers: Sequence[Layer],
     rankables: Sequence[Rankable],
     keep: int,
@@ -365,7 +367,7 @@ def floored_masks(
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
         some, ranked = zip(*(items[name] for name in names), strict=True)
-        new = global_masks(network, some, ranked, keep, masks)
+        new = global_masks(some, ranked, keep, masks)
         kept.update(new)
         return {name: int(mask.count_nonzero()) for name, mask in new.items()}
 

@@ -7,9 +7,9 @@ a mask can be exact:
 
     factor     w = p * f, and f is independent of p: a mask buffer (weight * mask in a forward,
                torch.nn.utils.prune), a gain, a scale per channel. The layer is the parameter p: the
-               weight is zero where p is, so p is set to zero, as everywhere. Where f is a mask that
-               no training changes (buffers, parameters that require no gradient), its zeros count
-               as pruned.
+               weight is zero where p is, so p is set to zero, as everywhere. Where p is multiplied
+               by an f that no training changes (buffers, parameters that require no gradient), its
+               zeros count as pruned.
     attribute  w = module.weight, which the module computes itself before its forward: weight_norm,
                spectral_norm, everything registered with torch.nn.utils.parametrize. The trace sees
                a parameter of that name in its place (lap_ext/computed), so that all that follows

@@ -95,7 +95,7 @@ def _structure(model: nn.Module, constants: Mapping[str, Tensor]) -> ModelStruct
     for word, list_named in named.items():
         first: dict[int, str] = {}
         for name, x in list_named(remove_duplicate=False):
-            if word == "buffer" and _is_mask(name, tensors):
+            if word == "buffer" and name not in constants and _is_mask(name, tensors):
                 continue
             shared = first.setdefault(id(x), name)
             tied = "" if shared == name else f", the same as {shared!r}"

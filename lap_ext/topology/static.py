@@ -154,7 +154,8 @@ def names_of(x: Any) -> list[str]:
     """Lists the parameters and buffers that a value is computed from."""
     if isinstance(x, Static):
         own = [x.name] if x.name else []
-        return own + [name for arg in x.args for name in names_of(arg)]
+        given = (*x.args, *(arg for _, arg in x.kwargs))
+        return own + [name for arg in given for name in names_of(arg)]
     if isinstance(x, (list, tuple)):
         return [name for item in x for name in names_of(item)]
     return []

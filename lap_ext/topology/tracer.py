@@ -204,9 +204,11 @@ class Tracer:
         if value.static is None or value.static.trainable:
             return None
         constant: Tensor = value.static.value(self.tensors, {})
+        if constant.is_meta:
+            return None
         for name in names_of(value.static):
             self.constants.setdefault(name, self.tensors[name].detach().clone())
-        return None if constant.is_meta else constant.to("cpu")
+        return constant.to("cpu")
 
     def couple(self, a: Tensor, b: Tensor, once: bool = False) -> None:
         """Notes that channels of two broadcast tensors are multiplied with each other.

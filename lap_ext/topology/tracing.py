@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 import lap_ext.topology.rules  # noqa: F401 (registers the rules)
 from lap_ext._text import did_you_mean, layer_name
+from lap_ext.computed import sources
 from lap_ext.errors import LapTypeError, LapValueError, TopologyError, calling, warn
 from lap_ext.options import ON_UNSUPPORTED, Inputs, OnUnsupported, one_of
 from lap_ext.topology.accepted import check_traceable, unwrapped
@@ -131,7 +132,12 @@ def _unreached(model: nn.Module, program: ExportedProgram) -> list[str]:
     for (kind, name, _), node in zip(placeholders(program), nodes, strict=True):
         if kind == "parameter" and node.users:
             read.add(first[name])
-    return [name for name, p in model.named_parameters() if p.dim() > 1 and name not in read]
+    read |= sources(model)  # of what modules compute
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and first[name] == name and name not in read
+    ]
 
 
 def _check_neighbors(topology: Topology, skipped: list[int]) -> None:

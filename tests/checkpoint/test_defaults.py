@@ -40,6 +40,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "floor": {"min_keep": 100, "sparsity": 0.99},
     "floor_lamp": {"min_keep": 0.08, "scope": "global", "sparsity": 0.9},
     "floor_raw": {"min_keep": 0.08, "scope": "global", "sparsity": 0.9, "normalize": "none"},
+    "floor_clamped": {"min_keep": 400, "scope": "global", "sparsity": 0.9},
     "floor_more": {"min_keep": 0.5, "scope": "global", "sparsity": 0.4, "normalize": "norm"},
 }
 
@@ -120,3 +121,14 @@ def test_verify_knows_zeros_of_the_original(scope: Any, tmp_path: Path) -> None:
     verdict = verifying.verify(tmp_path / "out", source, sparsity=0.5, scope=scope)
     assert verdict.ok, verdict.findings
     assert not verifying.verify(tmp_path / "out", source, sparsity=0.9, scope=scope).ok
+
+
+def test_verify_knows_layers_of_zeros(tmp_path: Path) -> None:
+    """A layer that is all zero has no share of an allocation, neither here nor there."""
+    net = network()
+    net[0].weight.data.zero_()
+    source = write(tmp_path / "dense", net.state_dict())
+    with pytest.warns(UserWarning, match="All scores are 0 in '3'"):
+        result = prune(source, tmp_path / "out", lap_ext.erk(0.9))
+    assert result.kept == 1113 and list(result.left_dense) == ["0"]  # a tenth of 11,130
+    assert verifying.verify(tmp_path / "out", source, sparsity=lap_ext.erk(0.9)).ok

@@ -190,6 +190,13 @@ def test_the_page_of_an_earlier_result(run: Run, tmp_path: Path, given: list[str
     assert "<dt>scope</dt><dd><code>layer</code></dd>" in page
 
 
+def test_the_name_of_a_page(run: Run, tmp_path: Path) -> None:
+    """That of the directory, dots and all."""
+    assert run("prune", "nets:net", "-s", "0.5", "-o", "net-0.5")[0] == 0
+    assert run("report", "net-0.5", "nets:net")[0] == 0
+    assert (tmp_path / "net-0.5.html").is_file()
+
+
 def test_reports_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     run(*PRUNE)
     (tmp_path / "mine.html").write_text("mine")

@@ -175,6 +175,54 @@ def test_a_layer_that_is_all_zero_is_left_as_it_is() -> None:
     assert torch.equal(result.masks["2"], dropped.masks["2"]) and kept.numel() == 200
 
 
+class Masked(nn.Linear):
+    """The paper's own layers: a weight times a mask, in the forward."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out)
+        self.register_buffer("mask", torch.ones(out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+def test_a_layer_of_zeros_with_a_mask_of_its_own() -> None:
+    net = nn.Sequential(Masked(4, 6), nn.ReLU(), Masked(6, 3))
+    net[2].weight.data.zero_()
+    with pytest.warns(UserWarning, match="All scores are 0 in '0'"):
+        result = lap_ext.prune(net, torch.ones(1, 4), 0.5)
+    assert list(result.masks) == ["0"] and result.left_dense == {"2": "all zero"}
+
+
+def test_gradients_that_are_all_zero() -> None:
+    """Before a head that begins at zero, each gradient is 0: magnitude, with a warning."""
+    net, x = mlp(6, 20, 4), torch.ones(2, 6)
+    net[2].weight.data.zero_()
+    data = [(x, torch.tensor([0, 1]))]
+    with pytest.warns(UserWarning, match="All scores are 0 in '0'.*ranked by magnitude"):
+        result = lap_ext.prune(net, x, 0.5, criterion="weight_gradient", data=data)
+    weight = mlp(6, 20, 4)[0].weight
+    assert torch.equal(result.masks["0"], lap_ext.topk_mask(weight.abs(), keep=60))
+
+
+def test_a_pruner_knows_what_it_left() -> None:
+    """Zeros of a layer that is named later, and layers of zeros, also after loading."""
+    net, x = mlp(6, 20, 20, 4), torch.ones(1, 6)
+    net[4].weight.data.zero_()
+    with torch.no_grad():
+        net[2].weight[10:] = 0
+    schedule = [{"0": 0.5}, {"0": 0.5, "2": 0.4}].__getitem__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = lap_ext.Pruner(net, x, schedule, criterion="magnitude")
+        pruner.step(), pruner.step()
+        assert pruner.result.layers[1].kept == pruner.result.layers[1].nonzero == 200
+        assert pruner.result.left_dense == {"4": "all zero"}
+        again = lap_ext.Pruner(net, x, schedule, criterion="magnitude")
+        again.load_state_dict(pruner.state_dict())
+    assert again.result.left_dense == {"4": "all zero"}
+
+
 @pytest.mark.parametrize("normalize", ["none", "norm", "lamp"])
 def test_a_dead_layer_in_one_ranking(normalize: Any) -> None:
     """Raw scores of 0 rank last, as they are; others are ranked by magnitude; both say so."""
@@ -267,3 +315,20 @@ def test_what_the_inputs_do_not_reach_is_said() -> None:
     assert json.loads(result.to_json())["unreached"] == ["image.weight"]
     both = lap_ext.prune(Branches(), (x, torch.ones(1, 9)), 0.5)
     assert both.unreached == () and "Not reached" not in str(both)
+
+
+def test_what_modules_compute_and_memory_that_is_shared_is_reached() -> None:
+    norms = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = nn.Sequential(*(norm(nn.Linear(6, 6)) for norm in norms), nn.Linear(6, 6))
+        other = nn.Linear(6, 6)
+    net.append(other)
+    other.weight.data = net[2].weight.data
+    topology = lap_ext.trace(net, torch.ones(1, 6))
+    assert topology.unreached == ()
+    for sparsity in (0.5, 0.75):  # the masks that the first pruning has registered fit
+        result = lap_ext.prune(net, None, sparsity, topology=topology)
+        assert list(result.masks) == ["0", "1", "2"] and result.kept == 108 * (1 - sparsity)
+    pruner = lap_ext.Pruner(net, None, lap_ext.one_shot(0.9), topology=topology)
+    assert list(lap_ext.scores(net, topology=pruner.topology)) == ["0", "1", "2"]

@@ -199,3 +199,42 @@ def test_a_topology_older_than_its_model_reads_the_model_as_it_is(
     expected = lap_ext.scores(changed, X.to(changed.a.weight.dtype))
     found = lap_ext.scores(changed, topology=topology)
     assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+class Gated(nn.Module):
+    """A constant mask of channels beside a parameter, named as torch's pruning names its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.gate = nn.Parameter(torch.ones(4))
+        self.register_buffer("gate_mask", torch.tensor([True, False, False, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.a(x) * self.gate).masked_fill(self.gate_mask, 0.0))
+
+
+def test_a_constant_that_is_named_like_a_mask() -> None:
+    model = Gated()
+    topology = lap_ext.trace(model, torch.ones(1, 3))
+    assert lap_ext.prune(model, None, 0.5, topology=topology, apply=False).kept == 10
+    other = Gated()
+    other.gate_mask.logical_not_()
+    with pytest.raises(ValueError, match="other values in the buffer 'gate_mask'"):
+        topology.bind(other)
+
+
+def test_a_trace_on_meta_serves_the_real_model() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.register_buffer("order", torch.tensor([2, 0, 1, 3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)[:, self.order])
+
+    real = Permuted()
+    with pytest.warns(UserWarning, match="counts as a boundary"):  # its values are not known
+        topology = lap_ext.trace(Permuted().to("meta"), torch.ones(1, 3), on_unsupported="cut")
+    assert topology.bind(real).model is real

@@ -116,7 +116,7 @@ def require_finite(w: Tensor, name: str) -> None:
 def require_batch_norm(gamma: Tensor | None, variance: Tensor, eps: float, name: str) -> None:
     """Raises unless a batch norm's scale, gamma / sqrt(variance + eps), is made of numbers."""
     checks = [("finite running_var", variance, variance.isfinite())]
-    checks += [(f"running_var > {-eps:g} (-eps)", variance, variance + eps > 0)]
+    checks += [(f"running_var > {-eps:g} (-eps)", variance, variance.double() + eps > 0)]
     if gamma is not None:
         checks.append(("finite weight", gamma.detach(), gamma.isfinite()))
     for expected, values, good in checks:
