@@ -79,7 +79,8 @@ def _written(files: Sequence[Path]) -> str:
 def report(options: Any) -> int:
     """Makes the page of an earlier result, from its directory and the weights of the original."""
     real = options.result.resolve()
-    page = options.out or real.with_name(f"{real.stem if real.is_file() else real.name}.html")
+    name = f"{real.stem if real.is_file() else real.name}.html"
+    page = options.out or (options.result if options.result.name else real).with_name(name)
     from lap_ext.checkpoint.stored import stored_pruning
     from lap_ext.cli import outputs
     from lap_ext.report import write

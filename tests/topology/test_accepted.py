@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         Complex,
         TypeError,
         "layer 'b': expected weights of float32, float64, float16, bfloat16, got complex64. Leave "
-        "it out: exclude=['b'] with a criterion that reads no neighbors (magnitude).",
+        "it out: exclude='b' with criterion='magnitude', which reads no neighbors.",
     ),
     "meta": (
         lambda: net().to("meta"),
