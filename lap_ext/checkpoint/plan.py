@@ -42,6 +42,7 @@ from lap_ext.options import (
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import check_sparsity, chosen
+from lap_ext.pruning.selection import stores_scores
 from lap_ext.topology import Layer
 
 DATA_FREE = (Lookahead, Lookforward, Lookback, Criterion, MagnitudeBN, Random)
@@ -88,7 +89,7 @@ class Plan:
             return
         for layer in self.task.layers:
             if layer.name not in self.fused:
-                once = used_once(self.task.criterion, layer)
+                once = not stores_scores(self.task.criterion, layer)
                 how = "scaled" if once and self.normalize != "lamp" else "plain"
                 yield [layer], self.keeps[layer.name], how
 
@@ -100,11 +101,6 @@ class Plan:
             limit = max(1, self.task.limits.sample // len(rankings))
             steps |= passes.sample_steps(layers, limit)
         return steps
-
-
-def used_once(criterion: Criterion, layer: Layer) -> bool:
-    """Whether each weight of a layer has one score, |w| times two norms."""
-    return not criterion.by_role or (len(layer.roles) == 1 and layer.roles[0].part.full)
 
 
 def check_options(
@@ -189,7 +185,7 @@ def plan_of(
         for layer in task.layers
         if layer.name in limit.masked_full
         and all(len(copy) == 1 for copy in copies[layer.name])
-        and used_once(criterion, layer)
+        and not stores_scores(criterion, layer)
     }
     return Plan(files, task, keeps, None, "none", fused, floors, left_dense)
 

@@ -59,12 +59,18 @@ class Record:
                 raise ValueError("no sparsity")
             sparsity = notation.of_texts(texts)
             allocation.of(sparsity)  # raises where it is no fraction
-            return sparsity, scope, self._min_keep()
+            return sparsity, scope, self.min_keep()
 
-    def _min_keep(self) -> MinKeep:
-        min_keep: MinKeep = self.options.get("min_keep")
-        allocation.floors(min_keep, {})  # raises where it is none
-        return min_keep
+    def min_keep(self) -> MinKeep:
+        """Reads the floors.
+
+        Raises:
+            LapValueError: they are damaged.
+        """
+        with _damage():
+            min_keep: MinKeep = self.options.get("min_keep") if self.options else None
+            allocation.floors(min_keep, {})  # raises where it is none
+            return min_keep
 
 
 def write(

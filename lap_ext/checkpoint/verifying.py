@@ -438,8 +438,9 @@ class _Comparison:
         given = wanted is not None
         try:
             recorded = record.read(self.after.path)
-            if recorded is not None and wanted is None:
-                wanted = recorded.wanted()
+            if recorded is not None:
+                floors = recorded.min_keep()
+                wanted = (*wanted[:2], floors) if wanted is not None else recorded.wanted()
         except ValueError:
             self._find(record.RECORD, _DAMAGED)
             return

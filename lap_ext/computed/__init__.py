@@ -4,6 +4,7 @@
 from lap_ext.computed.attributes import (
     Reference,
     as_parameters,
+    evaluating,
     is_computed,
     references,
     reserve_masks,
@@ -16,6 +17,7 @@ from lap_ext.computed.masking import keep_only, mask_of
 __all__ = [
     "Reference",
     "as_parameters",
+    "evaluating",
     "is_computed",
     "keep_only",
     "mask_of",

@@ -67,7 +67,7 @@ def sources(model: nn.Module) -> set[str]:
 
 def value(module: nn.Module, attribute: str) -> Tensor:
     """Computes the tensor from the module's present parameters, without gradients."""
-    with torch.no_grad(), _evaluating(module):
+    with torch.no_grad(), evaluating(module._modules.get("parametrizations")):
         hook = _hooks(module).get(attribute)
         if hook is None:
             computed: Tensor = getattr(module, attribute)
@@ -132,17 +132,16 @@ def _hooks(module: nn.Module) -> dict[str, WeightNorm | SpectralNorm]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts the parametrizations of a module into evaluation mode for a while."""
-    steps = module._modules.get("parametrizations")
-    modes = {} if steps is None else {step: step.training for step in steps.modules()}
+def evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Puts a module into evaluation mode; afterwards every training flag in it is as it was."""
+    modes = {} if model is None else {module: module.training for module in model.modules()}
     try:
-        for step in modes:
-            step.training = False
+        for module in modes:
+            module.training = False
         yield
     finally:
-        for step, training in modes.items():
-            step.training = training
+        for module, training in modes.items():
+            module.training = training
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -125,7 +125,7 @@ def _layer_mask(
     if not criterion.by_role:
         weight = _weight(network, criterion, layer)
         return from_norms.mask_from_norms(weight, None, None, keep=keep, mask=mask)
-    if len(layer.roles) > 1 or not layer.roles[0].part.full:
+    if stores_scores(criterion, layer):
         return ranking.topk_mask(layer_scores(network, criterion, layer), keep=keep, mask=mask)
     role = layer.roles[0]
     weight = _weight(network, criterion, layer)
@@ -216,7 +216,7 @@ class Rankable:
 
 
 def stores_scores(criterion: Criterion, layer: Layer) -> bool:
-    """Tells whether a ranking of several layers needs the scores of this one in memory."""
+    """Tells whether a score is more than |w| times two norms, so that no operator fuses it."""
     return criterion.by_role and not (len(layer.roles) == 1 and layer.roles[0].part.full)
 
 

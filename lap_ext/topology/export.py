@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from lap_ext.computed import Reference, as_parameters, references, value
+from lap_ext.computed import Reference, as_parameters, evaluating, references, value
 from lap_ext.errors import LapError, LapTypeError, TopologyError
 from lap_ext.ops.memory import memory_key
 from lap_ext.topology.exportable import exportable
@@ -162,19 +162,6 @@ def placeholders(program: ExportedProgram) -> list[tuple[str, str, Any]]:
         else:
             inputs.append(("input", getattr(spec.arg, "name", target), None))
     return inputs
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode; afterwards every module's training flag is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

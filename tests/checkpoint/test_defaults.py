@@ -13,7 +13,7 @@ from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
-from lap_ext.checkpoint import verifying
+from lap_ext.checkpoint import record, verifying
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
 
 
@@ -132,3 +132,14 @@ def test_verify_knows_layers_of_zeros(tmp_path: Path) -> None:
         result = prune(source, tmp_path / "out", lap_ext.erk(0.9))
     assert result.kept == 1113 and list(result.left_dense) == ["0"]  # a tenth of 11,130
     assert verifying.verify(tmp_path / "out", source, sparsity=lap_ext.erk(0.9)).ok
+
+
+def test_verify_knows_the_floors_of_the_record(tmp_path: Path) -> None:
+    source = write(tmp_path / "dense", network().state_dict())
+    result = prune(source, tmp_path / "out", 0.99, min_keep=100)
+    options = {"sparsity": ["0.99"], "scope": "layer", "min_keep": 100}
+    record.write(tmp_path / "out", options, result)
+    for sparsity in (None, 0.99):
+        assert verifying.verify(tmp_path / "out", source, sparsity=sparsity).ok
+    record.write(tmp_path / "out", options | {"min_keep": 90}, result)
+    assert not verifying.verify(tmp_path / "out", source, sparsity=0.99).ok

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lap_ext.topology.export import evaluating
+from lap_ext.computed import evaluating
 
 
 @contextmanager
