@@ -37,6 +37,7 @@ FLOORS = [
     {"errors"},
     {"_files", "computed", "ops", "options", "progress"},
     {"allocation", "masks", "numpy", "report", "schedule", "topology"},
+    {"places"},
     {"criteria"},
     {"pruning"},
     {""},

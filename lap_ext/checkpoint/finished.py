@@ -9,15 +9,13 @@ without instructions of its own does 0.4.
 
 from __future__ import annotations
 
-import stat
 import zlib
 from pathlib import Path
 
 from lap_ext.checkpoint import inside
-from lap_ext.checkpoint.files import Checkpoint, Shard
-from lap_ext.checkpoint.passes import Task
+from lap_ext.checkpoint.files import Shard
 from lap_ext.checkpoint.reading import Buffer, bytes_of
-from lap_ext.checkpoint.shards import stored_layers
+from lap_ext.checkpoint.shards import Writer
 from lap_ext.checkpoint.state import Work
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.errors import LapValueError, warn
@@ -26,16 +24,17 @@ from lap_ext.progress import Step
 _READ = 1 << 20  # bytes of a shard, or weights of a mask, at a time
 
 
-def finished(task: Task, files: Checkpoint, work: Work, masks: MaskFile | None) -> set[str]:
+def finished(writer: Writer, work: Work) -> set[str]:
     """Names the shards that need not be written again; warns of those that do."""
-    noted = work.facts["done"]
-    shards = [shard for shard in files.shards if shard.name in noted]
-    task.step = Step(task.on_progress, "check", sum(shard.size for shard in shards))
-    good = [x for x in shards if _checksum(work.files / x.name, x, task.step) == noted[x.name][0]]
+    noted, masks = work.facts["done"], writer.masks
+    shards = [shard for shard in writer.checkpoint.shards if shard.name in noted]
+    total = sum(shard.size for shard in shards)
+    step = Step(writer.task.scoring.on_progress, "check", total)
+    good = [x for x in shards if _checksum(work.files / x.name, x, step) == noted[x.name][0]]
     again = [repr(shard.name) for shard in shards if shard not in good]
     if good and masks is not None:
         expected = {shard.name: noted[shard.name][1] for shard in good}
-        if not _intact(task, good, masks, expected):
+        if not _intact(writer, good, masks, expected):
             good, again = [], ["the masks", *(repr(shard.name) for shard in shards)]
     if again:
         warn(
@@ -60,27 +59,25 @@ def _checksum(path: Path, shard: Shard, step: Step) -> int | None:
     return checksum if size == shard.size else None
 
 
-def _intact(task: Task, shards: list[Shard], masks: MaskFile, expected: dict[str, int]) -> bool:
+def _intact(writer: Writer, shards: list[Shard], masks: MaskFile, expected: dict[str, int]) -> bool:
     """Whether the mask file is there with the masks of these shards."""
     try:
-        facts = masks.path.lstat()
-        # a second name is a backup, perhaps: the file is written in place
-        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1 or facts.st_size != masks.size:
+        if not masks.complete:
             return False
         masks.open()
     except OSError:
         return False
     try:
         return masks.padded and all(
-            _checksum_of_masks(task, x, masks) == expected[x.name] for x in shards
+            _checksum_of_masks(writer, x, masks) == expected[x.name] for x in shards
         )
     finally:
         masks.close()
 
 
-def _checksum_of_masks(task: Task, shard: Shard, masks: MaskFile) -> int:
+def _checksum_of_masks(writer: Writer, shard: Shard, masks: MaskFile) -> int:
     """Computes the checksum of the masks of a shard's layers, a byte per weight, in its order."""
-    layers, checksum = stored_layers(task), 0
+    layers, checksum = writer.layers, 0
     for entry in shard.entries:
         if entry.name in layers:
             layer, stored = layers[entry.name]

@@ -47,6 +47,15 @@ def files_of(checkpoint: Checkpoint) -> list[list[Any]]:
     return rows
 
 
+def file_of(path: Path) -> list[Any]:
+    """Lists [path, *stamp, hash] of a file that decides the result and is in no checkpoint."""
+    with inside.opened(path.resolve()) as file:
+        facts, digest = os.fstat(file.fileno()), hashlib.sha256()
+        for begin, end in _ranges(facts.st_size, 0):
+            digest.update(os.pread(file.fileno(), end - begin, begin))
+        return [str(path.resolve()), *Stamp.of(facts), digest.hexdigest()]
+
+
 def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:
     """Raises unless the files are those of which files_of has given the rows."""
     stamps = {name: Stamp(*stamp) for name, *stamp, _ in rows}

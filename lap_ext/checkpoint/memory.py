@@ -21,19 +21,16 @@ import torch
 
 from lap_ext._files import parsed_size
 from lap_ext.checkpoint.files import DTYPES, Copy
-from lap_ext.checkpoint.layer_scores import row_length
 from lap_ext.criteria import Criterion
 from lap_ext.errors import LapTypeError, LapValueError
-from lap_ext.ops import native
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.options import BatchNorm, Normalize
+from lap_ext.places.place import row_length
 from lap_ext.topology import Layer, Topology
 
 _CHUNK = 1 << 18  # weights of a chunk, if they fit: its scores stay in the cache
 _SCRATCH = 48  # bytes per weight of a chunk beside itself: float64 sums over roles, keys, a mask
-_FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
-_FOLDED = 16  # the same for norms of weights times their batch norm, in float64
 _KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
 _SUMS = 24  # bytes per column of a layer whose squared norms are taken in chunks
 _CHANNEL = 40  # bytes per channel in the two passes over the channel graph
@@ -47,10 +44,7 @@ class Limits:
     """What may be in memory at a time."""
 
     chunk: dict[str, int]  # layer name -> weights of a chunk, a multiple of a row
-    measured_full: frozenset[str]  # layers whose squared norms are taken at once
-    masked_full: frozenset[str]  # layers that are masked at once, by the fused operator
-    ahead: bool  # whether the next layer is read while one is worked on
-    background: bool  # whether the one before is then written in the background too
+    rest: int  # bytes for full layers; the other half: a chunk, candidates, samples
     candidates: int  # keys that a ranking may hold
     sample: int  # weights of a sample
 
@@ -115,26 +109,7 @@ def limits(
         width = row_length(x)
         fitting = min(_CHUNK, left // 4 // (_SCRATCH + _itemsize(copies[x.name])))
         chunk[x.name] = max(1, fitting // width) * width
-    rest = left // 2  # for full layers; the other half: a chunk, candidates, samples
-    sizes = {x.name: _count(x) * _itemsize(copies[x.name]) for x in layers}
-    folded = _FOLDED if batch_norm == "fold" else 0
-    measured = {x.name: sizes[x.name] + folded * _count(x) for x in layers}
-    beside = 1 + (0 if native.info().native else _FALLBACK) + 8 * criterion.replaces
-    masked = {x.name: sizes[x.name] + beside * _count(x) for x in layers}
-    fits_measured = {name for name, need in measured.items() if need <= rest}
-    fits_masked = {name for name, need in masked.items() if need <= rest}
-    ahead = _largest(sizes, fits_measured) + _largest(measured, fits_measured) <= rest
-    writing = _largest(sizes, fits_masked) + _largest(masked, fits_masked)
-    before = _largest({x.name: sizes[x.name] + _count(x) for x in layers}, fits_masked)
-    return Limits(
-        chunk,
-        frozenset(fits_measured),
-        frozenset(fits_masked),
-        ahead and writing <= rest,
-        ahead and writing + before <= rest,
-        left // _SHARE // _KEY,
-        left // _SHARE // _SAMPLED,
-    )
+    return Limits(chunk, left // 2, left // _SHARE // _KEY, left // _SHARE // _SAMPLED)
 
 
 def _segments(layer: Layer, copies: list[Copy], batch_norm: BatchNorm) -> int:
@@ -157,10 +132,6 @@ def held_by_scores(
         most = max(most, before + _count(layer) * (score + _NORMALIZING[normalize]))
         before = _count(layer) * (score if normalize == "none" else torch.float64.itemsize)
     return most
-
-
-def _largest(needs: dict[str, int], fits: set[str]) -> int:
-    return max((needs[name] for name in fits), default=0)
 
 
 def _count(layer: Layer) -> int:

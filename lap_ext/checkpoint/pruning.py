@@ -3,11 +3,11 @@
 
     check    checks directory, model, names, options, memory and disk before anything is written
     measure  reads each tensor once for its squared row and column norms: a few MB give all norms
-    rank     passes over the scores, for rankings that do not fit into memory
+    rank     passes over the scores, for rankings that do not fit into memory, and for rounds
     write    reads each tensor once more and writes it, masked, into a directory next to OUT that is
              renamed to OUT at the end
 
-The plan is made in plan.py; the passes are in passes.py and shards.py.
+Scores and selection are those of lap_ext/pruning, over the place in weights.py; shards.py writes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import nn
 
 import lap_ext
 from lap_ext.allocation import Sparsity
-from lap_ext.checkpoint import identity, lamp, passes
-from lap_ext.checkpoint.files import MASKS, open_directory
+from lap_ext.checkpoint import identity
+from lap_ext.checkpoint.files import MASKS, Checkpoint, open_directory
 from lap_ext.checkpoint.finished import finished
 from lap_ext.checkpoint.memory import parsed
-from lap_ext.checkpoint.passes import SliceThreshold
-from lap_ext.checkpoint.plan import Plan, check_options, check_out, plan_of
+from lap_ext.checkpoint.plan import check_out, plan_of
 from lap_ext.checkpoint.result import CheckpointResult, result_of
 from lap_ext.checkpoint.shards import Writer, check_disk
 from lap_ext.checkpoint.state import Work, working
-from lap_ext.checkpoint.structure import structure_of
+from lap_ext.checkpoint.structure import Structure, structure_of
+from lap_ext.checkpoint.weights import Files
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import calling, warn
@@ -41,11 +41,15 @@ from lap_ext.options import (
     MinKeep,
     Normalize,
     OnUnsupported,
+    Order,
     Patterns,
     Scope,
-    normalize_for,
 )
 from lap_ext.progress import Progress
+from lap_ext.pruning import pipeline
+from lap_ext.pruning.pipeline import Task
+from lap_ext.pruning.plan import options_of
+from lap_ext.pruning.pruner_state import described_criterion
 from lap_ext.pruning.result import LayerResult
 from lap_ext.report import Histogram
 
@@ -59,10 +63,13 @@ def prune(
     scope: Scope = "layer",
     criterion: CriterionLike = "lookahead",
     normalize: Normalize = "auto",
+    order: Order = "parallel",
+    rounds: int = 1,
     layers: Patterns | None = None,
     exclude: Patterns = (),
     min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
+    data: str | os.PathLike[str] | None = None,
     memory: int | str = "4GB",
     example_inputs: Inputs | None = None,
     model: nn.Module | None = None,
@@ -86,14 +93,17 @@ def prune(
         sparsity: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
             ranking: one pass for lookahead criteria, two or three for magnitudes.
-        criterion: a criterion that reads only weights: "lookahead", "lookforward", "lookback",
-            "magnitude", "magnitude_bn" or "random".
-        normalize: as in `lap_ext.prune`. "lamp" sorts the scores that are high enough to
-            survive, with only as many in memory at a time as fit.
+        criterion: as in `lap_ext.prune`, one of your own too. A function of a layer sees one full
+            layer at a time, which must fit into memory; a class derived from `Criterion` sees rows.
+        normalize: as in `lap_ext.prune`.
+        order: as in `lap_ext.prune`. "forward" and "backward" read all weights twice more.
+        rounds: as in `lap_ext.prune`. Each reads all weights two times or more.
         layers: as in `lap_ext.prune`.
         exclude: as in `lap_ext.prune`.
         min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
+        data: for criteria that need activations or gradients, the path of a safetensors file of
+            statistics that `lap_ext.criteria.measure` has computed.
         memory: how much memory pruning may use at a time: "4GB", "512MiB" or a number of bytes, not
             counting the interpreter, the libraries and the traced model. Layers that do not fit are
             pruned in chunks of rows, with the same result.
@@ -141,138 +151,98 @@ def prune(
         >>> int((pruned["0.weight"] != 0).sum())
         36
     """
-    checked = check_options(scope, criterion, normalize, batch_norm)
-    normalize = normalize_for(normalize, scope)
+    options = options_of(
+        criterion,
+        scope=scope,
+        normalize=normalize,
+        order=order,
+        rounds=rounds,
+        layers=layers,
+        exclude=exclude,
+        min_keep=min_keep,
+        batch_norm=batch_norm,
+    )
     source, target = Path(directory), Path(out)
     check_out(source, target)
     budget = parsed(memory)
     files = open_directory(source)
     structure = structure_of(files, model, example_inputs, on_unsupported)
-    plan = plan_of(
-        structure,
-        files,
-        checked,
-        sparsity,
-        scope=scope,
-        normalize=normalize,
-        layers=layers,
-        exclude=exclude,
-        batch_norm=batch_norm,
-        memory=budget,
-        min_keep=min_keep,
-    )
-    plan.task.on_progress = on_progress
-    options: dict[str, Any] = {
-        "lap_ext": lap_ext.__version__,
-        "path": str(files.path.resolve()),
-        "files": identity.files_of(files),
-        "network": identity.network_of(structure),
+    plan, place = plan_of(structure, files, options, budget)
+    task = pipeline.begin(plan, place, sparsity, data, on_progress)
+    described = _described(task, structure, files, data) | {
         "save_masks": save_masks,
-        "scope": scope,
-        "normalize": normalize,
-        "batch_norm": batch_norm,
         "on_unsupported": on_unsupported,
-        "keep": plan.keep,
-        "floors": plan.floors,
-        "criterion": [checked.name, getattr(checked, "seed", 0)],
-        "layers": [[x.name, x.shape, plan.keeps[x.name]] for x in plan.task.layers],
         "count_scores": count_scores,
     }
-    with working(target.resolve(), options, resume) as work:  # a link stays a link
+    with working(target.resolve(), described, resume) as work:  # a link stays a link
         if work.notice:
             warn(work.notice)
-        masks = None
-        if save_masks:
-            masks = MaskFile(work.files, {x.name: x.shape for x in plan.task.layers})
-        _run(plan, masks, work, count_scores)
-        scores, rows = _scores(plan, work), _rows(plan, work)
-        identity.check_same(files, options["files"])
+        shapes = {x.name: x.shape for x in task.layers}
+        masks = MaskFile(work.files, shapes) if save_masks else None
+        place.use(work, shapes)
+        try:
+            _run(task, place, files, masks, work, count_scores)
+        finally:
+            place.close()
+        scores, rows = _scores(task, work), _rows(task, work)
+        identity.check_same(files, described["files"])
         work.finish(target.resolve())
     unpruned = files.unpruned()
     if unpruned:
         warn(
             f"These files may hold the weights too and are copied unpruned: {', '.join(unpruned)}",
         )
-    plan.task.warn_of_dead()
-    result = result_of(plan, target, rows, save_masks, scores)
+    task.scoring.warn_of_dead()
+    result = result_of(task, target, rows, save_masks, scores)
     if min_keep is None:
         result.warn_if_empty()
     return result
 
 
-def _run(plan: Plan, masks: MaskFile | None, work: Work, counted: bool) -> None:
-    """Runs all passes, from where an earlier run has stopped."""
-    task, files = plan.task, plan.files
-    done = finished(task, files, work, masks)
+def _described(task: Task, structure: Structure, files: Checkpoint, data: object) -> dict[str, Any]:
+    """Describes what decides the result: only a run that is described alike is resumed."""
+    options, budget = task.scoring.plan.options, task.budget
+    return {
+        "lap_ext": lap_ext.__version__,
+        "path": str(files.path.resolve()),
+        "files": identity.files_of(files),
+        "network": identity.network_of(structure),
+        "scope": options.scope,
+        "normalize": options.normalize,
+        "order": options.order,
+        "rounds": options.rounds,
+        "batch_norm": options.batch_norm,
+        "keep": budget.total if options.scope == "global" else None,
+        "floors": budget.floors,
+        "criterion": described_criterion(options.criterion),
+        "statistics": None if data is None else identity.file_of(Path(os.fspath(data))),
+        "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
+    }
+
+
+def _run(
+    task: Task,
+    place: Files,
+    files: Checkpoint,
+    masks: MaskFile | None,
+    work: Work,
+    counted: bool,
+) -> None:
+    """Selects and writes, from where an earlier run has stopped."""
+    writer = Writer(task, place, files, masks, counted)
+    done = finished(writer, work)
     work.facts["done"] = {name: x for name, x in work.facts["done"].items() if name in done}
     work.keep({*done, MASKS} if done else ())
     check_disk(files, work, masks)
     if masks is not None and not done:
         masks.create()
-    if plan.measured and not _measured_before(plan, work):
-        task.steps = plan.steps()
-        passes.measure(task)
-        samples = {f"sample {name}": x for name, x in task.samples.items()}
-        work.save_tensors(task.network.state() | samples)
-        work.facts["steps"] = task.steps
-        work.save()
-    if plan.normalize != "none":
-        _normalize(plan, work)
-    _rank(plan, work)
-    Writer(task, files, plan.keeps, plan.thresholds, masks, counted).run(work)
+    writer.run(pipeline.select(task), work)
 
 
-def _normalize(plan: Plan, work: Work) -> None:
-    """Finds what makes scores of layers comparable, unless an earlier run has found it."""
-    task, facts = plan.task, work.facts
-    if "sizes" not in facts and "keeps" not in facts:
-        if plan.normalize == "norm":
-            facts["sizes"] = passes.score_sizes(task)
-        else:
-            assert plan.keep is not None
-            facts["keeps"] = lamp.kept(task, task.layers, plan.keep, plan.floors)
-        work.save()
-    task.sizes = dict(facts.get("sizes", {}))
-    plan.keeps |= facts.get("keeps", {})
-
-
-def _measured_before(plan: Plan, work: Work) -> bool:
-    """Loads the squared norms of an earlier run; False if there are none."""
-    if "steps" not in work.facts:
-        return False
-    tensors = work.tensors()
-    if tensors is None:
-        warn(
-            f"What an interrupted run has left in {str(work.directory)!r} is damaged in part. "
-            "These are done again: the squared norms."
-        )
-        return False
-    task = plan.task
-    task.network.load_state(tensors)
-    task.samples = {
-        name.removeprefix("sample "): x for name, x in tensors.items() if name.startswith("sample ")
-    }
-    task.steps = dict(work.facts["steps"])
-    return True
-
-
-def _rank(plan: Plan, work: Work) -> None:
-    """Finds the thresholds that an earlier run has not found."""
-    facts = work.facts.setdefault("thresholds", [])
-    for name, begin, *fields in facts:
-        plan.thresholds[name, begin] = SliceThreshold(*fields)
-    for layers, keep, how in plan.rankings():
-        if (layers[0].name, 0) not in plan.thresholds:
-            new = passes.floored_thresholds(plan.task, layers, keep, plan.floors, how)
-            plan.thresholds.update(new)
-            facts += [[*key, x.key, x.ties, x.kept, x.how] for key, x in new.items()]
-            work.save()
-
-
-def _scores(plan: Plan, work: Work) -> dict[str, Histogram]:
+def _scores(task: Task, work: Work) -> dict[str, Histogram]:
     """Adds the counts of all shards, in the order of layers."""
     result: dict[str, Histogram] = {}
-    for layer in plan.task.layers:
+    for layer in task.layers:
         for counts in work.facts.get("scores", {}).values():
             if layer.name in counts:
                 result.setdefault(layer.name, Histogram()).update(
@@ -281,10 +251,10 @@ def _scores(plan: Plan, work: Work) -> dict[str, Histogram]:
     return result
 
 
-def _rows(plan: Plan, work: Work) -> list[LayerResult]:
+def _rows(task: Task, work: Work) -> list[LayerResult]:
     """Makes the table from the counts of the masks that were written."""
     rows = []
-    for layer in plan.task.layers:
+    for layer in task.layers:
         kept = sum(counts.get(layer.name, 0) for counts in work.facts.get("kept", {}).values())
         # a zero weight is never kept
         row = LayerResult(layer.name, layer.kind, layer.shape, kept, math.prod(layer.shape), kept)

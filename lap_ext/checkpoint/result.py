@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from lap_ext.checkpoint.files import MASKS
-from lap_ext.checkpoint.plan import Plan
 from lap_ext.errors import LapTypeError, calling
 from lap_ext.masks import BitMasks, Masks
 from lap_ext.options import Inputs, OnUnsupported
+from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.result import LayerResult, Original, PruneResult
 from lap_ext.report import Histogram, write
 
@@ -100,25 +100,25 @@ class CheckpointResult(PruneResult):
 
 
 def result_of(
-    plan: Plan,
+    task: Task,
     directory: Path,
     rows: Sequence[LayerResult],
     masks_saved: bool,
     scores: Mapping[str, Histogram],
 ) -> CheckpointResult:
-    """Makes the result of a plan whose masks are in a file or were not saved."""
+    """Makes the result of a pruning whose masks are in a file or were not saved."""
     masks_file = directory / MASKS if masks_saved else None
     shapes = {row.name: row.shape for row in rows}
     masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
-    topology = plan.task.network.topology
+    topology = task.scoring.plan.topology
     return CheckpointResult(
         masks,
         rows,
-        plan.task.criterion.name,
+        task.scoring.plan.criterion.name,
         directory,
         masks_file,
         scores,
-        left_dense=plan.left_dense,
+        left_dense=task.left_dense,
         parameters=sum(x.numel() for x in topology.model.parameters()),
         unreached=topology.unreached,
     )

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lap_ext.checkpoint import passes
 from lap_ext.checkpoint.files import open_directory
 from lap_ext.checkpoint.memory import parsed
-from lap_ext.checkpoint.plan import Plan, check_options, plan_of
-from lap_ext.checkpoint.reading import Buffer
+from lap_ext.checkpoint.plan import plan_of
 from lap_ext.checkpoint.stream import ScoreStream
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.criteria import CriterionLike
@@ -33,10 +31,11 @@ from lap_ext.options import (
     Normalize,
     OnUnsupported,
     Patterns,
-    normalize_for,
 )
-from lap_ext.progress import Progress
-from lap_ext.pruning import normalization
+from lap_ext.progress import Progress, Step
+from lap_ext.pruning import normalization, pipeline
+from lap_ext.pruning.plan import options_of
+from lap_ext.pruning.scoring import Scoring
 from lap_ext.topology import Layer
 
 
@@ -49,6 +48,7 @@ def scores(
     layers: Patterns | None = None,
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
+    data: str | os.PathLike[str] | None = None,
     memory: int | str = "4GB",
     example_inputs: Inputs | None = None,
     model: nn.Module | None = None,
@@ -69,6 +69,7 @@ def scores(
         layers: as in `checkpoint.prune`.
         exclude: as in `checkpoint.prune`.
         batch_norm: as in `checkpoint.prune`.
+        data: as in `checkpoint.prune`.
         memory: as in `checkpoint.prune`; the scores of two layers must fit into it: those that the
             caller still holds, and the next ones.
         example_inputs: as in `checkpoint.prune`.
@@ -96,51 +97,45 @@ def scores(
         ...     {layer.name: values for layer, values in stream}  # |3| * 1 * |-2|, |-2| * |3| * 1
         {'0': tensor([[6.]]), '2': tensor([[6.]])}
     """
-    checked = check_options("layer", criterion, normalize, batch_norm)
-    normalize = normalize_for(normalize, "layer")
+    options = options_of(
+        criterion,
+        normalize=normalize,
+        batch_norm=batch_norm,
+        layers=layers,
+        exclude=exclude,
+    )
     budget = parsed(memory)
     files = open_directory(Path(directory))
     structure = structure_of(files, model, example_inputs, on_unsupported)
-    plan = plan_of(
-        structure,
-        files,
-        checked,
-        0.0,
-        scope="layer",
-        normalize="none",
-        layers=layers,
-        exclude=exclude,
-        batch_norm=batch_norm,
-        memory=budget,
-        scored=normalize,
-    )
-    task = plan.task
-    task.on_progress = on_progress
-    dtypes = [_dtype(normalize, task.dtype(layer)) for layer in task.layers]
-    options = {"criterion": checked.name, "normalize": normalize, "batch_norm": batch_norm}
-    compute = partial(_computed, plan, normalize)
-    return ScoreStream(task.layers, dtypes, compute, options, files.path)
+    plan, place = plan_of(structure, files, options, budget, options.normalize)
+    scoring = pipeline.scoring_of(plan, place, data, on_progress, raw=True)
+    dtypes = [_dtype(options.normalize, place.dtype(layer)) for layer in plan.layers]
+    described = {
+        "criterion": options.criterion.name,
+        "normalize": options.normalize,
+        "batch_norm": batch_norm,
+    }
+    return ScoreStream(plan.layers, dtypes, partial(_computed, scoring), described, files.path)
 
 
-def _computed(plan: Plan, normalize: Normalize) -> Iterator[Tensor]:
+def _computed(scoring: Scoring) -> Iterator[Tensor]:
     """Computes the scores of each layer, in one pass over the checkpoint."""
-    task = plan.task
+    layers = scoring.plan.layers
     with calling("checkpoint.scores"):
-        if plan.measured:
-            passes.measure(task)
-        buffer = Buffer()
-        task.begin("score", task.layers)
-        for layer in task.layers:
-            yield _scored(task, layer, normalize, buffer)
+        scoring.forget(scoring.plan.topology.layers.values())
+        scoring.measure("scores")
+        step = scoring.step("score", layers)
+        for layer in layers:
+            yield _scored(scoring, layer, step)
 
 
-def _scored(task: passes.Task, layer: Layer, normalize: Normalize, buffer: Buffer) -> Tensor:
+def _scored(scoring: Scoring, layer: Layer, step: Step) -> Tensor:
     """Computes the scores of a layer; nothing else stays in memory."""
-    scorer = passes.scorer(task, layer, "plain")
-    values = torch.empty(math.prod(layer.shape), dtype=score_dtype(task.dtype(layer)))
-    for first, weight in task.chunks(layer, task.copies[layer.name][0], buffer):
-        values[first : first + weight.numel()] = scorer(weight, first)
+    values = torch.empty(math.prod(layer.shape), dtype=score_dtype(scoring.place.dtype(layer)))
+    for piece, scores in scoring.scored(layer, "plain", step):
+        values[piece.first : piece.first + scores.numel()] = scores.flatten()
     with in_layer(layer.name):
+        normalize = scoring.plan.options.normalize
         return normalization.normalized(values.view(layer.shape), normalize, None)
 
 

@@ -5,7 +5,8 @@
         files/             becomes OUT, by one rename at the end
         state.json         the task, what is done, and a hash of both
         squared norms.safetensors
-        lock               locked while a process works here (place.py)
+        rounds/            masks of rounds, one bit per weight
+        lock               locked while a process works here (directory.py)
 
 A shard counts as done once it is complete and on the disk. What is taken over from an earlier run
 is compared with a hash first; of another task, or damaged, it is done anew, with a warning.
@@ -26,12 +27,13 @@ from typing import Any
 from torch import Tensor
 
 from lap_ext._files import small_file
-from lap_ext.checkpoint import place
+from lap_ext.checkpoint import directory as owned
 from lap_ext.errors import LapFileExistsError, LapOSError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-_FILES, _STATE, _SQUARED_NORMS = "files", "state.json", "squared norms.safetensors"
+_FILES, _ROUNDS = "files", "rounds"
+_STATE, _SQUARED_NORMS = "state.json", "squared norms.safetensors"
 _PARTS = (f"{_STATE}.part", f"{_SQUARED_NORMS}.part")
 _LARGEST_STATE, _LARGEST_TENSORS = 1 << 26, 1 << 30  # bytes; larger ones are not ours
 _OTHERS = {  # what the tasks of two runs differ in -> what the earlier one was of
@@ -46,6 +48,7 @@ class Work:
 
     Attributes:
         files: the directory that the result is written to.
+        rounds: the directory of the masks of rounds.
         options: what the run does: a table for JSON. Only a run of equal options is resumed.
         facts: intermediate results, saved as JSON: "done" (name of a finished shard -> its
             checksums), and the results of the passes.
@@ -54,7 +57,7 @@ class Work:
 
     def __init__(self, directory: Path, options: dict[str, Any]) -> None:
         self.directory = directory
-        self.files = directory / _FILES
+        self.files, self.rounds = directory / _FILES, directory / _ROUNDS
         self.options = json.loads(json.dumps(options))  # as it is read back
         self.facts: dict[str, Any] = {"done": {}}
         self.notice = ""
@@ -63,9 +66,10 @@ class Work:
         """Takes over what an earlier run of the same task has left, or starts from nothing."""
         for name in (_STATE, _SQUARED_NORMS, *_PARTS):
             if (self.directory / name).is_dir():
-                place.delete(self.directory / name)
-        if not self.files.is_dir():
-            place.delete(self.files)
+                owned.delete(self.directory / name)
+        for inner in (self.files, self.rounds):
+            if not inner.is_dir():
+                owned.delete(inner)
         found = any((self.directory / name).exists() for name in (_STATE, _FILES))
         problem = self.take_over() if resume and found else "of another run"
         if problem:
@@ -75,10 +79,11 @@ class Work:
                     f"{str(self.directory)!r} is {problem}."
                 )
             self.facts = {"done": {}}
-            for name in (_FILES, _STATE, _SQUARED_NORMS, *_PARTS):
-                place.delete(self.directory / name)
+            for name in (_FILES, _ROUNDS, _STATE, _SQUARED_NORMS, *_PARTS):
+                owned.delete(self.directory / name)
             self.save()
         self.files.mkdir(exist_ok=True)
+        self.rounds.mkdir(exist_ok=True)
 
     def take_over(self) -> str:
         """Reads the facts of an earlier run; says what they are if they can't be used, else ""."""
@@ -99,7 +104,7 @@ class Work:
         """Removes all files of the result so far but these."""
         for path in self.files.iterdir():
             if path.name not in names:
-                place.delete(path)
+                owned.delete(path)
 
     def save(self) -> None:
         """Writes the facts atomically."""
@@ -126,7 +131,7 @@ class Work:
     def _write(self, name: str, data: bytes) -> None:
         """Writes a file atomically; the temporary one has a name that a resumed run expects."""
         temporary = self.directory / f"{name}.part"
-        place.delete(temporary)
+        owned.delete(temporary)
         with on_disk(self.directory), temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -147,7 +152,7 @@ class Work:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        place.remove(self.directory)
+        owned.remove(self.directory)
 
 
 def _sealed(options: Any, facts: Any) -> dict[str, Any]:
@@ -169,10 +174,10 @@ def working(out: Path, options: dict[str, Any], resume: bool) -> Iterator[Work]:
     directory = out.with_name(f".{out.name}.lap_ext")
     with on_disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = place.hold(directory, out, {_FILES, _STATE, _SQUARED_NORMS, *_PARTS})
+        lock = owned.hold(directory, out, {_FILES, _ROUNDS, _STATE, _SQUARED_NORMS, *_PARTS})
     try:
         if occupied(out):  # it was not, before the lock
-            place.leave(directory)
+            owned.leave(directory)
             raise _occupied("the output of another run that has just ended", errno.EEXIST)
         work = Work(directory, options)
         try:
@@ -180,7 +185,7 @@ def working(out: Path, options: dict[str, Any], resume: bool) -> Iterator[Work]:
             yield work
         except BaseException as error:
             if not resume or isinstance(error, (ValueError, TypeError)):
-                place.remove(directory)
+                owned.remove(directory)
             raise
     finally:
         os.close(lock)

@@ -9,9 +9,8 @@ tensors that scale an edge are read at this point.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,19 +38,6 @@ class Structure:
     scales: dict[str, Tensor]  # the tensors that scales of edges are computed from
 
 
-class FileTopology(Topology):
-    """A topology whose scales of edges are computed from tensors in files."""
-
-    def __init__(self, topology: Topology, tensors: Mapping[str, Tensor]) -> None:
-        self.__dict__.update(topology.__dict__)
-        self._read = dict(tensors)
-        self.layers = {name: replace(x, topology=self) for name, x in topology.layers.items()}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Returns the tensors that have been read."""
-        return self._read
-
-
 def structure_of(
     checkpoint: Checkpoint,
     model: nn.Module | None,
@@ -76,7 +62,7 @@ def structure_of(
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
     names.warn_of_unknown()
-    return Structure(FileTopology(topology, scales), copies, scales)
+    return Structure(topology.with_tensors(scales), copies, scales)
 
 
 def _check_stored(topology: Topology) -> None:

@@ -8,6 +8,7 @@ mask file has the format of `Masks.save` (masks/file.py), whose layout is known 
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from lap_ext.checkpoint.files import MASKS
-from lap_ext.checkpoint.ranking import CHUNK
 from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.state import on_disk
 from lap_ext.masks.file import CHUNK as HASHED
 from lap_ext.masks.file import checksum, header, pack, unpack
 
+_PACKED = 1 << 15  # words at a time: they stay in the cache, and torch uses one thread
 _SPREAD = 0x0102040810204080  # moves bit 0 of byte b of 8 bytes to bit 56 + b
 
 
@@ -62,8 +63,10 @@ class ShardFile:
 class MaskFile:
     """A file of masks that is written in chunks, in any order; `seal` adds their checksums."""
 
-    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path = directory / MASKS
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], name: str = MASKS
+    ) -> None:
+        self.path = directory / name
         self._empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
@@ -78,11 +81,18 @@ class MaskFile:
     @property
     def complete(self) -> bool:
         """Whether the file exists in its full size; it may lack masks and checksums."""
-        return self.path.is_file() and self.path.stat().st_size == self.size
+        try:
+            facts = self.path.lstat()
+        except OSError:
+            return False
+        # a second name is a backup, perhaps: the file is written in place
+        regular = stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
+        return regular and facts.st_size == self.size
 
     def create(self) -> None:
         """Creates the file with masks that keep no weight."""
-        with on_disk(self.path.parent), self.path.open("wb") as file:
+        self.path.unlink(missing_ok=True)
+        with on_disk(self.path.parent), self.path.open("xb") as file:
             file.write(self._head)
             file.truncate(self.size)
 
@@ -156,6 +166,11 @@ class MaskFile:
         """Closes the file."""
         self._file.close()
 
+    def remove(self) -> None:
+        """Closes the file and removes it."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
 
 def _outside(byte: int, size: int, lead: int, bits: int) -> int:
     """Returns the bits of the first or last byte that belong to other chunks."""
@@ -171,8 +186,8 @@ def pack_into(packed: Tensor, mask: Tensor) -> None:
     if full:
         flags = mask[:full] if _aligned(mask) else mask[:full].clone()
         words = flags.view(torch.int64)
-        for begin in range(0, words.numel(), CHUNK):
-            bits = words[begin : begin + CHUNK] * _SPREAD
+        for begin in range(0, words.numel(), _PACKED):
+            bits = words[begin : begin + _PACKED] * _SPREAD
             packed[begin : begin + bits.numel()] = bits >> 56  # a negative number wraps to its byte
     if full < mask.numel():
         packed[full // 8 :] = pack(mask[full:])

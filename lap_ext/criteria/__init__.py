@@ -10,16 +10,17 @@ with the shape of its weight; the weights with larger scores are kept first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lap_ext._text import did_you_mean
 from lap_ext.criteria.base import Criterion as Criterion
 from lap_ext.criteria.base import Norms as Norms
 from lap_ext.criteria.data import OBD as OBD
+from lap_ext.criteria.data import DataCriterion as DataCriterion
 from lap_ext.criteria.data import LookaheadAct as LookaheadAct
 from lap_ext.criteria.data import OBDLookahead as OBDLookahead
 from lap_ext.criteria.data import Wanda as Wanda
@@ -30,8 +31,9 @@ from lap_ext.criteria.weights import Lookback as Lookback
 from lap_ext.criteria.weights import Lookforward as Lookforward
 from lap_ext.criteria.weights import MagnitudeBN as MagnitudeBN
 from lap_ext.criteria.weights import Random as Random
-from lap_ext.errors import LapTypeError, LapValueError, calling
-from lap_ext.topology import Layer
+from lap_ext.errors import LapTypeError, LapValueError, callback, calling
+from lap_ext.options import Inputs
+from lap_ext.topology import Layer, Topology, trace
 
 Name: TypeAlias = Literal[
     "lookahead",
@@ -113,6 +115,66 @@ def register(name: str) -> Callable[[Registered], Registered]:
         return target
 
     return add
+
+
+@calling("criteria.measure")
+def measure(
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    criterion: CriterionLike,
+    data: Iterable[Any],
+    *,
+    topology: Topology | None = None,
+) -> dict[str, Tensor]:
+    """Runs a model on data and returns what a criterion measures, to be saved and used again.
+
+    `prune` and `scores` take a safetensors file of these tensors in place of data, for a model in
+    memory and for a checkpoint directory that is larger than memory.
+
+    Args:
+        model: as in `lap_ext.prune`.
+        example_inputs: as in `lap_ext.prune`.
+        criterion: one that reads data: "wanda", "lookahead_act", "weight_gradient", "obd",
+            "obd_lookahead", or an instance of one of their classes.
+        data: as in `lap_ext.prune`.
+        topology: as in `lap_ext.prune`.
+
+    Returns:
+        Name -> statistic: "LAYER.mean_square" (wanda), "LAYER.active_fraction" (lookahead_act),
+        "LAYER.gradient" (weight_gradient) or "LAYER.hessian" (obd, obd_lookahead). A weight that is
+        used more than once has "LAYER.mean_square.1" and so on, too.
+
+    Raises:
+        ValueError: the criterion reads no data, or as in `lap_ext.prune`.
+
+    Example:
+        >>> import tempfile, pathlib, torch, lap_ext
+        >>> from safetensors.torch import save_file
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> data = [torch.tensor([[1., 2.]]), torch.tensor([[3., 2.]])]
+        >>> statistics = lap_ext.criteria.measure(net, torch.ones(1, 2), "wanda", data)
+        >>> statistics
+        {'0.mean_square': tensor([5., 4.], dtype=torch.float64)}
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = pathlib.Path(directory) / "statistics.safetensors"
+        ...     save_file(statistics, path)
+        ...     mask = lap_ext.prune(
+        ...         net, torch.ones(1, 2), 0.5, criterion="wanda", data=path, apply=False
+        ...     ).masks["0"]
+        >>> mask.shape
+        torch.Size([1, 2])
+    """
+    checked = of(criterion)
+    if not isinstance(checked, DataCriterion):
+        raise LapValueError(
+            "{argument} to be one that reads data", repr(checked.name), argument="criterion"
+        )
+    if topology is None:
+        topology = trace(model, example_inputs)
+    else:
+        topology = topology.bind(model)
+    with callback():
+        return checked.measure(topology, data)
 
 
 def _check_new(name: object) -> None:

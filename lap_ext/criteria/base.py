@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Defines the base class of criteria.
 
-A criterion defines a score, not a selection, an allocation or a schedule:
+A criterion defines a score, not a selection, an allocation or a schedule, nor where weights live:
 
     score = |w| * in[i] * out[o], summed in squares over the roles of the weight
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapValueError
-from lap_ext.topology import Layer
+from lap_ext.places import Chunk
 from lap_ext.topology.roles import Role
 
 Norms: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -25,10 +25,27 @@ Norms: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Criterion:
-    """Scores by magnitude, |w|; the base class of all other criteria."""
+    """Scores by magnitude, |w|; the base class of all other criteria.
+
+    A criterion of your own overrides `weight`, `norms` or both. It then prunes models in memory and
+    checkpoint directories that are larger than memory.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> class Relative(lap_ext.criteria.Criterion):
+        ...     name = "relative"
+        ...     def norms(self, network, role):             # |w| * ||W_prev[i]|| only
+        ...         return network.norms(role)[0], None
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+        >>> for layer, value in ((net[0], 3.), (net[1], -2.)):
+        ...     _ = layer.weight.data.fill_(value)
+        >>> lap_ext.scores(net, torch.ones(1, 1), Relative())
+        {'0': tensor([[3.]]), '1': tensor([[6.]])}
+    """
 
     name: ClassVar[str] = "magnitude"  # the value of prune(criterion=...)
     reads_norms: ClassVar[bool] = False  # whether it needs the norms of all layers
+    needs_full: ClassVar[bool] = False  # whether `weight` must see a full layer, not rows of it
 
     @property
     def by_role(self) -> bool:
@@ -43,28 +60,28 @@ class Criterion:
     @property
     def replaces(self) -> bool:
         """Whether something else than the weight itself stands for w, which is then checked."""
-        kind = type(self)
-        return (kind.weight, kind.values) != (Criterion.weight, Criterion.values)
+        return type(self).weight is not Criterion.weight
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Prepares the scoring once, before any layer, and returns the network to score with."""
+    @property
+    def reads_data(self) -> bool:
+        """Whether the criterion takes data."""
+        return type(self).prepare is not Criterion.prepare
+
+    def prepare(self, network: Network, data: Any) -> None:
+        """Prepares the network that the scores are computed from, once, before any layer."""
         if data is not None:
             raise LapValueError(
                 f"no data for criterion {self.name!r}, which reads weights only",
                 type(data).__name__,
             )
-        return network
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
-        """Returns the values that stand for w in |w|, in the shape of the layer's weight."""
-        return self.values(layer, network.weight(layer))
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
+        """Returns the values that stand for w in |w|, in the shape of the chunk's weight.
 
-    def values(self, layer: Layer, weight: Tensor, first: int = 0, step: int = 1) -> Tensor:
-        """Returns what stands for the weights at flat indices first, first + step, ... of a layer.
-
-        Only a criterion that needs nothing else can score a checkpoint in chunks.
+        A chunk has the rows of a layer's weight that are in memory (all of them, if needs_full):
+        `chunk.weight`, and `chunk.first`, the flat index in the layer of the first of them.
         """
-        return weight
+        return chunk.weight
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in [I], out [O]) of a role, with None for ones."""

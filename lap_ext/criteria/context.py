@@ -4,87 +4,92 @@
     score^2 = w^2 * in_norm[i]^2 * out_norm[o]^2, summed over the roles of the weight
 
 The operators of ops/schema.py read each weight once and give its squared row and column norms; two
-passes over the channel graph (topology/propagate.py) then give all norms. A mask that is set during
-sequential pruning takes effect at once: its pruned weights no longer count in the neighbor norms.
+passes over the channel graph (topology/propagate.py) then give all norms. Weights come from a place
+in chunks of rows: a layer that is one chunk is measured at once, others are added up (ops/
+channel_sums.py) to the same bits. Masks that the place is given during sequential pruning take
+effect at once: the weights that they prune no longer count in the neighbor norms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lap_ext.errors import LapTypeError, LapValueError, in_layer
+from lap_ext.criteria.statistics.measured import Statistics
+from lap_ext.errors import LapError, LapValueError, in_layer
 from lap_ext.ops import schema
 from lap_ext.ops.channel_sums import ChannelSums
-from lap_ext.ops.check import FLOATS
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
 from lap_ext.ops.reference.common import exact_sqrt, require_finite
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
-from lap_ext.topology import Layer, Topology, edges
+from lap_ext.places import Chunk, Place
+from lap_ext.places.place import row_ranges, rows_of
+from lap_ext.progress import Step
+from lap_ext.topology import Layer, edges
 from lap_ext.topology.propagate import Propagation
 from lap_ext.topology.roles import Role
 from lap_ext.topology.walks import Walker
 
 _COPIED = 1 << 20  # weights of a layer that may be masked or scaled in a copy
+_FOLDED = 16  # bytes per weight that norms of scaled weights need beside them, in float64
 
 
 class Network:
-    """A traced model whose weights are scored, together with the norms of its roles.
+    """The layers of a place whose weights are scored, together with the norms of their roles.
 
     Args:
-        topology: the topology of the model.
+        place: where the weights live.
         batch_norm: "edge" counts each batch norm on the edge on which it lies; "fold" also counts
             the batch norm that follows a consumer, in the rows of the consumer's column norms;
             "ignore" counts none.
-        weights: for each layer name, a tensor that replaces the parameter (a surrogate).
-        activity: for each role, the probability that each output is active, float64 [O], or None
-            for a probability of 1.
-        masks: for each layer name, a mask of the kept weights.
         check_finite: whether to raise an error if a weight is inf or NaN.
         chain: names of layers. Each layer then has only the neighbors just before and after it in
             this list, as in the paper's public code, regardless of residual connections. With None,
             all neighbors count.
+
+    Attributes:
+        statistics: what a criterion of data has measured; empty for others.
+        activity: for each role, the probability that each output is active, float64 [O], or None
+            for a probability of 1.
+        surrogate: gives what stands for the weights of a chunk in the norms, or None.
     """
 
     def __init__(
         self,
-        topology: Topology,
+        place: Place,
         batch_norm: str = "edge",
-        weights: Mapping[str, Tensor] | None = None,
-        activity: list[Tensor | None] | None = None,
-        masks: Mapping[str, Tensor] | None = None,
         check_finite: bool = True,
         chain: Sequence[str] | None = None,
     ) -> None:
-        self.topology = topology
+        self.place, self.topology = place, place.topology
         self.batch_norm = batch_norm
         self.check_finite = check_finite
         self.chain = chain
-        self.activity = activity or [None] * len(topology.roles)
-        self._weights = dict(weights or {})
-        self.masks = dict(masks or {})
+        self.statistics = Statistics()
+        self.activity: list[Tensor | None] = [None] * len(self.topology.roles)
+        self.surrogate: Callable[[Chunk], Tensor] | None = None
         self._propagation = Propagation(
-            topology.graph, topology.tensors(), batch_norm=batch_norm != "ignore"
+            self.topology.graph, self.topology.tensors(), batch_norm=batch_norm != "ignore"
         )
-        self._squared_norms: list[tuple[Tensor, Tensor] | None] = [None] * len(topology.roles)
+        self._squared_norms: list[tuple[Tensor, Tensor] | None] = [None] * len(self.topology.roles)
         self._norms: list[tuple[Tensor, Tensor]] | None = None
 
-    def weight(self, layer: Layer) -> Tensor:
-        """Returns the weight to score for a layer, detached: the surrogate or what is used."""
-        surrogate = self._weights.get(layer.name)
-        return readable(layer) if surrogate is None else surrogate.detach()
+    def index(self, role: Role) -> int:
+        """Returns the number of a role."""
+        return self.topology.roles.index(role)
 
-    def set_mask(self, name: str, mask: Tensor) -> None:
-        """Sets a layer's mask; from now on, only the weights it keeps count in neighbor norms."""
-        self.masks[name] = mask
+    def forget(self, layers: Iterable[Layer]) -> None:
+        """Forgets the norms that weights of layers count in: their masks have changed."""
+        names = {layer.name for layer in layers}
         self._norms = None
         for index, role in enumerate(self.topology.roles):
-            if role.layer == name:
+            if role.layer in names:
                 self._squared_norms[index] = None
 
     def norm_scale(self, role: Role) -> Tensor | None:
@@ -94,54 +99,107 @@ class Network:
     def norms(self, role: Role) -> tuple[Tensor, Tensor]:
         """Returns (in_norm [I], out_norm [O]) of a role in float64, on the CPU."""
         if self._norms is None:
-            for _ in self.take_norms():
-                pass
+            self.measure(Step(None, "measure", 0))
             squared_norms = [pair for pair in self._squared_norms if pair is not None]  # all
             if self.chain is None:
                 self._norms = self._propagation.norms(*zip(*squared_norms, strict=True))
             else:
                 self._norms = self._chain_norms(self.chain)
             self._apply_named_neighbors()
-        return self._norms[self.topology.roles.index(role)]
+        return self._norms[self.index(role)]
 
-    def check_scales(self) -> None:
-        """Raises unless the scales between layers are finite, before weights are read."""
+    def unmeasured(self) -> list[Layer]:
+        """Lists the layers with squared norms that `norms` needs but that are not measured yet."""
+        pairs = zip(self.topology.roles, self._squared_norms, strict=True)
+        names = dict.fromkeys(role.layer for role, pair in pairs if pair is None)
+        return [self.topology.layers[name] for name in names]
+
+    def measure(self, step: Step) -> None:
+        """Measures the squared norms that `norms` still needs; counts what is read in a step."""
         if self.check_finite:
             self._propagation.check()
+        layers = self.place.ordered(self.unmeasured())
+        beside = _FOLDED if self.batch_norm == "fold" or self.surrogate else 0
+        for layer, chunks in self.place.each(layers, beside):
+            with in_layer(layer.name):
+                self._measure_layer(layer, chunks, step)
 
-    def unmeasured(self) -> list[Role]:
-        """Lists the roles with squared norms that `norms` needs but that are not measured yet."""
-        pairs = zip(self.topology.roles, self._squared_norms, strict=True)
-        return [role for role, squared_norms in pairs if squared_norms is None]
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Returns the squared norms by name, as `set_squared_norms` takes them."""
+        return {
+            f"{index}.{side}": squared_norm
+            for index, pair in enumerate(self._squared_norms)
+            if pair is not None
+            for side, squared_norm in zip(("in", "out"), pair, strict=True)
+        }
 
-    def take_norms(self) -> Iterator[Role]:
-        """Measures the squared norms that `norms` still needs and yields each role once read."""
-        self.check_scales()
-        for index, role in enumerate(self.topology.roles):
-            if self._squared_norms[index] is None:
-                with in_layer(role.layer):
-                    self._squared_norms[index] = self._measure(index)
-                yield role
+    def set_squared_norms(self, state: Mapping[str, Tensor]) -> None:
+        """Sets the squared norms of all roles."""
+        self._norms = None
+        for index in range(len(self._squared_norms)):
+            self._squared_norms[index] = (state[f"{index}.in"], state[f"{index}.out"])
 
-    def _measure(self, index: int) -> tuple[Tensor, Tensor]:
+    def _measure_layer(self, layer: Layer, chunks: Iterator[Chunk], step: Step) -> None:
+        """Measures squared norms of a layer's roles, float64, on the CPU."""
+        sums: list[ChannelSums] | None = None
+        for chunk in chunks:
+            with in_chunk(chunk):
+                if chunk.whole:
+                    weight, mask = self._value(chunk), self.place.mask(chunk)
+                    for role in layer.roles:
+                        index = self.index(role)
+                        self._squared_norms[index] = self._measure(index, weight, mask)
+                else:
+                    sums = sums or [self._sums(role) for role in layer.roles]
+                    self._add(sums, chunk)
+            step.read(layer.name, chunk.weight.nbytes)
+        for role, role_sums in zip(layer.roles, sums or (), strict=False):
+            self._squared_norms[self.index(role)] = self._active(role, role_sums.squared_norms())
+
+    def _value(self, chunk: Chunk) -> Tensor:
+        """Returns what stands for the weights of a chunk."""
+        return chunk.weight if self.surrogate is None else self.surrogate(chunk)
+
+    def _sums(self, role: Role) -> ChannelSums:
+        part, scale = role.part, self.row_weight(role)
+        options = part.groups, part.transposed, scale, self.check_finite
+        return ChannelSums(part.block, *options, "cpu")
+
+    def _add(self, sums: Sequence[ChannelSums], chunk: Chunk) -> None:
+        """Adds a chunk to the sums of the roles of its layer."""
+        weight, mask = self._value(chunk), self.place.mask(chunk)
+        if mask is not None:
+            if self.check_finite:
+                require_finite(weight, "w")
+            weight = weight * mask
+        for role, role_sums in zip(chunk.layer.roles, sums, strict=True):
+            for x in row_ranges(role.part, chunk):
+                role_sums.add(rows_of(chunk, weight, role.part, x))
+
+    def _active(self, role: Role, norms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Counts outputs of a role as often as they are active."""
+        active = self.activity[self.index(role)]
+        into, out = norms
+        return (into, out) if active is None else (into, out * active)
+
+    def _measure(self, index: int, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Measures squared norms of a role's inputs [I] and outputs [O], float64, on the CPU."""
         role = self.topology.roles[index]
-        weight, mask = self.weight(self.topology.layers[role.layer]), self.masks.get(role.layer)
-        block, scale = role.part.of(weight), self.row_weight(index, role)
+        block, scale = role.part.of(weight), self.row_weight(role)
         if scale is None and mask is None:
             return self._both_squared_norms(block, role)
         if mask is not None:
             mask = role.part.of(mask)
         if block.numel() > _COPIED:
-            into, out = self._squared_norms_of_rows(block, mask, scale, role)
-        else:
-            block = block if mask is None else block * mask
-            if scale is None:
-                return self._both_squared_norms(block, role)
-            out = self._squared_norm(block, role, of_inputs=False)
-            into = self._squared_norm(_scaled(block, scale, role), role, of_inputs=True)
-        active = self.activity[index]
-        return into, out if active is None else out * active
+            return self._active(role, self._squared_norms_of_rows(block, mask, scale, role))
+        if mask is not None and self.check_finite:
+            require_finite(block, "w")
+        block = block if mask is None else block * mask
+        if scale is None:
+            return self._both_squared_norms(block, role)
+        out = self._squared_norm(block, role, of_inputs=False)
+        into = self._squared_norm(_scaled(block, scale, role), role, of_inputs=True)
+        return self._active(role, (into, out))
 
     def _squared_norms_of_rows(
         self, block: Tensor, mask: Tensor | None, scale: Tensor | None, role: Role
@@ -157,11 +215,6 @@ class Network:
             sums.add(rows if mask is None else rows * mask[top : top + SEGMENT_ROWS])
         into, out = sums.squared_norms()
         return into.cpu(), out.cpu()
-
-    def _masked(self, layer: Layer) -> Tensor:
-        """Returns the layer's weight, zero where its mask has pruned it."""
-        weight, mask = self.weight(layer), self.masks.get(layer.name)
-        return weight if mask is None else weight * mask
 
     def _both_squared_norms(self, block: Tensor, role: Role) -> tuple[Tensor, Tensor]:
         """Computes the squared norms of a block's input and output channels, reading it once."""
@@ -180,10 +233,10 @@ class Network:
             result = schema.call(schema.col_squared_norms, block, groups, *options)
         return result.cpu()
 
-    def row_weight(self, index: int, role: Role) -> Tensor | None:
+    def row_weight(self, role: Role) -> Tensor | None:
         """Returns each output channel's scale in column norms, float64 [O], or None for ones."""
         scale = self.norm_scale(role) if self.batch_norm == "fold" else None
-        active = self.activity[index]
+        active = self.activity[self.index(role)]
         if active is not None:
             root = exact_sqrt(active)
             scale = root if scale is None else scale * root
@@ -227,14 +280,20 @@ class Network:
             for role in layer.roles:
                 into, out = neighbor_norms(
                     self._as_neighbors(prev),
-                    role.part.of(self.weight(layer)),
+                    role.part.of(self._full(layer)),
                     self._as_neighbors(following),
                     groups=role.part.groups,
                     transposed=role.part.transposed,
                     check_finite=self.check_finite,
                 )
                 assert self._norms is not None
-                self._norms[self.topology.roles.index(role)] = (into.cpu(), out.cpu())
+                self._norms[self.index(role)] = (into.cpu(), out.cpu())
+
+    def _full(self, layer: Layer, *, masked: bool = False) -> Tensor:
+        """Reads what stands for a full layer, zero where its mask has pruned it."""
+        (chunk,) = self.place.chunks(layer, whole=True)
+        weight, mask = self._value(chunk), self.place.mask(chunk)
+        return weight if mask is None or not masked else weight * mask
 
     def _as_neighbors(self, given: Any) -> Any:
         """Converts layer names to neighbors with the weights of those layers."""
@@ -244,32 +303,31 @@ class Network:
             return given
         layer = self.topology.layers[given]
         role = layer.roles[0]
-        block, active = role.part.of(self._masked(layer)), self.activity[self._first_role(given)]
+        block, active = (
+            role.part.of(self._full(layer, masked=True)),
+            self.activity[self.index(role)],
+        )
         block = block if active is None else _scaled(block, exact_sqrt(active), role)
         return Neighbor(block, role.part.groups, role.part.transposed)
 
 
-def readable(layer: Layer) -> Tensor:
-    """Returns the weight that a layer uses, detached; raises unless its values can be read."""
-    weight = layer.weight
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if dtype not in FLOATS:
-        alone = f"{{exclude={layer.name!r}}} with {{criterion='magnitude'}}"
-        cure = f"Leave it out: {alone}, which reads no neighbors."
-        if not weight.is_complex():
-            cure = "Convert the model first, as with model.to(torch.bfloat16), or dequantize it."
-        raise LapTypeError(f"weights of {', '.join(FLOATS)}", dtype, cure, layer=layer.name)
-    if weight.layout != torch.strided:
-        cure = "Convert it with to_dense()."
-        raise LapTypeError("dense weights", f"layout {weight.layout}", cure, layer=layer.name)
-    if weight.is_meta:
-        raise LapValueError(
-            "weights with values",
-            "one on the meta device",
-            "Load them first: model.to_empty(device='cpu'), then model.load_state_dict(...).",
-            layer=layer.name,
-        )
-    return layer.effective
+@contextmanager
+def in_chunk(chunk: Chunk) -> Iterator[None]:
+    """Names the layer in errors, and the index in the layer of a weight that is not finite."""
+    with in_layer(chunk.layer.name):
+        try:
+            yield
+        except LapError:
+            bad = ~chunk.weight.isfinite()
+            if chunk.whole or not bad.any():
+                raise
+            index = chunk.first + int(bad.flatten().to(torch.uint8).argmax())
+            raise LapValueError(
+                "finite weights in {argument}",
+                f"{int(bad.count_nonzero())} non-finite values, the first at flat index {index}",
+                "Repair them.",
+                argument="w",
+            ) from None
 
 
 def _scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:

@@ -15,8 +15,10 @@ LeCun et al., "Optimal Brain Damage", 1989.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,49 +28,69 @@ from lap_ext.criteria.context import Network
 from lap_ext.criteria.statistics.activations import active_fractions, mean_squares
 from lap_ext.criteria.statistics.curvature import CURVATURES, hessian_diagonals
 from lap_ext.criteria.statistics.gradients import Loss, weight_gradients
+from lap_ext.criteria.statistics.measured import (
+    Statistics,
+    StatisticsFile,
+    checked,
+    missing,
+    name_of,
+)
 from lap_ext.errors import LapValueError, calling
 from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.options import one_of
-from lap_ext.topology import Layer
+from lap_ext.places import Chunk
+from lap_ext.topology import Topology
 from lap_ext.topology.roles import Role
 
 
-class Measured(Network):
-    """A copy of a network that also holds statistics from data."""
+class DataCriterion(Criterion, ABC):
+    """The base class of criteria that run the model on data, or read what an earlier run measured.
 
-    def __init__(
-        self,
-        network: Network,
-        of_roles: list[Tensor] | None = None,  # one vector per role
-        of_layers: Mapping[str, Tensor] | None = None,  # per layer, of the weight's shape
-        weights: Mapping[str, Tensor] | None = None,
-        activity: list[Tensor | None] | None = None,
-    ) -> None:
-        vars(self).update(vars(network))  # nothing is scored yet: no norm is cached
-        self.of_roles = of_roles or []
-        self.of_layers = of_layers or {}
-        self._weights = {**self._weights, **(weights or {})}
-        self.activity = activity or self.activity
+    A derived class defines `measure`, and reads the results from `network.statistics`.
+    """
 
+    @abstractmethod
+    def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
+        """Runs the model on data and returns the statistics by name (statistics/measured.py)."""
 
-def _measured(network: Network) -> Measured:
-    assert isinstance(network, Measured)  # prepare returned it
-    return network
-
-
-class DataCriterion(Criterion):
-    """The base class of criteria that run the model on data."""
-
-    def _required(self, data: Any) -> Any:
-        """Returns the data, or raises if there is none."""
-        if data is None:
+    def prepare(self, network: Network, data: Any) -> None:
+        """Measures the statistics, or opens a file of them."""
+        if isinstance(data, (str, os.PathLike)):
+            network.statistics = StatisticsFile(data)
+        elif data is None or not network.place.held:
+            kind = "batches to run the model on, or a file" if network.place.held else "a file"
             raise LapValueError(
-                f"{{argument}} for criterion {self.name!r} (batches to run the model on)",
-                "None",
-                "Pass data=loader or a list of batches.",
+                f"{{argument}} for criterion {self.name!r} ({kind} of statistics)",
+                "None" if data is None else type(data).__name__,
+                "Pass data=loader, a list of batches, or the path of a safetensors file with what "
+                "lap_ext.criteria.measure returns.",
                 argument="data",
             )
-        return data
+        else:
+            network.statistics = Statistics(self.measure(network.topology, data))
+
+
+def _of_role(network: Network, role: Role, what: str, side: int) -> Tensor | None:
+    """Returns a statistic of a role's input (side 0) or output channels (1), float64."""
+    vector = network.statistics.of_role(network.topology, role, what)
+    if vector is not None:
+        name = name_of(network.topology, role, what)
+        checked(name, vector.shape, [role.part.channels[side]])
+    return vector
+
+
+def _of_chunk(network: Network, chunk: Chunk, what: str) -> Tensor:
+    """Returns a statistic of the shape of a chunk's weight; raises if there is none."""
+    values = network.statistics.of_chunk(chunk, what)
+    if values is None:
+        raise missing(f"{chunk.layer.name}.{what}")
+    return values
+
+
+def _parameter(chunk: Chunk) -> Tensor:
+    """Returns the parameter that a chunk's weight is made of: where w = p * factor, w dL/dw is."""
+    layer = chunk.layer
+    return chunk.cut_from(layer.weight.detach()) if layer.computed else chunk.weight
 
 
 @dataclass(frozen=True)
@@ -89,14 +111,17 @@ class Wanda(DataCriterion):
         """Whether weights are ranked within each output channel, the value of `per_row`."""
         return self.per_row
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Measures the mean squares of the inputs."""
-        squares = mean_squares(network.topology, self._required(data))
-        return Measured(network, of_roles=[exact_sqrt(x) for x in squares])
+    def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
+        """Measures "mean_square", of the inputs of each role."""
+        squares = zip(topology.roles, mean_squares(topology, data), strict=True)
+        return {name_of(topology, role, "mean_square"): x for role, x in squares}
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns the root mean square of the inputs, and ones."""
-        return _measured(network).of_roles[network.topology.roles.index(role)], None
+        squares = _of_role(network, role, "mean_square", 0)
+        if squares is None:
+            raise missing(name_of(network.topology, role, "mean_square"))
+        return exact_sqrt(squares), None
 
 
 class LookaheadAct(DataCriterion):
@@ -111,14 +136,23 @@ class LookaheadAct(DataCriterion):
     name: ClassVar[str] = "lookahead_act"
     reads_norms = True
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Measures how often each unit is active."""
-        return Measured(network, activity=active_fractions(network.topology, self._required(data)))
+    def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
+        """Measures "active_fraction", of the outputs of each role that has one."""
+        fractions = zip(topology.roles, active_fractions(topology, data), strict=True)
+        return {
+            name_of(topology, role, "active_fraction"): x for role, x in fractions if x is not None
+        }
+
+    def prepare(self, network: Network, data: Any) -> None:
+        """Measures or reads how often each unit is active."""
+        super().prepare(network, data)
+        roles = network.topology.roles
+        network.activity = [_of_role(network, role, "active_fraction", 1) for role in roles]
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, out_norm * sqrt(p)), with norms that count active neighbor units."""
         into, out = network.norms(role)
-        active = network.activity[network.topology.roles.index(role)]
+        active = network.activity[network.index(role)]
         return into, out if active is None else out * exact_sqrt(active)
 
 
@@ -133,22 +167,20 @@ class WeightGradient(DataCriterion):
     loss: Loss | None = None
     name: ClassVar[str] = "weight_gradient"
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Sums the gradients over the batches."""
-        return Measured(
-            network, of_layers=weight_gradients(network.topology, self._required(data), self.loss)
-        )
+    def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
+        """Measures "gradient", summed over the batches, of each weight that requires grad."""
+        gradients = weight_gradients(topology, data, self.loss)
+        return {f"{name}.gradient": x for name, x in gradients.items()}
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times its gradient."""
-        gradient = _measured(network).of_layers.get(layer.name)
-        if gradient is None:
+        if network.place.held and network.statistics.of_chunk(chunk, "gradient") is None:
             raise LapValueError(
                 f"weights that require grad for criterion {self.name!r}",
                 "a frozen one",
-                f"Set model.requires_grad_(True), or pass exclude=[{layer.name!r}].",
+                f"Set model.requires_grad_(True), or pass exclude=[{chunk.layer.name!r}].",
             )
-        return layer.weight.detach() * gradient  # w dL/dw = p dL/dp where w is p times a factor
+        return _parameter(chunk) * _of_chunk(network, chunk, "gradient")
 
 
 @dataclass(frozen=True)
@@ -174,18 +206,14 @@ class OBD(DataCriterion):
                 f"reduction={self.loss.reduction!r}",  # type: ignore[union-attr]
             )
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Measures h for every weight."""
-        return Measured(network, of_layers=self._diagonals(network, data))
+    def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
+        """Measures "hessian", h for every weight, with negative entries counted as 0."""
+        diagonals = hessian_diagonals(topology, data, self.loss, self.curvature)
+        return {f"{name}.hessian": h.clamp(min=0) for name, h in diagonals.items()}
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times sqrt(h / 2), where h is its entry of the Hessian's diagonal."""
-        return network.weight(layer) * exact_sqrt(_measured(network).of_layers[layer.name] / 2)
-
-    def _diagonals(self, network: Network, data: Any) -> dict[str, Tensor]:
-        data = self._required(data)
-        diagonals = hessian_diagonals(network.topology, data, self.loss, self.curvature)
-        return {name: h.clamp(min=0) for name, h in diagonals.items()}
+        return chunk.weight * exact_sqrt(_of_chunk(network, chunk, "hessian") / 2)
 
 
 @dataclass(frozen=True)
@@ -195,18 +223,14 @@ class OBDLookahead(OBD):
     name: ClassVar[str] = "obd_lookahead"
     reads_norms = True
 
-    def prepare(self, network: Network, data: Any) -> Network:
-        """Measures h and replaces every weight w with sqrt(h) w."""
-        layers = network.topology.layers
-        diagonals = self._diagonals(network, data)
-        weights = {
-            name: layers[name].weight.detach() * exact_sqrt(h) for name, h in diagonals.items()
-        }
-        return Measured(network, weights=weights)
+    def prepare(self, network: Network, data: Any) -> None:
+        """Measures or reads h; the norms are those of the weights times sqrt(h)."""
+        super().prepare(network, data)
+        network.surrogate = partial(self.weight, network)
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times sqrt(h)."""
-        return network.weight(layer)
+        return _parameter(chunk) * exact_sqrt(_of_chunk(network, chunk, "hessian"))
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, out_norm), computed from the weights times sqrt(h)."""

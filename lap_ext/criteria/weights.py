@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from lap_ext.criteria.base import Criterion, Norms
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapTypeError, LapValueError, callback, calling
 from lap_ext.ops.reference.common import score_dtype
+from lap_ext.places import Chunk
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
 
@@ -111,18 +112,19 @@ class Random(Criterion):
                 "0 <= {argument} < 2**64", f"{sign} integer of {bits} bits", argument="seed"
             )
 
-    def values(self, layer: Layer, weight: Tensor, first: int = 0, step: int = 1) -> Tensor:
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Computes the numbers of these weights, in the dtype of scores."""
-        digest = hashlib.sha256(f"{self.seed}:{layer.name}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}:{chunk.layer.name}".encode()).digest()
         start = int.from_bytes(digest[:8], "little")
+        weight = chunk.weight
         numbers = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
         flat = numbers.view(-1)
         steps = torch.arange(min(flat.numel(), _BATCH), device=weight.device)
-        steps *= _signed(step * _GOLDEN)
+        steps *= _signed(_GOLDEN)
         x, other = torch.empty_like(steps), torch.empty_like(steps)
         for begin in range(0, flat.numel(), _BATCH):
             batch = flat[begin : begin + _BATCH]
-            torch.add(steps, _signed(start + (first + begin * step) * _GOLDEN), out=x)
+            torch.add(steps, _signed(start + (chunk.first + begin) * _GOLDEN), out=x)
             _mix(x, other)
             batch.copy_(x[: batch.numel()]).add_(1).mul_(2.0**-24)
         return numbers
@@ -146,7 +148,8 @@ def _signed(x: int) -> int:
 class Custom(Criterion):
     """Scores by a user's function, which returns scores >= 0 of the layer's weight shape.
 
-    The weights with larger scores are kept first.
+    The weights with larger scores are kept first. The function must give the same scores each time
+    it is called: a ranking that does not fit into memory asks for them more than once.
 
     Example:
         >>> import torch, lap_ext
@@ -158,9 +161,13 @@ class Custom(Criterion):
 
     function: Callable[[Layer], Tensor]
     name: ClassVar[str] = "custom"
+    needs_full = True
 
-    def weight(self, network: Network, layer: Layer) -> Tensor:
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Calls the function and checks its scores."""
+        layer = chunk.layer
+        if not network.place.held:  # the model has no values
+            layer = replace(layer, values=chunk.weight)
         with callback():
             scores = self.function(layer)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != layer.shape:

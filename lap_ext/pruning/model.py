@@ -20,7 +20,7 @@ from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.computed import references, sources, value
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapTypeError, LapValueError, calling
+from lap_ext.errors import LapTypeError, LapValueError, calling, in_layer
 from lap_ext.ops.memory import memory_key
 from lap_ext.options import (
     BYS,
@@ -36,9 +36,10 @@ from lap_ext.options import (
     Scope,
     one_of,
 )
+from lap_ext.places import Memory
 from lap_ext.progress import Progress
-from lap_ext.pruning import selection
-from lap_ext.pruning.pipeline import run, scoring_of
+from lap_ext.pruning import normalization, pipeline
+from lap_ext.pruning.in_memory import run
 from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult
 from lap_ext.topology import Topology
@@ -112,17 +113,17 @@ def scores(
     )
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
     plan = plan_of(traced, options)
-    scoring = scoring_of(plan, checked_masks(traced, masks), data, on_progress)
-    scoring.measure(plan.layers)
+    place = Memory(traced, checked_masks(traced, masks))
+    scoring = pipeline.scoring_of(plan, place, data, on_progress, raw=True)
+    scoring.measure("scores")
     step = scoring.step("score", plan.layers)
     result = {}
     for layer in plan.layers:
-        mask = scoring.masks.get(layer.name)
         name = layer.parameter if by == "parameter" else layer.name
-        result[name] = selection.comparable_scores(
-            scoring.network, plan.criterion, layer, options.normalize, mask
-        )
-        step.read(layer.name, layer.weight.nbytes)
+        (chunk,) = scoring.chunks(layer, step)
+        values = scoring.scorer(layer).of(chunk)
+        with in_layer(layer.name):
+            result[name] = normalization.normalized(values, options.normalize, place.mask(chunk))
     return result
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Computes the masks of a plan, in all rounds and orders, without changing the model.
+"""Prunes the layers of a place: allocates, scores and selects, in all rounds and orders.
+
+Nothing here knows where weights live (lap_ext/places). The weights are not changed: what comes out
+says how each layer is masked.
 
 A weight may be kept if the masks of an earlier pruning keep it. Without such masks, weights that
 are zero count as pruned. Among the weights that may be kept, one that is zero is kept only where
@@ -8,247 +11,191 @@ no other is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lap_ext import allocation
 from lap_ext.allocation import Sparsity
-from lap_ext.criteria import Criterion
-from lap_ext.criteria.context import Network, readable
-from lap_ext.errors import callback, in_layer, warn
-from lap_ext.masks import Masks
-from lap_ext.ops.reference.common import require_finite
+from lap_ext.criteria.context import Network
+from lap_ext.errors import callback, in_layer
+from lap_ext.ops import check
+from lap_ext.ops.reference.common import require_finite, score_dtype
+from lap_ext.places import Place
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.patterns import by_name
-from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity, checked_masks
-from lap_ext.pruning.result import LayerResult, PruneResult, row_of
+from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity
+from lap_ext.pruning.scoring import Scoring
+from lap_ext.pruning.selection import Selection
 from lap_ext.topology import Layer
 
 
-def run(
-    plan: Plan,
-    sparsity: Sparsity,
-    masks: Mapping[str, Tensor] | None,
-    data: Iterable[Any] | None,
-    on_progress: Callable[[Progress], Any] | None,
-) -> PruneResult:
-    """Computes the masks of a plan for a sparsity without changing the model."""
-    given = checked_masks(plan.topology, masks)
-    allocated = allocation.of(by_name(plan.topology, sparsity))
-    shapes = {layer.name: layer.shape for layer in plan.layers}
-    min_keep = plan.options.min_keep
-    check_sparsity(allocated, shapes, plan.left_dense, min_keep)
-    scoring = scoring_of(plan, given, data, on_progress)
-    live = _live(plan.layers, given)
-    asked = masks is not None and not masks  # {}: zeros count as weights
-    zero = [] if asked else [x.name for x in plan.layers if _is_zero(x, live, masks or {})]
-    budget = allocation.budget(allocated, shapes, min_keep, without=zero)
-    layers = [layer for layer in plan.layers if layer.name in budget.keeps]
-    check_prunable(layers)
-    if plan.options.scope == "global":
-        floors = {x.name: min(budget.floors[x.name], _unpruned(x, live)) for x in layers}
-        allocation.check_floors(floors, budget.total)
-        kept = _globally(scoring, layers, live, budget.total, floors)
-    else:
-        kept = _by_layer(scoring, layers, live, budget.keeps)
-    scoring.warn_of_dead()
-    nonzero = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
-    if masks is not None:
-        may = {layer.name: _may(layer, given) for layer in layers}
-        if plan.options.scope == "global":
-            kept = _filled(kept, may, budget.total)
-        else:
-            for name, mask in kept.items():
-                kept |= _filled({name: mask}, {name: may[name]}, budget.keeps[name])
-    rows = [row_of(layer, kept[layer.name], nonzero[layer.name]) for layer in layers]
-    return result_of(plan, Masks(kept), rows, plan.left_dense | dict.fromkeys(zero, ZERO))
-
-
-def result_of(
-    plan: Plan, masks: Masks, rows: Sequence[LayerResult], left_dense: Mapping[str, str]
-) -> PruneResult:
-    """Makes the result of a plan."""
-    topology = plan.topology
-    return PruneResult(
-        masks,
-        rows,
-        plan.criterion.name,
-        left_dense=left_dense,
-        parameters=sum(x.numel() for x in topology.model.parameters()),
-        unreached=topology.unreached,
-    )
-
-
 @dataclass(frozen=True)
-class Scoring:
-    """A plan, the network that computes its scores, and the progress listener.
+class Task:
+    """A pruning whose options fit its weights.
 
     Attributes:
-        masks: the masks of an earlier pruning.
-        dead: names of layers whose scores are all 0.
+        scoring: computes the scores.
+        layers: the layers to prune, in the network's order.
+        budget: how many weights are kept.
+        live: how many weights of each layer may be kept; where that was not counted, all.
+        left_dense: layers that stay dense by default -> the reason.
     """
 
-    plan: Plan
-    network: Network
-    masks: dict[str, Tensor]
-    on_progress: Callable[[Progress], Any] | None
-    dead: dict[str, None] = field(default_factory=dict)
+    scoring: Scoring
+    layers: list[Layer]
+    budget: allocation.Budget
+    live: Mapping[str, int]
+    left_dense: dict[str, str]
 
-    def measure(self, layers: Sequence[Layer]) -> None:
-        """Measures the norms of all layers, unless there is nothing to score."""
-        if not layers or not self.plan.criterion.reads_norms:
-            return
-        every = self.plan.topology.layers
-        total = sum(every[role.layer].weight.nbytes for role in self.network.unmeasured())
-        step = Step(self.on_progress, "measure", total)
-        for role in self.network.take_norms():
-            step.read(role.layer, every[role.layer].weight.nbytes)
 
-    def step(self, name: str, layers: Sequence[Layer]) -> Step:
-        """Begins a progress step that reads the weights of layers once."""
-        return Step(self.on_progress, name, sum(layer.weight.nbytes for layer in layers))
+def begin(
+    plan: Plan,
+    place: Place,
+    sparsity: Sparsity,
+    data: Any,
+    on_progress: Callable[[Progress], Any] | None,
+    *,
+    zero_layers: Collection[str] | None = (),
+) -> Task:
+    """Checks what depends on the weights, and allocates.
 
-    def criterion(self, layer: Layer) -> Criterion:
-        """Returns the criterion to rank a layer by: magnitude where all scores are 0."""
-        options = self.plan.options
-        if not selection.scores_nothing(self.network, options.criterion, layer):
-            return options.criterion
-        if not bool(layer.weight.any()):  # nothing is left to rank
-            return options.criterion
-        self.dead[layer.name] = None
-        return options.criterion if options.raw else Criterion()
-
-    def warn_of_dead(self) -> None:
-        """Warns of the layers whose scores are all 0."""
-        if self.dead:
-            warn(selection.dead_text(self.dead, self.plan.options.raw))
+    Args:
+        plan: the layers and options.
+        place: where the weights live.
+        sparsity: as in `prune`.
+        data: as in `prune`.
+        on_progress: as in `prune`.
+        zero_layers: names of layers that are pruned like others even where they are all zero; None
+            means all.
+    """
+    options = plan.options
+    allocated = allocation.of(by_name(plan.topology, sparsity))
+    shapes = {layer.name: layer.shape for layer in plan.layers}
+    check_sparsity(allocated, shapes, plan.left_dense, options.min_keep)
+    if options.scope == "global" and options.normalize == "none":
+        names = [f"layer {layer.name!r}" for layer in plan.layers]
+        kinds = [str(score_dtype(place.dtype(layer))) for layer in plan.layers]
+        check.one_of_a_kind("dtype", kinds, names)
+    scoring = scoring_of(plan, place, data, on_progress)
+    live = _live_counts(scoring)
+    zero = [name for name, count in live.items() if not count and 0 not in shapes[name]]
+    zero = [] if zero_layers is None else [name for name in zero if name not in zero_layers]
+    budget = allocation.budget(allocated, shapes, options.min_keep, without=zero)
+    layers = [layer for layer in plan.layers if layer.name in budget.keeps]
+    check_prunable(layers)
+    if options.scope == "global":
+        floors = {x.name: min(budget.floors[x.name], live[x.name]) for x in layers}
+        allocation.check_floors(floors, budget.total)
+        budget = allocation.Budget(budget.keeps, budget.total, floors)
+    return Task(scoring, layers, budget, live, plan.left_dense | dict.fromkeys(zero, ZERO))
 
 
 def scoring_of(
     plan: Plan,
-    masks: dict[str, Tensor],
-    data: Iterable[Any] | None,
+    place: Place,
+    data: Any,
     on_progress: Callable[[Progress], Any] | None,
+    *,
+    raw: bool | None = None,
 ) -> Scoring:
-    """Prepares the network; criteria that need data read it here."""
+    """Prepares the network; criteria that need data read it here.
+
+    raw: whether scores that are all 0 stay, in place of magnitudes; None: as the options say.
+    """
+    options = plan.options
     if data is not None:
         Step(on_progress, "data", 0).read("", 0)
         for layer in plan.topology.layers.values():  # else the error would blame the data
-            with in_layer(layer.name):
-                require_finite(readable(layer), "w")
+            for chunk in place.chunks(layer) if place.held else ():
+                with in_layer(layer.name):
+                    require_finite(chunk.weight, "w")
+    chain = [layer.name for layer in plan.layers] if options.residual == "chain" else None
+    network = Network(place, options.batch_norm, chain=chain)
     with callback():
-        network = plan.criterion.prepare(plan.network(masks), data)
-    return Scoring(plan, network, masks, on_progress)
+        plan.criterion.prepare(network, data)
+    return Scoring(plan, network, on_progress, options.raw if raw is None else raw)
 
 
-def _live(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks the weights that may be kept, for layers that have others: pruned or zero ones."""
+def _live_counts(scoring: Scoring) -> dict[str, int]:
+    """Counts the weights of each layer that may be kept, as far as that is needed.
+
+    Where only one that is not zero is looked for, the first chunk that has one ends a layer.
+    """
+    options, place = scoring.plan.options, scoring.place
+    floored = options.scope == "global" and bool(options.min_keep)
+    exact = place.held or floored or options.rounds > 1
     live = {}
-    for layer in layers:
-        weight, mask = layer.weight.detach(), masks.get(layer.name)
-        if int(weight.count_nonzero()) < weight.numel():
-            live[layer.name] = weight != 0 if mask is None else (weight != 0) & mask
-        elif mask is not None:
-            live[layer.name] = mask
+    for layer in scoring.plan.layers:
+        count = 0
+        for chunk in place.chunks(layer):
+            mask = place.live(chunk)
+            count += chunk.weight.numel() if mask is None else int(mask.count_nonzero())
+            if count and not exact:
+                count = math.prod(layer.shape)
+                break
+        live[layer.name] = count
     return live
 
 
-def _is_zero(layer: Layer, live: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> bool:
-    """Tells whether a layer has weights, all of them zero, and no mask of an earlier pruning."""
-    candidate = layer.weight.numel() > 0 and layer.name in live and layer.name not in masks
-    return candidate and not bool(live[layer.name].any())
-
-
-def _globally(
-    scoring: Scoring,
-    layers: list[Layer],
-    live: Mapping[str, Tensor],
-    keep: int,
-    floors: Mapping[str, int],
-) -> dict[str, Tensor]:
-    """Computes the masks of one ranking over all layers, in all rounds."""
-    network, options = scoring.network, scoring.plan.options
-    masks = dict(live)
-    start = sum(_unpruned(layer, masks) for layer in layers)
+def select(task: Task) -> dict[str, Selection]:
+    """Selects in all rounds and orders, and says how each layer is masked in the last one."""
+    options, scoring = task.scoring.plan.options, task.scoring
     for number in range(1, options.rounds + 1):
-        scoring.measure(layers)
-        criteria = [scoring.criterion(layer) for layer in layers]
-        pairs = list(zip(layers, criteria, strict=True))
-        stored = [x for x, how in pairs if selection.stores_scores(how, x)]
-        step, rankables = scoring.step("score", stored), []
-        for layer, how in pairs:
-            rankables.append(selection.rankable(network, how, layer, options.normalize))
-            if layer in stored:
-                step.read(layer.name, layer.weight.nbytes)
-        target = _target(number, options.rounds, start, keep)
-        step = scoring.step("rank", layers)
-        masks = selection.floored_masks(layers, rankables, target, masks, floors)
-        step.read("", step.total)
-        if number < options.rounds:
-            _set_masks(network, masks)
-    return masks
+        if options.order == "parallel" and number == options.rounds:
+            selections = _selected(task, number)
+            step = scoring.step("rank", task.layers)
+            return {
+                layer.name: selection.settled(scoring, layer, selections[layer.name], step)
+                for layer in task.layers
+            }
+        scoring.place.round(number, partial(_round, task, number))
+        scoring.forget(task.layers)
+    return {layer.name: selection.Stored() for layer in task.layers}
 
 
-def _by_layer(
-    scoring: Scoring, layers: list[Layer], live: Mapping[str, Tensor], keeps: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Computes the masks of layers that are ranked separately, in all rounds."""
-    network, options = scoring.network, scoring.plan.options
-    masks = dict(live)
-    start = {layer.name: _unpruned(layer, masks) for layer in layers}
-    for number in range(1, options.rounds + 1):
-        scoring.measure(layers)
-        step = scoring.step("rank", layers)
-        for layer in reversed(layers) if options.order == "backward" else layers:
-            name = layer.name
-            keep = _target(number, options.rounds, start[name], keeps[name])
-            how = scoring.criterion(layer)
-            masks[name] = selection.layer_mask(network, how, layer, keep, masks.get(name))
-            step.read(name, layer.weight.nbytes)
-            if options.order != "parallel":
-                network.set_mask(name, masks[name])
-        if options.order == "parallel" and number < options.rounds:
-            _set_masks(network, masks)
-    return {layer.name: masks[layer.name] for layer in layers}
+def _round(task: Task, number: int) -> None:
+    """Selects in one round and gives the place the masks."""
+    scoring, order = task.scoring, task.scoring.plan.options.order
+    if order == "parallel":
+        selections, step = _selected(task, number), scoring.step("rank", task.layers)
+        for layer in task.layers:
+            selection.store(scoring, layer, selections[layer.name], step)
+        return
+    scoring.measure(_name(number))
+    step = scoring.step("rank", task.layers)
+    for layer in reversed(task.layers) if order == "backward" else task.layers:
+        keep = _target(task, number, [layer], task.budget.keeps[layer.name])
+        how = selection.of_layer(scoring, layer, keep, _name(number))
+        selection.store(scoring, layer, how, step)
+        scoring.forget([layer])
 
 
-def _filled(kept: Mapping[str, Tensor], may: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
-    """Keeps zero weights too, the first ones, where fewer than keep others may be kept."""
-    counts = (int(mask.count_nonzero()) for mask in may.values())
-    missing = min(keep, sum(counts)) - sum(int(mask.count_nonzero()) for mask in kept.values())
-    filled = dict(kept)
-    for name, mask in kept.items():
-        if missing <= 0:
-            break
-        free = (may[name] & ~mask).flatten().nonzero().flatten()[:missing]
-        filled[name] = mask.flatten().index_fill(0, free, True).reshape(mask.shape)
-        missing -= free.numel()
-    return filled
+def _selected(task: Task, number: int) -> dict[str, Selection]:
+    """Selects in one round with the norms that all layers have before it."""
+    scoring, layers, budget, name = task.scoring, task.layers, task.budget, _name(number)
+    scoring.measure(name)
+    if scoring.plan.options.scope == "global":
+        keep = _target(task, number, layers, budget.total)
+        return selection.of_all(scoring, layers, keep, budget.floors, name)
+    return {
+        layer.name: selection.of_layer(
+            scoring, layer, _target(task, number, [layer], budget.keeps[layer.name]), name
+        )
+        for layer in layers
+    }
 
 
-def _may(layer: Layer, masks: Mapping[str, Tensor]) -> Tensor:
-    """Masks the weights that the earlier pruning has kept, zero ones too."""
-    mask = masks.get(layer.name)
-    return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
+def _name(number: int) -> str:
+    """Names what the place notes of a round."""
+    return f"round {number}"
 
 
-def _unpruned(layer: Layer, masks: Mapping[str, Tensor]) -> int:
-    """Counts the weights of a layer that its mask keeps."""
-    mask = masks.get(layer.name)
-    return layer.weight.numel() if mask is None else int(mask.count_nonzero())
-
-
-def _target(number: int, rounds: int, start: int, keep: int) -> int:
+def _target(task: Task, number: int, layers: Sequence[Layer], keep: int) -> int:
     """Returns how many weights to keep after a round; each round removes the same number."""
-    return start - max(start - keep, 0) * number // rounds
-
-
-def _set_masks(network: Network, masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        network.set_mask(name, mask)
+    start = sum(task.live[layer.name] for layer in layers)
+    return start - max(start - keep, 0) * number // task.scoring.plan.options.rounds

@@ -13,7 +13,6 @@ from lap_ext import criteria
 from lap_ext._text import matches, some
 from lap_ext.allocation import Allocation, floors
 from lap_ext.criteria import Criterion, CriterionLike
-from lap_ext.criteria.context import Network, readable
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
@@ -35,6 +34,7 @@ from lap_ext.options import (
     one_of,
     positive,
 )
+from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
 from lap_ext.pruning.patterns import all_matching, checked
 from lap_ext.topology import Layer, Topology, trace
@@ -104,12 +104,6 @@ class Plan:
     def criterion(self) -> Criterion:
         """The criterion that scores the weights."""
         return self.options.criterion
-
-    def network(self, masks: Mapping[str, Tensor]) -> Network:
-        """Builds the network that computes scores; masks gives the weights that are kept."""
-        options = self.options
-        chain = [layer.name for layer in self.layers] if options.residual == "chain" else None
-        return Network(self.topology, options.batch_norm, masks=masks, chain=chain)
 
 
 def options_of(

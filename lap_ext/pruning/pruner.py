@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from lap_ext._text import some
 from lap_ext.allocation import Sparsity
 from lap_ext.computed import reserve_masks
-from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.criteria import CriterionLike
+from lap_ext.criteria.context import Network
 from lap_ext.errors import LapRuntimeError, LapTypeError, LapValueError, callback, calling
 from lap_ext.masks import Masks, pack, unpack
 from lap_ext.masks.keep import KeepHandle, check_hooks
@@ -41,11 +42,12 @@ from lap_ext.options import (
     Residual,
     Scope,
 )
+from lap_ext.places import Memory
 from lap_ext.progress import Progress
 from lap_ext.pruning import pruner_state
 from lap_ext.pruning.dense import ZERO
+from lap_ext.pruning.in_memory import result_of, run
 from lap_ext.pruning.patterns import by_name
-from lap_ext.pruning.pipeline import result_of, run
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
@@ -396,9 +398,10 @@ class Pruner:
 
     def _check_data(self) -> None:
         """Raises the criterion's errors about data, without reading the data yet."""
-        overridden = type(self._plan.criterion).prepare != Criterion.prepare
-        if self._data is None or not overridden:
-            self._plan.criterion.prepare(self._plan.network({}), self._data)
+        criterion = self._plan.criterion
+        if self._data is None or not criterion.reads_data:
+            network = Network(Memory(self.topology), self._plan.options.batch_norm)
+            criterion.prepare(network, self._data)
 
     def _check_optimizers(self) -> None:
         weights = {id(layer.weight) for layer in self.layers if layer.pruned_by == "zeros"}

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from lap_ext.errors import in_layer
+from lap_ext.ops import schema
 from lap_ext.ops.reference.key import key_dtype
 from lap_ext.pruning import normalization
 from lap_ext.pruning.normalization import Sums
+from lap_ext.pruning.thresholds import Total
 
 _MOST_BINS, _LEAST_BINS = 1 << 15, 1 << 8  # of a layer
 _SORTED = 1 << 15  # held keys whose normalized scores are computed at a time
@@ -42,28 +44,30 @@ class Source:
 
     Attributes:
         name: of the layer.
-        read: gives all scores in chunks, each time it is called; those below 0 may not be kept.
+        read: gives all scores in chunks, each time it is called, and which of them may be kept
+            (None: all).
         count: how many may be kept at most.
         dtype: their dtype, float32 or float64.
         size: the norm of the layer's scores (normalize="norm"); None for "lamp".
     """
 
     name: str
-    read: Callable[[], Iterator[Tensor]]
+    read: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
     count: int
     dtype: torch.dtype
     size: float | None = None
 
 
-def shares(sources: Sequence[Source], keep: int, capacity: int) -> list[int]:
+def shares(sources: Sequence[Source], keep: int, capacity: int, total_of: Total) -> list[int]:
     """Finds how many of the keep highest normalized scores are each layer's.
 
-    Of equal ones those of earlier layers are kept. At most capacity keys are held.
+    Of equal ones those of earlier layers are kept. At most capacity keys are held. total_of adds
+    counts over all that hold weights.
     """
     total = sum(source.count for source in sources)
     if keep <= 0 or keep >= total:
         return [source.count if keep > 0 else 0 for source in sources]
-    layers = [_Layer(source) for source in sources]
+    layers = [_Layer(source, total_of) for source in sources]
     bins = _bins_of(capacity, len(layers))
     least = 0.0
     while True:
@@ -222,8 +226,8 @@ class _Layer:
         exact: whether both are the normalized scores themselves.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source, self.size = source, source.size
+    def __init__(self, source: Source, total_of: Total) -> None:
+        self._source, self.size, self._total = source, source.size, total_of
         self._key = key_dtype(source.dtype)
         self._low, self._high = 0, int(torch.tensor(math.inf, dtype=source.dtype).view(self._key))
         self.above, self.inside = 0, source.count
@@ -239,21 +243,25 @@ class _Layer:
         shift = max(0, (self._high - self._low).bit_length() - (bins.bit_length() - 1))
         counts = torch.zeros(bins, dtype=torch.int64)
         held, end, top = torch.empty(self.inside if hold else 0, dtype=self._key), 0, -1
-        self.squares = 0
-        for scores in self._source.read():
-            keys = scores.flatten().view(self._key)
+        squares = torch.zeros(2, dtype=torch.int64)
+        for scores, live in self._source.read():
+            if not scores.numel():
+                continue
+            inside = scores, live, self._low, self._high
             if not self._begun:
-                top = max(top, int(keys.max()))
+                kept = scores if live is None else scores.masked_fill(~live, 0)
+                top = max(top, int(kept.max().view(self._key)))
             elif self.size is None:
-                self._add_squares(keys[keys > self._high])
-            if hold or self._begun:
-                keys = keys[(keys >= self._low) & (keys <= self._high)]
+                above = scores, live, self._high, self.exponent
+                squares += schema.call(schema.squares_above, *above).cpu()
             if hold:
+                _, keys = schema.call(schema.count_keys, *inside, True)
                 held[end : end + keys.numel()] = keys
                 end += keys.numel()
-            else:  # bin 0 is for those that may not be kept
-                found = ((keys - self._low) >> shift).clamp_(min=-1) + 1
-                counts += torch.bincount(found, minlength=bins + 1)[1:].cpu()
+            else:
+                counts += schema.call(schema.key_histogram, *inside, shift, bins).cpu()
+        counts, squares = self._total(counts), self._total(squares)
+        self.squares = normalization.total_of((squares[0], squares[1]))
         if not self._begun:
             self.inside = end if hold else int(counts.sum())
             self._begin(top)
@@ -280,11 +288,6 @@ class _Layer:
             normalization.require_finite_scores(largest, how)
         self.exponent, self._high = normalization.exponent_of(largest), top
         self._begun = True
-
-    def _add_squares(self, keys: Tensor) -> None:
-        q = normalization.squared(self._scores(keys), self.exponent)
-        upper, lower = normalization.parts_of(q)
-        self.squares += normalization.total_of((upper.sum(), lower.sum()))
 
     def _rank_held(self, keys: Tensor) -> None:
         """Normalizes the keys that are held."""

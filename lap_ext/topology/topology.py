@@ -40,6 +40,7 @@ class Layer:
         shape: the parameter's shape.
         roles: its uses in the network, in order.
         topology: the topology of the model.
+        values: what `weight` is where the model does not hold it; None for the model's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     shape: tuple[int, ...]
     roles: tuple[Role, ...]
     topology: Topology = field(compare=False)
+    values: Tensor | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.kind} {'x'.join(map(str, self.shape))})"
@@ -55,13 +57,15 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The model's current parameter, or what a parametrization makes of it."""
+        if self.values is not None:
+            return self.values
         return value_of(self.topology.model, self.parameter)
 
     @property
     def effective(self) -> Tensor:
         """The weight that the operations use, detached: what is computed from the parameter."""
         computation = self._computation
-        if computation is None:
+        if computation is None or self.values is not None:
             return self.weight.detach()
         return self._value(computation.value)
 
@@ -189,6 +193,7 @@ class Topology:
         self.neighbors = dict(neighbors)
         self.stops = list(stops)
         self.unreached = tuple(unreached)
+        self._tensors: Mapping[str, Tensor] | None = None
         self.layers: dict[str, Layer] = {}
         tensors, computed_from = named_tensors(model), sources(model)
         by_name: dict[str, list[Role]] = {}
@@ -258,14 +263,24 @@ class Topology:
             )
         if model is self.model:
             return self
-        bound = copy.copy(self)
-        bound.model = model
-        bound.layers = {name: replace(x, topology=bound) for name, x in self.layers.items()}
-        return bound
+        return self._copied(model, None)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Topology:
+        """Returns this topology with given tensors in place of the model's, which has no values."""
+        return self._copied(self.model, dict(tensors))
+
+    def _copied(self, model: nn.Module, tensors: Mapping[str, Tensor] | None) -> Topology:
+        other = copy.copy(self)
+        other.model, other._tensors = model, tensors
+        other.layers = {name: replace(x, topology=other) for name, x in self.layers.items()}
+        return other
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Returns the model's current parameters, buffers and computed tensors by name."""
-        return named_tensors(self.model)
+        """Returns the tensors by name that scales of channels are computed from.
+
+        They are the model's current parameters, buffers and computed tensors, or given ones.
+        """
+        return named_tensors(self.model) if self._tensors is None else self._tensors
 
     def walker(self) -> Walker:
         """Returns a walker through the graph, with the model's weights as they are now."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint, criteria
-from lap_ext.checkpoint.plan import DATA_FREE
+DATA_FREE = ()
 from lap_ext.options import NORMALIZATIONS
 from lap_ext.topology import Topology
 from tests.helpers.checkpoints import change, least_memory, prune, write

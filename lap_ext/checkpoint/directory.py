@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The working directory as a place: made by us, closed to others, for one process at a time.
+"""The working directory: made by us, closed to others, for one process at a time.
 
 What somebody has planted under one of its names (a link, a pipe, a file of another user) is an
 error that names it; nothing in it is followed, opened or removed. From then on no other user can

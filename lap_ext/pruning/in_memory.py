@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Runs the pipeline on a model in memory, after an earlier pruning or on dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lap_ext.allocation import Sparsity
+from lap_ext.masks import Masks
+from lap_ext.places import Memory
+from lap_ext.progress import Progress
+from lap_ext.pruning import pipeline
+from lap_ext.pruning.plan import Plan, checked_masks
+from lap_ext.pruning.result import LayerResult, PruneResult, row_of
+from lap_ext.topology import Layer
+
+
+def run(
+    plan: Plan,
+    sparsity: Sparsity,
+    masks: Mapping[str, Tensor] | None,
+    data: Any,
+    on_progress: Callable[[Progress], Any] | None,
+) -> PruneResult:
+    """Computes the masks of a plan for a sparsity without changing the model."""
+    given = checked_masks(plan.topology, masks)
+    place = Memory(plan.topology, given)
+    zero_layers = None if masks is not None and not masks else masks or ()  # {}: zeros are weights
+    task = pipeline.begin(plan, place, sparsity, data, on_progress, zero_layers=zero_layers)
+    pipeline.select(task)
+    task.scoring.warn_of_dead()
+    kept = {layer.name: place.masks[layer.name] for layer in task.layers}
+    nonzero = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
+    if masks is not None:
+        may = {layer.name: _may(layer, given) for layer in task.layers}
+        if plan.options.scope == "global":
+            kept = _filled(kept, may, task.budget.total)
+        else:
+            for name, mask in kept.items():
+                kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
+    rows = [row_of(layer, kept[layer.name], nonzero[layer.name]) for layer in task.layers]
+    return result_of(plan, Masks(kept), rows, task.left_dense)
+
+
+def result_of(
+    plan: Plan, masks: Masks, rows: Sequence[LayerResult], left_dense: Mapping[str, str]
+) -> PruneResult:
+    """Makes the result of a plan."""
+    topology = plan.topology
+    return PruneResult(
+        masks,
+        rows,
+        plan.criterion.name,
+        left_dense=left_dense,
+        parameters=sum(x.numel() for x in topology.model.parameters()),
+        unreached=topology.unreached,
+    )
+
+
+def _filled(kept: Mapping[str, Tensor], may: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
+    """Keeps zero weights too, the first ones, where fewer than keep others may be kept."""
+    counts = (int(mask.count_nonzero()) for mask in may.values())
+    missing = min(keep, sum(counts)) - sum(int(mask.count_nonzero()) for mask in kept.values())
+    filled = dict(kept)
+    for name, mask in kept.items():
+        if missing <= 0:
+            break
+        free = (may[name] & ~mask).flatten().nonzero().flatten()[:missing]
+        filled[name] = mask.flatten().index_fill(0, free, True).reshape(mask.shape)
+        missing -= free.numel()
+    return filled
+
+
+def _may(layer: Layer, masks: Mapping[str, Tensor]) -> Tensor:
+    """Masks the weights that the earlier pruning has kept, zero ones too."""
+    mask = masks.get(layer.name)
+    return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
