@@ -23,7 +23,7 @@ from lap_ext.ops.channel_sums import ChannelSums
 from lap_ext.ops.check import FLOATS
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
-from lap_ext.ops.reference.common import exact_sqrt, require_finite
+from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.topology import Layer, Topology, edges
 from lap_ext.topology.propagate import Propagation
@@ -247,6 +247,13 @@ class Network:
         block, active = role.part.of(self._masked(layer)), self.activity[self._first_role(given)]
         block = block if active is None else _scaled(block, exact_sqrt(active), role)
         return Neighbor(block, role.part.groups, role.part.transposed)
+
+
+def random_scores(weight: Tensor, start: int, first: int, step: int) -> Tensor:
+    """Computes the random scores of weights at flat indices first, first + step, ... of a layer."""
+    scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
+    schema.random_scores_(scores, start, first, step)
+    return scores
 
 
 def readable(layer: Layer) -> Tensor:
