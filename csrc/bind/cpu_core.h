@@ -29,6 +29,8 @@ class CpuCore {
 
   explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
 
+  const cpu::Pool& pool() const { return pool_; }
+
   template <typename T>
   Array empty(const Array& like, const Sizes& sizes) const {
     Array out = Arrays::template empty<T>(like, sizes);
@@ -101,11 +103,16 @@ class CpuCore {
     source.mask = static_cast<uint8_t*>(Arrays::mutable_data(mask));
     const Problems problems = select({source}, keep, check_finite);
     if (problems.any() || pruned == nullptr) return problems;
-    Strided target = weight.x;
-    if (target.data != Arrays::data(*pruned)) fail(weight.op, {Arrays::kNotInPlace});
-    target.data = Arrays::mutable_data(*pruned);
-    cpu::zero(target, source.mask, pool(target));
+    zero(weight.op, *pruned, source.mask);
     return problems;
+  }
+
+  // w = +0.0 where the mask, in the flat C order, is 0.
+  void zero(const char* op, const Array& w, const uint8_t* mask) const {
+    Strided target;
+    if (!strided<Arrays>(w, Arrays::dtype(op, w), &target)) fail(op, {Arrays::kNotInPlace});
+    target.data = Arrays::mutable_data(w);
+    cpu::zero(target, mask, pool(target));
   }
 
   // Marks the k largest in the masks of a list, or writes the k-th to value.

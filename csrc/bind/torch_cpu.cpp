@@ -13,6 +13,7 @@
 #include "../cpu/scale.h"
 #include "../cpu/select.h"
 #include "check.h"
+#include "chunk_operators.h"
 #include "cpu_core.h"
 #include "operators.h"
 #include "torch_arrays.h"
@@ -34,6 +35,7 @@ struct TorchCpuArrays : bind::TorchArrays {
 
 using Core = bind::CpuCore<TorchCpuArrays>;
 using Operators = bind::Operators<Core>;
+using ChunkOperators = bind::ChunkOperators<Core>;
 
 // One of the weights that are ranked together. Its scores are stored only where its norms multiply
 // to more or less than their type can hold; an empty row_norm says that w is scores.
@@ -104,6 +106,12 @@ std::vector<Tensor> global_mask(const std::vector<Tensor>& w,
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   bind::implement<Operators>(m);
   m.impl("global_mask", TORCH_BOX(&global_mask));
+  m.impl("count_keys", TORCH_BOX(&ChunkOperators::count_keys));
+  m.impl("key_histogram", TORCH_BOX(&ChunkOperators::key_histogram));
+  m.impl("squares_above", TORCH_BOX(&ChunkOperators::squares_above));
+  m.impl("threshold_mask", TORCH_BOX(&ChunkOperators::threshold_mask));
+  m.impl("random_scores_", TORCH_BOX(&ChunkOperators::random_scores_));
+  m.impl("masked_zero_", TORCH_BOX(&ChunkOperators::masked_zero_));
 }
 
 // The parts of this thread's last failure, 0 to 4 (check.h).

@@ -9,7 +9,9 @@
 
 #include "../math/half.h"
 #include "../math/key.h"
+#include "../math/random.h"
 #include "../math/score.h"
+#include "../math/squares.h"
 #include "../math/sums.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

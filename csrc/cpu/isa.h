@@ -8,6 +8,7 @@
 
 #include "../math/dtype.h"
 #include "../math/key.h"
+#include "../math/squares.h"
 
 namespace lap::cpu {
 
@@ -86,6 +87,52 @@ struct DecideKernels {
   int64_t (*mark_ties)(const Key* keys, int64_t n, Key threshold, uint8_t* mask, int64_t* ties);
 };
 
+// Scores >= 0 in flat order, and which of them count (null: all). The key of a score is its bits,
+// -1 where it does not count.
+template <typename Key>
+struct ScoreChunk {
+  const typename KeyTraits<Key>::Float* scores;
+  const uint8_t* live;
+  int64_t size;
+};
+
+struct KeyCount {
+  int64_t above;   // keys above Interval::high
+  int64_t inside;  // keys from low to high
+};
+
+// What ranks scores chunk by chunk (chunks.h). No chunk has more than kPiece scores, so that counts
+// fit in a key.
+constexpr int64_t kPiece = int64_t{1} << 14;
+template <typename Key>
+struct ChunkKernels {
+  using Float = typename KeyTraits<Key>::Float;
+
+  // Bit j % 64 of inside[j / 64]: whether key j is inside.
+  KeyCount (*count)(const ScoreChunk<Key>& chunk, const Interval<Key>& interval, uint64_t* inside);
+
+  // Writes the keys inside, which count has found, in order.
+  void (*take)(const ScoreChunk<Key>& chunk, const uint64_t* inside, Key* out);
+
+  // ++counts[(key - low) >> shift] for the keys inside
+  void (*histogram)(const ScoreChunk<Key>& chunk,
+                    const Interval<Key>& interval,
+                    int shift,
+                    int64_t* counts);
+
+  // sums += both parts of the squares of the scores inside; false where a key is above
+  bool (*squares)(const ScoreChunk<Key>& chunk,
+                  const Interval<Key>& interval,
+                  const SquareScale& scale,
+                  int64_t* sums);
+
+  // kept[j] = key above threshold, or at it where ties are kept; returns how many are at it
+  int64_t (*mark)(const ScoreChunk<Key>& chunk, Key threshold, bool ties, uint8_t* kept);
+
+  // out[j] = the random score of x + j * step
+  void (*random)(uint64_t x, uint64_t step, int64_t n, Float* out);
+};
+
 constexpr int kRowsAtOnce = 4;
 
 struct Kernels {
@@ -95,6 +142,8 @@ struct Kernels {
   KeyKernels<int64_t> wide[kDTypes];    // 24-bit products in double; plain double for f64
   DecideKernels<int32_t> decide32;
   DecideKernels<int64_t> decide64;
+  ChunkKernels<int32_t> chunk32;
+  ChunkKernels<int64_t> chunk64;
 
   // out[j] = |w[j]| * (row_norm * col_norm[j]), as float (double for f64). The wide form multiplies
   // by scale twice at the end, so that any power of two can be undone. Returns the largest |w|.

@@ -25,9 +25,9 @@ struct Pool {
 // another program may have its core. One call at a time has them; others run on their own thread.
 Pool thread_pool(int threads);
 
-// As many threads of a pool as so many elements are worth.
-inline Pool pool_for(int64_t elements, Pool pool) {
-  const int64_t worth = std::max<int64_t>(1, elements / kGrain);
+// As many threads of a pool as so many elements are worth, where grain of them are worth one.
+inline Pool pool_for(int64_t elements, Pool pool, int64_t grain = kGrain) {
+  const int64_t worth = std::max<int64_t>(1, elements / grain);
   pool.threads = static_cast<int>(std::min<int64_t>(pool.threads, worth));
   return pool;
 }

@@ -13,7 +13,7 @@ void zero_chunk(const Strided& w, const uint8_t* mask, int64_t begin, int64_t n)
   for_each_inner(w, begin, n, [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {
     T* to = data + offset;
     if (stride == 1) {
-      for (int64_t j = 0; j < count; ++j) to[j] = mask[first + j] ? to[j] : T{0};
+      for (int64_t j = 0; j < count; ++j) to[j] &= T{0} - T{mask[first + j] != 0};
     } else {
       for (int64_t j = 0; j < count; ++j) {
         if (!mask[first + j]) to[j * stride] = T{0};

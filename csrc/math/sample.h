@@ -5,16 +5,12 @@
 //   step = floor(2^64 / m);  f = i * step + hash(i) * step / 2^64;  position = f * size / 2^64
 #pragma once
 
-#include "host_device.h"
+#include "random.h"
 
 namespace lap {
 
-// The i-th number of the generator splitmix64.
 LAP_HOST_DEVICE uint64_t hash(int64_t i) {
-  uint64_t x = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
+  return mixed((static_cast<uint64_t>(i) + 1) * kGolden);
 }
 
 struct SamplePositions {

@@ -11,19 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lap_ext.criteria.base import Criterion, Norms
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, random_scores
 from lap_ext.errors import LapTypeError, LapValueError, callback, calling
-from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Chunk
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
-
-_BATCH = 1 << 15  # numbers at a time: they stay in the cache, and torch uses one thread
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 class MagnitudeBN(Criterion):
@@ -115,33 +110,8 @@ class Random(Criterion):
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Computes the numbers of these weights, in the dtype of scores."""
         digest = hashlib.sha256(f"{self.seed}:{chunk.layer.name}".encode()).digest()
-        start = int.from_bytes(digest[:8], "little")
-        weight = chunk.weight
-        numbers = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-        flat = numbers.view(-1)
-        steps = torch.arange(min(flat.numel(), _BATCH), device=weight.device)
-        steps *= _signed(_GOLDEN)
-        x, other = torch.empty_like(steps), torch.empty_like(steps)
-        for begin in range(0, flat.numel(), _BATCH):
-            batch = flat[begin : begin + _BATCH]
-            torch.add(steps, _signed(start + (chunk.first + begin) * _GOLDEN), out=x)
-            _mix(x, other)
-            batch.copy_(x[: batch.numel()]).add_(1).mul_(2.0**-24)
-        return numbers
-
-
-def _mix(x: Tensor, other: Tensor) -> None:
-    """Mixes the bits of int64 x and leaves the upper 24 of them; overwrites other."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        torch.bitwise_right_shift(x, shift, out=other)
-        x ^= other.bitwise_and_((1 << (64 - shift)) - 1)  # shifted as an unsigned number
-        x *= _signed(factor)
-    x.bitwise_right_shift_(40).bitwise_and_((1 << 24) - 1)
-
-
-def _signed(x: int) -> int:
-    """Wraps an integer to the range of int64."""
-    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+        start = int.from_bytes(digest[:8], "little", signed=True)
+        return random_scores(chunk.weight, start, chunk.first, 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, library
 from lap_ext.errors import LapError
 from lap_ext.ops import native, reference
 from lap_ext.ops.reference.common import score_dtype
+from lap_ext.ops.reference.key import key_dtype
 
 _library = library.Library("lap_ext", "DEF")
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
@@ -145,6 +146,56 @@ def _(scores: list[Tensor], *_: object) -> Tensor:
     return scores[0].new_empty([], dtype=score_dtype(scores[0].dtype))
 
 
+# --- scores that are never all in memory: reference/chunks.py -------------------------------------
+
+
+@_define(
+    "count_keys(Tensor scores, Tensor? mask, int low, int high, bool take) -> "
+    "(Tensor counts, Tensor keys)",
+    reference.count_keys,
+)
+def _(
+    scores: Tensor, mask: Tensor | None, low: int, high: int, take: bool
+) -> tuple[Tensor, Tensor]:
+    found = library.get_ctx().new_dynamic_size() if take else 0
+    counts = scores.new_empty([2], dtype=torch.int64, device="cpu")
+    return counts, scores.new_empty([found], dtype=key_dtype(scores.dtype))
+
+
+@_define(
+    "key_histogram(Tensor scores, Tensor? mask, int low, int high, int shift, int bins) -> Tensor",
+    reference.key_histogram,
+)
+def _(scores: Tensor, mask: Tensor | None, low: int, high: int, shift: int, bins: int) -> Tensor:
+    return scores.new_empty([bins], dtype=torch.int64)
+
+
+@_define(
+    "squares_above(Tensor scores, Tensor? mask, int key, int exponent) -> Tensor",
+    reference.squares_above,
+)
+def _(scores: Tensor, *_: object) -> Tensor:
+    return scores.new_empty([2], dtype=torch.int64)
+
+
+@_define(
+    "threshold_mask(Tensor scores, Tensor? mask, int key, int ties) -> (Tensor kept, Tensor taken)",
+    reference.threshold_mask,
+)
+def _(scores: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    kept = scores.new_empty(scores.shape, dtype=torch.bool)
+    return kept, scores.new_empty([1], dtype=torch.int64)
+
+
+@_define(
+    "random_scores_(Tensor(a!) out, int start, int first, int step) -> ()",
+    reference.random_scores_,
+)
+@_define("masked_zero_(Tensor(a!) weight, Tensor mask) -> ()", reference.masked_zero_)
+def _(*_: object) -> None:
+    pass
+
+
 native.load()
 info = native.info
 
@@ -158,6 +209,12 @@ prune_ = torch.ops.lap_ext.prune_.default
 topk_mask = torch.ops.lap_ext.topk_mask.default
 global_mask = torch.ops.lap_ext.global_mask.default
 kth_largest = torch.ops.lap_ext.kth_largest.default
+count_keys = torch.ops.lap_ext.count_keys.default
+key_histogram = torch.ops.lap_ext.key_histogram.default
+squares_above = torch.ops.lap_ext.squares_above.default
+threshold_mask = torch.ops.lap_ext.threshold_mask.default
+random_scores_ = torch.ops.lap_ext.random_scores_.default
+masked_zero_ = torch.ops.lap_ext.masked_zero_.default
 
 
 def call(op: Callable[..., Any], *args: object) -> Any:

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from lap_ext.errors import LapValueError
 from lap_ext.ops import schema
+from lap_ext.ops.reference.chunks import DIGITS, LOWER, parts_of, squared
 from lap_ext.pruning.exact_sum import ExactSum
 
 _SQUARED = 1 << 18  # scores whose squares are summed at a time
 _SORTED = 1 << 17  # sorted scores that are divided at a time
-_DIGITS = 30  # of the lower part of a sum; the upper part holds 2^33 squares below 1
-_LOWER = (1 << _DIGITS) - 1
 
 Sums = tuple[Tensor, Tensor]  # upper and lower parts, int64
 
@@ -110,39 +109,27 @@ def exponent_of(largest: float) -> int:
     return math.frexp(largest)[1]
 
 
-def squared(scores: Tensor, exponent: int) -> Tensor:
-    """Computes (scores * 2^-exponent)^2 in float64."""
-    half = exponent // 2  # each factor is within float64's range
-    return (scores.double() * 2.0**-half * 2.0 ** (half - exponent)).square()
-
-
-def parts_of(q: Tensor) -> Sums:
-    """Splits floor(q * 2^60)."""
-    units = (q * 2.0 ** (2 * _DIGITS)).long()
-    return units >> _DIGITS, units & _LOWER
-
-
 def running(above: int, parts: Sums, counts: Tensor | None = None) -> Sums:
     """Adds each to those before it, and to above; counts says how often each occurs."""
     upper, lower = parts if counts is None else (part * counts for part in parts)
-    return upper.cumsum(0) + (above >> _DIGITS), lower.cumsum(0) + (above & _LOWER)
+    return upper.cumsum(0) + (above >> DIGITS), lower.cumsum(0) + (above & LOWER)
 
 
 def total_of(sums: Sums) -> int:
     """Joins the parts of one sum."""
-    return (int(sums[0]) << _DIGITS) + int(sums[1])
+    return (int(sums[0]) << DIGITS) + int(sums[1])
 
 
 def quotients(q: Tensor, sums: Sums) -> Tensor:
     """Divides squares by their sums; 0 is 0, whatever the sum."""
-    upper, lower = sums[0] + (sums[1] >> _DIGITS), sums[1] & _LOWER
-    divisor = upper.double() + lower.double() * 2.0**-_DIGITS
-    return torch.where(q > 0, q * 2.0**_DIGITS / divisor, 0.0)
+    upper, lower = sums[0] + (sums[1] >> DIGITS), sums[1] & LOWER
+    divisor = upper.double() + lower.double() * 2.0**-DIGITS
+    return torch.where(q > 0, q * 2.0**DIGITS / divisor, 0.0)
 
 
 def quotient(q: float, total: int) -> float:
     """Divides one square by its sum, as `quotients` does."""
-    divisor = float(total >> _DIGITS) + float(total & _LOWER) * 2.0**-_DIGITS
+    divisor = float(total >> DIGITS) + float(total & LOWER) * 2.0**-DIGITS
     if q == 0:
         return 0.0
-    return q * 2.0**_DIGITS / divisor if divisor else math.inf
+    return q * 2.0**DIGITS / divisor if divisor else math.inf

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lap_ext.errors import in_layer
 from lap_ext.ops import schema
+from lap_ext.ops.reference.chunks import parts_of, squared
 from lap_ext.ops.reference.key import key_dtype
 from lap_ext.pruning import normalization
 from lap_ext.pruning.normalization import Sums
@@ -153,8 +154,8 @@ class _Runs:
             if layer.size is not None:
                 values = normalization.over(chunk, layer.size)
             else:
-                q = normalization.squared(chunk, layer.exponent)
-                sums = normalization.running(above, normalization.parts_of(q))
+                q = squared(chunk, layer.exponent)
+                sums = normalization.running(above, parts_of(q))
                 above = normalization.total_of((sums[0][-1], sums[1][-1]))
                 values = normalization.quotients(q, sums)
             end = begin + chunk.numel()
@@ -167,8 +168,8 @@ class _Runs:
         if layer.size is not None:
             values = normalization.over(scores, layer.size)
             return cls(values.flip(0), values, counts)
-        q = normalization.squared(scores, layer.exponent)
-        parts = normalization.parts_of(normalization.squared(added, layer.exponent))
+        q = squared(scores, layer.exponent)
+        parts = parts_of(squared(added, layer.exponent))
         sums = normalization.running(layer.squares, parts, counts)
         ones = sums[0] - parts[0] * (counts - 1), sums[1] - parts[1] * (counts - 1)
         last, first = normalization.quotients(q, sums), normalization.quotients(q, ones)

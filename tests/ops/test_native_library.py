@@ -29,6 +29,12 @@ OPS = [
     "prune_",
     "topk_mask",
     "kth_largest",
+    "count_keys",
+    "key_histogram",
+    "squares_above",
+    "threshold_mask",
+    "random_scores_",
+    "masked_zero_",
 ]
 
 

@@ -20,7 +20,15 @@ from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 
 OPS = torch.ops.lap_ext
 NAMES = """row_squared_norms col_squared_norms squared_norms norm score mask prune_ topk_mask
-    global_mask kth_largest""".split()
+    global_mask kth_largest count_keys key_histogram squares_above threshold_mask random_scores_
+    masked_zero_""".split()
+WRITES = {"prune_": "w", "random_scores_": "out", "masked_zero_": "weight"}
+CHUNKED: dict[str, list[tuple[Any, ...]]] = {  # what follows scores and mask
+    "count_keys": [(0, 1 << 30, True), (5, 5, False)],
+    "key_histogram": [(0, (1 << 30) - 1, 20, 1 << 10)],
+    "squares_above": [(5, 0)],
+    "threshold_mask": [(1 << 29, 2)],
+}
 
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +47,16 @@ def flags_of(scores: list[Tensor]) -> list[Tensor]:
 
 def samples(op: str) -> list[tuple[Any, ...]]:
     """Arguments of an op: plain, grouped, transposed, masked, strided, empty, each dtype."""
+    if op in CHUNKED:
+        scores = [torch.rand(4, 6), torch.rand(24, dtype=torch.float64), torch.zeros(0)]
+        masks = [None, torch.rand(4, 6) < 0.5]
+        return [(x, m, *args) for x in scores[:2] for m in masks for args in CHUNKED[op]] + [
+            (scores[2], None, *args) for args in CHUNKED[op]
+        ]
+    if op == "random_scores_":
+        return [(torch.zeros(4, 6, dtype=dtype), -3, 2, 5) for dtype in (torch.float, torch.double)]
+    if op == "masked_zero_":
+        return [(torch.randn(4, 6).to(dtype), torch.rand(4, 6) < 0.5) for dtype in DTYPES]
     ins, outs = torch.rand(6, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     weights = [torch.randn(4, 6).to(dtype) for dtype in DTYPES]
     weights.append(torch.randn(6, 4).t())
@@ -86,11 +104,12 @@ def test_opcheck(op: str, device: str) -> None:
 
 
 def test_schemas() -> None:
-    """Only prune_ writes, and only to w."""
+    """Only what ends in an underscore writes, and only to one argument."""
     for op in NAMES:
-        assert getattr(OPS, op).default._schema.is_mutable == (op == "prune_")
-    written = [a.name for a in OPS.prune_.default._schema.arguments if a.alias_info is not None]
-    assert written == ["w"]
+        schema = getattr(OPS, op).default._schema
+        written = [x.name for x in schema.arguments if x.alias_info is not None]
+        assert written == ([WRITES[op]] if op in WRITES else [])
+        assert schema.is_mutable == (op in WRITES)
 
 
 def everything(w_prev: Tensor, w: Tensor, w_next: Tensor) -> tuple[Any, ...]:

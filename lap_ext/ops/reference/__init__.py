@@ -3,9 +3,15 @@
 
 Written from the definition, bit for bit. Weights rank by (key of the score, larger first; lower
 tensor and flat C-order index first), norms.py says in which order squares are added, score.py how a
-score is rounded.
+score is rounded, chunks.py what is asked of scores that are never all in memory.
 """
 
+from lap_ext.ops.reference.chunks import count_keys as count_keys
+from lap_ext.ops.reference.chunks import key_histogram as key_histogram
+from lap_ext.ops.reference.chunks import masked_zero_ as masked_zero_
+from lap_ext.ops.reference.chunks import random_scores_ as random_scores_
+from lap_ext.ops.reference.chunks import squares_above as squares_above
+from lap_ext.ops.reference.chunks import threshold_mask as threshold_mask
 from lap_ext.ops.reference.norms import col_squared_norms as col_squared_norms
 from lap_ext.ops.reference.norms import norm as norm
 from lap_ext.ops.reference.norms import row_squared_norms as row_squared_norms
@@ -18,12 +24,18 @@ from lap_ext.ops.reference.select import topk_mask as topk_mask
 
 __all__ = [
     "col_squared_norms",
+    "count_keys",
+    "key_histogram",
     "kth_largest",
     "mask",
+    "masked_zero_",
     "norm",
     "prune_",
+    "random_scores_",
     "row_squared_norms",
     "score",
     "squared_norms",
+    "squares_above",
+    "threshold_mask",
     "topk_mask",
 ]
