@@ -146,12 +146,13 @@ def of_layer(
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
     criterion = scoring.criterion(layer)
     stores = stores_scores(criterion, layer)
+    how = "plain" if stores else how  # scales of several uses would not be the same
     beside = BESIDE if criterion.rows or criterion.replaces or stores else 1
     if scoring.place.fits(layer, beside):
         return AtOnce(keep, how)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    return _cuts(scoring, [layer], keep, "plain" if stores else how, name)[layer.name]
+    return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
 
 def of_all(
