@@ -72,7 +72,8 @@ def criterion_of(criterion: Criterion) -> list[str]:
         if not kind.__module__.startswith("lap_ext."):
             codes += [x for _, x in sorted(vars(kind).items()) if isfunction(x)]
     for code in codes:
-        _add_code(digest, getattr(code, "__code__", None) or type(code).__call__)
+        function = code if hasattr(code, "__code__") else type(code).__call__
+        _add_code(digest, getattr(function, "__code__", function))
     plain = {name: x for name, x in values.items() if isinstance(x, bool | int | float | str)}
     return [type(criterion).__qualname__, criterion.name, repr(plain), digest.hexdigest()]
 
@@ -86,6 +87,8 @@ def _add_code(digest: Any, code: Any) -> None:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             _add_code(digest, constant)
+        elif isinstance(constant, frozenset):
+            digest.update(repr(sorted(map(repr, constant))).encode())
         else:
             digest.update(repr(constant).encode())
 
