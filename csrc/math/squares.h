@@ -22,7 +22,7 @@ struct SquareScale {
   double second;
 
   LAP_HOST_DEVICE explicit SquareScale(int exponent) {
-    const int half = (exponent - (exponent < 0 && exponent % 2 != 0)) / 2;  // rounded down
+    const int half = exponent / 2;
     first = ldexp(1.0, -half);
     second = ldexp(1.0, half - exponent + 15);
   }
