@@ -174,7 +174,8 @@ class WeightGradient(DataCriterion):
 
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times its gradient."""
-        if network.place.held and network.statistics.of_chunk(chunk, "gradient") is None:
+        stored = isinstance(network.statistics, StatisticsFile)
+        if not stored and network.statistics.of_chunk(chunk, "gradient") is None:
             raise LapValueError(
                 f"weights that require grad for criterion {self.name!r}",
                 "a frozen one",

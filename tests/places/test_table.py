@@ -254,3 +254,150 @@ def test_masks_are_the_same(cell: Cell, directories: Directories, tmp_path: Path
     check_equal(in_files(cell, directory, tmp_path / "all", "4GB"), want)
     check_equal(with_the_least(cell, directory, tmp_path), want)
     check_equal(in_chunks(cell, directory), want)
+
+
+def test_the_table_is_complete() -> None:
+    """All pairs of columns occur, and all triples of scope, normalization and order, both rounds."""
+    cells = table()
+    for one, other in itertools.combinations(range(len(Cell._fields)), 2):
+        found = {(cell[one], cell[other]) for cell in cells}
+        lists = (CRITERIA, ["layer", "global"], ["none", "norm", "lamp"],
+                 ["parallel", "forward", "backward"], [1, 2], KINDS, NETS)  # fmt: skip
+        wanted = set(itertools.product(lists[one], lists[other]))
+        barred = {("global", "forward"), ("global", "backward")}
+        assert found == wanted - barred
+    triples = {(x.scope, x.normalize, x.order, x.rounds) for x in cells}
+    assert triples == {(*how, rounds) for how in HOWS for rounds in (1, 2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_least_memory_cuts_layers(
+    kind: str, directories: Directories, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise the table would compare full layers with full layers."""
+    sizes: dict[str, list[int]] = {}
+    chunks = pruning.Files.slices
+
+    def counted(self: Any, layer: lap_ext.Layer, slices: Any) -> Iterator[Chunk]:
+        for chunk in chunks(self, layer, slices):
+            sizes.setdefault(layer.name, []).append(chunk.weight.numel())
+            yield chunk
+
+    monkeypatch.setattr(pruning.Files, "slices", counted)
+    for net, name in (("mlp", "3"), ("convolutions", "3"), ("packed", "both")):
+        cell = Cell("lookahead", "layer", "none", "parallel", 1, kind, net)
+        with_the_least(cell, directories(net, kind), tmp_path / net)
+        assert len(sizes[name]) > 10
+
+
+ORACLE = [
+    ("layer", "none", "parallel", 2),
+    ("layer", "none", "forward", 1),
+    ("layer", "none", "backward", 2),
+    ("global", "none", "parallel", 1),
+    ("global", "norm", "parallel", 1),
+    ("global", "lamp", "parallel", 2),
+]
+
+
+@pytest.mark.parametrize("how", ORACLE, ids=lambda how: "-".join(map(str, how)))
+@pytest.mark.parametrize("net", [*NETS, "experts"])
+def test_lookahead_by_its_definition(net: str, how: tuple[str, str, str, int]) -> None:
+    """The masks of brute force: zero each weight, take the norm of the change, and sort."""
+    model, case = model_of(net, "float64", small=True), CASES[net]
+    options: dict[str, Any] = dict(
+        zip(("scope", "normalize", "order", "rounds"), how, strict=True)
+    )
+    want = pruning_oracle.masks(model, case.inputs, 0.3, how=case.how, **options)
+    topology, options["layers"] = topology_of(net, model, small=True), "*"
+    got = lap_ext.prune(model, None, 0.3, topology=topology, apply=False, **options).masks
+    check_equal(got, want)
+    check_equal(masks_of(Cut(topology, ragged, capacity=5), 0.3, **options), want)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("min_keep", [3, 0.5])
+@pytest.mark.parametrize("normalize", ["none", "lamp"])
+def test_floors(
+    normalize: str, min_keep: Any, kind: str, directories: Directories, tmp_path: Path
+) -> None:
+    """Layers whose weights are small would lose more than their floors allow."""
+    directory = directories("mlp", kind)
+    options: dict[str, Any] = {
+        "scope": "global", "criterion": "magnitude", "normalize": normalize,
+        "min_keep": min_keep, "layers": "*", "rounds": 2,
+    }  # fmt: skip
+    model, topology = directory.model, directory.topology
+    want = lap_ext.prune(model, None, 0.5, topology=topology, apply=False, **options).masks
+    check_equal(masks_of(Cut(topology), 0.5, **options), want)
+    inputs = {"model": model, "example_inputs": CASES["mlp"].inputs}
+    for memory in ("17KB", "4GB"):
+        out = tmp_path / memory
+        got = checkpoint.prune(directory.path, out, 0.5, memory=memory, **inputs, **options)
+        check_equal(got.masks, want)
+    without = lap_ext.prune(
+        model, None, 0.5, topology=topology, apply=False, **(options | {"min_keep": 0})
+    )
+    assert min_keep == 3 or normalize == "lamp" or without.masks != want
+
+
+@pytest.mark.parametrize("name", sorted(ON_DATA))
+@pytest.mark.parametrize("net", NETS)
+def test_batches_are_as_good_as_a_file(name: str, net: str, directories: Directories) -> None:
+    directory = directories(net, "float32")
+    options = {"criterion": CRITERIA[name], "apply": False, "layers": "*"}
+    model, topology, data = directory.model, directory.topology, directory.statistics[name]
+    got = lap_ext.prune(model, None, 0.4, topology=topology, data=batches(net), **options)
+    want = lap_ext.prune(model, None, 0.4, topology=topology, data=data, **options)
+    check_equal(got.masks, want.masks)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "global forward": {"scope": "global", "order": "forward"},
+    "global backward": {"scope": "global", "order": "backward", "normalize": "none"},
+    "no rounds": {"rounds": 0},
+    "rounds of a half": {"rounds": 0.5},
+    "an order of none": {"order": "sideways"},
+    "no such criterion": {"criterion": "lookaround"},
+    "a number as criterion": {"criterion": 3},
+    "no data": {"criterion": "wanda"},
+    "data that nothing reads": {"criterion": "lookahead", "data": "mlp wanda.safetensors"},
+    "a file that is not there": {"criterion": "wanda", "data": "nothing.safetensors"},
+    "statistics of another": {"criterion": "wanda", "data": "mlp weight_gradient.safetensors"},
+    "statistics of others": {"criterion": "weight_gradient", "data": "tied wanda.safetensors"},
+    "another shape": {"criterion": "wanda", "data": "convolutions wanda.safetensors"},
+    "raw scores of two dtypes": {"scope": "global", "normalize": "none", "kind": "mixed64"},
+    "a function of nothing": {"criterion": lambda layer: None},
+    "scores of another shape": {"criterion": lambda layer: layer.weight[:1].abs()},
+    "negative scores": {"criterion": lambda layer: layer.weight},
+    "scores that are no numbers": {"criterion": lambda layer: layer.weight.abs() * torch.nan},
+    "a function that fails": {"criterion": lambda layer: 1 // 0},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(
+    options: dict[str, Any], directories: Directories, tmp_path: Path
+) -> None:
+    """With the same kind of error, of the same argument and layer, in every place."""
+    options = {"layers": "*"} | options
+    directory = directories("mlp", options.pop("kind", "float32"))
+    directories("tied", "float32"), directories("convolutions", "float32")
+    if "data" in options:
+        options["data"] = directory.statistics["wanda"].parent / options["data"]
+    model, topology = directory.model, directory.topology
+    inputs = {"model": model, "example_inputs": CASES["mlp"].inputs}
+    calls: list[Callable[[], Any]] = [
+        lambda: lap_ext.prune(model, None, 0.4, topology=topology, apply=False, **options),
+        lambda: checkpoint.prune(directory.path, tmp_path / "out", 0.4, **inputs, **options),
+        lambda: masks_of(Cut(topology, fits=True), 0.4, **options),
+    ]
+    errors = []
+    for call in calls:
+        with pytest.raises((ValueError, TypeError, ArithmeticError, OSError)) as caught:
+            call()
+        error = caught.value
+        errors.append((type(error), getattr(error, "argument", ""), getattr(error, "layer", "")))
+    assert errors[1:] == errors[:1] * 2
+    left = [] if errors[0][0] is not ZeroDivisionError else [tmp_path / ".out.lap_ext"]
+    assert list(tmp_path.iterdir()) == left  # a user's own error may not come again
