@@ -257,8 +257,11 @@ class Scoring:
         criterion = self.plan.criterion
         if criterion.replaces and criterion.reads_data:
             scorer = Scorer(self.network, criterion, layer)
-            chunks = self.place.chunks(layer, criterion.needs_full)
-            return not any(bool(scorer.values(chunk).any()) for chunk in chunks)
+            for chunk in self.place.chunks(layer, criterion.needs_full):
+                with in_chunk(chunk):
+                    if bool(scorer.values(chunk).any()):
+                        return False
+            return True
         if not criterion.by_role:
             return False
         norms = (criterion.norms(self.network, role) for role in layer.roles)
