@@ -68,12 +68,12 @@ class MaskFile:
     ) -> None:
         self.path = directory / name
         self._empty = {
-            name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
+            layer: torch.empty(s, dtype=torch.bool, device="meta") for layer, s in shapes.items()
         }
         self._head = header(self._empty)
         self._begin, begin = {}, len(self._head)
-        for name, mask in self._empty.items():
-            self._begin[name] = begin
+        for layer, mask in self._empty.items():
+            self._begin[layer] = begin
             begin += (mask.numel() + 7) // 8
         self.size = begin
         self._buffer = Buffer()

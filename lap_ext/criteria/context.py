@@ -26,7 +26,7 @@ from lap_ext.ops import schema
 from lap_ext.ops.channel_sums import ChannelSums
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
-from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
+from lap_ext.ops.reference.common import exact_sqrt, require_finite
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.places import Chunk, Place
 from lap_ext.places.place import row_ranges, rows_of
@@ -328,13 +328,6 @@ def in_chunk(chunk: Chunk) -> Iterator[None]:
                 "Repair them.",
                 argument="w",
             ) from None
-
-
-def random_scores(weight: Tensor, start: int, first: int, step: int) -> Tensor:
-    """Computes the random scores of weights at flat indices first, first + step, ... of a layer."""
-    scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-    schema.random_scores_(scores, start, first, step)
-    return scores
 
 
 def _scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:

@@ -81,7 +81,7 @@ def masked(
     for chunk in chunks:
         if isinstance(selection, Stored):
             mask = scoring.place.mask(chunk)
-            yield chunk, _all(chunk) if mask is None else mask
+            yield chunk, _all(chunk.weight) if mask is None else mask
             continue
         live = scoring.place.live(chunk)
         how = selection.how if not isinstance(selection, Rows) else "plain"
@@ -136,8 +136,8 @@ def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> N
     step.read(layer.name, scoring.place.bytes(layer))
 
 
-def _all(chunk: Chunk) -> Tensor:
-    return torch.ones_like(chunk.weight, dtype=torch.bool)
+def _all(weight: Tensor) -> Tensor:
+    return torch.ones_like(weight, dtype=torch.bool)
 
 
 def of_layer(
@@ -340,7 +340,7 @@ def _source(scoring: Scoring, layer: Layer) -> shares.Source:
             yield scores, scoring.place.live(piece)
 
     size = None
-    if scoring.plan.options.normalize == "norm" and math.prod(layer.shape):
+    if scoring.plan.options.normalize == "norm" and 0 not in layer.shape:
         squares = ExactSum()
         for scores, live in read():
             kept = scores if live is None else scores * live
