@@ -144,14 +144,20 @@ def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
-    criterion = scoring.criterion(layer)
-    stores = stores_scores(criterion, layer)
-    beside = BESIDE if criterion.rows or criterion.replaces or stores else 1
-    if scoring.place.fits(layer, beside):
+    if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
+    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    return _cuts(scoring, [layer], keep, "plain" if stores else how, name)[layer.name]
+    how = "plain" if stores_scores(criterion, layer) else how
+    return _cuts(scoring, [layer], keep, how, name)[layer.name]
+
+
+def beside(scoring: Scoring, layer: Layer) -> int:
+    """Returns the bytes per weight beside a full layer that is masked at once."""
+    criterion = scoring.criterion(layer)
+    fused = not (criterion.rows or criterion.replaces or stores_scores(criterion, layer))
+    return 1 if fused else BESIDE
 
 
 def of_all(
