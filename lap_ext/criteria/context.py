@@ -26,7 +26,7 @@ from lap_ext.ops import schema
 from lap_ext.ops.channel_sums import ChannelSums
 from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
-from lap_ext.ops.reference.common import exact_sqrt, require_finite
+from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.places import Chunk, Place
 from lap_ext.places.place import row_ranges, rows_of
@@ -192,8 +192,6 @@ class Network:
             mask = role.part.of(mask)
         if block.numel() > _COPIED:
             return self._active(role, self._squared_norms_of_rows(block, mask, scale, role))
-        if mask is not None and self.check_finite:
-            require_finite(block, "w")
         block = block if mask is None else block * mask
         if scale is None:
             return self._both_squared_norms(block, role)
@@ -328,6 +326,13 @@ def in_chunk(chunk: Chunk) -> Iterator[None]:
                 "Repair them.",
                 argument="w",
             ) from None
+
+
+def random_scores(weight: Tensor, start: int, first: int) -> Tensor:
+    """Computes the random scores of weights at flat indices first, first + 1, ... of a layer."""
+    scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
+    schema.random_scores_(scores, start, first, 1)
+    return scores
 
 
 def _scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:

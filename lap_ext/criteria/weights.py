@@ -11,14 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lap_ext.criteria.base import Criterion, Norms
-from lap_ext.criteria.context import Network
+from lap_ext.criteria.context import Network, random_scores
 from lap_ext.errors import LapTypeError, LapValueError, callback, calling
-from lap_ext.ops import schema
-from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Chunk
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Role
@@ -114,10 +111,7 @@ class Random(Criterion):
         """Computes the numbers of these weights, in the dtype of scores."""
         digest = hashlib.sha256(f"{self.seed}:{chunk.layer.name}".encode()).digest()
         start = int.from_bytes(digest[:8], "little", signed=True)
-        weight = chunk.weight
-        scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-        schema.random_scores_(scores, start, chunk.first, 1)
-        return scores
+        return random_scores(chunk.weight, start, chunk.first)
 
 
 @dataclass(frozen=True)
