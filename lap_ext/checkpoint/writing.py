@@ -64,16 +64,16 @@ class MaskFile:
     """A file of masks that is written in chunks, in any order; `seal` adds their checksums."""
 
     def __init__(
-        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], name: str = MASKS
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], file: str = MASKS
     ) -> None:
-        self.path = directory / name
+        self.path = directory / file
         self._empty = {
-            layer: torch.empty(s, dtype=torch.bool, device="meta") for layer, s in shapes.items()
+            name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
         self._head = header(self._empty)
         self._begin, begin = {}, len(self._head)
-        for layer, mask in self._empty.items():
-            self._begin[layer] = begin
+        for name, mask in self._empty.items():
+            self._begin[name] = begin
             begin += (mask.numel() + 7) // 8
         self.size = begin
         self._buffer = Buffer()
