@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -81,7 +82,7 @@ def masked(
     for chunk in chunks:
         if isinstance(selection, Stored):
             mask = scoring.place.mask(chunk)
-            yield chunk, _all(chunk) if mask is None else mask
+            yield chunk, _all(chunk.weight) if mask is None else mask
             continue
         live = scoring.place.live(chunk)
         how = selection.how if not isinstance(selection, Rows) else "plain"
@@ -136,8 +137,8 @@ def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> N
     step.read(layer.name, scoring.place.bytes(layer))
 
 
-def _all(chunk: Chunk) -> Tensor:
-    return torch.ones_like(chunk.weight, dtype=torch.bool)
+def _all(weight: Tensor) -> Tensor:
+    return torch.ones_like(weight, dtype=torch.bool)
 
 
 def of_layer(
@@ -166,30 +167,40 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    if scoring.plan.options.normalize != "none":
+    normalize = scoring.plan.options.normalize
+    if normalize != "none":
+        if normalize == "norm":
+            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+            scoring.sizes.update(sizes)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
         return {x.name: of_layer(scoring, x, counts[x.name], name, "plain") for x in layers}
     by_name = {layer.name: layer for layer in layers}
     result: dict[str, Selection] = {}
+    together: dict[str, tuple[Chunk, Tensor]] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
         some = [by_name[name] for name in names]
         if scoring.place.held:
-            return _masked_together(scoring, some, keep)
+            masks = _masked_together(scoring, some, keep)
+            together.update(masks)
+            return {name: int(mask.count_nonzero()) for name, (_, mask) in masks.items()}
         cuts = _cuts(scoring, some, keep, "plain", name)
         result.update(cuts)
         return {name: cut.kept for name, cut in cuts.items()}
 
-    if scoring.place.held:
-        result.update(dict.fromkeys(by_name, Stored()))
     allocation.rank_with_floors(list(by_name), keep, floors, rank)
+    for name, masked_chunk in together.items():  # now: each ranking needs the masks before it
+        scoring.place.set_masks(by_name[name], [masked_chunk])
+        result[name] = Stored()
     return result
 
 
-def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> dict[str, int]:
-    """Masks layers that are all in memory by one operator; returns how many weights each keeps."""
+def _masked_together(
+    scoring: Scoring, layers: Sequence[Layer], keep: int
+) -> dict[str, tuple[Chunk, Tensor]]:
+    """Masks layers that are all in memory by one operator."""
     step, items, lives, chunks = scoring.step("rank", layers), [], [], []
     for layer in layers:
         (chunk,) = scoring.chunks(layer, step)
@@ -210,10 +221,8 @@ def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> di
     check.one_of_a_kind("device", [str(x.device) for x in weights], names)
     with _in_one_of(layers):
         kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, every, True)
-    for layer, chunk, mask in zip(layers, chunks, kept, strict=True):
-        scoring.place.set_masks(layer, [(chunk, mask.reshape(chunk.weight.shape))])
-    counts = (int(mask.count_nonzero()) for mask in kept)
-    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
+    pairs = zip(chunks, kept, strict=True)
+    return {chunk.layer.name: (chunk, x.reshape(chunk.weight.shape)) for chunk, x in pairs}
 
 
 @contextmanager
@@ -333,21 +342,30 @@ def _shares(
 
 def _source(scoring: Scoring, layer: Layer) -> shares.Source:
     """Describes the scores of a layer."""
+    dtype, size = score_dtype(scoring.place.dtype(layer)), scoring.sizes.get(layer.name)
+    read = partial(_ranked, scoring, layer)
+    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
 
-    def read() -> Iterator[tuple[Tensor, Tensor | None]]:
-        step = scoring.step("rank", [layer])
-        for piece, scores in scoring.scored(layer, "plain", step):
-            yield scores, scoring.place.live(piece)
 
-    size = None
-    if scoring.plan.options.normalize == "norm" and math.prod(layer.shape):
+def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scores a layer in chunks, and says which weights may be kept."""
+    step = scoring.step("rank", [layer])
+    for piece, scores in scoring.scored(layer, "plain", step):
+        yield scores, scoring.place.live(piece)
+
+
+def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:
+    """Computes the norm of the scores of each layer that has weights."""
+    sizes = {}
+    for layer in layers:
+        if 0 in layer.shape:
+            continue
         squares = ExactSum()
-        for scores, live in read():
+        for scores, live in _ranked(scoring, layer):
             kept = scores if live is None else scores * live
             with in_layer(layer.name):
                 normalization.require_finite_scores(float(kept.max()), "norm")
             normalization.squares_of(kept.reshape(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            size = normalization.size_of(squares)
-    dtype = score_dtype(scoring.place.dtype(layer))
-    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
+            sizes[layer.name] = normalization.size_of(squares)
+    return sizes
