@@ -14,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from inspect import isfunction
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +27,7 @@ from lap_ext.checkpoint.files import Checkpoint
 from lap_ext.checkpoint.inside import Stamp
 from lap_ext.checkpoint.reading import bytes_of
 from lap_ext.checkpoint.structure import Structure
+from lap_ext.criteria import Criterion
 from lap_ext.topology.graph import Graph
 
 # 256 KB and at most 64 seeks of a shard, whatever its size: under 1% of reading it once. Not seen:
@@ -54,6 +58,39 @@ def file_of(path: Path) -> list[Any]:
         for begin, end in _ranges(facts.st_size, 0):
             digest.update(os.pread(file.fileno(), end - begin, begin))
         return [str(path.resolve()), *Stamp.of(facts), digest.hexdigest()]
+
+
+def criterion_of(criterion: Criterion) -> list[str]:
+    """Describes a criterion: its name, its plain fields, and a hash of a user's code.
+
+    Not seen: what that code reads besides its arguments.
+    """
+    digest = hashlib.sha256()
+    values = {field.name: getattr(criterion, field.name) for field in fields(criterion)}
+    codes = [x for x in values.values() if callable(x)]
+    for kind in type(criterion).__mro__:
+        if not kind.__module__.startswith("lap_ext."):
+            codes += [x for _, x in sorted(vars(kind).items()) if isfunction(x)]
+    for code in codes:
+        function = code if hasattr(code, "__code__") else type(code).__call__
+        _add_code(digest, getattr(function, "__code__", function))
+    plain = {name: x for name, x in values.items() if isinstance(x, bool | int | float | str)}
+    return [type(criterion).__qualname__, criterion.name, repr(plain), digest.hexdigest()]
+
+
+def _add_code(digest: Any, code: Any) -> None:
+    """Adds a function's instructions, and those of the functions in it; no addresses."""
+    if not isinstance(code, CodeType):
+        digest.update(getattr(code, "__qualname__", type(code).__qualname__).encode())
+        return
+    digest.update(code.co_code + repr(code.co_names).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _add_code(digest, constant)
+        elif isinstance(constant, frozenset):
+            digest.update(repr(sorted(map(repr, constant))).encode())
+        else:
+            digest.update(repr(constant).encode())
 
 
 def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:

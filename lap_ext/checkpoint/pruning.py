@@ -49,7 +49,6 @@ from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline
 from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import options_of
-from lap_ext.pruning.pruner_state import described_criterion
 from lap_ext.pruning.result import LayerResult
 from lap_ext.report import Histogram
 
@@ -214,7 +213,7 @@ def _described(task: Task, structure: Structure, files: Checkpoint, data: object
         "batch_norm": options.batch_norm,
         "keep": budget.total if options.scope == "global" else None,
         "floors": budget.floors,
-        "criterion": described_criterion(options.criterion),
+        "criterion": identity.criterion_of(options.criterion),
         "statistics": None if data is None else identity.file_of(Path(os.fspath(data))),
         "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
     }

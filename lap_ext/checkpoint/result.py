@@ -20,7 +20,7 @@ from lap_ext.pruning.result import LayerResult, Original, PruneResult
 from lap_ext.report import Histogram, write
 
 
-class StoredMasks(Masks):
+class StoredMasks(Mapping[str, Tensor]):
     """Masks in a file that `Masks.save` wrote, each read when it is requested.
 
     `Masks.load` reads all masks of the same file into memory at once.
@@ -109,7 +109,8 @@ def result_of(
     """Makes the result of a pruning whose masks are in a file or were not saved."""
     masks_file = directory / MASKS if masks_saved else None
     shapes = {row.name: row.shape for row in rows}
-    masks = Masks({}) if masks_file is None else StoredMasks(masks_file, shapes)
+    stored = {} if masks_file is None else StoredMasks(masks_file, shapes)
+    masks = Masks.reading(stored)
     topology = task.scoring.plan.topology
     return CheckpointResult(
         masks,

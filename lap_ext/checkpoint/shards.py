@@ -30,7 +30,7 @@ from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import normalization
 from lap_ext.pruning.pipeline import Task
-from lap_ext.pruning.selection import Selection, is_full, masked
+from lap_ext.pruning.selection import Selection, beside, is_full, masked
 from lap_ext.report import Histogram
 from lap_ext.topology import Layer
 
@@ -126,8 +126,10 @@ class Writer:
             for layer, stored in [self.layers[entry.name]]
             if self._is_full(layer)
         ]
-        _, self._background = self.place.in_turn([layer for layer, _ in full], 1)
-        chunks = self.place.full(full, 1, background=self._background)
+        layers = [layer for layer, _ in full]
+        most = max((beside(self.task.scoring, layer) for layer in layers), default=1)
+        _, self._background = self.place.in_turn(layers, most)
+        chunks = self.place.full(full, most, background=self._background)
         for shard in shards:
             self._counts, self._checksum, self._kept = {}, 0, {}
             with ShardFile(work.files / shard.name) as file:

@@ -68,7 +68,14 @@ class Masks(Mapping[str, Tensor]):
             raise LapTypeError("a mapping of layer name -> bool tensor", type(masks).__name__)
         for name, mask in masks.items():
             _check_mask(name, mask)
-        self._masks = dict(masks)
+        self._masks: Mapping[str, Tensor] = dict(masks)
+
+    @classmethod
+    def reading(cls, masks: Mapping[str, Tensor]) -> Masks:
+        """Makes masks of a mapping that reads each mask from a file whenever it is asked for."""
+        stored = cls({})
+        stored._masks = masks
+        return stored
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]

@@ -41,13 +41,13 @@ def options_of(plan: Plan) -> dict[str, Any]:
     """Describes the options of a plan, and its layers, by plain values."""
     names = ("scope", "normalize", "order", "rounds", "batch_norm", "residual", "min_keep")
     return {
-        "criterion": described_criterion(plan.criterion),
+        "criterion": _described_criterion(plan.criterion),
         **{name: getattr(plan.options, name) for name in names},
         "layers": [layer.name for layer in plan.layers],
     }
 
 
-def described_criterion(criterion: Criterion) -> str:
+def _described_criterion(criterion: Criterion) -> str:
     """Describes a criterion by its name and its plain fields: random(seed=1)."""
     values = ((field.name, getattr(criterion, field.name)) for field in fields(criterion))
     plain = [f"{name}={x!r}" for name, x in values if isinstance(x, bool | int | float | str)]

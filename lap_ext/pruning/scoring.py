@@ -26,7 +26,7 @@ from torch import Tensor
 from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
-from lap_ext.errors import LapValueError, callback, warn
+from lap_ext.errors import LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import (
     exact_sqrt,
@@ -39,6 +39,7 @@ from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.places import Chunk, Place
 from lap_ext.places.place import RowRange, row_ranges, rows_of
 from lap_ext.progress import Progress, Step
+from lap_ext.pruning import normalization
 from lap_ext.pruning.plan import Plan
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part
@@ -289,6 +290,23 @@ class Scoring:
     def scorer(self, layer: Layer, how: How = "plain") -> Scorer:
         """Prepares to score a layer as it is ranked."""
         return Scorer(self.network, self.criterion(layer), layer, how)
+
+    def full(self, layer: Layer, step: Step) -> Tensor:
+        """Scores all weights of a layer, normalized over those that its mask keeps."""
+        scorer, full, mask = self.scorer(layer), None, None
+        for chunk in self.chunks(layer, step):
+            scores = scorer.of(chunk)
+            if chunk.whole:
+                full, mask = scores, self.place.mask(chunk)
+                continue
+            if full is None:
+                full = scores.new_empty(math.prod(layer.shape))
+            full[chunk.first : chunk.first + scores.numel()] = scores
+        if full is None:
+            full = torch.empty(0, dtype=score_dtype(self.place.dtype(layer)))
+        with in_layer(layer.name):
+            normalize = self.plan.options.normalize
+            return normalization.normalized(full.view(layer.shape), normalize, mask)
 
     def chunks(self, layer: Layer, step: Step | None = None) -> Iterator[Chunk]:
         """Reads a layer in the chunks that the criterion needs."""

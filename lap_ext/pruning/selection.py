@@ -43,6 +43,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Given:
+    """The mask of a full layer, and how many weights it keeps."""
+
+    mask: Tensor
+    kept: int
+
+
+@dataclass(frozen=True)
 class AtOnce:
     """One operator masks the full layer: its keep best weights."""
 
@@ -70,7 +78,7 @@ class Rows:
     counts: Tensor
 
 
-Selection: TypeAlias = Stored | AtOnce | Cut | Rows
+Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows
 
 
 def masked(
@@ -84,28 +92,29 @@ def masked(
             mask = scoring.place.mask(chunk)
             yield chunk, _all(chunk.weight) if mask is None else mask
             continue
-        live = scoring.place.live(chunk)
+        if isinstance(selection, Given):
+            yield chunk, selection.mask
+            continue
         how = selection.how if not isinstance(selection, Rows) else "plain"
         scorer = scorer or scoring.scorer(layer, how)
-        if isinstance(selection, AtOnce):
-            if scorer.criterion.rows:
-                part = layer.roles[0].part
-                yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
-            else:
-                yield chunk, scorer.mask(chunk, selection.keep, live)
-        elif isinstance(selection, Rows):
-            part = layer.roles[0].part
-            yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
-        else:
-            left = selection.ties.get(chunk.first, left)
+        if isinstance(selection, Cut):
             kept = []
             for piece, scores in scoring.scored_pieces(scorer, chunk):
-                which = scoring.place.live(piece)
-                mask, taken = schema.call(schema.threshold_mask, scores, which, selection.key, left)
+                left = selection.ties.get(piece.first, left)
+                live = scoring.place.live(piece)
+                mask, taken = schema.call(schema.threshold_mask, scores, live, selection.key, left)
                 left -= int(taken)
                 kept.append(mask.flatten())
             mask = kept[0] if len(kept) == 1 else torch.cat(kept)
             yield chunk, mask.reshape(chunk.weight.shape)
+            continue
+        live, part = scoring.place.live(chunk), layer.roles[0].part
+        if isinstance(selection, Rows):
+            yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
+        elif scorer.criterion.rows:
+            yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
+        else:
+            yield chunk, scorer.mask(chunk, selection.keep, live)
 
 
 def settled(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> Selection:
@@ -125,7 +134,7 @@ def is_full(scoring: Scoring, layer: Layer, selection: Selection) -> bool:
     """Says whether a layer must be one chunk to be masked."""
     if isinstance(selection, Stored):
         return False
-    return isinstance(selection, AtOnce) or scoring.criterion(layer).needs_full
+    return isinstance(selection, (Given, AtOnce)) or scoring.criterion(layer).needs_full
 
 
 def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> None:
@@ -145,14 +154,20 @@ def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
-    criterion = scoring.criterion(layer)
-    stores = stores_scores(criterion, layer)
-    beside = BESIDE if criterion.rows or criterion.replaces or stores else 1
-    if scoring.place.fits(layer, beside):
+    if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
+    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    return _cuts(scoring, [layer], keep, "plain" if stores else how, name)[layer.name]
+    how = "plain" if stores_scores(criterion, layer) else how
+    return _cuts(scoring, [layer], keep, how, name)[layer.name]
+
+
+def beside(scoring: Scoring, layer: Layer) -> int:
+    """Returns the bytes per weight beside a full layer that is masked at once."""
+    criterion = scoring.criterion(layer)
+    fused = not (criterion.rows or criterion.replaces or stores_scores(criterion, layer))
+    return 1 if fused else BESIDE
 
 
 def of_all(
@@ -178,28 +193,22 @@ def of_all(
         return {x.name: of_layer(scoring, x, counts[x.name], name, "plain") for x in layers}
     by_name = {layer.name: layer for layer in layers}
     result: dict[str, Selection] = {}
-    together: dict[str, tuple[Chunk, Tensor]] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
         some = [by_name[name] for name in names]
+        found: Mapping[str, Given | Cut]
         if scoring.place.held:
-            masks = _masked_together(scoring, some, keep)
-            together.update(masks)
-            return {name: int(mask.count_nonzero()) for name, (_, mask) in masks.items()}
-        cuts = _cuts(scoring, some, keep, "plain", name)
-        result.update(cuts)
-        return {name: cut.kept for name, cut in cuts.items()}
+            found = _masked_together(scoring, some, keep)
+        else:
+            found = _cuts(scoring, some, keep, "plain", name)
+        result.update(found)
+        return {name: x.kept for name, x in found.items()}
 
     allocation.rank_with_floors(list(by_name), keep, floors, rank)
-    for name, masked_chunk in together.items():  # now: each ranking needs the masks before it
-        scoring.place.set_masks(by_name[name], [masked_chunk])
-        result[name] = Stored()
     return result
 
 
-def _masked_together(
-    scoring: Scoring, layers: Sequence[Layer], keep: int
-) -> dict[str, tuple[Chunk, Tensor]]:
+def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> dict[str, Given]:
     """Masks layers that are all in memory by one operator."""
     step, items, lives, chunks = scoring.step("rank", layers), [], [], []
     for layer in layers:
@@ -221,8 +230,9 @@ def _masked_together(
     check.one_of_a_kind("device", [str(x.device) for x in weights], names)
     with _in_one_of(layers):
         kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, every, True)
-    pairs = zip(chunks, kept, strict=True)
-    return {chunk.layer.name: (chunk, x.reshape(chunk.weight.shape)) for chunk, x in pairs}
+    masks = [mask.reshape(chunk.weight.shape) for chunk, mask in zip(chunks, kept, strict=True)]
+    given = (Given(mask, int(mask.count_nonzero())) for mask in masks)
+    return {layer.name: mask for layer, mask in zip(layers, given, strict=True)}
 
 
 @contextmanager

@@ -83,6 +83,23 @@ def ends(keys: list[int], dtype: torch.dtype) -> list[int]:
     return sorted({-1, 0, *some, LARGEST[dtype]})
 
 
+def test_a_case_worked_by_hand() -> None:
+    scores = torch.tensor([1.0, 0.25, 0.5, 0.0, 0.5, 0.5])
+    quarter, half, one = 0x3E800000, 0x3F000000, 0x3F800000
+    without_last = torch.tensor([True] * 5 + [False])
+    counts, keys = both("count_keys", scores, None, quarter, half, True)
+    assert counts.tolist() == [1, 4] and keys.tolist() == [quarter, half, half, half]
+    assert both("count_keys", scores, without_last, quarter, half, False)[0].tolist() == [1, 3]
+    bins = both("key_histogram", scores, without_last, quarter, one, 23, 3)  # 2^23: an exponent
+    assert bins.tolist() == [1, 2, 1]
+    # 1/4 + 3/16 + 0 of 2^30, below 2^1
+    assert both("squares_above", scores, None, quarter, 1).tolist() == [7 * 2**26, 0]
+    kept, taken = both("threshold_mask", scores, without_last, half, 3)
+    assert kept.tolist() == [True, False, True, False, True, False] and taken.tolist() == [2]
+    kept, taken = both("threshold_mask", scores, None, half, 1)
+    assert kept.tolist() == [True, False, True, False, False, False] and taken.tolist() == [1]
+
+
 # --- count_keys, key_histogram --------------------------------------------------------------------
 
 
@@ -305,8 +322,8 @@ def test_any_cut_into_chunks_gives_the_same(values: list[float], data: st.DataOb
 
 
 @each_scores
-@pytest.mark.parametrize("kernels", [schema, reference], ids=["native", "reference"])
-def test_keys_that_are_none(kernels: Any, dtype: torch.dtype) -> None:
+def test_arguments_that_are_refused(dtype: torch.dtype) -> None:
+    """The kernels name the same mistake in the same words."""
     scores, top = torch.rand(5, dtype=dtype), LARGEST[dtype]
     wrong: list[tuple[Any, ...]] = [
         ("count_keys", -2, 5, True),
@@ -325,8 +342,12 @@ def test_keys_that_are_none(kernels: Any, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         wrong += [("count_keys", 0, top + 1, False), ("threshold_mask", top + 1, 0)]
     for op, *args in wrong:
-        with pytest.raises(LapValueError, match="expected"):
-            schema.call(getattr(kernels, op), scores, None, *args)
+        said = []
+        for kernels in (schema, reference):
+            with pytest.raises(LapValueError) as raised:
+                schema.call(getattr(kernels, op), scores, None, *args)
+            said.append((raised.value.expected, raised.value.got))
+        assert said[0] == said[1] and said[0][0] and said[0][1]
 
 
 def test_masks_of_another_size() -> None:
