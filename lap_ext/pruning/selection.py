@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -180,7 +181,11 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    if scoring.plan.options.normalize != "none":
+    normalize = scoring.plan.options.normalize
+    if normalize != "none":
+        if normalize == "norm":
+            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+            scoring.sizes.update(sizes)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
@@ -333,21 +338,30 @@ def _shares(
 
 def _source(scoring: Scoring, layer: Layer) -> shares.Source:
     """Describes the scores of a layer."""
+    dtype, size = score_dtype(scoring.place.dtype(layer)), scoring.sizes.get(layer.name)
+    read = partial(_ranked, scoring, layer)
+    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
 
-    def read() -> Iterator[tuple[Tensor, Tensor | None]]:
-        step = scoring.step("rank", [layer])
-        for piece, scores in scoring.scored(layer, "plain", step):
-            yield scores, scoring.place.live(piece)
 
-    size = None
-    if scoring.plan.options.normalize == "norm" and 0 not in layer.shape:
+def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scores a layer in chunks, and says which weights may be kept."""
+    step = scoring.step("rank", [layer])
+    for piece, scores in scoring.scored(layer, "plain", step):
+        yield scores, scoring.place.live(piece)
+
+
+def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:
+    """Computes the norm of the scores of each layer that has weights."""
+    sizes = {}
+    for layer in layers:
+        if 0 in layer.shape:
+            continue
         squares = ExactSum()
-        for scores, live in read():
+        for scores, live in _ranked(scoring, layer):
             kept = scores if live is None else scores * live
             with in_layer(layer.name):
                 normalization.require_finite_scores(float(kept.max()), "norm")
             normalization.squares_of(kept.reshape(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            size = normalization.size_of(squares)
-    dtype = score_dtype(scoring.place.dtype(layer))
-    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
+            sizes[layer.name] = normalization.size_of(squares)
+    return sizes
