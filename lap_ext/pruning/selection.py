@@ -153,12 +153,12 @@ def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
+    criterion = scoring.criterion(layer)
+    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    how = "plain" if stores_scores(criterion, layer) else how
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
 
