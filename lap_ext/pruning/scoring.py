@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
-from lap_ext.errors import LapValueError, callback, in_layer, warn
+from lap_ext.errors import LapError, LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import (
     exact_sqrt,
@@ -117,7 +118,8 @@ class Scorer:
             item = self.rankable(chunk)
             masks = [] if live is None else [live.reshape(item.x.shape).contiguous()]
             lists = [item.x], [item.rows], [item.cols], [item.groups]
-            (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
+            with in_one_of([self.layer]):
+                (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
             return kept
         weight = self.values(chunk)
         if not self._parts:
@@ -201,6 +203,7 @@ class Scoring:
     Attributes:
         raw: whether layers whose scores are all 0 are ranked by them, and not by magnitude.
         dead: names of layers whose scores are all 0.
+        sizes: the norms of scores that they are divided by (normalize="norm"), once known.
     """
 
     plan: Plan
@@ -208,6 +211,7 @@ class Scoring:
     on_progress: Callable[[Progress], Any] | None
     raw: bool
     dead: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
 
     @property
@@ -269,7 +273,7 @@ class Scoring:
 
     def is_zero(self, layer: Layer) -> bool:
         """Tells whether all weights of a layer are zero; stops at the first chunk with another."""
-        return not any(bool(chunk.weight.any()) for chunk in self.place.chunks(layer))
+        return not any(bool(chunk.parameter.any()) for chunk in self.place.chunks(layer))
 
     def live_count(self, layer: Layer) -> int:
         """Counts the weights of a layer that may be kept; where that takes reading, all of them."""
@@ -345,6 +349,18 @@ class Scoring:
         for piece in chunk.split(self.place.pieces, self.place.starts(chunk.layer)):
             with in_chunk(piece):
                 yield piece, scorer.of_values(piece, piece.cut_from(values))
+
+
+@contextmanager
+def in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
+    """Replaces w[i] in errors with the name of layer i."""
+    try:
+        yield
+    except LapError as error:
+        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
+        if error.argument in names:
+            error.layer, error.argument = names[error.argument], "w"
+        raise
 
 
 def _to_one(norm: Tensor) -> Tensor:
