@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lap_ext.ops.schema
 from lap_ext.ops import reference
 from tests.helpers import layer_cases as cases
 from tests.helpers.parameters import each_dtype, each_threads
