@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops.check import FLOATS
-from lap_ext.places.place import Chunk
+from lap_ext.places.place import Chunk, nonzero
 from lap_ext.topology import Layer, Topology
 
 _PIECE = 1 << 17  # scores of a layer at a time
@@ -77,10 +77,7 @@ class Memory:
         """Returns which weights may be kept and are not zero; each layer is looked at once."""
         name = chunk.layer.name
         if name not in self._live:
-            weight, mask = readable(chunk.layer), self.masks.get(name)
-            if int(weight.count_nonzero()) < weight.numel():
-                mask = weight != 0 if mask is None else (weight != 0) & mask
-            self._live[name] = mask
+            self._live[name] = nonzero(readable(chunk.layer), self.masks.get(name))
         live = self._live[name]
         return None if live is None else chunk.cut_from(live)
 
