@@ -7,7 +7,6 @@ are those of `lap_ext.scores`, bit for bit.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from lap_ext.checkpoint.plan import plan_of
 from lap_ext.checkpoint.stream import ScoreStream
 from lap_ext.checkpoint.structure import structure_of
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import calling, in_layer
+from lap_ext.errors import calling
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.options import (
     BatchNorm,
@@ -32,11 +31,10 @@ from lap_ext.options import (
     OnUnsupported,
     Patterns,
 )
-from lap_ext.progress import Progress, Step
-from lap_ext.pruning import normalization, pipeline
+from lap_ext.progress import Progress
+from lap_ext.pruning import pipeline
 from lap_ext.pruning.plan import options_of
 from lap_ext.pruning.scoring import Scoring
-from lap_ext.topology import Layer
 
 
 @calling("checkpoint.scores")
@@ -126,17 +124,7 @@ def _computed(scoring: Scoring) -> Iterator[Tensor]:
         scoring.measure("scores")
         step = scoring.step("score", layers)
         for layer in layers:
-            yield _scored(scoring, layer, step)
-
-
-def _scored(scoring: Scoring, layer: Layer, step: Step) -> Tensor:
-    """Computes the scores of a layer; nothing else stays in memory."""
-    values = torch.empty(math.prod(layer.shape), dtype=score_dtype(scoring.place.dtype(layer)))
-    for piece, scores in scoring.scored(layer, "plain", step):
-        values[piece.first : piece.first + scores.numel()] = scores.flatten()
-    with in_layer(layer.name):
-        normalize = scoring.plan.options.normalize
-        return normalization.normalized(values.view(layer.shape), normalize, None)
+            yield scoring.full(layer, step)
 
 
 def _dtype(normalize: Normalize, weight: torch.dtype) -> torch.dtype:

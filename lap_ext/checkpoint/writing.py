@@ -64,9 +64,9 @@ class MaskFile:
     """A file of masks that is written in chunks, in any order; `seal` adds their checksums."""
 
     def __init__(
-        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], name: str = MASKS
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], file: str = MASKS
     ) -> None:
-        self.path = directory / name
+        self.path = directory / file
         self._empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }

@@ -74,10 +74,11 @@ class Memory:
         return None if mask is None else chunk.cut_from(mask)
 
     def live(self, chunk: Chunk) -> Tensor | None:
-        """Returns which weights may be kept and are not zero; each layer is looked at once."""
+        """Returns which weights may be kept and are not stored as zero; looks at a layer once."""
         name = chunk.layer.name
         if name not in self._live:
-            self._live[name] = nonzero(readable(chunk.layer), self.masks.get(name))
+            stored = chunk.layer.weight.detach()
+            self._live[name] = nonzero(stored, self.masks.get(name))
         live = self._live[name]
         return None if live is None else chunk.cut_from(live)
 

@@ -20,7 +20,7 @@ from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.computed import references, sources, value
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import LapTypeError, LapValueError, calling, in_layer
+from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops.memory import memory_key
 from lap_ext.options import (
     BYS,
@@ -38,7 +38,7 @@ from lap_ext.options import (
 )
 from lap_ext.places import Memory
 from lap_ext.progress import Progress
-from lap_ext.pruning import normalization, pipeline
+from lap_ext.pruning import pipeline
 from lap_ext.pruning.in_memory import run
 from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult
@@ -117,14 +117,8 @@ def scores(
     scoring = pipeline.scoring_of(plan, place, data, on_progress, raw=True)
     scoring.measure("scores")
     step = scoring.step("score", plan.layers)
-    result = {}
-    for layer in plan.layers:
-        name = layer.parameter if by == "parameter" else layer.name
-        (chunk,) = scoring.chunks(layer, step)
-        values = scoring.scorer(layer).of(chunk)
-        with in_layer(layer.name):
-            result[name] = normalization.normalized(values, options.normalize, place.mask(chunk))
-    return result
+    names = {x.name: x.parameter if by == "parameter" else x.name for x in plan.layers}
+    return {names[layer.name]: scoring.full(layer, step) for layer in plan.layers}
 
 
 @calling("prune")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
-from lap_ext.errors import LapValueError, callback, warn
+from lap_ext.errors import LapError, LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import (
     exact_sqrt,
@@ -39,6 +40,7 @@ from lap_ext.ops.reference.scale import scaled_to_one
 from lap_ext.places import Chunk, Place
 from lap_ext.places.place import RowRange, row_ranges, rows_of
 from lap_ext.progress import Progress, Step
+from lap_ext.pruning import normalization
 from lap_ext.pruning.plan import Plan
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part
@@ -116,7 +118,8 @@ class Scorer:
             item = self.rankable(chunk)
             masks = [] if live is None else [live.reshape(item.x.shape).contiguous()]
             lists = [item.x], [item.rows], [item.cols], [item.groups]
-            (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
+            with in_one_of([self.layer]):
+                (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
             return kept
         weight = self.values(chunk)
         if not self._parts:
@@ -199,6 +202,7 @@ class Scoring:
     Attributes:
         raw: whether layers whose scores are all 0 are ranked by them, and not by magnitude.
         dead: names of layers whose scores are all 0.
+        sizes: the norms of scores that they are divided by (normalize="norm"), once known.
     """
 
     plan: Plan
@@ -206,6 +210,7 @@ class Scoring:
     on_progress: Callable[[Progress], Any] | None
     raw: bool
     dead: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
 
     @property
@@ -255,8 +260,11 @@ class Scoring:
         criterion = self.plan.criterion
         if criterion.replaces and criterion.reads_data:
             scorer = Scorer(self.network, criterion, layer)
-            chunks = self.place.chunks(layer, criterion.needs_full)
-            return not any(bool(scorer.values(chunk).any()) for chunk in chunks)
+            for chunk in self.place.chunks(layer, criterion.needs_full):
+                with in_chunk(chunk):
+                    if bool(scorer.values(chunk).any()):
+                        return False
+            return True
         if not criterion.by_role:
             return False
         norms = (criterion.norms(self.network, role) for role in layer.roles)
@@ -264,7 +272,7 @@ class Scoring:
 
     def is_zero(self, layer: Layer) -> bool:
         """Tells whether all weights of a layer are zero; stops at the first chunk with another."""
-        return not any(bool(chunk.weight.any()) for chunk in self.place.chunks(layer))
+        return not any(bool(chunk.parameter.any()) for chunk in self.place.chunks(layer))
 
     def live_count(self, layer: Layer) -> int:
         """Counts the weights of a layer that may be kept; where that takes reading, all of them."""
@@ -287,6 +295,23 @@ class Scoring:
     def scorer(self, layer: Layer, how: How = "plain") -> Scorer:
         """Prepares to score a layer as it is ranked."""
         return Scorer(self.network, self.criterion(layer), layer, how)
+
+    def full(self, layer: Layer, step: Step) -> Tensor:
+        """Scores all weights of a layer, normalized over those that its mask keeps."""
+        scorer, full, mask = self.scorer(layer), None, None
+        for chunk in self.chunks(layer, step):
+            scores = scorer.of(chunk)
+            if chunk.whole:
+                full, mask = scores, self.place.mask(chunk)
+                continue
+            if full is None:
+                full = scores.new_empty(math.prod(layer.shape))
+            full[chunk.first : chunk.first + scores.numel()] = scores
+        if full is None:
+            full = torch.empty(0, dtype=score_dtype(self.place.dtype(layer)))
+        with in_layer(layer.name):
+            normalize = self.plan.options.normalize
+            return normalization.normalized(full.view(layer.shape), normalize, mask)
 
     def chunks(self, layer: Layer, step: Step | None = None) -> Iterator[Chunk]:
         """Reads a layer in the chunks that the criterion needs."""
@@ -323,6 +348,18 @@ class Scoring:
         for piece in chunk.split(self.place.pieces, self.place.starts(chunk.layer)):
             with in_chunk(piece):
                 yield piece, scorer.of_values(piece, piece.cut_from(values))
+
+
+@contextmanager
+def in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
+    """Replaces w[i] in errors with the name of layer i."""
+    try:
+        yield
+    except LapError as error:
+        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
+        if error.argument in names:
+            error.layer, error.argument = names[error.argument], "w"
+        raise
 
 
 def _to_one(norm: Tensor) -> Tensor:

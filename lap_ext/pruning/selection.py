@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,23 +22,32 @@ from torch import Tensor
 
 from lap_ext import allocation
 from lap_ext.criteria.context import in_chunk
-from lap_ext.errors import LapError, LapValueError, in_layer
+from lap_ext.errors import LapValueError, in_layer
 from lap_ext.ops import check, schema
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import channels, normalization, shares
 from lap_ext.pruning.exact_sum import ExactSum
-from lap_ext.pruning.scoring import BESIDE, How, Scoring, stores_scores
+from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scores
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
 from lap_ext.topology import Layer
 
+_SORTED = 2  # keys that are held take the memory of so many, with their normalized scores
 _SAMPLED = 32  # a sample has one weight of so many that are read for it
 
 
 @dataclass(frozen=True)
 class Stored:
     """The place holds the mask."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The mask of a full layer, and how many weights it keeps."""
+
+    mask: Tensor
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Rows:
     counts: Tensor
 
 
-Selection: TypeAlias = Stored | AtOnce | Cut | Rows
+Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows
 
 
 def masked(
@@ -81,30 +90,31 @@ def masked(
     for chunk in chunks:
         if isinstance(selection, Stored):
             mask = scoring.place.mask(chunk)
-            yield chunk, _all(chunk) if mask is None else mask
+            yield chunk, _all(chunk.weight) if mask is None else mask
             continue
-        live = scoring.place.live(chunk)
+        if isinstance(selection, Given):
+            yield chunk, selection.mask
+            continue
         how = selection.how if not isinstance(selection, Rows) else "plain"
         scorer = scorer or scoring.scorer(layer, how)
-        if isinstance(selection, AtOnce):
-            if scorer.criterion.rows:
-                part = layer.roles[0].part
-                yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
-            else:
-                yield chunk, scorer.mask(chunk, selection.keep, live)
-        elif isinstance(selection, Rows):
-            part = layer.roles[0].part
-            yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
-        else:
-            left = selection.ties.get(chunk.first, left)
+        if isinstance(selection, Cut):
             kept = []
             for piece, scores in scoring.scored_pieces(scorer, chunk):
-                which = scoring.place.live(piece)
-                mask, taken = schema.call(schema.threshold_mask, scores, which, selection.key, left)
+                left = selection.ties.get(piece.first, left)
+                live = scoring.place.live(piece)
+                mask, taken = schema.call(schema.threshold_mask, scores, live, selection.key, left)
                 left -= int(taken)
                 kept.append(mask.flatten())
             mask = kept[0] if len(kept) == 1 else torch.cat(kept)
             yield chunk, mask.reshape(chunk.weight.shape)
+            continue
+        live, part = scoring.place.live(chunk), layer.roles[0].part
+        if isinstance(selection, Rows):
+            yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
+        elif scorer.criterion.rows:
+            yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
+        else:
+            yield chunk, scorer.mask(chunk, selection.keep, live)
 
 
 def settled(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> Selection:
@@ -124,7 +134,7 @@ def is_full(scoring: Scoring, layer: Layer, selection: Selection) -> bool:
     """Says whether a layer must be one chunk to be masked."""
     if isinstance(selection, Stored):
         return False
-    return isinstance(selection, AtOnce) or scoring.criterion(layer).needs_full
+    return isinstance(selection, (Given, AtOnce)) or scoring.criterion(layer).needs_full
 
 
 def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> None:
@@ -136,20 +146,20 @@ def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> N
     step.read(layer.name, scoring.place.bytes(layer))
 
 
-def _all(chunk: Chunk) -> Tensor:
-    return torch.ones_like(chunk.weight, dtype=torch.bool)
+def _all(weight: Tensor) -> Tensor:
+    return torch.ones_like(weight, dtype=torch.bool)
 
 
 def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
+    criterion = scoring.criterion(layer)
+    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    how = "plain" if stores_scores(criterion, layer) else how
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
 
@@ -172,7 +182,11 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    if scoring.plan.options.normalize != "none":
+    normalize = scoring.plan.options.normalize
+    if normalize != "none":
+        if normalize == "norm":
+            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+            scoring.sizes.update(sizes)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
@@ -182,20 +196,20 @@ def of_all(
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
         some = [by_name[name] for name in names]
+        found: Mapping[str, Given | Cut]
         if scoring.place.held:
-            return _masked_together(scoring, some, keep)
-        cuts = _cuts(scoring, some, keep, "plain", name)
-        result.update(cuts)
-        return {name: cut.kept for name, cut in cuts.items()}
+            found = _masked_together(scoring, some, keep)
+        else:
+            found = _cuts(scoring, some, keep, "plain", name)
+        result.update(found)
+        return {name: x.kept for name, x in found.items()}
 
-    if scoring.place.held:
-        result.update(dict.fromkeys(by_name, Stored()))
     allocation.rank_with_floors(list(by_name), keep, floors, rank)
     return result
 
 
-def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> dict[str, int]:
-    """Masks layers that are all in memory by one operator; returns how many weights each keeps."""
+def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> dict[str, Given]:
+    """Masks layers that are all in memory by one operator."""
     step, items, lives, chunks = scoring.step("rank", layers), [], [], []
     for layer in layers:
         (chunk,) = scoring.chunks(layer, step)
@@ -203,35 +217,21 @@ def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> di
             items.append(scoring.scorer(layer).rankable(chunk))
         lives.append(scoring.place.live(chunk))
         chunks.append(chunk)
-    shapes = [item.x.shape for item in items]
-    every = [
-        _all(item.x) if live is None else live.reshape(shape).contiguous()
-        for item, live, shape in zip(items, lives, shapes, strict=True)
-    ]
-    if all(live is None for live in lives):
-        every = []
+    every = []
+    if any(live is not None for live in lives):
+        every = [
+            _all(item.x) if live is None else live.reshape(item.x.shape).contiguous()
+            for item, live in zip(items, lives, strict=True)
+        ]
     weights, groups = [item.x for item in items], [item.groups for item in items]
     rows, cols = [item.rows for item in items], [item.cols for item in items]
     names = [f"layer {layer.name!r}" for layer in layers]
     check.one_of_a_kind("device", [str(x.device) for x in weights], names)
-    with _in_one_of(layers):
+    with in_one_of(layers):
         kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, every, True)
-    for layer, chunk, mask in zip(layers, chunks, kept, strict=True):
-        scoring.place.set_masks(layer, [(chunk, mask.reshape(chunk.weight.shape))])
-    counts = (int(mask.count_nonzero()) for mask in kept)
-    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
-
-
-@contextmanager
-def _in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
-    """Replaces w[i] in errors with the name of layer i."""
-    try:
-        yield
-    except LapError as error:
-        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
-        if error.argument in names:
-            error.layer, error.argument = names[error.argument], "w"
-        raise
+    masks = [mask.reshape(chunk.weight.shape) for chunk, mask in zip(chunks, kept, strict=True)]
+    given = (Given(mask, int(mask.count_nonzero())) for mask in masks)
+    return {layer.name: mask for layer, mask in zip(layers, given, strict=True)}
 
 
 def _cuts(
@@ -323,7 +323,8 @@ def _shares(
 ) -> dict[str, int]:
     """Finds how many weights each layer keeps in one ranking of normalized scores."""
     sources = {layer.name: _source(scoring, layer) for layer in layers}
-    capacity = scoring.place.capacity(sum(source.count for source in sources.values()))
+    count = sum(source.count for source in sources.values())
+    capacity = scoring.place.capacity(count) // _SORTED
     counts: dict[str, int] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
@@ -339,21 +340,30 @@ def _shares(
 
 def _source(scoring: Scoring, layer: Layer) -> shares.Source:
     """Describes the scores of a layer."""
+    dtype, size = score_dtype(scoring.place.dtype(layer)), scoring.sizes.get(layer.name)
+    read = partial(_ranked, scoring, layer)
+    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
 
-    def read() -> Iterator[tuple[Tensor, Tensor | None]]:
-        step = scoring.step("rank", [layer])
-        for piece, scores in scoring.scored(layer, "plain", step):
-            yield scores, scoring.place.live(piece)
 
-    size = None
-    if scoring.plan.options.normalize == "norm" and math.prod(layer.shape):
+def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scores a layer in chunks, and says which weights may be kept."""
+    step = scoring.step("rank", [layer])
+    for piece, scores in scoring.scored(layer, "plain", step):
+        yield scores, scoring.place.live(piece)
+
+
+def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:
+    """Computes the norm of the scores of each layer that has weights."""
+    sizes = {}
+    for layer in layers:
+        if 0 in layer.shape:
+            continue
         squares = ExactSum()
-        for scores, live in read():
+        for scores, live in _ranked(scoring, layer):
             kept = scores if live is None else scores * live
             with in_layer(layer.name):
                 normalization.require_finite_scores(float(kept.max()), "norm")
             normalization.squares_of(kept.reshape(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            size = normalization.size_of(squares)
-    dtype = score_dtype(scoring.place.dtype(layer))
-    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
+            sizes[layer.name] = normalization.size_of(squares)
+    return sizes
