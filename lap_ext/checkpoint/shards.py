@@ -28,6 +28,7 @@ from lap_ext.checkpoint.writing import MaskFile, ShardFile
 from lap_ext.ops import schema
 from lap_ext.places import Chunk
 from lap_ext.progress import Step
+from lap_ext.pruning import normalization
 from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.selection import Selection, beside, is_full, masked
 from lap_ext.report import Histogram
@@ -186,11 +187,19 @@ class Writer:
         shown = self.counted and stored in self.place.copies[layer.name][0]  # not a second copy
         for chunk, mask in masked(scoring, layer, selection, chunks):
             if shown:
-                counts = self._counts.setdefault(layer.name, Histogram())
-                for piece, scores in scoring.scored_pieces(scoring.scorer(layer), chunk):
-                    counts.add(scores.flatten(), piece.cut_from(mask).flatten())
+                self._count(chunk, mask.flatten())
             background.do(self._finish, entry, chunk, mask.flatten(), file)
             self._step.read(entry.name, chunk.weight.nbytes)
+
+    def _count(self, chunk: Chunk, mask: Tensor) -> None:
+        """Counts the scores of a chunk in bins."""
+        scoring, name = self.task.scoring, chunk.layer.name
+        counts, size = self._counts.setdefault(name, Histogram()), scoring.sizes.get(name)
+        for piece, scores in scoring.scored_pieces(scoring.scorer(chunk.layer), chunk):
+            values = scores.flatten()
+            values = values if size is None else normalization.over(values, size)
+            begin = piece.first - chunk.first
+            counts.add(values, mask[begin : begin + values.numel()])
 
     def _finish(self, entry: Entry, chunk: Chunk, mask: Tensor, file: ShardFile) -> None:
         """Sets the pruned weights to +0.0, and writes the weights and the mask."""

@@ -202,6 +202,7 @@ class Scoring:
     Attributes:
         raw: whether layers whose scores are all 0 are ranked by them, and not by magnitude.
         dead: names of layers whose scores are all 0.
+        sizes: the norms of scores that they are divided by (normalize="norm"), once known.
     """
 
     plan: Plan
@@ -209,6 +210,7 @@ class Scoring:
     on_progress: Callable[[Progress], Any] | None
     raw: bool
     dead: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
 
     @property

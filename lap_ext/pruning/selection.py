@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +33,7 @@ from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scor
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
 from lap_ext.topology import Layer
 
+_SORTED = 2  # keys that are held take the memory of so many, with their normalized scores
 _SAMPLED = 32  # a sample has one weight of so many that are read for it
 
 
@@ -153,12 +155,12 @@ def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
+    criterion = scoring.criterion(layer)
+    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    how = "plain" if stores_scores(criterion, layer) else how
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
 
@@ -181,7 +183,11 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    if scoring.plan.options.normalize != "none":
+    normalize = scoring.plan.options.normalize
+    if normalize != "none":
+        if normalize == "norm":
+            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+            scoring.sizes.update(sizes)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
@@ -318,7 +324,8 @@ def _shares(
 ) -> dict[str, int]:
     """Finds how many weights each layer keeps in one ranking of normalized scores."""
     sources = {layer.name: _source(scoring, layer) for layer in layers}
-    capacity = scoring.place.capacity(sum(source.count for source in sources.values()))
+    count = sum(source.count for source in sources.values())
+    capacity = scoring.place.capacity(count) // _SORTED
     counts: dict[str, int] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
@@ -334,22 +341,31 @@ def _shares(
 
 def _source(scoring: Scoring, layer: Layer) -> shares.Source:
     """Describes the scores of a layer."""
+    dtype, size = score_dtype(scoring.place.dtype(layer)), scoring.sizes.get(layer.name)
+    read = partial(_ranked, scoring, layer)
+    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
 
-    def read() -> Iterator[tuple[Tensor, Tensor | None]]:
-        # in memory, only the ranking of the layer itself is reported
-        step = None if scoring.place.held else scoring.step("rank", [layer])
-        for piece, scores in scoring.scored(layer, "plain", step):
-            yield scores, scoring.place.live(piece)
 
-    size = None
-    if scoring.plan.options.normalize == "norm" and 0 not in layer.shape:
+def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scores a layer in chunks, and says which weights may be kept."""
+    # in memory, only the ranking of the layer itself is reported
+    step = None if scoring.place.held else scoring.step("rank", [layer])
+    for piece, scores in scoring.scored(layer, "plain", step):
+        yield scores, scoring.place.live(piece)
+
+
+def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:
+    """Computes the norm of the scores of each layer that has weights."""
+    sizes = {}
+    for layer in layers:
+        if 0 in layer.shape:
+            continue
         squares = ExactSum()
-        for scores, live in read():
+        for scores, live in _ranked(scoring, layer):
             kept = scores if live is None else scores * live
             with in_layer(layer.name):
                 normalization.require_finite_scores(float(kept.max()), "norm")
             normalization.squares_of(kept.reshape(-1, layer.shape[-1]), squares)
         with in_layer(layer.name):
-            size = normalization.size_of(squares)
-    dtype = score_dtype(scoring.place.dtype(layer))
-    return shares.Source(layer.name, read, scoring.live_count(layer), dtype, size)
+            sizes[layer.name] = normalization.size_of(squares)
+    return sizes

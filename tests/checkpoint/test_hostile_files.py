@@ -222,8 +222,14 @@ def test_options(dense: Path, tmp_path: Path) -> None:
         ({"scope": "model"}, "scope to be 'layer' or 'global'"),
         ({"normalize": "l2"}, "normalize to be 'auto', 'none', 'norm' or 'lamp'"),
         ({"batch_norm": "maybe"}, "batch_norm to be"),
-        ({"criterion": "wanda"}, "a criterion that reads weights only"),
-        ({"criterion": lambda layer: layer.weight}, "a criterion that reads weights only"),
+        ({"order": "sideways"}, "order to be 'parallel', 'forward' or 'backward'"),
+        ({"rounds": 0}, "rounds"),
+        ({"order": "forward", "scope": "global"}, 'order="parallel" with scope="global"'),
+        ({"criterion": "wanda"}, r"data for criterion 'wanda' \(a file of statistics\), got None"),
+        ({"criterion": "wanda", "data": [1]}, r"data for criterion 'wanda' .*, got list"),
+        ({"criterion": "lookahead", "data": "x"}, "no data for criterion 'lookahead'"),
+        ({"criterion": lambda layer: layer.weight}, "the criterion to return finite scores >= 0"),
+        ({"criterion": lambda layer: layer.weight[:1]}, "tensor of the weight's shape"),
         ({"exclude": ["nothing"]}, "exclude patterns that name a layer"),
         ({"layers": "nothing"}, "layers patterns that name a layer"),
         ({"sparsity": 1.5}, "0 <= sparsity <= 1"),
@@ -296,7 +302,7 @@ def test_copies_of_a_tied_weight_that_differ(tmp_path: Path) -> None:
 def test_float64_beside_others(tmp_path: Path) -> None:
     state = network().state_dict()
     source = write(tmp_path / "dense", state | {"3.weight": state["3.weight"].double()})
-    with pytest.raises(TypeError, match="no float64 weights beside others"):
+    with pytest.raises(TypeError, match=r"to share one dtype .* torch.float64 for layer .3"):
         prune(source, tmp_path / "out", scope="global", normalize="none")
     prune(source, tmp_path / "norm", scope="global", normalize="norm")
     prune(source, tmp_path / "layer")
