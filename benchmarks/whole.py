@@ -27,7 +27,8 @@ from torch import Tensor, nn
 import lap_ext
 from benchmarks import baselines, big_models, checks, machine, memory, report
 from lap_ext.criteria.context import Network
-from lap_ext.pruning.selection import layer_scores
+from lap_ext.places import Chunk, Memory
+from lap_ext.pruning.scoring import Scorer
 
 OURS = ("lap_ext.prune", "lap_ext.prune global")
 BASELINES = ("eager + topk", "public code", "prune.global_unstructured")
@@ -47,7 +48,7 @@ def call_of(name: str, model: nn.Module, example: Tensor) -> Callable[[], Any]:
         weights = [layer.weight.detach() for layer in topology.layers.values()]
         keep = sum(big_models.keeps(topology).values())
         return lambda: baselines.global_unstructured(weights, keep)
-    network = Network(topology)
+    network = Network(Memory(topology))
     network.norms(topology.roles[0])
     procedure = {"eager + topk": big_models.eager, "public code": big_models.public_code}[name]
     return lambda: procedure(topology, network)
@@ -56,13 +57,13 @@ def call_of(name: str, model: nn.Module, example: Tensor) -> Callable[[], Any]:
 def check(model: nn.Module, example: Tensor) -> None:
     """Checks our masks against the eager formula and topk, but for scores at the threshold."""
     topology = lap_ext.trace(model, example)
-    network = Network(topology)
+    network = Network(Memory(topology))
     criterion = lap_ext.criteria.of("lookahead")
     kept = big_models.ours(topology)
     for layer, mask, other in zip(
         topology.layers.values(), kept, big_models.eager(topology, network), strict=True
     ):
-        scores = layer_scores(network, criterion, layer)
+        scores = Scorer(network, criterion, layer).of(Chunk(layer, layer.weight.detach()))
         threshold = checks.is_top([mask], [scores], int(mask.count_nonzero()))
         checks.same_choice([scores], threshold, 0)(mask, other)
 

@@ -304,7 +304,7 @@ def wrong_call(*_: object) -> Any:
 
 
 class Asking(criteria.Criterion):
-    def weight(self, network: object, layer: object) -> Any:
+    def weight(self, network: object, chunk: object) -> Any:
         return wrong_call()
 
 

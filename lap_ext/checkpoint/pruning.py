@@ -198,7 +198,9 @@ def prune(
     return result
 
 
-def _described(task: Task, structure: Structure, files: Checkpoint, data: object) -> dict[str, Any]:
+def _described(
+    task: Task, structure: Structure, files: Checkpoint, data: str | os.PathLike[str] | None
+) -> dict[str, Any]:
     """Describes what decides the result: only a run that is described alike is resumed."""
     options, budget = task.scoring.plan.options, task.budget
     return {
@@ -214,7 +216,7 @@ def _described(task: Task, structure: Structure, files: Checkpoint, data: object
         "keep": budget.total if options.scope == "global" else None,
         "floors": budget.floors,
         "criterion": identity.criterion_of(options.criterion),
-        "statistics": None if data is None else identity.file_of(Path(os.fspath(data))),
+        "statistics": None if data is None else identity.file_of(Path(data)),
         "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
     }
 

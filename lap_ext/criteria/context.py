@@ -153,6 +153,8 @@ class Network:
                     sums = sums or [self._sums(role) for role in layer.roles]
                     self._add(sums, chunk)
             step.read(layer.name, chunk.weight.nbytes)
+        if 0 in layer.shape:  # it may have no chunk
+            sums = [self._sums(role) for role in layer.roles]
         for role, role_sums in zip(layer.roles, sums or (), strict=False):
             self._squared_norms[self.index(role)] = self._active(role, role_sums.squared_norms())
 
@@ -192,8 +194,6 @@ class Network:
             mask = role.part.of(mask)
         if block.numel() > _COPIED:
             return self._active(role, self._squared_norms_of_rows(block, mask, scale, role))
-        if mask is not None and self.check_finite:
-            require_finite(block, "w")
         block = block if mask is None else block * mask
         if scale is None:
             return self._both_squared_norms(block, role)
@@ -330,10 +330,10 @@ def in_chunk(chunk: Chunk) -> Iterator[None]:
             ) from None
 
 
-def random_scores(weight: Tensor, start: int, first: int, step: int) -> Tensor:
-    """Computes the random scores of weights at flat indices first, first + step, ... of a layer."""
+def random_scores(weight: Tensor, start: int, first: int) -> Tensor:
+    """Computes the random scores of weights at flat indices first, first + 1, ... of a layer."""
     scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-    schema.random_scores_(scores, start, first, step)
+    schema.random_scores_(scores, start, first, 1)
     return scores
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lap_ext.criteria.base import Criterion, Norms
@@ -31,7 +32,8 @@ from lap_ext.criteria.statistics.gradients import Loss, weight_gradients
 from lap_ext.criteria.statistics.measured import (
     Statistics,
     StatisticsFile,
-    checked,
+    check_not_negative,
+    check_shape,
     missing,
     name_of,
 )
@@ -70,27 +72,28 @@ class DataCriterion(Criterion, ABC):
             network.statistics = Statistics(self.measure(network.topology, data))
 
 
-def _of_role(network: Network, role: Role, what: str, side: int) -> Tensor | None:
-    """Returns a statistic of a role's input (side 0) or output channels (1), float64."""
-    vector = network.statistics.of_role(network.topology, role, what)
-    if vector is not None:
-        name = name_of(network.topology, role, what)
-        checked(name, vector.shape, [role.part.channels[side]])
-    return vector
+def _of_role(network: Network, role: Role, what: str, side: int) -> Tensor:
+    """Returns a statistic >= 0 of a role's input (side 0) or output channels (1), float64.
 
-
-def _of_chunk(network: Network, chunk: Chunk, what: str) -> Tensor:
-    """Returns a statistic of the shape of a chunk's weight; raises if there is none."""
-    values = network.statistics.of_chunk(chunk, what)
+    One number stands for all channels; it is returned as it is.
+    """
+    name = name_of(network.topology, role, what)
+    values = network.statistics.get(name)
     if values is None:
-        raise missing(f"{chunk.layer.name}.{what}")
-    return values
+        raise missing(name)
+    if values.dim():
+        check_shape(name, values.shape, [role.part.channels[side]])
+    check_not_negative(name, values)
+    return values.double()
 
 
-def _parameter(chunk: Chunk) -> Tensor:
-    """Returns the parameter that a chunk's weight is made of: where w = p * factor, w dL/dw is."""
-    layer = chunk.layer
-    return chunk.cut_from(layer.weight.detach()) if layer.computed else chunk.weight
+def _curvature(network: Network, chunk: Chunk) -> Tensor:
+    """Returns h of a chunk's weights, in their shape."""
+    name, h = f"{chunk.layer.name}.hessian", network.statistics.of_chunk(chunk, "hessian")
+    if h is None:
+        raise missing(name)
+    check_not_negative(name, h)
+    return h
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,7 @@ class Wanda(DataCriterion):
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns the root mean square of the inputs, and ones."""
         squares = _of_role(network, role, "mean_square", 0)
-        if squares is None:
-            raise missing(name_of(network.topology, role, "mean_square"))
-        return exact_sqrt(squares), None
+        return exact_sqrt(squares.expand(role.part.channels[0])), None
 
 
 class LookaheadAct(DataCriterion):
@@ -137,17 +138,21 @@ class LookaheadAct(DataCriterion):
     reads_norms = True
 
     def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
-        """Measures "active_fraction", of the outputs of each role that has one."""
+        """Measures "active_fraction", of each role's outputs; the number 1 where all always are."""
+        always = torch.ones((), dtype=torch.float64)
         fractions = zip(topology.roles, active_fractions(topology, data), strict=True)
         return {
-            name_of(topology, role, "active_fraction"): x for role, x in fractions if x is not None
+            name_of(topology, role, "active_fraction"): always.clone() if x is None else x
+            for role, x in fractions
         }
 
     def prepare(self, network: Network, data: Any) -> None:
         """Measures or reads how often each unit is active."""
         super().prepare(network, data)
-        roles = network.topology.roles
-        network.activity = [_of_role(network, role, "active_fraction", 1) for role in roles]
+        for index, role in enumerate(network.topology.roles):
+            active = _of_role(network, role, "active_fraction", 1)
+            always = not active.dim() and float(active) == 1
+            network.activity[index] = None if always else active.expand(role.part.channels[1])
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, out_norm * sqrt(p)), with norms that count active neighbor units."""
@@ -174,13 +179,16 @@ class WeightGradient(DataCriterion):
 
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times its gradient."""
-        if network.place.held and network.statistics.of_chunk(chunk, "gradient") is None:
-            raise LapValueError(
-                f"weights that require grad for criterion {self.name!r}",
-                "a frozen one",
-                f"Set model.requires_grad_(True), or pass exclude=[{chunk.layer.name!r}].",
-            )
-        return _parameter(chunk) * _of_chunk(network, chunk, "gradient")
+        gradient = network.statistics.of_chunk(chunk, "gradient")
+        if gradient is not None:
+            return chunk.parameter * gradient
+        if isinstance(network.statistics, StatisticsFile):
+            raise missing(f"{chunk.layer.name}.gradient")
+        raise LapValueError(
+            f"weights that require grad for criterion {self.name!r}",
+            "a frozen one",
+            f"Set model.requires_grad_(True), or pass exclude=[{chunk.layer.name!r}].",
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ class OBD(DataCriterion):
 
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times sqrt(h / 2), where h is its entry of the Hessian's diagonal."""
-        return chunk.weight * exact_sqrt(_of_chunk(network, chunk, "hessian") / 2)
+        return chunk.weight * exact_sqrt(_curvature(network, chunk) / 2)
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ class OBDLookahead(OBD):
 
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the weight times sqrt(h)."""
-        return _parameter(chunk) * exact_sqrt(_of_chunk(network, chunk, "hessian"))
+        return chunk.parameter * exact_sqrt(_curvature(network, chunk))
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, out_norm), computed from the weights times sqrt(h)."""

@@ -111,7 +111,7 @@ class Random(Criterion):
         """Computes the numbers of these weights, in the dtype of scores."""
         digest = hashlib.sha256(f"{self.seed}:{chunk.layer.name}".encode()).digest()
         start = int.from_bytes(digest[:8], "little", signed=True)
-        return random_scores(chunk.weight, start, chunk.first, 1)
+        return random_scores(chunk.weight, start, chunk.first)
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ class Memory:
         return None if mask is None else chunk.cut_from(mask)
 
     def live(self, chunk: Chunk) -> Tensor | None:
-        """Returns which weights may be kept and are not zero; each layer is looked at once."""
+        """Returns which weights may be kept and are not stored as zero; looks at a layer once."""
         name = chunk.layer.name
         if name not in self._live:
-            weight, mask = readable(chunk.layer), self.masks.get(name)
-            if int(weight.count_nonzero()) < weight.numel():
-                mask = weight != 0 if mask is None else (weight != 0) & mask
+            stored, mask = chunk.layer.weight.detach(), self.masks.get(name)
+            if int(stored.count_nonzero()) < stored.numel():
+                mask = stored != 0 if mask is None else (stored != 0) & mask
             self._live[name] = mask
         live = self._live[name]
         return None if live is None else chunk.cut_from(live)

@@ -44,6 +44,12 @@ class Chunk:
         """Whether it is the full layer."""
         return self.weight.numel() == torch.Size(self.layer.shape).numel()
 
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that the weights are made of: p, where w = p * factor."""
+        layer = self.layer
+        return self.cut_from(layer.weight.detach()) if layer.computed else self.weight
+
     def cut_from(self, full: Tensor) -> Tensor:
         """Returns what a tensor of the layer's shape holds for this chunk, in the chunk's shape."""
         if self.whole:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from lap_ext._text import some
 from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
-from lap_ext.errors import LapValueError, callback, in_layer, warn
+from lap_ext.errors import LapError, LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
 from lap_ext.ops.reference.common import (
     exact_sqrt,
@@ -117,7 +118,8 @@ class Scorer:
             item = self.rankable(chunk)
             masks = [] if live is None else [live.reshape(item.x.shape).contiguous()]
             lists = [item.x], [item.rows], [item.cols], [item.groups]
-            (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
+            with in_one_of([self.layer]):
+                (kept,) = schema.call(schema.global_mask, *lists, keep, masks, True)
             return kept
         weight = self.values(chunk)
         if not self._parts:
@@ -258,8 +260,11 @@ class Scoring:
         criterion = self.plan.criterion
         if criterion.replaces and criterion.reads_data:
             scorer = Scorer(self.network, criterion, layer)
-            chunks = self.place.chunks(layer, criterion.needs_full)
-            return not any(bool(scorer.values(chunk).any()) for chunk in chunks)
+            for chunk in self.place.chunks(layer, criterion.needs_full):
+                with in_chunk(chunk):
+                    if bool(scorer.values(chunk).any()):
+                        return False
+            return True
         if not criterion.by_role:
             return False
         norms = (criterion.norms(self.network, role) for role in layer.roles)
@@ -267,7 +272,7 @@ class Scoring:
 
     def is_zero(self, layer: Layer) -> bool:
         """Tells whether all weights of a layer are zero; stops at the first chunk with another."""
-        return not any(bool(chunk.weight.any()) for chunk in self.place.chunks(layer))
+        return not any(bool(chunk.parameter.any()) for chunk in self.place.chunks(layer))
 
     def live_count(self, layer: Layer) -> int:
         """Counts the weights of a layer that may be kept; where that takes reading, all of them."""
@@ -343,6 +348,18 @@ class Scoring:
         for piece in chunk.split(self.place.pieces, self.place.starts(chunk.layer)):
             with in_chunk(piece):
                 yield piece, scorer.of_values(piece, piece.cut_from(values))
+
+
+@contextmanager
+def in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
+    """Replaces w[i] in errors with the name of layer i."""
+    try:
+        yield
+    except LapError as error:
+        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
+        if error.argument in names:
+            error.layer, error.argument = names[error.argument], "w"
+        raise
 
 
 def _to_one(norm: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -23,17 +22,18 @@ from torch import Tensor
 
 from lap_ext import allocation
 from lap_ext.criteria.context import in_chunk
-from lap_ext.errors import LapError, LapValueError, in_layer
+from lap_ext.errors import LapValueError, in_layer
 from lap_ext.ops import check, schema
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import channels, normalization, shares
 from lap_ext.pruning.exact_sum import ExactSum
-from lap_ext.pruning.scoring import BESIDE, How, Scoring, stores_scores
+from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scores
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
 from lap_ext.topology import Layer
 
+_SORTED = 2  # keys that are held take the memory of so many, with their normalized scores
 _SAMPLED = 32  # a sample has one weight of so many that are read for it
 
 
@@ -154,12 +154,12 @@ def of_layer(
     scoring: Scoring, layer: Layer, keep: int, name: str, how: How = "scaled"
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
+    criterion = scoring.criterion(layer)
+    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    criterion = scoring.criterion(layer)
     if criterion.rows:
         return Rows(channels.counts(scoring, layer, keep))
-    how = "plain" if stores_scores(criterion, layer) else how
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
 
@@ -217,34 +217,21 @@ def _masked_together(scoring: Scoring, layers: Sequence[Layer], keep: int) -> di
             items.append(scoring.scorer(layer).rankable(chunk))
         lives.append(scoring.place.live(chunk))
         chunks.append(chunk)
-    shapes = [item.x.shape for item in items]
-    every = [
-        _all(item.x) if live is None else live.reshape(shape).contiguous()
-        for item, live, shape in zip(items, lives, shapes, strict=True)
-    ]
-    if all(live is None for live in lives):
-        every = []
+    every = []
+    if any(live is not None for live in lives):
+        every = [
+            _all(item.x) if live is None else live.reshape(item.x.shape).contiguous()
+            for item, live in zip(items, lives, strict=True)
+        ]
     weights, groups = [item.x for item in items], [item.groups for item in items]
     rows, cols = [item.rows for item in items], [item.cols for item in items]
     names = [f"layer {layer.name!r}" for layer in layers]
     check.one_of_a_kind("device", [str(x.device) for x in weights], names)
-    with _in_one_of(layers):
+    with in_one_of(layers):
         kept = schema.call(schema.global_mask, weights, rows, cols, groups, keep, every, True)
     masks = [mask.reshape(chunk.weight.shape) for chunk, mask in zip(chunks, kept, strict=True)]
     given = (Given(mask, int(mask.count_nonzero())) for mask in masks)
     return {layer.name: mask for layer, mask in zip(layers, given, strict=True)}
-
-
-@contextmanager
-def _in_one_of(layers: Sequence[Layer]) -> Iterator[None]:
-    """Replaces w[i] in errors with the name of layer i."""
-    try:
-        yield
-    except LapError as error:
-        names = {f"w[{index}]": layer.name for index, layer in enumerate(layers)}
-        if error.argument in names:
-            error.layer, error.argument = names[error.argument], "w"
-        raise
 
 
 def _cuts(
@@ -336,7 +323,8 @@ def _shares(
 ) -> dict[str, int]:
     """Finds how many weights each layer keeps in one ranking of normalized scores."""
     sources = {layer.name: _source(scoring, layer) for layer in layers}
-    capacity = scoring.place.capacity(sum(source.count for source in sources.values()))
+    count = sum(source.count for source in sources.values())
+    capacity = scoring.place.capacity(count) // _SORTED
     counts: dict[str, int] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch import nn
 import lap_ext
 from lap_ext.criteria import context
 from lap_ext.criteria.context import Network
+from lap_ext.places import Memory
 
 
 def model() -> nn.Module:
@@ -34,6 +35,6 @@ def test_rows_at_a_time_have_the_bits_of_all(
     norms = []
     for copied in (0, 1 << 20):
         monkeypatch.setattr(context, "_COPIED", copied)
-        network = Network(topology, batch_norm, masks=masks)
+        network = Network(Memory(topology, masks), batch_norm)
         norms.append([norm for role in topology.roles for norm in network.norms(role)])
     assert all(torch.equal(got, want) for got, want in zip(*norms, strict=True))

@@ -10,8 +10,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext import criteria
-from lap_ext.pruning import normalization, selection
-from lap_ext.topology.roles import Part
+from lap_ext.pruning import normalization
 from tests.helpers import paper_formulas as cases
 
 NAMES = (
@@ -204,64 +203,3 @@ class TestLamp:
             net, x, 1 - 4 / total, criterion=criterion, scope="global", normalize="lamp", data=data
         )
         assert [row.kept for row in result.layers] == [1] * 4
-
-
-class TestRows:
-    """Selection within each output channel."""
-
-    def test_by_hand(self) -> None:
-        scores = torch.tensor([[3.0, 1, 2], [9, 9, 9], [0, 0, 5]])
-        found = selection.row_mask(scores, Part((3, 3)), 5, None)  # 1 each, and one more of two
-        assert found.tolist() == [
-            [True, False, True],
-            [True, True, False],
-            [False, False, True],
-        ]
-
-    def test_masked(self) -> None:
-        """A row that has fewer left gives its share to the others; pruned weights never return."""
-        scores = torch.tensor([[0.0, 0, 5], [4, 3, 2], [1, 2, 3]])
-        mask = torch.tensor([[False, True, False], [True, True, True], [True, True, True]])
-        found = selection.row_mask(scores, Part((3, 3)), 6, mask)
-        assert found.tolist() == [
-            [False, True, False],
-            [True, True, True],
-            [False, True, True],
-        ]
-
-    @pytest.mark.parametrize("transposed", [False, True])
-    @pytest.mark.parametrize("groups", [1, 2])
-    def test_every_layout(self, transposed: bool, groups: int) -> None:
-        """Against a loop over output channels."""
-        kind = nn.ConvTranspose2d if transposed else nn.Conv2d
-        weight = kind(4, 6, 3, groups=groups).weight.detach()
-        scores = torch.randint(0, 9, weight.shape).float()
-        part = Part(tuple(weight.shape), groups, transposed)
-        for keep in (0, 1, 5, 31, 100, scores.numel()):
-            found = selection.row_mask(scores, part, keep, None)
-            assert int(found.sum()) == keep
-            for o in range(6):
-                per_group = 6 // groups
-                first = o // per_group * (4 // groups)
-                one = (slice(first, first + 4 // groups), o % per_group) if transposed else (o,)
-                own = scores[one].flatten()
-                count = keep // 6 + (o < keep % 6)
-                order = sorted(range(own.numel()), key=lambda j: (-float(own[j]), j))
-                kept = torch.zeros(own.numel(), dtype=torch.bool)
-                kept[order[:count]] = True
-                assert torch.equal(found[one].flatten(), kept), (keep, o)
-
-    @pytest.mark.parametrize(
-        ("capacity", "keep", "expected"),
-        [
-            ([3, 3], 0, [0, 0]),
-            ([3, 3], 3, [2, 1]),
-            ([0, 5, 1], 4, [0, 3, 1]),
-            ([1, 5, 5], 8, [1, 4, 3]),
-            ([2, 2], 9, [2, 2]),
-            ([], 0, []),
-        ],
-    )
-    def test_counts(self, capacity: list[int], keep: int, expected: list[int]) -> None:
-        found = selection.even_counts(torch.tensor(capacity, dtype=torch.int64), keep)
-        assert found.tolist() == expected

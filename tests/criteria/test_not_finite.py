@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint, criteria
-DATA_FREE = ()
+from lap_ext.criteria.context import Network
 from lap_ext.options import NORMALIZATIONS
+from lap_ext.places import Chunk
 from lap_ext.topology import Topology
 from tests.helpers.checkpoints import change, least_memory, prune, write
 
@@ -40,8 +42,8 @@ ORDERS: dict[str, dict[str, Any]] = {
 class Ones(criteria.Criterion):
     """Reads no weight."""
 
-    def weight(self, network: Any, layer: Any) -> Tensor:
-        return torch.ones(layer.shape)
+    def weight(self, network: Network, chunk: Chunk) -> Tensor:
+        return torch.ones_like(chunk.weight)
 
 
 OWN: dict[str, Any] = {
@@ -107,12 +109,19 @@ def test_scores_in_memory(criterion: str, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("criterion", [kind.name for kind in DATA_FREE])
+@pytest.mark.parametrize("criterion", [*sorted(criteria.REGISTRY), *OWN])
 def test_from_files(criterion: str, scope: str, tmp_path: Path) -> None:
     """With the least memory and with plenty; sparsities that rank nothing, too."""
     net = damaged()
     source = write(tmp_path / "dense", net.state_dict())
-    mine: dict[str, Any] = {"model": net, "example_inputs": INPUTS, "criterion": criterion}
+    mine: dict[str, Any] = {"model": net, "example_inputs": INPUTS}
+    mine["criterion"] = OWN.get(criterion, criterion)
+    if criterion in WITH_DATA:
+        if criterion.startswith("obd"):
+            pytest.importorskip("backpack")
+        mine["data"] = tmp_path / "statistics"
+        save_file(criteria.measure(net, INPUTS, criterion, DATA), mine["data"])
+    kept = sorted(path.name for path in tmp_path.iterdir())
     mine |= SCOPES[scope]
     few = least_memory(lambda few: prune(source, tmp_path / "out", memory=few, **mine))
     for value, sparsity, memory in (
@@ -124,7 +133,7 @@ def test_from_files(criterion: str, scope: str, tmp_path: Path) -> None:
         change(source, "3.weight", lambda weight, x=value: weight.view(-1)[13].fill_(x))
         with pytest.raises(ValueError, match=SAID.format("checkpoint.prune")):
             prune(source, tmp_path / "out", sparsity, memory=memory, min_keep=0, **mine)
-        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == kept
     mine.pop("scope", None)
     with pytest.raises(ValueError, match=SAID.format("checkpoint.scores")):
         list(checkpoint.scores(source, **mine))

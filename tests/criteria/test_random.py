@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lap_ext
 from lap_ext.criteria import Random
+from lap_ext.places import Chunk
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
 from tests.helpers.parameters import SCORE_DTYPE, each_dtype
 
@@ -29,30 +30,33 @@ def number(seed: int, layer: str, index: int) -> float:
     return ((x >> 40) + 1) / 2**24
 
 
-def numbers(seed: int, name: str, count: int, first: int = 0, step: int = 1) -> Tensor:
+def of(seed: int, name: str, weight: Tensor, first: int = 0) -> Tensor:
+    """Scores weights of a layer, of which the first one has a flat index."""
     layer: Any = SimpleNamespace(name=name)
-    return Random(seed).values(layer, torch.zeros(count), first, step)
+    network: Any = None  # is not looked at
+    return Random(seed).weight(network, Chunk(layer, weight, first))
+
+
+def numbers(seed: int, name: str, count: int, first: int = 0) -> Tensor:
+    return of(seed, name, torch.zeros(count), first)
 
 
 def test_the_formula(device: str) -> None:
     for seed, name in ((0, "fc"), (2**64 - 1, "model.layers.0.ä"), (7, "")):
-        layer: Any = SimpleNamespace(name=name)
-        found = Random(seed).values(layer, torch.zeros(40_000, device=device)).cpu()
+        found = of(seed, name, torch.zeros(40_000, device=device)).cpu()
         for index in (0, 1, 2, 1000, 32_767, 32_768, 39_999):
             assert float(found[index]) == number(seed, name, index)
-    assert float(numbers(3, "fc", 5, 2**40, 3)[4]) == number(3, "fc", 2**40 + 12)
+    assert float(numbers(3, "fc", 5, 2**40)[4]) == number(3, "fc", 2**40 + 4)
 
 
 def test_any_part_has_the_same_numbers() -> None:
     every = numbers(1, "fc", 100_000)
-    for first, step, count in ((0, 1, 1), (99_999, 1, 1), (12_345, 1, 70_000), (5, 7, 14_000)):
-        part = numbers(1, "fc", count, first, step)
-        assert torch.equal(part, every[first::step][:count])
+    for first, count in ((0, 1), (99_999, 1), (12_345, 70_000), (5, 14_000)):
+        assert torch.equal(numbers(1, "fc", count, first), every[first:][:count])
 
 
 def test_in_the_shape_of_a_weight_that_is_not_contiguous() -> None:
-    layer: Any = SimpleNamespace(name="fc")
-    found = Random(1).values(layer, torch.zeros(50, 20).t())
+    found = of(1, "fc", torch.zeros(50, 20).t())
     assert torch.equal(found, numbers(1, "fc", 1000).view(20, 50))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import criteria
+from lap_ext.places import Chunk
 from lap_ext.topology import Layer
 
 X = torch.ones(1, 3)
@@ -44,8 +45,8 @@ def test_a_function() -> None:
 def test_a_class() -> None:
     @criteria.register("magnitude_twice")
     class Twice(criteria.Criterion):
-        def weight(self, network: object, layer: Layer) -> Tensor:
-            return 2 * layer.weight.detach()
+        def weight(self, network: object, chunk: Chunk) -> Tensor:
+            return 2 * chunk.weight
 
     model = net()
     found = lap_ext.scores(model, X, criterion="magnitude_twice")

@@ -28,11 +28,10 @@ class Counted(criteria.Criterion):
 
     seen: list[list[int]]
 
-    def prepare(self, network: Network, data: Any) -> Network:
+    def prepare(self, network: Network, data: Any) -> None:
         if data is None:
             raise LapValueError("data", "none")
         self.seen.append(list(data))
-        return network
 
 
 def test_data_is_read_at_every_pruning_and_only_then() -> None:

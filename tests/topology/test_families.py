@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import lap_ext
 from lap_ext.criteria.context import Network
+from lap_ext.places import Memory
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
 from tests import zoo
@@ -154,7 +155,7 @@ def check_sum(
 @each
 def test_edges_add_up(name: str) -> None:
     topology = traced(name)
-    network = Network(topology)
+    network = Network(Memory(topology))
     for role, fed, read in walked(name):
         in_norm, out_norm = network.norms(role)
         constant = torch.ones(in_norm.shape, dtype=torch.bool)

@@ -4,7 +4,8 @@
     LAYER.WHAT      for the first use of a weight in the network, or of the weight's shape
     LAYER.WHAT.K    for its use K, from 1 on (a weight that is tied, shared or packed in parts)
 
-LAYER is the layer's name, as in the results of `prune`; WHAT is the criterion's word for it.
+LAYER is the layer's name, as in the results of `prune`; WHAT is the criterion's word for it. Where a
+statistic has a value per channel, one number (of no dimension) stands for all channels.
 """
 
 from __future__ import annotations
@@ -42,14 +43,10 @@ class Statistics:
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._tensors = dict(tensors or {})
 
-    def of_role(self, topology: Topology, role: Role, what: str) -> Tensor | None:
-        """Returns a vector for one use of a weight, or None where there is none."""
-        return self.get(name_of(topology, role, what))
-
     def of_chunk(self, chunk: Chunk, what: str) -> Tensor | None:
         """Returns what a statistic of the weight's shape holds for a chunk, or None."""
         full = self.get(f"{chunk.layer.name}.{what}")
-        return None if full is None else chunk.cut_from(full)
+        return None if full is None else chunk.cut_from(full).to(chunk.weight.device)
 
     def get(self, name: str) -> Tensor | None:
         """Returns a statistic by its name, or None."""
@@ -88,7 +85,11 @@ class StatisticsFile(Statistics):
 
     def get(self, name: str) -> Tensor | None:
         """Reads a statistic by its name, or returns None."""
-        return self._file.get_tensor(name) if name in self._names else None
+        if name not in self._names:
+            return None
+        values: Tensor = self._file.get_tensor(name)
+        _check_finite(name, values)
+        return values
 
     def of_chunk(self, chunk: Chunk, what: str) -> Tensor | None:
         """Reads the rows of a statistic that a chunk needs, or returns None."""
@@ -96,14 +97,35 @@ class StatisticsFile(Statistics):
         if name not in self._names:
             return None
         stored = self._file.get_slice(name)
-        checked(name, stored.get_shape(), shape)
+        check_shape(name, stored.get_shape(), shape)
         row = max(torch.Size(shape[1:]).numel(), 1)
         top, bottom = chunk.first // row, -(-(chunk.first + chunk.weight.numel()) // row)
         rows: Tensor = stored[top:bottom].reshape(-1)[chunk.first - top * row :]
-        return rows[: chunk.weight.numel()].reshape(chunk.weight.shape)
+        rows = rows[: chunk.weight.numel()]
+        _check_finite(name, rows)
+        return rows.reshape(chunk.weight.shape).to(chunk.weight.device)
 
 
-def checked(name: str, shape: Any, expected: Any) -> None:
+def _check_finite(name: str, values: Tensor) -> None:
+    """Raises unless a statistic has finite floating-point values."""
+    if not values.is_floating_point() or not bool(values.isfinite().all()):
+        got = "inf or NaN" if values.is_floating_point() else values.dtype
+        raise LapValueError(
+            f"finite floating-point values of {name!r} in {{argument}}",
+            got,
+            _CURE,
+            argument="data",
+        )
+
+
+def check_not_negative(name: str, values: Tensor) -> None:
+    """Raises if a statistic whose root is taken is negative somewhere."""
+    if bool((values < 0).any()):
+        least = f"{float(values.min()):g}"
+        raise LapValueError(f"{name!r} >= 0 in {{argument}}", least, _CURE, argument="data")
+
+
+def check_shape(name: str, shape: Any, expected: Any) -> None:
     """Raises unless a statistic has the shape that the model's layer needs."""
     if list(shape) != list(expected):
         raise LapValueError(
