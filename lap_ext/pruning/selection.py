@@ -111,7 +111,7 @@ def masked(
         live, part = scoring.place.live(chunk), layer.roles[0].part
         if isinstance(selection, Rows):
             yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
-        elif scorer.criterion.rows:
+        elif scoring.by_row(layer):
             yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
         else:
             yield chunk, scorer.mask(chunk, selection.keep, live)
@@ -156,10 +156,11 @@ def of_layer(
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
     criterion = scoring.criterion(layer)
-    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
+    if scoring.by_row(layer) or stores_scores(criterion, layer):
+        how = "plain"  # scores are compared as they are; each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    if criterion.rows:
+    if scoring.by_row(layer):
         return Rows(channels.counts(scoring, layer, keep))
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
@@ -167,7 +168,7 @@ def of_layer(
 def beside(scoring: Scoring, layer: Layer) -> int:
     """Returns the bytes per weight beside a full layer that is masked at once."""
     criterion = scoring.criterion(layer)
-    fused = not (criterion.rows or criterion.replaces or stores_scores(criterion, layer))
+    fused = not (scoring.by_row(layer) or criterion.replaces or stores_scores(criterion, layer))
     return 1 if fused else BESIDE
 
 
