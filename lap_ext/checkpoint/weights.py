@@ -28,12 +28,11 @@ from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.errors import warn
 from lap_ext.ops import native
 from lap_ext.places import Chunk
-from lap_ext.places.place import row_length
+from lap_ext.places.place import nonzero, row_length
 from lap_ext.topology import Layer
 
 _SAMPLED = 1 << 12  # weights of a sample that are read at a time, if a row has no more
 _FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
-_COUNTED = 1 << 15  # weights at a time: they stay in the cache, and torch uses one thread
 _CHECKED = 1 << 20  # weights of a mask whose checksum is computed at a time
 
 
@@ -178,12 +177,7 @@ class Files:
 
     def live(self, chunk: Chunk) -> Tensor | None:
         """Returns which weights of a chunk may be kept and are not zero; None for all."""
-        mask = self.mask(chunk)
-        pieces = chunk.weight.view(-1).split(_COUNTED)
-        if all(int(piece.count_nonzero()) == piece.numel() for piece in pieces):
-            return mask
-        live = chunk.weight != 0
-        return live if mask is None else live & mask
+        return nonzero(chunk.weight, self.mask(chunk))
 
     def set_masks(self, layer: Layer, masks: Iterable[tuple[Chunk, Tensor]]) -> None:
         """Writes the masks of all chunks of a layer."""

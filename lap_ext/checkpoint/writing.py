@@ -120,6 +120,8 @@ class MaskFile:
 
     def read(self, name: str, first: int, count: int) -> Tensor:
         """Reads the mask of elements [first, first + count) of a layer, flat."""
+        if not count:
+            return torch.empty(0, dtype=torch.bool)
         begin, end = first // 8, (first + count + 7) // 8
         data = os.pread(self._file.fileno(), end - begin, self._begin[name] + begin)
         bits = unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8), (8 * len(data),))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lap_ext.ops import schema
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.roles import Part
 
@@ -88,13 +89,15 @@ class Place(Protocol):
     The contract, which tests/helpers/place_contract.py checks:
 
     -   `chunks` gives each weight of a layer once, in flat order, in chunks of whole rows: rows of
-        every part of the weight that a role uses, so that no row is in two chunks. A chunk is valid
-        until the next but one is requested, and nobody writes to it. Each call begins anew; between
-        `set_masks` of a layer, each gives the same weights.
+        every part of the weight that a role uses, so that no row is in two chunks. A layer without
+        weights may have no chunk. A chunk is valid until the next but one of its call is requested,
+        and the last ones of a call until the next call; nobody writes to them. Each call begins
+        anew and gives the same weights.
     -   Where `fits` says so, `chunks(layer, whole=True)` gives one chunk in the layer's shape.
     -   A mask marks the weights that may still be kept. `mask` returns None where all may; `live`
         leaves out the weights that are zero, too. Both have the chunk's shape and device.
-    -   `set_masks` replaces the masks of a layer, of all its weights, in flat order.
+    -   `set_masks` replaces the masks of a layer, of all its weights, in flat order; they keep no
+        weight that is zero.
     -   `round` calls `make`, which sets the masks of all layers that are pruned. A place that
         outlives its process may leave out a round that an earlier run has ended; its masks are the
         ones that `mask` then returns.
@@ -175,6 +178,18 @@ class RowRange:
     bottom: int
     group: int
     groups: int
+
+
+def nonzero(weight: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Masks the weights that are not zero; returns the mask where none that it keeps is zero."""
+    if not weight.is_contiguous():  # the operator would copy it
+        if int(weight.count_nonzero()) == weight.numel():
+            return mask
+        return weight != 0 if mask is None else (weight != 0) & mask
+    which = None if mask is None else mask.contiguous()
+    live, count = schema.call(schema.nonzero_mask, weight, which)
+    most = weight.numel() if mask is None else int(mask.count_nonzero())
+    return mask if int(count) == most else live
 
 
 def row_length(layer: Layer) -> int:

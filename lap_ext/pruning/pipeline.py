@@ -169,7 +169,6 @@ def select(task: Task) -> dict[str, Selection]:
                 for layer in task.layers
             }
         scoring.place.round(number, partial(_round, task, number))
-        scoring.forget(task.layers)
     return {layer.name: selection.Stored() for layer in task.layers}
 
 
@@ -180,6 +179,7 @@ def _round(task: Task, number: int) -> None:
         selections, step = _selected(task, number), scoring.step("rank", task.layers)
         for layer in task.layers:
             selection.store(scoring, layer, selections[layer.name], step)
+        scoring.forget(task.layers)
         return
     scoring.measure(_name(number))
     step = scoring.step("rank", task.layers)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -144,7 +144,8 @@ class Scorer:
             scores = self.of_values(chunk, weight)
             none = scores.new_empty(0, dtype=torch.float64)
             return Rankable(scores, none, none)
-        part, rows, cols = self._parts[0] if self._parts else (self.layer.roles[0].part, None, None)
+        every = replace(self.layer.roles[0].part, rows=None, cols=None)  # without norms: any use
+        part, rows, cols = self._parts[0] if self._parts else (every, None, None)
         x = torch_args.weight(part.of(weight), part.groups, part.transposed)
         into, out = (rows, cols) if part.transposed else (cols, rows)
         into, out = torch_args.given_norms(

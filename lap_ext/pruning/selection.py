@@ -143,7 +143,8 @@ def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> N
         return
     chunks = scoring.place.chunks(layer, is_full(scoring, layer, selection))
     scoring.place.set_masks(layer, masked(scoring, layer, selection, chunks))
-    step.read(layer.name, scoring.place.bytes(layer))
+    if not isinstance(selection, Given):
+        step.read(layer.name, scoring.place.bytes(layer))
 
 
 def _all(weight: Tensor) -> Tensor:
@@ -344,7 +345,8 @@ def _source(scoring: Scoring, layer: Layer) -> shares.Source:
 
 def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scores a layer in chunks, and says which weights may be kept."""
-    step = scoring.step("rank", [layer])
+    # in memory, only the ranking of the layer itself is reported
+    step = None if scoring.place.held else scoring.step("rank", [layer])
     for piece, scores in scoring.scored(layer, "plain", step):
         yield scores, scoring.place.live(piece)
 

@@ -107,7 +107,8 @@ class Cut:
         begins = [0] if whole else {0, *self._cuts(layer), *self._slices(layer)}
         if whole and not self._fits:
             raise AssertionError(f"{layer.name} does not fit")
-        return self._given(layer, list(pairwise(self._flat(layer, begins))))
+        bounds = list(pairwise(self._flat(layer, begins)))
+        return self._given(layer, bounds or [(0, 0)] * whole)
 
     def _given(self, layer: Layer, bounds: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
         """Gives chunks, and overwrites those that are not valid any longer."""
