@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
@@ -25,6 +26,8 @@ MinKeep: TypeAlias = int | float | None  # of each layer: a count, or a fraction
 # layers by their names (exact, or with *, ? and [abc]), or by the parts of a model that hold them
 Pattern: TypeAlias = "str | nn.Module | type[nn.Module] | Tensor"
 Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
+# batches, or the path of a file of statistics
+Data: TypeAlias = Iterable[Any] | str | PathLike[str]
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"  # of model.forward
 
 SCOPES: tuple[str, ...] = get_args(Scope)

@@ -144,7 +144,7 @@ def shared_signatures() -> dict[str, Any]:
     from lap_ext.adapters._callback import TrainingCallback
 
     layered = {"scope", "order", "rounds", "min_keep"}  # how scores are ranked
-    files = {"topology", "order", "rounds", "residual", "data", "neighbors"}  # see checkpoint.prune
+    files = {"topology", "residual", "data", "neighbors"}  # see checkpoint.prune
     return {
         "scores": (lap_ext.scores, layered),
         "Pruner": (lap_ext.Pruner.__init__, set()),

@@ -120,6 +120,21 @@ struct ChunkOperators {
     Core(weight).zero(op, weight, Arrays::eligible(op, mask, weight));
   }
 
+  static std::tuple<Array, Array> nonzero_mask(const Array& weight,
+                                               const std::optional<Mask>& mask) {
+    constexpr const char* op = "nonzero_mask";
+    const DType dtype = Arrays::dtype(op, weight);
+    const Core core(weight);
+    const Array held = Arrays::contiguous(weight);
+    const uint8_t* may = mask ? Arrays::eligible(op, *mask, weight) : nullptr;
+    const Array live = core.template empty<bool>(weight, Arrays::sizes(weight));
+    const Array count = Arrays::template empty<int64_t>(weight, {1});
+    *integers(count) =
+        cpu::nonzero_mask(Arrays::data(held), dtype, Arrays::size(weight), may, core.pool(),
+                          static_cast<uint8_t*>(Arrays::mutable_data(live)));
+    return std::make_tuple(live, count);
+  }
+
  private:
   static constexpr int64_t kMostBins = int64_t{1} << 15;
 

@@ -112,6 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("threshold_mask", TORCH_BOX(&ChunkOperators::threshold_mask));
   m.impl("random_scores_", TORCH_BOX(&ChunkOperators::random_scores_));
   m.impl("masked_zero_", TORCH_BOX(&ChunkOperators::masked_zero_));
+  m.impl("nonzero_mask", TORCH_BOX(&ChunkOperators::nonzero_mask));
 }
 
 // The parts of this thread's last failure, 0 to 4 (check.h).

@@ -153,6 +153,18 @@ void random_scores(
   });
 }
 
+int64_t nonzero_mask(
+    const void* w, DType dtype, int64_t n, const uint8_t* mask, const Pool& pool, uint8_t* live) {
+  const auto nonzero = kernels().nonzero[static_cast<int>(dtype)];
+  const char* bytes = static_cast<const char*>(w);
+  std::atomic<int64_t> count{0};
+  for_each_piece(n, kCounted, pool, [&](int, int64_t, int64_t first) {
+    count += nonzero(bytes + first * item_size(dtype), mask == nullptr ? nullptr : mask + first,
+                     std::min(kPiece, n - first), live + first);
+  });
+  return count;
+}
+
 #define LAP_CHUNKS(Key)                                                                         \
   template Counted count_keys(const ScoreChunk<Key>&, const Interval<Key>&, const Pool&);       \
   template void take_keys(const ScoreChunk<Key>&, const Counted&, const Pool&, Key*);           \

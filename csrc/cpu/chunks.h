@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Ranking scores >= 0 that are never all in memory: what is asked of each chunk of them, by keys
-// (isa.h, ScoreChunk). No result depends on the threads.
+// (isa.h, ScoreChunk), and of each chunk of weights. No result depends on the threads.
 #pragma once
 
 #include <vector>
@@ -48,5 +48,9 @@ int64_t threshold_mask(
 template <typename Float>
 void random_scores(
     uint64_t start, uint64_t first, uint64_t step, int64_t n, const Pool& pool, Float* out);
+
+// live[j] = w[j] is not zero, and mask[j] (null: all) is not 0. Returns how many are.
+int64_t nonzero_mask(
+    const void* w, DType dtype, int64_t n, const uint8_t* mask, const Pool& pool, uint8_t* live);
 
 }  // namespace lap::cpu

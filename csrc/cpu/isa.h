@@ -145,6 +145,10 @@ struct Kernels {
   ChunkKernels<int32_t> chunk32;
   ChunkKernels<int64_t> chunk64;
 
+  // live[j] = w[j] is not zero (a NaN is not), and mask[j] (null: all) is not 0; at most kPiece
+  // elements. Returns how many are.
+  int64_t (*nonzero[kDTypes])(const void* w, const uint8_t* mask, int64_t n, uint8_t* live);
+
   // out[j] = |w[j]| * (row_norm * col_norm[j]), as float (double for f64). The wide form multiplies
   // by scale twice at the end, so that any power of two can be undone. Returns the largest |w|.
   int32_t (*score[kDTypes])(

@@ -25,6 +25,7 @@ from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in, revived_text
 from lap_ext.options import (
     BatchNorm,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -61,7 +62,7 @@ class TrainingCallback(ABC):
         min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         neighbors: Mapping[str, Any] | None = None,
         on_unsupported: OnUnsupported = "raise",
         on_progress: Callable[[Progress], Any] | None = None,

@@ -36,7 +36,7 @@ nn.Sequential, which would call that module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -49,6 +49,7 @@ from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name, parameter_in
 from lap_ext.options import (
     BatchNorm,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -159,7 +160,7 @@ def prune_(
     min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,

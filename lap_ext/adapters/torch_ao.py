@@ -27,7 +27,7 @@ scheduler lowers the sparsity.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapImportError, LapRuntimeError, LapValueError, calling
 from lap_ext.options import (
     BatchNorm,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -117,7 +118,7 @@ class LookaheadSparsifier(BaseSparsifier):
         min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         neighbors: Mapping[str, Any] | None = None,
         on_unsupported: OnUnsupported = "raise",
         on_progress: Callable[[Progress], Any] | None = None,

@@ -30,7 +30,7 @@ autograd's graph: call the model once under torch.no_grad() first.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -43,7 +43,16 @@ from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name
-from lap_ext.options import BatchNorm, Inputs, MinKeep, Normalize, OnUnsupported, Patterns, Residual
+from lap_ext.options import (
+    BatchNorm,
+    Data,
+    Inputs,
+    MinKeep,
+    Normalize,
+    OnUnsupported,
+    Patterns,
+    Residual,
+)
 from lap_ext.progress import Progress
 
 ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
@@ -199,7 +208,7 @@ def scores(
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
@@ -273,7 +282,7 @@ def global_masks(
     min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,
@@ -351,7 +360,7 @@ def apply_global_(
     min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     on_progress: Callable[[Progress], Any] | None = None,

@@ -34,7 +34,7 @@ Torch-Pruning 1.6.1 itself needs a new pruner for each step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ from lap_ext.errors import (
     callback,
     calling,
 )
-from lap_ext.options import BatchNorm, Inputs, Normalize, OnUnsupported, Residual
+from lap_ext.options import BatchNorm, Data, Inputs, Normalize, OnUnsupported, Residual
 from lap_ext.progress import Progress
 
 with calling("lap_ext.adapters.torch_pruning"):
@@ -122,7 +122,7 @@ class LookaheadImportance(tp.importance.Importance):
         normalize: Normalize = "auto",
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         neighbors: Mapping[str, Any] | None = None,
         on_unsupported: OnUnsupported = "raise",
         on_progress: Callable[[Progress], Any] | None = None,

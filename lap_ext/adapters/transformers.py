@@ -47,7 +47,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,6 +70,7 @@ from lap_ext.errors import (
 from lap_ext.masks import pack
 from lap_ext.options import (
     BatchNorm,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -174,7 +175,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         neighbors: Mapping[str, Any] | None = None,
         on_unsupported: OnUnsupported = "raise",
         on_progress: Callable[[Progress], Any] | None = None,

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 # The public names of lap_ext.checkpoint, as lap_ext/__init__.pyi has those of lap_ext.
 
-from lap_ext.checkpoint.figures import LayerFigures as LayerFigures
-from lap_ext.checkpoint.figures import ScoreTable as ScoreTable
 from lap_ext.checkpoint.inspecting import InspectedLayer as InspectedLayer
 from lap_ext.checkpoint.inspecting import Inspection as Inspection
 from lap_ext.checkpoint.inspecting import inspect as inspect
@@ -16,3 +14,5 @@ from lap_ext.checkpoint.verifying import LayerCount as LayerCount
 from lap_ext.checkpoint.verifying import Verdict as Verdict
 from lap_ext.checkpoint.verifying import verify as verify
 from lap_ext.progress import Progress as Progress
+from lap_ext.pruning.figures import LayerFigures as LayerFigures
+from lap_ext.pruning.figures import ScoreTable as ScoreTable

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import lap_ext
 from lap_ext._files import replacing, safetensors_header
-from lap_ext.checkpoint.figures import LayerFigures, ScoreTable, figures
 from lap_ext.checkpoint.reading import bytes_of
 from lap_ext.errors import LapFileExistsError, LapFileNotFoundError, LapValueError, calling
+from lap_ext.pruning.figures import LayerFigures, ScoreTable, figures
 from lap_ext.topology import Layer, Topology
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext.checkpoint.directory import delete
 from lap_ext.checkpoint.files import DTYPES, Copy, Slice, size_of
 from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
@@ -27,12 +28,11 @@ from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.errors import warn
 from lap_ext.ops import native
 from lap_ext.places import Chunk
-from lap_ext.places.place import row_length
+from lap_ext.places.place import nonzero, row_length
 from lap_ext.topology import Layer
 
 _SAMPLED = 1 << 12  # weights of a sample that are read at a time, if a row has no more
 _FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
-_COUNTED = 1 << 15  # weights at a time: they stay in the cache, and torch uses one thread
 _CHECKED = 1 << 20  # weights of a mask whose checksum is computed at a time
 
 
@@ -177,12 +177,7 @@ class Files:
 
     def live(self, chunk: Chunk) -> Tensor | None:
         """Returns which weights of a chunk may be kept and are not zero; None for all."""
-        mask = self.mask(chunk)
-        pieces = chunk.weight.view(-1).split(_COUNTED)
-        if all(int(piece.count_nonzero()) == piece.numel() for piece in pieces):
-            return mask
-        live = chunk.weight != 0
-        return live if mask is None else live & mask
+        return nonzero(chunk.weight, self.mask(chunk))
 
     def set_masks(self, layer: Layer, masks: Iterable[tuple[Chunk, Tensor]]) -> None:
         """Writes the masks of all chunks of a layer."""
@@ -213,41 +208,50 @@ class Files:
         """Notes results in a working directory from now on; shapes: of the layers to prune."""
         self._work, self._shapes = work, dict(shapes)
         number, sums = work.facts.get("round", [0, {}])
-        if number and not self._intact(number, sums):
+        good = bool(number) and self._intact(number, sums)
+        if number and not good:
             warn(
                 f"What an interrupted run has left in {str(work.directory)!r} is damaged in part. "
                 "These are done again: the masks of its rounds."
             )
             del work.facts["round"]
+        for path in work.rounds.iterdir():
+            if not good or path.name != _round_name(number):
+                delete(path)
 
     def _intact(self, number: int, sums: Mapping[str, int]) -> bool:
         """Whether the masks of a round are as they were written."""
-        if not self._path_exists(number):
-            return False
-        file = self._file(number)
-        for name, noted in sums.items():
-            checksum, count = 0, math.prod(self._shapes[name])
-            for first in range(0, count, _CHECKED):
-                mask = file.read(name, first, min(_CHECKED, count - first))
-                checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
-            if checksum != noted:
+        assert self._work is not None
+        file = MaskFile(self._work.rounds, self._shapes, _round_name(number))
+        try:
+            if not file.complete:
                 return False
-        return True
+            file.open()
+        except OSError:
+            return False
+        try:
+            return all(self._checksum(file, name) == noted for name, noted in sums.items())
+        finally:
+            file.close()
+
+    def _checksum(self, file: MaskFile, name: str) -> int:
+        """Computes the checksum of a layer's mask, a byte per weight."""
+        checksum, count = 0, math.prod(self._shapes[name])
+        for first in range(0, count, _CHECKED):
+            mask = file.read(name, first, min(_CHECKED, count - first))
+            checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
+        return checksum
 
     def _file(self, number: int) -> MaskFile:
         """Opens the masks of a round; makes the file if there is none."""
         if number not in self._open:
             assert self._work is not None
-            file = MaskFile(self._work.rounds, self._shapes, f"round {number}.safetensors")
+            file = MaskFile(self._work.rounds, self._shapes, _round_name(number))
             if not file.complete:
                 file.create()
             file.open()
             self._open[number] = file
         return self._open[number]
-
-    def _path_exists(self, number: int) -> bool:
-        assert self._work is not None
-        return MaskFile(self._work.rounds, self._shapes, f"round {number}.safetensors").complete
 
     def close(self) -> None:
         """Closes the files of rounds."""
@@ -289,3 +293,8 @@ class Files:
     def total(self, counts: Tensor) -> Tensor:
         """Returns the counts: one process reads all files."""
         return counts
+
+
+def _round_name(number: int) -> str:
+    """Names the file of a round's masks."""
+    return f"round {number}.safetensors"

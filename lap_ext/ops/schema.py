@@ -196,6 +196,15 @@ def _(*_: object) -> None:
     pass
 
 
+@_define(
+    "nonzero_mask(Tensor weight, Tensor? mask) -> (Tensor live, Tensor count)",
+    reference.nonzero_mask,
+)
+def _(weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    live = weight.new_empty(weight.shape, dtype=torch.bool)
+    return live, weight.new_empty([1], dtype=torch.int64, device="cpu")
+
+
 native.load()
 info = native.info
 
@@ -215,6 +224,7 @@ squares_above = torch.ops.lap_ext.squares_above.default
 threshold_mask = torch.ops.lap_ext.threshold_mask.default
 random_scores_ = torch.ops.lap_ext.random_scores_.default
 masked_zero_ = torch.ops.lap_ext.masked_zero_.default
+nonzero_mask = torch.ops.lap_ext.nonzero_mask.default
 
 
 def call(op: Callable[..., Any], *args: object) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops.check import FLOATS
-from lap_ext.places.place import Chunk
+from lap_ext.places.place import Chunk, nonzero
 from lap_ext.topology import Layer, Topology
 
 _PIECE = 1 << 17  # scores of a layer at a time
@@ -77,10 +77,8 @@ class Memory:
         """Returns which weights may be kept and are not stored as zero; looks at a layer once."""
         name = chunk.layer.name
         if name not in self._live:
-            stored, mask = chunk.layer.weight.detach(), self.masks.get(name)
-            if int(stored.count_nonzero()) < stored.numel():
-                mask = stored != 0 if mask is None else (stored != 0) & mask
-            self._live[name] = mask
+            stored = chunk.layer.weight.detach()
+            self._live[name] = nonzero(stored, self.masks.get(name))
         live = self._live[name]
         return None if live is None else chunk.cut_from(live)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lap_ext.ops import schema
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.roles import Part
 
@@ -177,6 +178,18 @@ class RowRange:
     bottom: int
     group: int
     groups: int
+
+
+def nonzero(weight: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Masks the weights that are not zero; returns the mask where none that it keeps is zero."""
+    if not weight.is_contiguous():  # the operator would copy it
+        if int(weight.count_nonzero()) == weight.numel():
+            return mask
+        return weight != 0 if mask is None else (weight != 0) & mask
+    which = None if mask is None else mask.contiguous()
+    live, count = schema.call(schema.nonzero_mask, weight, which)
+    most = weight.numel() if mask is None else int(mask.count_nonzero())
+    return mask if int(count) == most else live
 
 
 def row_length(layer: Layer) -> int:

@@ -9,7 +9,7 @@ sections 3 and 4 (orders and rounds).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lap_ext.options import (
     BYS,
     BatchNorm,
     By,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -57,7 +58,7 @@ def scores(
     exclude: Patterns = (),
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
@@ -138,7 +139,7 @@ def prune(
     min_keep: MinKeep = None,
     batch_norm: BatchNorm = "edge",
     residual: Residual = "sum",
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     neighbors: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "raise",
     masks: Mapping[str, Tensor] | None = None,
@@ -190,7 +191,8 @@ def prune(
         residual: "sum" counts every producer and consumer of a channel; "chain" counts only the
             layers just before and just after in the network's order, skipping excluded ones. The
             paper's public code treats residual networks like this; use it for comparisons.
-        data: batches for criteria that need activations or gradients.
+        data: batches for criteria that need activations or gradients, or the path of a safetensors
+            file of statistics that `lap_ext.criteria.measure` has computed.
         neighbors: as in `trace`.
         on_unsupported: as in `trace`.
         masks: the masks of an earlier pruning; pruned weights stay pruned. None takes weights that

@@ -13,7 +13,7 @@ steps and the masks, because a schedule is a pure function of the step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import zero_
 from lap_ext.options import (
     BatchNorm,
+    Data,
     Inputs,
     MinKeep,
     Normalize,
@@ -154,7 +155,7 @@ class Pruner:
         min_keep: MinKeep = None,
         batch_norm: BatchNorm = "edge",
         residual: Residual = "sum",
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         neighbors: Mapping[str, Any] | None = None,
         on_unsupported: OnUnsupported = "raise",
         on_progress: Callable[[Progress], Any] | None = None,

@@ -246,6 +246,10 @@ class Scoring:
             known = self._criteria[layer.name] = self._chosen(layer)
         return known
 
+    def by_row(self, layer: Layer) -> bool:
+        """Whether weights are ranked within each output channel; not in one ranking of layers."""
+        return self.plan.options.scope == "layer" and self.criterion(layer).rows
+
     def _chosen(self, layer: Layer) -> Criterion:
         criterion = self.plan.criterion
         if not self._scores_nothing(layer) or self.is_zero(layer):  # nothing is left to rank

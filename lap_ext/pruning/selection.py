@@ -111,7 +111,7 @@ def masked(
         live, part = scoring.place.live(chunk), layer.roles[0].part
         if isinstance(selection, Rows):
             yield chunk, channels.mask_rows(scorer.of(chunk), chunk, part, selection.counts, live)
-        elif scorer.criterion.rows:
+        elif scoring.by_row(layer):
             yield chunk, channels.mask(scorer.of(chunk), part, selection.keep, live)
         else:
             yield chunk, scorer.mask(chunk, selection.keep, live)
@@ -143,7 +143,8 @@ def store(scoring: Scoring, layer: Layer, selection: Selection, step: Step) -> N
         return
     chunks = scoring.place.chunks(layer, is_full(scoring, layer, selection))
     scoring.place.set_masks(layer, masked(scoring, layer, selection, chunks))
-    step.read(layer.name, scoring.place.bytes(layer))
+    if not isinstance(selection, Given):
+        step.read(layer.name, scoring.place.bytes(layer))
 
 
 def _all(weight: Tensor) -> Tensor:
@@ -155,10 +156,11 @@ def of_layer(
 ) -> Selection:
     """Selects the best keep weights of a layer; the place notes what is found under a name."""
     criterion = scoring.criterion(layer)
-    how = "plain" if stores_scores(criterion, layer) else how  # each use would be scaled by itself
+    if scoring.by_row(layer) or stores_scores(criterion, layer):
+        how = "plain"  # scores are compared as they are; each use would be scaled by itself
     if scoring.place.fits(layer, beside(scoring, layer)):
         return AtOnce(keep, how)
-    if criterion.rows:
+    if scoring.by_row(layer):
         return Rows(channels.counts(scoring, layer, keep))
     return _cuts(scoring, [layer], keep, how, name)[layer.name]
 
@@ -166,7 +168,7 @@ def of_layer(
 def beside(scoring: Scoring, layer: Layer) -> int:
     """Returns the bytes per weight beside a full layer that is masked at once."""
     criterion = scoring.criterion(layer)
-    fused = not (criterion.rows or criterion.replaces or stores_scores(criterion, layer))
+    fused = not (scoring.by_row(layer) or criterion.replaces or stores_scores(criterion, layer))
     return 1 if fused else BESIDE
 
 
@@ -182,11 +184,8 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    normalize = scoring.plan.options.normalize
-    if normalize != "none":
-        if normalize == "norm":
-            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
-            scoring.sizes.update(sizes)
+    if scoring.plan.options.normalize != "none":
+        find_sizes(scoring, layers, name)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
@@ -347,9 +346,17 @@ def _source(scoring: Scoring, layer: Layer) -> shares.Source:
 
 def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scores a layer in chunks, and says which weights may be kept."""
-    step = scoring.step("rank", [layer])
+    # in memory, only the ranking of the layer itself is reported
+    step = None if scoring.place.held else scoring.step("rank", [layer])
     for piece, scores in scoring.scored(layer, "plain", step):
         yield scores, scoring.place.live(piece)
+
+
+def find_sizes(scoring: Scoring, layers: Sequence[Layer], name: str) -> None:
+    """Finds what normalize="norm" divides scores by; the place notes it under a name."""
+    if scoring.plan.options.normalize == "norm":
+        sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+        scoring.sizes.update(sizes)
 
 
 def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:

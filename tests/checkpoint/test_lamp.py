@@ -13,26 +13,25 @@ from torch import nn
 
 import lap_ext
 from lap_ext import checkpoint
-from lap_ext.checkpoint import plan, ranking
-from lap_ext.checkpoint.layer_scores import LayerScores
+from lap_ext.checkpoint import plan
+from lap_ext.places.place import row_length
 from lap_ext.pruning import shares
+from lap_ext.pruning.scoring import Scorer
 from tests.helpers.checkpoints import INPUTS, check_same, network, prune, saved, write
 
 LAMP: dict[str, Any] = {"scope": "global", "normalize": "lamp"}
 
 
-def narrow(patch: pytest.MonkeyPatch, capacity: int, chunk: int | None = None) -> None:
-    """Limits the candidates, and the scores of a chunk."""
+def narrow(patch: pytest.MonkeyPatch, capacity: int) -> None:
+    """Limits the candidates, and chunks to a row; no layer fits."""
     real = plan.limits
 
     def limits(*given: Any) -> Any:
         result = real(*given)
-        chunks = result.chunk if chunk is None else dict.fromkeys(result.chunk, chunk)
-        none: frozenset[str] = frozenset()
-        return replace(result, candidates=capacity, chunk=chunks, masked_full=none)
+        rows = {name: row_length(given[1].layers[name]) for name in result.chunk}
+        return replace(result, candidates=capacity, chunk=rows, rest=0)
 
     patch.setattr(plan, "limits", limits)
-    patch.setattr(ranking, "CHUNK", 64)
 
 
 def same(source: Path, out: Path, net: nn.Module, sparsity: float, **options: Any) -> None:
@@ -57,17 +56,17 @@ def test_few_candidates(capacity: int, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_model_takes_three_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two for the shares, one for the thresholds, if the candidates fit."""
     net, read = network(), []
-    narrow(monkeypatch, 10**4)
+    narrow(monkeypatch, 11_000)  # each layer by itself, not all of them
     monkeypatch.setattr(shares, "_LEAST_BINS", 1 << 15)
-    real = LayerScores.of
+    real = Scorer.of
 
-    def counted(self: Any, weight: Any, first: int) -> Any:
-        read.append(weight.numel())
-        return real(self, weight, first)
+    def counted(self: Any, chunk: Any) -> Any:
+        read.append(chunk.weight.numel())
+        return real(self, chunk)
 
     source = write(tmp_path / "dense", net.state_dict())
     with monkeypatch.context() as patch:
-        patch.setattr(LayerScores, "of", counted)
+        patch.setattr(Scorer, "of", counted)
         prune(source, tmp_path / "out", 0.5, **LAMP)
     total = sum(x.numel() for x in net.parameters() if x.dim() == 2)
     assert sum(read) <= 4 * total  # the last one writes the masks

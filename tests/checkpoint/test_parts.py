@@ -1,116 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""The parts of checkpoint.prune: thresholds, masks in files, squared norms and scores of chunks."""
+"""The parts of checkpoint.prune: masks in files, squared norms and scores of chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.checkpoint import ranking
 from lap_ext.checkpoint.files import Checkpoint, Entry, Shard
 from lap_ext.checkpoint.inside import Stamp
-from lap_ext.checkpoint.layer_scores import LayerScores, row_length
-from lap_ext.checkpoint.norms import FileNetwork
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
 from lap_ext.checkpoint.writing import MaskFile, pack_into
 from lap_ext.criteria import Lookahead
 from lap_ext.criteria.context import Network
 from lap_ext.masks import BitMasks, pack
-from lap_ext.topology.roles import Part
+from lap_ext.places import Chunk, Memory
+from lap_ext.places.place import row_length
+from lap_ext.pruning.scoring import Scorer
+from lap_ext.topology import Layer
 from tests.helpers.checkpoints import INPUTS, least_memory, network, prune, write
 from tests.helpers.parameters import each_dtype
-
-# --- rank -----------------------------------------------------------------------------------------
-
-
-def threshold_masks(
-    slices: list[Tensor], keep: int, interval: tuple[int, int], capacity: int, step: int = 7
-) -> list[Tensor]:
-    """Makes masks by a threshold, of keys that come step at a time."""
-
-    def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        del low, high
-        for index, x in enumerate(slices):
-            for chunk in x.split(step):
-                yield index, ranking.keys_of(chunk)
-
-    sizes, dtype = [x.numel() for x in slices], slices[0].dtype
-    threshold = ranking.threshold(read_keys, sizes, keep, interval, dtype, capacity)
-    masks = []
-    for x, share in zip(slices, threshold.ties, strict=True):
-        flags, ties = [], share
-        for chunk in x.split(step):
-            mask, taken = ranking.mask_of(ranking.keys_of(chunk), threshold.key, ties)
-            ties -= taken
-            flags.append(mask)
-        masks.append(torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool))
-    assert [int(mask.sum()) for mask in masks] == list(threshold.kept)
-    return masks
-
-
-values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.0000001, 2.0, 3.5, 1e30, float("inf")])
-
-
-@given(
-    st.lists(st.lists(values, max_size=40), min_size=1, max_size=4),
-    st.integers(0, 170),
-    st.tuples(values, values),
-    st.sampled_from([0, 1, 5, 1000]),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_thresholds_are_those_of_topk_mask(
-    scores: list[list[float]],
-    keep: int,
-    ends: tuple[float, float],
-    capacity: int,
-    dtype: torch.dtype,
-) -> None:
-    """Whatever the interval at the start, and whatever is held."""
-    slices = [torch.tensor(x, dtype=dtype) for x in scores]
-    low, high = sorted(int(ranking.keys_of(torch.tensor(x, dtype=dtype))) for x in ends)
-    want = lap_ext.topk_mask(slices, keep=keep)
-    for got, mask in zip(threshold_masks(slices, keep, (low, high), capacity), want, strict=True):
-        assert torch.equal(got, mask)
-
-
-@pytest.mark.parametrize("capacity", [0, 100, 10**6])
-@pytest.mark.parametrize("keep", [1, 999, 30_000, 59_999])
-def test_thresholds_of_many_keys(keep: int, capacity: int) -> None:
-    slices = [torch.rand(20_000).square(), torch.rand(30_000).round(decimals=2), torch.rand(10_000)]
-    sample = torch.cat(slices)[::31].double()
-    interval = ranking.bracket(sample, keep, 60_000, torch.float32)
-    assert interval[0] <= interval[1]
-    want = lap_ext.topk_mask(slices, keep=keep)
-    for start in (interval, (0, ranking.largest(torch.float32))):
-        masks = threshold_masks(slices, keep, start, capacity, 997)
-        assert all(map(torch.equal, masks, want)) and len(masks) == len(want)
-
-
-def test_a_good_sample_needs_one_pass() -> None:
-    scores = torch.rand(100_000)
-    interval = ranking.bracket(scores[::17].double(), 50_000, 100_000, torch.float32)
-    passes = []
-
-    def read_keys(low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        assert (low, high) == interval
-        passes.append(1)
-        yield 0, ranking.keys_of(scores)
-
-    threshold = ranking.threshold(
-        read_keys, [100_000], 50_000, interval, torch.float32, capacity=10_000
-    )
-    assert len(passes) == 1
-    assert threshold.kept == (50_000,)
-
 
 # --- masks ----------------------------------------------------------------------------------------
 
@@ -178,13 +94,22 @@ def traced(dtype: torch.dtype) -> tuple[nn.Module, lap_ext.Topology]:
     return model, lap_ext.trace(model, torch.zeros(1, 6, dtype=torch.int64))
 
 
-def chunks(weight: Tensor, width: int, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Gives a weight in chunks of rows; each is overwritten before the next, as a buffer is."""
-    buffer = torch.empty(0)
-    for first in range(0, weight.numel(), rows * width):
-        buffer.fill_(float("nan"))
-        buffer = weight.detach().flatten()[first : first + rows * width].clone()
-        yield first, buffer
+class Rows(Memory):
+    """The place of a model in memory that gives its weights in chunks of rows.
+
+    Each is overwritten when the second one after it is asked for, as a buffer is.
+    """
+
+    rows = 1
+
+    def chunks(self, layer: Layer, whole: bool = False) -> Iterator[Chunk]:
+        (full,) = super().chunks(layer)
+        before: list[Tensor] = []
+        for chunk in full.split(self.rows * row_length(layer)):
+            for old in before[:-1]:
+                old.fill_(float("nan"))
+            before = [*before[-1:], chunk.weight.clone()]
+            yield Chunk.of(layer, before[-1], chunk.first)
 
 
 @each_dtype
@@ -194,20 +119,17 @@ def test_squared_norms_and_scores_of_chunks(batch_norm: str, rows: int, dtype: t
     model, topology = traced(dtype)
     assert {"embed", "packed", "conv", "back", "part"} == set(topology.layers)
     assert len(topology.layers["embed"].roles) == 2
-    full, streamed = Network(topology, batch_norm), FileNetwork(topology, batch_norm)
-    for layer in topology.layers.values():
-        streamed.measure_chunks(layer, chunks(layer.weight, row_length(layer), rows))
+    place = Rows(topology)
+    place.rows = rows
+    full, streamed = Network(Memory(topology), batch_norm), Network(place, batch_norm)
     for role in topology.roles:
         for got, want in zip(streamed.norms(role), full.norms(role), strict=True):
             assert torch.equal(got, want), role.layer
     want_scores = lap_ext.scores(model, topology=topology, layers="*", batch_norm=batch_norm)
     for layer in topology.layers.values():
-        scores = LayerScores(streamed, Lookahead(), layer)
-        weights = chunks(layer.weight, row_length(layer), rows)
-        got_scores = torch.cat([scores.of(weight, first) for first, weight in weights])
+        scorer = Scorer(streamed, Lookahead(), layer)
+        got_scores = torch.cat([scorer.of(chunk).flatten() for chunk in place.chunks(layer)])
         assert torch.equal(got_scores, want_scores[layer.name].flatten()), layer.name
-        near = scores.at(layer.weight.detach().flatten()[::3], 3)
-        assert torch.allclose(near, got_scores[::3].double(), rtol=1e-5)
 
 
 def test_products_that_underflow_are_ranked_wide(tmp_path: Path) -> None:
@@ -258,16 +180,21 @@ def test_weights_at_large_offsets(tmp_path: Path) -> None:
     stamp = Stamp.of((tmp_path / entry.shard).stat())
     shard = Shard(entry.shard, tmp_path / entry.shard, entry.begin, (entry,), stamp)
     source, buffer = Source(Checkpoint(tmp_path, (shard,), None)), Buffer()
-    scores = LayerScores.__new__(LayerScores)
-    scores.how, scores._criterion, scores.layer = "plain", Lookahead(), None
-    norms = torch.arange(rows, dtype=torch.float64)
-    scores._parts = [(Part((rows, width)), norms, None)]
+    layer, norms = big_layer(rows, width)
+    scorer = Scorer(norms, Lookahead(), layer)
     for row in (1 << 19, 1 << 20):
         first = row * width
         assert first in (1 << 31, 1 << 32)
         source.fill(entry, 2 * first, buffer.view(4 * width))
-        chunk = buffer.tensor(2 * width, torch.bfloat16)
-        assert chunk[:2].tolist() == [row / 1024] * 2 and not chunk[2:].any()
-        assert scores._of(chunk, first)[:2].tolist() == [row / 1024 * row] * 2
-        near = scores.at(chunk[:2], first + 1)  # the weights 0 and first + 1
-        assert near.tolist() == [0.0, row / 1024 * row]
+        chunk = Chunk.of(layer, buffer.tensor(2 * width, torch.bfloat16), first)
+        assert chunk.weight[:2].tolist() == [row / 1024] * 2 and not chunk.weight[2:].any()
+        assert scorer.of(chunk)[:2].tolist() == [row / 1024 * row] * 2
+
+
+def big_layer(rows: int, width: int) -> tuple[Layer, Any]:
+    """A layer of many rows, whose output channel o has the norm o."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(width, rows, bias=False, dtype=torch.bfloat16))
+    topology = lap_ext.trace(net, torch.empty(1, width, dtype=torch.bfloat16, device="meta"))
+    norms = torch.ones(width, dtype=torch.float64), torch.arange(rows, dtype=torch.float64)
+    return topology.layers["0"], SimpleNamespace(norms=lambda role: norms)

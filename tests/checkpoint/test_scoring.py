@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import _files, checkpoint
-from lap_ext.checkpoint import passes, stream
-from lap_ext.checkpoint.figures import figures
+from lap_ext.checkpoint import stream
+from lap_ext.pruning.figures import figures
+from lap_ext.criteria.context import Network
+from lap_ext.pruning.scoring import Scorer
 from tests.helpers.checkpoints import INPUTS, change, least_memory, network, saved, write
 from tests.helpers.parameters import each_dtype
 
@@ -106,20 +108,20 @@ def test_transformers(name: str, options: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_norms_are_read_where_they_are_needed(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "measure", lambda task: pytest.fail("nothing asks for norms"))
+    monkeypatch.setattr(Network, "measure", lambda *_: pytest.fail("nothing asks for norms"))
     collected(scores(dense, criterion="magnitude"))
 
 
 def test_one_layer_is_in_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed before it is requested."""
     scored: list[str] = []
-    real = passes.scorer
+    real = Scorer.of
 
-    def noted(task: Any, layer: Any, how: str) -> Any:
-        scored.append(layer.name)
-        return real(task, layer, how)
+    def noted(self: Any, chunk: Any) -> Any:
+        scored.append(chunk.layer.name)
+        return real(self, chunk)
 
-    monkeypatch.setattr(passes, "scorer", noted)
+    monkeypatch.setattr(Scorer, "of", noted)
     result = scores(dense)
     assert scored == []
     for index, (layer, _) in enumerate(result):
@@ -129,18 +131,13 @@ def test_one_layer_is_in_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_small_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go by a few at a time, with the same bits."""
     counts: list[int] = []
-    of = passes.scorer
+    of = Scorer.of
 
-    def counted(*given: Any) -> Any:
-        scorer = of(*given)
+    def counted(self: Any, chunk: Any) -> Any:
+        counts.append(chunk.weight.numel())
+        return of(self, chunk)
 
-        def score(weight: Tensor, first: int) -> Tensor:
-            counts.append(weight.numel())
-            return scorer(weight, first)
-
-        return score
-
-    monkeypatch.setattr(passes, "scorer", counted)
+    monkeypatch.setattr(Scorer, "of", counted)
     with pytest.raises(ValueError, match=r"^checkpoint.scores: expected memory of [\d,]+ bytes or"):
         scores(dense, memory="3KB")
     few = least_memory(lambda few: scores(dense, memory=few))
@@ -173,7 +170,7 @@ def test_progress_adds_up(dense: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"criterion": "obd"}, "checkpoint.scores: expected a criterion that reads weights only"),
+        ({"criterion": "obd"}, "checkpoint.scores: expected data for criterion 'obd' (a file of"),
         (
             {"normalize": "all"},
             "checkpoint.scores: expected normalize to be 'auto', 'none', 'norm'",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Ranking scores chunk by chunk, against loops over single scores.
+// What is asked of chunks of scores and weights, against loops over single ones.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -158,6 +158,48 @@ TEST_CASE_TEMPLATE("a mask keeps what is above a key and the first ties", Key, i
       }
     }
   });
+}
+
+TEST_CASE("weights that are not zero are marked and counted, whatever their dtype") {
+  const auto check = [](lap::DType dtype, auto sign, auto quiet_nan) {
+    using Bits = decltype(sign);
+    std::mt19937 random(5);
+    for (const int64_t n : kSizes) {
+      std::vector<Bits> bits(n);
+      std::vector<uint8_t> mask(n);
+      for (int64_t j = 0; j < n; ++j) {
+        const Bits some[] = {0, sign, 1, static_cast<Bits>(sign + 1), quiet_nan};
+        bits[j] = some[random() % 5];
+        mask[j] = random() % 3 > 0;
+      }
+      for (const bool masked : {false, true}) {
+        int64_t right = 0;
+        std::vector<uint8_t> expected(n), live(n, 7);
+        for (int64_t j = 0; j < n; ++j) {
+          expected[j] = bits[j] != 0 && bits[j] != sign && (!masked || mask[j]);
+          right += expected[j];
+        }
+        for (const int threads : {1, 3}) {
+          CHECK(cpu::nonzero_mask(bits.data(), dtype, n, masked ? mask.data() : nullptr,
+                                  cpu::thread_pool(threads), live.data()) == right);
+          CHECK(live == expected);
+        }
+      }
+    }
+  };
+  check(lap::DType::f64, uint64_t{1} << 63, uint64_t{0x7ff8} << 48);
+  check(lap::DType::f32, uint32_t{1} << 31, uint32_t{0x7fc0} << 16);
+  check(lap::DType::f16, uint16_t{0x8000}, uint16_t{0x7e00});
+  check(lap::DType::bf16, uint16_t{0x8000}, uint16_t{0x7fc0});
+}
+
+TEST_CASE("all of the most weights that are counted at a time may be not zero") {
+  const std::vector<uint16_t> ones(3 * cpu::kPiece, 0x3f80);
+  std::vector<uint8_t> live(ones.size());
+  const int64_t n = static_cast<int64_t>(ones.size());
+  CHECK(cpu::nonzero_mask(ones.data(), lap::DType::bf16, n, nullptr, cpu::thread_pool(1),
+                          live.data()) == n);
+  CHECK(live == std::vector<uint8_t>(ones.size(), 1));
 }
 
 TEST_CASE_TEMPLATE("random scores are the upper bits of splitmix64", Float, float, double) {

@@ -79,6 +79,27 @@ class TestWanda:
             expected = lap_ext.topk_mask(score[name], keep=int(mask.sum()))
             assert torch.equal(mask, expected)
 
+    @pytest.mark.parametrize("normalize", ["none", "norm", "lamp"])
+    def test_one_ranking_has_no_rows(self, normalize: Any) -> None:
+        """With scope="global", all weights are ranked together, whatever per_row is."""
+        given: dict[str, Any] = {"criterion": "wanda", "data": cases.rows(6)}
+        net, x = cases.mlp(), torch.ones(1, 5)
+        score = lap_ext.scores(net, x, normalize=normalize, **given)
+        found = lap_ext.prune(
+            net, x, 0.5, scope="global", normalize=normalize, min_keep=0, apply=False, **given
+        ).masks
+        keep = sum(int(mask.sum()) for mask in found.values())
+        want = lap_ext.topk_mask(list(score.values()), keep=keep)
+        assert all(map(torch.equal, found.values(), want))
+
+    def test_rows_of_tiny_scores(self) -> None:
+        """Rows are ranked by the scores that `scores` returns: those that underflow are equal."""
+        net = nn.Sequential(nn.Linear(4, 2, bias=False))
+        net[0].weight.data = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]]) * 1e-23
+        data = [torch.full((1, 4), 1e-23)]
+        found = lap_ext.prune(net, data[0], 0.5, criterion="wanda", data=data).masks["0"]
+        assert found.tolist() == [[True, True, False, False]] * 2
+
     def test_an_embedding_reads_one_hot_rows(self) -> None:
         """The mean square of a token is how often it occurs."""
         net = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators that rank scores chunk by chunk: native == reference == the definition in loops."""
+"""The operators of chunks of scores and weights: native == reference == the definition in loops."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def both(op: str, *args: Any) -> Any:
     got, expected = getattr(schema, op)(*args), getattr(reference, op)(*args)
     pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected, strict=True)
     for x, y in pairs:
-        assert x.dtype == y.dtype and x.shape == y.shape and x.is_contiguous()
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert x.is_contiguous() and y.is_contiguous()
         assert torch.equal(x, y), op
     return got
 
@@ -226,7 +227,7 @@ def test_threshold_mask_has_the_shape_of_the_scores() -> None:
     assert torch.equal(kept, scores[:, 1:] > 0)
 
 
-# --- random_scores_, masked_zero_ -----------------------------------------------------------------
+# --- random_scores_, masked_zero_, nonzero_mask ---------------------------------------------------
 
 
 @each_size
@@ -267,6 +268,53 @@ def test_masked_zero_of_any_shape() -> None:
         assert torch.equal(weight, expected)
 
 
+def with_zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """Weights of random bits, NaN and inf among them; every third is +0.0, -0.0 or subnormal."""
+    integer = INTEGER[dtype]
+    info = torch.iinfo(integer)
+    bits = torch.randint(info.min, info.max, (size,), dtype=integer)
+    special = torch.tensor([0, info.min, 1, info.min + 1], dtype=integer)
+    chosen = special[torch.randint(0, 4, (size,))]
+    return torch.where(torch.rand(size) < 0.3, chosen, bits).view(dtype)
+
+
+@masked
+@each_dtype
+@each_size
+def test_nonzero_mask(dtype: torch.dtype, size: int, masked: bool) -> None:
+    random, zero = with_zeros(size, dtype), torch.zeros(size, dtype=dtype)
+    for weight in (random, zero, -zero, torch.ones_like(random)):
+        mask = mask_of(size, masked)
+        may = [True] * size if mask is None else mask.tolist()
+        pairs = zip(weight.tolist(), may, strict=True)
+        expected = [x != 0 and allowed for x, allowed in pairs]
+        live, count = both("nonzero_mask", weight, mask)
+        assert live.tolist() == expected and live.dtype == torch.bool
+        assert count.tolist() == [sum(expected)] and count.dtype == torch.int64
+
+
+@each_dtype
+def test_what_is_zero(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, math.nan, math.inf, -math.inf, info.tiny, info.max, -info.max, 0.0]
+    weight = torch.tensor(values, dtype=dtype).repeat(20)  # in vectors, and behind them
+    subnormal = torch.tensor([1], dtype=INTEGER[dtype]).view(dtype)
+    weight = torch.cat([weight, subnormal, -subnormal])
+    live, count = both("nonzero_mask", weight, None)
+    assert live.tolist() == [*([False] * 2 + [True] * 6 + [False]) * 20, True, True]
+    assert count.tolist() == [122]
+
+
+def test_nonzero_mask_has_the_shape_of_the_weight() -> None:
+    weight, mask = (torch.rand(3, 5, 4) < 0.5).float(), torch.rand(60) < 0.5
+    live, count = both("nonzero_mask", weight, mask)
+    assert live.shape == (3, 5, 4) and int(count) == int(live.sum())
+    assert torch.equal(live, (weight == 1) & mask.view(3, 5, 4))
+    strided = weight.transpose(1, 2)
+    live, _ = both("nonzero_mask", strided, None)
+    assert torch.equal(live, strided == 1)
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 
@@ -292,6 +340,8 @@ def test_threads_change_nothing(dtype: torch.dtype, name: str, masked: bool, thr
     expected = torch.where(got > 0.5, weight, torch.zeros((), dtype=dtype))
     schema.masked_zero_(weight, got > 0.5)
     assert torch.equal(weight, expected)
+    live, count = both("nonzero_mask", weight, mask)
+    assert int(count) == sum(live.tolist())
 
 
 SCORE = st.one_of(
@@ -356,3 +406,5 @@ def test_masks_of_another_size() -> None:
             schema.call(getattr(schema, op), torch.rand(5), torch.ones(4, dtype=torch.bool), *args)
     with pytest.raises((LapValueError, RuntimeError)):
         schema.call(schema.masked_zero_, torch.rand(5), torch.ones(4, dtype=torch.bool))
+    with pytest.raises((LapValueError, RuntimeError)):
+        schema.call(schema.nonzero_mask, torch.rand(5), torch.ones(4, dtype=torch.bool))

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lap_ext.ops import reference
+from lap_ext.ops import reference, schema
 from tests.helpers import layer_cases as cases
 from tests.helpers.parameters import each_dtype, each_threads
 
-OPS = torch.ops.lap_ext
 SHAPE_IDS = pytest.mark.parametrize("shape", cases.SHAPES, ids=lambda s: s.name)
 
 
@@ -30,7 +29,7 @@ def moved(x: Any, device: str) -> Any:
 
 def both(op: str, device: str, *args: Any) -> None:
     """The native kernel on the device against the reference on the CPU."""
-    native = getattr(OPS, op)(*moved(list(args), device))
+    native = getattr(schema, op)(*moved(list(args), device))
     plain = getattr(reference, op)(*args)
     pairs = [(native, plain)] if isinstance(plain, Tensor) else zip(native, plain, strict=True)
     for got, expected in pairs:
@@ -85,7 +84,7 @@ def test_not_finite_and_unchecked(dtype: torch.dtype, device: str) -> None:
     w[3, 4:7], w[20, 1], w[32, 64] = float("inf"), -float("inf"), float("nan")
     ins, outs = torch.rand(65, dtype=torch.float64), torch.rand(33, dtype=torch.float64) + 0.1
     for keep in (0, 1, 4, 5, 6, 1000, w.numel()):
-        got = OPS.mask(*moved([w, ins, outs], device), keep, None, 1, False, False)
+        got = schema.mask(*moved([w, ins, outs], device), keep, None, 1, False, False)
         assert int(got.sum()) == keep
         if 5 <= keep:
             assert got.cpu()[~torch.isfinite(w)].all()

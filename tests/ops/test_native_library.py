@@ -35,6 +35,7 @@ OPS = [
     "threshold_mask",
     "random_scores_",
     "masked_zero_",
+    "nonzero_mask",
 ]
 
 

@@ -21,7 +21,7 @@ from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 OPS = torch.ops.lap_ext
 NAMES = """row_squared_norms col_squared_norms squared_norms norm score mask prune_ topk_mask
     global_mask kth_largest count_keys key_histogram squares_above threshold_mask random_scores_
-    masked_zero_""".split()
+    masked_zero_ nonzero_mask""".split()
 WRITES = {"prune_": "w", "random_scores_": "out", "masked_zero_": "weight"}
 CHUNKED: dict[str, list[tuple[Any, ...]]] = {  # what follows scores and mask
     "count_keys": [(0, 1 << 30, True), (5, 5, False)],
@@ -57,6 +57,10 @@ def samples(op: str) -> list[tuple[Any, ...]]:
         return [(torch.zeros(4, 6, dtype=dtype), -3, 2, 5) for dtype in (torch.float, torch.double)]
     if op == "masked_zero_":
         return [(torch.randn(4, 6).to(dtype), torch.rand(4, 6) < 0.5) for dtype in DTYPES]
+    if op == "nonzero_mask":
+        some = torch.rand(4, 6) < 0.5
+        made = [(some.to(dtype), mask) for dtype in DTYPES for mask in (None, some)]
+        return [*made, (torch.randn(6, 4).t(), some), (torch.zeros(0), None)]
     ins, outs = torch.rand(6, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     weights = [torch.randn(4, 6).to(dtype) for dtype in DTYPES]
     weights.append(torch.randn(6, 4).t())

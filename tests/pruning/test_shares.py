@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -65,7 +64,9 @@ def test_shares_are_those_of_the_definition(how: str, dtype: torch.dtype) -> Non
         total = sum(x.numel() for x in layers)
         keep = random.choice([0, 1, total // 10, total // 2, total - 1, total, total + 1])
         step, few = random.choice([7, 1000]), random.choice(FEW)
-        got = shares.shares([source(x, how, step) for x in layers], keep, few, lambda counts: counts)
+        got = shares.shares(
+            [source(x, how, step) for x in layers], keep, few, lambda counts: counts
+        )
         assert got == by_definition(layers, keep, how)
 
 

@@ -4,8 +4,8 @@
     LAYER.WHAT      for the first use of a weight in the network, or of the weight's shape
     LAYER.WHAT.K    for its use K, from 1 on (a weight that is tied, shared or packed in parts)
 
-LAYER is the layer's name, as in the results of `prune`; WHAT is the criterion's word for it. Where a
-statistic has a value per channel, one number (of no dimension) stands for all channels.
+LAYER is the layer's name, as in the results of `prune`; WHAT is the criterion's word for it. Where
+a statistic has a value per channel, one number (of no dimension) stands for all channels.
 """
 
 from __future__ import annotations

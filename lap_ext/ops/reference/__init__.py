@@ -9,6 +9,7 @@ score is rounded, chunks.py what is asked of scores that are never all in memory
 from lap_ext.ops.reference.chunks import count_keys as count_keys
 from lap_ext.ops.reference.chunks import key_histogram as key_histogram
 from lap_ext.ops.reference.chunks import masked_zero_ as masked_zero_
+from lap_ext.ops.reference.chunks import nonzero_mask as nonzero_mask
 from lap_ext.ops.reference.chunks import random_scores_ as random_scores_
 from lap_ext.ops.reference.chunks import squares_above as squares_above
 from lap_ext.ops.reference.chunks import threshold_mask as threshold_mask
@@ -29,6 +30,7 @@ __all__ = [
     "kth_largest",
     "mask",
     "masked_zero_",
+    "nonzero_mask",
     "norm",
     "prune_",
     "random_scores_",

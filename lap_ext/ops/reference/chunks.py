@@ -107,6 +107,18 @@ def masked_zero_(weight: Tensor, mask: Tensor) -> None:
     weight.masked_fill_(~mask.view(weight.shape), 0.0)
 
 
+@calling("nonzero_mask")
+def nonzero_mask(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Masks the weights that are not zero, and where a mask is given also True there.
+
+    Also counts them: int64 [1], on the CPU. A NaN is not zero, -0.0 is.
+    """
+    live = weight.contiguous() != 0
+    if mask is not None:
+        live &= mask.view(live.shape)
+    return live, torch.tensor([int(live.count_nonzero())])
+
+
 def squared(scores: Tensor, exponent: int) -> Tensor:
     """Computes (scores * 2^-exponent)^2 in float64."""
     half = exponent // 2  # each factor is within float64's range
