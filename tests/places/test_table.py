@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import lap_ext
 from lap_ext import checkpoint
 from lap_ext.checkpoint import pruning
+from lap_ext.checkpoint.weights import Files
 from lap_ext.criteria import Criterion, Norms, Wanda, WeightGradient
 from lap_ext.criteria.context import Network
 from lap_ext.errors import LapValueError
@@ -275,14 +276,14 @@ def test_the_least_memory_cuts_layers(
 ) -> None:
     """Otherwise the table would compare full layers with full layers."""
     sizes: dict[str, list[int]] = {}
-    chunks = pruning.Files.slices
+    chunks = Files.slices
 
     def counted(self: Any, layer: lap_ext.Layer, slices: Any) -> Iterator[Chunk]:
         for chunk in chunks(self, layer, slices):
             sizes.setdefault(layer.name, []).append(chunk.weight.numel())
             yield chunk
 
-    monkeypatch.setattr(pruning.Files, "slices", counted)
+    monkeypatch.setattr(Files, "slices", counted)
     for net, name in (("mlp", "3"), ("convolutions", "3"), ("packed", "both")):
         cell = Cell("lookahead", "layer", "none", "parallel", 1, kind, net)
         with_the_least(cell, directories(net, kind), tmp_path / net)
