@@ -153,12 +153,8 @@ void random_scores(
   });
 }
 
-int64_t nonzero_mask(const void* w,
-                     DType dtype,
-                     int64_t n,
-                     const uint8_t* mask,
-                     const Pool& pool,
-                     uint8_t* live) {
+int64_t nonzero_mask(
+    const void* w, DType dtype, int64_t n, const uint8_t* mask, const Pool& pool, uint8_t* live) {
   const auto nonzero = kernels().nonzero[static_cast<int>(dtype)];
   const char* bytes = static_cast<const char*>(w);
   std::atomic<int64_t> count{0};

@@ -50,11 +50,7 @@ void random_scores(
     uint64_t start, uint64_t first, uint64_t step, int64_t n, const Pool& pool, Float* out);
 
 // live[j] = w[j] is not zero, and mask[j] (null: all) is not 0. Returns how many are.
-int64_t nonzero_mask(const void* w,
-                     DType dtype,
-                     int64_t n,
-                     const uint8_t* mask,
-                     const Pool& pool,
-                     uint8_t* live);
+int64_t nonzero_mask(
+    const void* w, DType dtype, int64_t n, const uint8_t* mask, const Pool& pool, uint8_t* live);
 
 }  // namespace lap::cpu

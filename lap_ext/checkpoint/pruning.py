@@ -31,7 +31,6 @@ from lap_ext.checkpoint.result import CheckpointResult, result_of
 from lap_ext.checkpoint.shards import Writer, check_disk
 from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import Structure, structure_of
-from lap_ext.checkpoint.weights import Files
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import calling, warn
@@ -115,9 +114,10 @@ def prune(
         save_masks: whether to write the masks, one bit per weight, to lap_ext_masks.safetensors in
             out.
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
-            bins, for a report. They are the scores that `lap_ext.scores` returns, or magnitudes
-            where all of these are 0; normalize="norm" is applied to them, "lamp" is not. No file is
-            read again for this.
+            bins, for a report. They are the scores that `lap_ext.scores` returns of the unpruned
+            weights, or magnitudes where all of these are 0; normalize="norm" is applied to them,
+            "lamp" is not. No file is read again for this, except by a function of a layer that is
+            stored in many tensors.
         resume: whether to resume an interrupted run with the same options, model and files, and to
             keep the finished part if this run is interrupted too. What an earlier run has left is
             read again and compared with checksums; what does not match is done anew, with a
@@ -180,7 +180,8 @@ def prune(
         masks = MaskFile(work.files, shapes) if save_masks else None
         place.use(work, shapes)
         try:
-            _run(task, place, files, masks, work, count_scores)
+            shown = pipeline.before_rounds(task, data) if count_scores else None
+            _run(Writer(task, place, files, masks, shown), work)
         finally:
             place.close()
         scores, rows = _scores(task, work), _rows(task, work)
@@ -221,23 +222,15 @@ def _described(
     }
 
 
-def _run(
-    task: Task,
-    place: Files,
-    files: Checkpoint,
-    masks: MaskFile | None,
-    work: Work,
-    counted: bool,
-) -> None:
+def _run(writer: Writer, work: Work) -> None:
     """Selects and writes, from where an earlier run has stopped."""
-    writer = Writer(task, place, files, masks, counted)
-    done = finished(writer, work)
+    done, masks = finished(writer, work), writer.masks
     work.facts["done"] = {name: x for name, x in work.facts["done"].items() if name in done}
     work.keep({*done, MASKS} if done else ())
-    check_disk(files, work, masks)
+    check_disk(writer.checkpoint, work, masks)
     if masks is not None and not done:
         masks.create()
-    writer.run(pipeline.select(task), work)
+    writer.run(pipeline.select(writer.task), work)
 
 
 def _scores(task: Task, work: Work) -> dict[str, Histogram]:

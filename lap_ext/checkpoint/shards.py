@@ -30,7 +30,8 @@ from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import normalization
 from lap_ext.pruning.pipeline import Task
-from lap_ext.pruning.selection import Selection, beside, is_full, masked
+from lap_ext.pruning.scoring import Scoring
+from lap_ext.pruning.selection import Selection, Stored, beside, is_full, masked
 from lap_ext.report import Histogram
 from lap_ext.topology import Layer
 
@@ -74,7 +75,7 @@ class Writer:
         place: where its weights are.
         checkpoint: to prune.
         masks: the file of masks, or None.
-        counted: whether scores are counted in bins, for a report.
+        shown: computes the scores that are counted in bins, for a report; None: none are.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class Writer:
         place: Files,
         checkpoint: Checkpoint,
         masks: MaskFile | None,
-        counted: bool = False,
+        shown: Scoring | None = None,
     ) -> None:
         self.task, self.place, self.checkpoint = task, place, checkpoint
-        self.masks, self.counted = masks, counted
+        self.masks, self.shown = masks, shown
         self.layers = {
             stored.entry.name: (layer, stored)
             for layer in task.layers
@@ -136,7 +137,7 @@ class Writer:
                 self._shard(shard, file, chunks)
             if self.masks is not None:
                 self.masks.sync()
-            if self.counted:
+            if self.shown is not None:
                 counts = {name: x.to_json() for name, x in self._counts.items()}
                 work.facts.setdefault("scores", {})[shard.name] = counts
             work.facts.setdefault("kept", {})[shard.name] = self._kept
@@ -184,22 +185,33 @@ class Writer:
         """Masks a stored tensor: one chunk is written while the next is scored."""
         layer, stored = self.layers[entry.name]
         scoring, selection = self.task.scoring, self._selections[layer.name]
-        shown = self.counted and stored in self.place.copies[layer.name][0]  # not a second copy
+        first = stored in self.place.copies[layer.name][0]  # not a second copy
         for chunk, mask in masked(scoring, layer, selection, chunks):
-            if shown:
+            if first and self.shown is not None:
                 self._count(chunk, mask.flatten())
             background.do(self._finish, entry, chunk, mask.flatten(), file)
             self._step.read(entry.name, chunk.weight.nbytes)
 
     def _count(self, chunk: Chunk, mask: Tensor) -> None:
         """Counts the scores of a chunk in bins."""
-        scoring, name = self.task.scoring, chunk.layer.name
-        counts, size = self._counts.setdefault(name, Histogram()), scoring.sizes.get(name)
-        for piece, scores in scoring.scored_pieces(scoring.scorer(chunk.layer), chunk):
-            values = scores.flatten()
-            values = values if size is None else normalization.over(values, size)
-            begin = piece.first - chunk.first
-            counts.add(values, mask[begin : begin + values.numel()])
+        shown, layer = self.shown, chunk.layer
+        assert shown is not None
+        scorer, size = shown.scorer(layer), shown.sizes.get(layer.name)
+        if scorer.criterion.needs_full and not chunk.whole:
+            if chunk.first:  # counted with the first chunk
+                return
+            (chunk,) = shown.chunks(layer)
+            mask = next(iter(masked(shown, layer, Stored(), [chunk])))[1].flatten()
+        counts = self._counts.setdefault(layer.name, Histogram())
+        most = chunk.weight.numel()
+        if not scorer.criterion.needs_full:
+            most = self.place.limits.chunk[layer.name]
+        for part in chunk.split(most):
+            for piece, scores in shown.scored_pieces(scorer, part):
+                values = scores.flatten()
+                values = values if size is None else normalization.over(values, size)
+                begin = piece.first - chunk.first
+                counts.add(values, mask[begin : begin + values.numel()])
 
     def _finish(self, entry: Entry, chunk: Chunk, mask: Tensor, file: ShardFile) -> None:
         """Sets the pruned weights to +0.0, and writes the weights and the mask."""

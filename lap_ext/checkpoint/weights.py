@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext.checkpoint.directory import delete
 from lap_ext.checkpoint.files import DTYPES, Copy, Slice, size_of
 from lap_ext.checkpoint.memory import Limits
 from lap_ext.checkpoint.reading import Buffer, Source, bytes_of
@@ -207,41 +208,50 @@ class Files:
         """Notes results in a working directory from now on; shapes: of the layers to prune."""
         self._work, self._shapes = work, dict(shapes)
         number, sums = work.facts.get("round", [0, {}])
-        if number and not self._intact(number, sums):
+        good = bool(number) and self._intact(number, sums)
+        if number and not good:
             warn(
                 f"What an interrupted run has left in {str(work.directory)!r} is damaged in part. "
                 "These are done again: the masks of its rounds."
             )
             del work.facts["round"]
+        for path in work.rounds.iterdir():
+            if not good or path.name != _round_name(number):
+                delete(path)
 
     def _intact(self, number: int, sums: Mapping[str, int]) -> bool:
         """Whether the masks of a round are as they were written."""
-        if not self._path_exists(number):
-            return False
-        file = self._file(number)
-        for name, noted in sums.items():
-            checksum, count = 0, math.prod(self._shapes[name])
-            for first in range(0, count, _CHECKED):
-                mask = file.read(name, first, min(_CHECKED, count - first))
-                checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
-            if checksum != noted:
+        assert self._work is not None
+        file = MaskFile(self._work.rounds, self._shapes, _round_name(number))
+        try:
+            if not file.complete:
                 return False
-        return True
+            file.open()
+        except OSError:
+            return False
+        try:
+            return all(self._checksum(file, name) == noted for name, noted in sums.items())
+        finally:
+            file.close()
+
+    def _checksum(self, file: MaskFile, name: str) -> int:
+        """Computes the checksum of a layer's mask, a byte per weight."""
+        checksum, count = 0, math.prod(self._shapes[name])
+        for first in range(0, count, _CHECKED):
+            mask = file.read(name, first, min(_CHECKED, count - first))
+            checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
+        return checksum
 
     def _file(self, number: int) -> MaskFile:
         """Opens the masks of a round; makes the file if there is none."""
         if number not in self._open:
             assert self._work is not None
-            file = MaskFile(self._work.rounds, self._shapes, f"round {number}.safetensors")
+            file = MaskFile(self._work.rounds, self._shapes, _round_name(number))
             if not file.complete:
                 file.create()
             file.open()
             self._open[number] = file
         return self._open[number]
-
-    def _path_exists(self, number: int) -> bool:
-        assert self._work is not None
-        return MaskFile(self._work.rounds, self._shapes, f"round {number}.safetensors").complete
 
     def close(self) -> None:
         """Closes the files of rounds."""
@@ -283,3 +293,8 @@ class Files:
     def total(self, counts: Tensor) -> Tensor:
         """Returns the counts: one process reads all files."""
         return counts
+
+
+def _round_name(number: int) -> str:
+    """Names the file of a round's masks."""
+    return f"round {number}.safetensors"

@@ -40,6 +40,7 @@ def prune(options: Any) -> int:
     start = time.monotonic()
     sparsity = _sparsity(options)  # mistakes cost nothing yet
     is_directory = models.is_directory(options)
+    models.check_statistics(options)
     replaces = _replaces(options)
     from lap_ext.cli import outputs
 
@@ -154,9 +155,8 @@ def _prune_directory(
         options.model,
         options.out,
         sparsity,
-        scope=options.scope,
-        min_keep=options.min_keep,
         count_scores=reported,
+        **_ranking_options(options),
         **_streaming_options(options, progress),
     )
     with writing(options.out):
@@ -176,6 +176,11 @@ def _prune_directory(
     return pruned, facts
 
 
+def _ranking_options(options: Any) -> dict[str, Any]:
+    """Gathers the options that lap_ext.prune and checkpoint.prune take, but no scoring does."""
+    return {name: getattr(options, name) for name in ("scope", "order", "rounds", "min_keep")}
+
+
 def _streaming_options(options: Any, progress: Progress) -> dict[str, Any]:
     """Gathers the options of scoring that checkpoint.prune and checkpoint.scores take."""
     given = models.scoring_options(options)
@@ -192,8 +197,8 @@ def _prune_module(
     progress.step("prune")
     given = models.scoring_options(options)
     given |= {"topology": topology, "on_progress": progress.follow}
-    how = {"scope": options.scope, "min_keep": options.min_keep, "apply": False}
-    pruned = lap_ext.prune(made.module, None, sparsity, **how, **given)
+    how = _ranking_options(options)
+    pruned = lap_ext.prune(made.module, None, sparsity, apply=False, **how, **given)
     facts = None
     if options.report or options.plot:
         from lap_ext.checkpoint.usage import loading
@@ -256,8 +261,10 @@ def _taken(out: Path, cure: str) -> LapFileExistsError:
 
 def _chosen(options: Any) -> dict[str, Any]:
     """Gathers the options that decide the result."""
-    ranking = ("sparsity", "criterion", "scope", "normalize", "min_keep", "batch_norm")
-    return {name: getattr(options, name) for name in (*ranking, "layers", "exclude")}
+    ranking = ("sparsity", "criterion", "scope", "order", "rounds", "normalize", "min_keep")
+    chosen = {name: getattr(options, name) for name in (*ranking, "batch_norm", "layers")}
+    chosen |= {"exclude": options.exclude, "statistics": options.data and str(options.data)}
+    return chosen
 
 
 def _texts(chosen: Mapping[str, Any]) -> dict[str, str]:
@@ -269,6 +276,7 @@ def _texts(chosen: Mapping[str, Any]) -> dict[str, str]:
 def score(options: Any) -> int:
     """Shows a table of every layer's scores, and writes all scores to a file with --out."""
     directory = Path(options.model) if models.is_directory(options) else None
+    models.check_statistics(options)
     from lap_ext import checkpoint
     from lap_ext.checkpoint import stream
     from lap_ext.cli import outputs

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lap_ext._text import some
 from lap_ext.cli.output import Progress
+from lap_ext.cli.parser import WITH_DATA
 from lap_ext.errors import (
     LapFileNotFoundError,
     LapImportError,
@@ -111,8 +112,29 @@ def _of_the_hub(options: Any) -> str:
 
 def scoring_options(options: Any) -> dict[str, Any]:
     """Gathers the options of scoring, as lap_ext.prune and lap_ext.scores take them."""
-    names = ("criterion", "normalize", "layers", "exclude", "batch_norm")
+    names = ("criterion", "normalize", "layers", "exclude", "batch_norm", "data")
     return {name: getattr(options, name) for name in names}
+
+
+def check_statistics(options: Any) -> None:
+    """Raises unless there are statistics where the criterion needs some, and only there."""
+    needed, path = options.criterion in WITH_DATA, options.data
+    if needed and path is None:
+        raise LapValueError(
+            f"{{argument}} for criterion {options.criterion!r}",
+            "none",
+            f"In Python, lap_ext.criteria.measure(model, inputs, {options.criterion!r}, batches) "
+            "computes them, and safetensors.torch.save_file saves them.",
+            argument="data",
+        )
+    if path is not None and not needed:
+        raise LapValueError(
+            f"no {{argument}} for criterion {options.criterion!r}, which reads weights only",
+            repr(str(path)),
+            argument="data",
+        )
+    if path is not None and not path.is_file():
+        raise LapFileNotFoundError("{argument} to be a file", repr(str(path)), argument="data")
 
 
 def traced(options: Any, progress: Progress) -> tuple[Made, Topology]:

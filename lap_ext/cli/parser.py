@@ -82,7 +82,7 @@ examples:
   lap-ext bench ./llama --sparsity 0.5
 """
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
-_WITH_DATA = ("lookahead_act", "obd", "obd_lookahead", "wanda", "weight_gradient")
+WITH_DATA = ("lookahead_act", "obd", "obd_lookahead", "wanda", "weight_gradient")
 _ELSEWHERE = {"model": "a factory (package.module:factory)", "example_inputs": "--input"}
 _QUOTES = "'\""
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -99,15 +99,9 @@ class _Parser(argparse.ArgumentParser):
         """Checks a choice, which argparse would report without a suggestion."""
         if action.choices is None or value in action.choices:
             return
-        if action.dest == "criterion" and value in _WITH_DATA:
-            text = (
-                f"{value!r} needs data, and is in Python only: "
-                f"lap_ext.prune(model, inputs, sparsity, criterion={value!r}, data=batches)"
-            )
-        else:
-            names = list(map(str, action.choices))
-            hint = did_you_mean(str(value), names, cutoff=0.5)
-            text = f"expected one of {', '.join(names)}, got {value!r}. {hint}".rstrip()
+        names = list(map(str, action.choices))
+        hint = did_you_mean(str(value), names, cutoff=0.5)
+        text = f"expected one of {', '.join(names)}, got {value!r}. {hint}".rstrip()
         raise argparse.ArgumentError(action, text)
 
     def check_names(self, argv: Sequence[str]) -> None:
@@ -247,9 +241,11 @@ def _add_choice(
 def _add_scoring(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     # fmt: off
-    _add_choice(command, "--criterion", _CRITERIA,
-                f"what scores a weight; those that need data ({', '.join(_WITH_DATA)}) are in "
-                "Python only")
+    _add_choice(command, "--criterion", (*_CRITERIA, *WITH_DATA),
+                f"what scores a weight; {', '.join(WITH_DATA)} need --statistics")
+    add("--statistics", dest="data", type=Path, metavar="FILE",
+        help="safetensors file of what a criterion needs of data, saved from the result of "
+        "lap_ext.criteria.measure in Python")
     _add_choice(command, "--normalize", ("auto", "none", "norm", "lamp"),
                 "how scores are made comparable between layers; auto is lamp for --scope global")
     add("--layers", action="append", metavar="PATTERN",
@@ -275,6 +271,10 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
         help="new directory for the pruned model")
     _add_choice(command, "--scope", ("layer", "global"),
                 "rank the weights of each layer, or of all layers together")
+    _add_choice(command, "--order", ("parallel", "forward", "backward"),
+                "score all layers before any is pruned, or one after the other")
+    add("--rounds", type=_count, default=1, metavar="N",
+        help="prune in so many rounds, and score anew in between (default: 1)")
     add("--min-keep", type=min_keep, metavar="N",
         help="weights that every layer keeps at least: a number, or a fraction such as 0.01")
     _add_scoring(command)

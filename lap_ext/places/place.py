@@ -95,9 +95,9 @@ class Place(Protocol):
         anew and gives the same weights.
     -   Where `fits` says so, `chunks(layer, whole=True)` gives one chunk in the layer's shape.
     -   A mask marks the weights that may still be kept. `mask` returns None where all may; `live`
-        leaves out the weights that are zero, too. Both have the chunk's shape and device.
+        leaves out the weights that are stored as zero, too. Both have the chunk's shape and device.
     -   `set_masks` replaces the masks of a layer, of all its weights, in flat order; they keep no
-        weight that is zero.
+        weight that is stored as zero.
     -   `round` calls `make`, which sets the masks of all layers that are pruned. A place that
         outlives its process may leave out a round that an earlier run has ended; its masks are the
         ones that `mask` then returns.
@@ -149,7 +149,7 @@ class Place(Protocol):
         """Returns which weights of a chunk may be kept; None for all."""
 
     def live(self, chunk: Chunk) -> Tensor | None:
-        """Returns which weights of a chunk may be kept and are not zero; None for all."""
+        """Returns which weights of a chunk may be kept and are not stored as zero; None: all."""
 
     def set_masks(self, layer: Layer, masks: Iterable[tuple[Chunk, Tensor]]) -> None:
         """Sets the masks of all chunks of a layer."""

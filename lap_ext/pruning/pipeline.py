@@ -121,6 +121,21 @@ def scoring_of(
     return Scoring(plan, network, on_progress, options.raw if raw is None else raw)
 
 
+def before_rounds(task: Task, data: Any) -> Scoring:
+    """Returns what scores the weights as they are before any is pruned; call it before `select`.
+
+    data: as in `prune`.
+    """
+    options, scoring = task.scoring.plan.options, task.scoring
+    if options.rounds == 1 and options.order == "parallel":
+        return scoring  # its masks are set after the last score
+    first = scoring_of(scoring.plan, scoring.place, data, scoring.on_progress)
+    first.measure(_name(1))
+    if options.scope == "global":
+        selection.find_sizes(first, task.layers, _name(1))
+    return first
+
+
 def _live_counts(scoring: Scoring) -> dict[str, int]:
     """Counts the weights of each layer that may be kept, as far as that is needed.
 

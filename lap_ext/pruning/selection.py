@@ -184,11 +184,8 @@ def of_all(
         floors: how many each layer keeps at least.
         name: under which the place notes what is found.
     """
-    normalize = scoring.plan.options.normalize
-    if normalize != "none":
-        if normalize == "norm":
-            sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
-            scoring.sizes.update(sizes)
+    if scoring.plan.options.normalize != "none":
+        find_sizes(scoring, layers, name)
         counts = scoring.place.noted(
             f"{name} shares", lambda: _shares(scoring, layers, keep, floors)
         )
@@ -353,6 +350,13 @@ def _ranked(scoring: Scoring, layer: Layer) -> Iterator[tuple[Tensor, Tensor | N
     step = None if scoring.place.held else scoring.step("rank", [layer])
     for piece, scores in scoring.scored(layer, "plain", step):
         yield scores, scoring.place.live(piece)
+
+
+def find_sizes(scoring: Scoring, layers: Sequence[Layer], name: str) -> None:
+    """Finds what normalize="norm" divides scores by; the place notes it under a name."""
+    if scoring.plan.options.normalize == "norm":
+        sizes = scoring.place.noted(f"{name} sizes", lambda: _sizes(scoring, layers))
+        scoring.sizes.update(sizes)
 
 
 def _sizes(scoring: Scoring, layers: Sequence[Layer]) -> dict[str, float]:

@@ -59,6 +59,8 @@ WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
     "global": lambda few: {"scope": "global"},
     "norm": lambda few: {"scope": "global", "normalize": "norm"},
     "lamp": lamp,
+    "order": lambda few: {"order": "backward", "rounds": 2},
+    "rounds": lambda few: {"scope": "global", "normalize": "none", "rounds": 3},
 }
 OTHERS: list[dict[str, Any]] = [
     {}, {"count_scores": True}, {"batch_norm": "fold"}, {"exclude": "7"},

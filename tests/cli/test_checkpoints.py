@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import lap_ext
 from lap_ext import checkpoint
+from lap_ext.checkpoint.files import MASKS
 from lap_ext.cli import output
 from tests.helpers.checkpoints import change
 from tests.helpers.command_line import Run, one_line
@@ -99,6 +102,48 @@ def test_equals_the_library(run: Run, checkpoints: Path, tmp_path: Path) -> None
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
     status, out, _ = run("verify", "a", checkpoints / "llama")
     assert status == 0 and "every kept weight has its original's bits" in out
+
+
+@pytest.mark.parametrize("model", ["directory", "factory"])
+def test_rounds_orders_and_statistics(
+    model: str, run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    """With a report, whose scores are those of the unpruned weights; verify knows the result."""
+    source = checkpoints / "llama"
+    names = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")]
+    squares = {f"{name}.mean_square": torch.rand(24 if "down" in name else 16) for name in names}
+    save_file({name: x.double() for name, x in squares.items()}, tmp_path / "statistics")
+    given = [source, "--sparsity", "0.6", "--layers", "*.mlp.*"]
+    if model == "factory":
+        (tmp_path / "nets.py").write_text(LOADED.format(str(source)))
+        given[0] = "nets:llama"
+    how = ["--order", "backward", "--rounds", "2", "--report", "a.html"]
+    what = ["--criterion", "wanda", "--statistics", "statistics", "--report", "b.html"]
+    for out, options in (("a", how), ("b", what)):
+        status, shown, error = run("prune", *given, *options, "--out", out, "--json")
+        assert status == 0, error
+        asked = json.loads(shown)["asked"]
+        assert json.loads((tmp_path / out / "lap_ext.json").read_text())["asked"] == asked
+        if model == "directory":
+            assert run("verify", out, source)[0] == 0
+    assert (asked["order"], asked["rounds"], asked["statistics"]) == ("parallel", 1, "statistics")
+    every: dict[str, Any] = {"layers": "*.mlp.*"}
+    checkpoint.prune(source, tmp_path / "c", 0.6, order="backward", rounds=2, **every)
+    data = tmp_path / "statistics"
+    checkpoint.prune(source, tmp_path / "d", 0.6, criterion="wanda", data=data, **every)
+    for mine, theirs in (("a", "c"), ("b", "d")):
+        masks = [lap_ext.Masks.load(tmp_path / x / MASKS) for x in (mine, theirs)]
+        assert masks[0] == masks[1]
+    page = (tmp_path / "a.html").read_text()
+    assert "backward" in page and "lowest score kept" in page
+
+
+LOADED = """
+import torch, transformers
+def llama():
+    model = transformers.LlamaForCausalLM.from_pretrained({!r})
+    return model, {{"input_ids": torch.ones(1, 8, dtype=torch.int64)}}
+"""
 
 
 @pytest.fixture

@@ -86,14 +86,28 @@ def test_a_path_is_no_name_of_the_hub(run: Run, name: str) -> None:
 
 
 def test_criteria_that_need_data(run: Run) -> None:
-    """All names are known, and those that the command line cannot offer are explained."""
+    """All names are known, and a file of statistics is asked for where it is needed only."""
     builtin = {name for name, kind in criteria.REGISTRY.items() if isinstance(kind, type)}
-    assert {*parser._CRITERIA, *parser._WITH_DATA} <= builtin
-    for name in parser._WITH_DATA:
-        assert criteria.of(name).name == name
-        line = one_line(run(*PRUNE, "--criterion", name))
-        assert f"'{name}' needs data, and is in Python only: lap_ext.prune(" in line
-    assert all(name in run("prune", "--help")[1].replace("\n", " ") for name in parser._WITH_DATA)
+    assert {*parser._CRITERIA, *parser.WITH_DATA} == builtin
+    for name in parser.WITH_DATA:
+        assert issubclass(type(criteria.of(name)), criteria.DataCriterion)
+        for command in (PRUNE, ("score", "nets:net")):
+            line = one_line(run(*command, "--criterion", name))
+            assert f"expected --statistics for criterion '{name}', got none. In Python, " in line
+    line = one_line(run(*PRUNE, "--statistics", "nets.py"))
+    assert "expected no --statistics for criterion 'lookahead'" in line
+    line = one_line(run(*PRUNE, "--criterion", "wanda", "--statistics", "no"))
+    assert line.endswith("expected --statistics to be a file, got 'no'.\n")
+    line = one_line(run(*PRUNE, "--criterion", "wanda", "--statistics", "nets.py"))
+    assert "expected a complete safetensors file of statistics in --statistics" in line
+    assert all(name in run("prune", "--help")[1].replace("\n", " ") for name in parser.WITH_DATA)
+
+
+def test_orders_and_rounds(run: Run) -> None:
+    line = one_line(run(*PRUNE, "--order", "forward", "--scope", "global"))
+    assert "expected --order parallel with --scope global" in line
+    assert "Use --rounds" in line
+    assert "expected an integer >= 1, got '0'" in one_line(run(*PRUNE, "--rounds", "0"))
 
 
 # --- what is spelled for whom it is shown to ------------------------------------------------------

@@ -142,7 +142,7 @@ class Cut:
         return None if mask is None else chunk.cut_from(mask).clone()
 
     def live(self, chunk: Chunk) -> Tensor | None:
-        mask, nonzero = self.mask(chunk), chunk.weight != 0
+        mask, nonzero = self.mask(chunk), chunk.parameter != 0
         if mask is None:
             return None if nonzero.all() else nonzero
         return mask & nonzero

@@ -137,7 +137,7 @@ def _check_live(place: Place, layer: Layer, weight: Tensor, mask: Tensor | None)
                 if mask is not None:
                     kept = piece.cut_from(mask)
                 _same(place.mask(piece), kept, piece)
-                _same(place.live(piece), kept & (piece.weight != 0), piece)
+                _same(place.live(piece), kept & (piece.parameter != 0), piece)
 
 
 def _same(got: Tensor | None, want: Tensor, chunk: Chunk) -> None:
@@ -166,7 +166,8 @@ def _check_rounds(place: Place, layers: list[Layer], weights: Mapping[str, Tenso
     """Each round replaces all masks, in as many chunks as the weights come in."""
     before: dict[str, Tensor] = {}
     for number in (1, 2):
-        masks = {name: (torch.rand(x.shape) < 0.6) & (x != 0) for name, x in weights.items()}
+        stored = {x.name: Chunk(x, weights[x.name]).parameter for x in layers}
+        masks = {name: (torch.rand(x.shape) < 0.6) & (x != 0) for name, x in stored.items()}
         made = []
 
         def make(masks: Mapping[str, Tensor] = masks, made: list[Any] = made) -> None:
