@@ -293,7 +293,9 @@ class Network:
         """Reads what stands for a full layer, zero where its mask has pruned it."""
         (chunk,) = self.place.chunks(layer, whole=True)
         weight, mask = self._value(chunk), self.place.mask(chunk)
-        return weight if mask is None or not masked else weight * mask
+        if mask is not None and masked:
+            return weight * mask
+        return weight if self.place.held else weight.clone()  # others are read beside it
 
     def _as_neighbors(self, given: Any) -> Any:
         """Converts layer names to neighbors with the weights of those layers."""

@@ -38,7 +38,9 @@ def files_of(
     tensors = {}
     for name, layer in topology.layers.items():
         flat, length = readable(layer).contiguous().flatten(), row_length(layer)
-        begins = sorted({0, *(row * length for row in slices(layer) if 0 < row * length < len(flat))})
+        begins = sorted(
+            {0, *(row * length for row in slices(layer) if 0 < row * length < len(flat))}
+        )
         for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True):
             tensors[f"{name}.{begin}"] = flat[begin:end].clone()
             copies.setdefault(name, []).append((f"{name}.{begin}", begin))

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,24 +163,32 @@ def _check_notes(place: Place) -> None:
 
 
 def _check_rounds(place: Place, layers: list[Layer], weights: Mapping[str, Tensor]) -> None:
-    """Each round replaces all masks, in as many chunks as the weights come in."""
+    """Each round replaces the masks, of chunks or of full layers."""
     before: dict[str, Tensor] = {}
     for number in (1, 2):
         stored = {x.name: Chunk(x, weights[x.name]).parameter for x in layers}
         masks = {name: (torch.rand(x.shape) < 0.6) & (x != 0) for name, x in stored.items()}
-        made = []
-
-        def make(masks: Mapping[str, Tensor] = masks, made: list[Any] = made) -> None:
-            for layer in layers:
-                _check_live(place, layer, weights[layer.name], before.get(layer.name))
-                pairs = ((chunk, chunk.cut_from(masks[layer.name])) for chunk in
-                         place.chunks(layer, place.fits(layer, 0) and len(made) % 2 == 0))
-                place.set_masks(layer, pairs)
-                _check_live(place, layer, weights[layer.name], masks[layer.name])
-                made.append(layer.name)
-
-        place.round(number, make)
+        made: list[str] = []
+        place.round(number, partial(_mask_all, place, layers, weights, before, masks, made))
         assert made == [layer.name for layer in layers]
         for layer in layers:
             _check_live(place, layer, weights[layer.name], masks[layer.name])
         before = masks
+
+
+def _mask_all(
+    place: Place,
+    layers: list[Layer],
+    weights: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    made: list[str],
+) -> None:
+    """Replaces the masks of all layers, one after the other."""
+    for number, layer in enumerate(layers):
+        _check_live(place, layer, weights[layer.name], before.get(layer.name))
+        whole = place.fits(layer, 0) and number % 2 == 0
+        mask, chunks = masks[layer.name], place.chunks(layer, whole)
+        place.set_masks(layer, ((chunk, chunk.cut_from(mask)) for chunk in chunks))
+        _check_live(place, layer, weights[layer.name], mask)
+        made.append(layer.name)

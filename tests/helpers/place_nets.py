@@ -117,9 +117,7 @@ def empty(small: bool = False) -> nn.Module:
 
 CASES = {
     "mlp": Case(mlp, torch.ones(1, 5)),
-    "convolutions": Case(
-        convolutions, torch.ones(1, 2, 6, 6), {"read": lambda y: y[..., 1, 1]}
-    ),
+    "convolutions": Case(convolutions, torch.ones(1, 2, 6, 6), {"read": lambda y: y[..., 1, 1]}),
     "tied": Case(tied, torch.ones(1, 6)),
     "attention": Case(attention, torch.ones(1, 2, 2), {"read": lambda y: y[:, -1]}),
     "packed": Case(packed, torch.ones(1, 4)),
@@ -162,8 +160,8 @@ def model_of(
                 x.copy_(values)
         for x in dict.fromkeys(model.parameters()):
             if x.dim() > 1:
-                x *= 1 - 2 * torch.randint(0, 2, x.shape, generator=generator)
-                x *= torch.rand(x.shape, generator=generator) > ZEROS
+                x.mul_(1 - 2 * torch.randint(0, 2, x.shape, generator=generator))
+                x.mul_(torch.rand(x.shape, generator=generator) > ZEROS)
     model.eval()
     if kind not in MIXED:
         return model.to(getattr(torch, kind))

@@ -78,4 +78,4 @@ def _zero(model: nn.Module, group: Sequence[str], scores: dict[str, Tensor], kee
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[order[:keep]] = True
     for x, mask in zip(weights, kept.split([x.numel() for x in weights]), strict=True):
-        x *= mask.reshape(x.shape)
+        x.mul_(mask.reshape(x.shape))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
+from lap_ext.checkpoint import weights
 from lap_ext.places import Chunk, Memory, readable
 from tests.helpers import place_contract
 from tests.helpers.cut_place import Cut, Cuts, every_row, ragged
@@ -80,6 +81,17 @@ def test_files(name: str, slices: str, memory: str, tmp_path: Path) -> None:
         place_contract.check(place, weights_of(topology))
 
 
+def test_samples_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of each slice, spread from its first to its last."""
+    monkeypatch.setattr(weights, "_SAMPLED", 1)
+    topology = topology_of("mlp", model_of("mlp"))
+    with files_of(topology, tmp_path, slices=SLICES["several"]) as place:
+        place_contract.check(place, weights_of(topology))
+        layer = topology.layers["3"]
+        found = [chunk.first // 24 for chunk in place.sample(layer, 10 * 24)]
+        assert {0, 2, 3, 6, 7, 19} <= set(found) and 10 <= len(found) <= 13
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "mixed64"])
 def test_files_of_each_dtype(kind: str, tmp_path: Path) -> None:
     topology = topology_of("mlp", model_of("mlp", kind))
@@ -107,7 +119,7 @@ def test_a_weight_that_is_computed() -> None:
     model = model_of("mlp")
     nn.utils.prune.random_unstructured(model[3], "weight", 0.3)  # type: ignore[index]
     topology = lap_ext.trace(model, CASES["mlp"].inputs)
-    weights = weights_of(topology)
-    name = list(weights)[1]
-    assert torch.equal(weights[name], model[3].weight)  # type: ignore[index]
-    place_contract.check(Memory(topology), weights)
+    used = weights_of(topology)
+    name = list(used)[1]
+    assert torch.equal(used[name], model[3].weight)  # type: ignore[index]
+    place_contract.check(Memory(topology), used)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,7 +256,7 @@ def test_masks_are_the_same(cell: Cell, directories: Directories, tmp_path: Path
 
 
 def test_the_table_is_complete() -> None:
-    """All pairs of columns occur, and all triples of scope, normalization and order, both rounds."""
+    """All pairs of columns occur, and all triples of scope, normalization and order."""
     cells = table()
     for one, other in itertools.combinations(range(len(Cell._fields)), 2):
         found = {(cell[one], cell[other]) for cell in cells}
@@ -305,9 +304,7 @@ ORACLE = [
 def test_lookahead_by_its_definition(net: str, how: tuple[str, str, str, int]) -> None:
     """The masks of brute force: zero each weight, take the norm of the change, and sort."""
     model, case = model_of(net, "float64", small=True), CASES[net]
-    options: dict[str, Any] = dict(
-        zip(("scope", "normalize", "order", "rounds"), how, strict=True)
-    )
+    options: dict[str, Any] = dict(zip(("scope", "normalize", "order", "rounds"), how, strict=True))
     want = pruning_oracle.masks(model, case.inputs, 0.3, how=case.how, **options)
     topology, options["layers"] = topology_of(net, model, small=True), "*"
     got = lap_ext.prune(model, None, 0.3, topology=topology, apply=False, **options).masks
@@ -376,9 +373,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(
-    options: dict[str, Any], directories: Directories, tmp_path: Path
-) -> None:
+def test_what_is_refused(options: dict[str, Any], directories: Directories, tmp_path: Path) -> None:
     """With the same kind of error, of the same argument and layer, in every place."""
     options = {"layers": "*"} | options
     directory = directories("mlp", options.pop("kind", "float32"))
