@@ -80,7 +80,7 @@ class Options:
             raise LapValueError(
                 '{order="parallel"} with {scope="global"} (one ranking needs all scores at once)',
                 f"order={self.order!r}",
-                "Use rounds to score anew in between.",
+                "Use {rounds=} to score anew in between.",
             )
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import lap_ext
 from lap_ext import _files, checkpoint
 from lap_ext.checkpoint import stream
-from lap_ext.pruning.figures import figures
 from lap_ext.criteria.context import Network
+from lap_ext.pruning.figures import figures
 from lap_ext.pruning.scoring import Scorer
 from tests.helpers.checkpoints import INPUTS, change, least_memory, network, saved, write
 from tests.helpers.parameters import each_dtype

@@ -106,7 +106,7 @@ def test_criteria_that_need_data(run: Run) -> None:
 def test_orders_and_rounds(run: Run) -> None:
     line = one_line(run(*PRUNE, "--order", "forward", "--scope", "global"))
     assert "expected --order parallel with --scope global" in line
-    assert "Use --rounds" in line
+    assert "Use --rounds to score anew" in line
     assert "expected an integer >= 1, got '0'" in one_line(run(*PRUNE, "--rounds", "0"))
 
 

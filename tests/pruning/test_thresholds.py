@@ -72,6 +72,7 @@ def test_thresholds_are_those_of_topk_mask(
     """Whatever the interval at the start, whatever is held, and whichever may be kept."""
     slices = [torch.tensor([value for value, _ in x], dtype=dtype) for x in scores]
     lives = [torch.tensor([live for _, live in x], dtype=torch.bool) for x in scores]
+    keep %= sum(map(len, scores)) + 2
     low, high = sorted(key_of(x, dtype) for x in ends)
     given_masks = lives if masked else None
     want = lap_ext.topk_mask(slices, keep=keep, mask=given_masks)

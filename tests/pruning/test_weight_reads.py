@@ -58,7 +58,7 @@ def test_parallel_reads_every_weight_three_times() -> None:
     with Reads(model) as reads:
         result = lap_ext.prune(model, None, 0.5, apply=False, topology=topology)
     for name, operations in reads.found.items():
-        assert operations == {"count_nonzero": 1, "squared_norms": 1, "mask": 1}, name
+        assert operations == {"nonzero_mask": 1, "squared_norms": 1, "mask": 1}, name
     with Reads(model) as reads:
         result.masks.apply(model)
     assert {operation for x in reads.found.values() for operation in x} == {"where"}
@@ -74,7 +74,7 @@ def test_an_order_reads_three_times_and_the_pruned_ones_again(order: str) -> Non
     last = list(topology.layers)[-1 if order == "forward" else 0]
     for name, operations in reads.found.items():
         again = {} if name == last else {"mul": 1}  # read and multiplied with its mask
-        assert operations == {"count_nonzero": 1, "squared_norms": 1, "mask": 1, **again}, name
+        assert operations == {"nonzero_mask": 1, "squared_norms": 1, "mask": 1, **again}, name
 
 
 def test_a_global_ranking_reads_three_times() -> None:
@@ -85,7 +85,7 @@ def test_a_global_ranking_reads_three_times() -> None:
         options = {"scope": "global", "normalize": "none", "apply": False}
         lap_ext.prune(model, None, 0.5, topology=topology, **options)
     for name, operations in reads.found.items():
-        assert operations == {"count_nonzero": 1, "squared_norms": 1, "global_mask": 1}, name
+        assert operations == {"nonzero_mask": 1, "squared_norms": 1, "global_mask": 1}, name
 
 
 class Largest(TorchDispatchMode):
