@@ -90,7 +90,9 @@ class Scorer:
     def of_values(self, chunk: Chunk, weight: Tensor) -> Tensor:
         """Scores what stands for the weights of a chunk."""
         if not self._parts:
-            return self._times(weight[None], None, None, 1)[0]
+            # in rows: norms of ones are made for all columns
+            block = weight if weight.dim() > 1 else weight.view(-1, self.layer.shape[-1])
+            return self._times(block, None, None, 1).view(weight.shape)
         if stores_scores(self.criterion, self.layer):
             total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
             for part, rows, cols in self._parts:
