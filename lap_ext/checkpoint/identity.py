@@ -15,9 +15,9 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from inspect import isfunction
+from functools import partial
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
@@ -43,54 +43,67 @@ def files_of(checkpoint: Checkpoint) -> list[list[Any]]:
     for name, path in _paths(checkpoint):
         shard = shards.get(name)
         head, stamp = (0, None) if shard is None else (shard.head, shard.stamp)
-        with inside.opened(path, stamp) as file:
-            facts, digest = os.fstat(file.fileno()), hashlib.sha256()
-            for begin, end in _ranges(facts.st_size, head):
-                digest.update(os.pread(file.fileno(), end - begin, begin))
-            rows.append([name, *Stamp.of(facts), digest.hexdigest()])
+        rows.append([name, *_stamped(path, head, stamp)])
     return rows
 
 
 def file_of(path: Path) -> list[Any]:
     """Lists [path, *stamp, hash] of a file that decides the result and is in no checkpoint."""
-    with inside.opened(path.resolve()) as file:
+    return [str(path.resolve()), *_stamped(path.resolve())]
+
+
+def _stamped(path: Path, head: int = 0, stamp: Stamp | None = None) -> list[Any]:
+    """Lists [*stamp, hash] of a file."""
+    with inside.opened(path, stamp) as file:
         facts, digest = os.fstat(file.fileno()), hashlib.sha256()
-        for begin, end in _ranges(facts.st_size, 0):
+        for begin, end in _ranges(facts.st_size, head):
             digest.update(os.pread(file.fileno(), end - begin, begin))
-        return [str(path.resolve()), *Stamp.of(facts), digest.hexdigest()]
+        return [*Stamp.of(facts), digest.hexdigest()]
 
 
 def criterion_of(criterion: Criterion) -> list[str]:
-    """Describes a criterion: its name, its plain fields, and a hash of a user's code.
+    """Describes a criterion: its name, its values, and a hash of a user's code.
 
-    Not seen: what that code reads besides its arguments.
+    Not seen: what that code reads besides its arguments, and objects of other kinds.
     """
     digest = hashlib.sha256()
-    values = {field.name: getattr(criterion, field.name) for field in fields(criterion)}
-    codes = [x for x in values.values() if callable(x)]
+    values = {x.name: getattr(criterion, x.name) for x in fields(criterion)} | vars(criterion)
+    _add(digest, values)
     for kind in type(criterion).__mro__:
         if not kind.__module__.startswith("lap_ext."):
-            codes += [x for _, x in sorted(vars(kind).items()) if isfunction(x)]
-    for code in codes:
-        function = code if hasattr(code, "__code__") else type(code).__call__
-        _add_code(digest, getattr(function, "__code__", function))
-    plain = {name: x for name, x in values.items() if isinstance(x, bool | int | float | str)}
-    return [type(criterion).__qualname__, criterion.name, repr(plain), digest.hexdigest()]
+            _add(digest, {name: x for name, x in vars(kind).items() if not name.startswith("__")})
+    return [type(criterion).__qualname__, criterion.name, digest.hexdigest()]
 
 
-def _add_code(digest: Any, code: Any) -> None:
-    """Adds a function's instructions, and those of the functions in it; no addresses."""
-    if not isinstance(code, CodeType):
-        digest.update(getattr(code, "__qualname__", type(code).__qualname__).encode())
-        return
-    digest.update(code.co_code + repr(code.co_names).encode())
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            _add_code(digest, constant)
-        elif isinstance(constant, frozenset):
-            digest.update(repr(sorted(map(repr, constant))).encode())
-        else:
-            digest.update(repr(constant).encode())
+def _add(digest: Any, x: Any) -> None:
+    """Adds plain values, tensors, and functions by their code; no addresses."""
+    digest.update(type(x).__qualname__.encode() + b"\0")
+    inner: list[Any] = []
+    if x is None or isinstance(x, bool | int | float | str | bytes):
+        digest.update(repr(x).encode())
+    elif isinstance(x, Tensor):
+        inner = [str(x.dtype), tuple(x.shape)]
+        digest.update(bytes_of(x.detach().cpu().contiguous()))
+    elif isinstance(x, Mapping):
+        inner = [y for item in sorted(x.items(), key=lambda item: str(item[0])) for y in item]
+    elif isinstance(x, frozenset | set):
+        inner = sorted(map(repr, x))
+    elif isinstance(x, tuple | list):
+        inner = list(x)
+    elif isinstance(x, CodeType):
+        inner = [x.co_code, x.co_names, x.co_consts]
+    elif isinstance(x, FunctionType):
+        inner = [x.__code__, x.__defaults__, x.__kwdefaults__]
+    elif isinstance(x, partial):
+        inner = [x.func, x.args, x.keywords]
+    elif isinstance(x, property):
+        inner = [x.fget]
+    elif isinstance(x, staticmethod | classmethod | MethodType):
+        inner = [x.__func__]
+    elif callable(x) and isinstance(type(x).__call__, FunctionType):
+        inner = [type(x).__call__, vars(x) if hasattr(x, "__dict__") else None]
+    for y in inner:
+        _add(digest, y)
 
 
 def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 import lap_ext
 from lap_ext.allocation import Sparsity
-from lap_ext.checkpoint import identity
+from lap_ext.checkpoint import identity, inside
 from lap_ext.checkpoint.files import MASKS, Checkpoint, open_directory
 from lap_ext.checkpoint.finished import finished
 from lap_ext.checkpoint.memory import parsed
@@ -33,7 +33,7 @@ from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import Structure, structure_of
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
-from lap_ext.errors import calling, warn
+from lap_ext.errors import LapTypeError, calling, warn
 from lap_ext.options import (
     BatchNorm,
     Inputs,
@@ -90,7 +90,7 @@ def prune(
         out: the directory to write; it must be empty or not exist yet.
         sparsity: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
-            ranking: one pass for lookahead criteria, two or three for magnitudes.
+            ranking: one or two for raw scores, two or three for normalized ones.
         criterion: as in `lap_ext.prune`, one of your own too. A function of a layer sees one full
             layer at a time, which must fit into memory; a class derived from `Criterion` sees rows.
         normalize: as in `lap_ext.prune`.
@@ -101,7 +101,8 @@ def prune(
         min_keep: as in `lap_ext.prune`.
         batch_norm: as in `lap_ext.prune`.
         data: for criteria that need activations or gradients, the path of a safetensors file of
-            statistics that `lap_ext.criteria.measure` has computed.
+            statistics that `lap_ext.criteria.measure` has computed. The rows of it that are read
+            count as memory of the process, not in memory=.
         memory: how much memory pruning may use at a time: "4GB", "512MiB" or a number of bytes, not
             counting the interpreter, the libraries and the traced model. Layers that do not fit are
             pruned in chunks of rows, with the same result.
@@ -116,8 +117,8 @@ def prune(
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
             bins, for a report. They are the scores that `lap_ext.scores` returns of the unpruned
             weights, or magnitudes where all of these are 0; normalize="norm" is applied to them,
-            "lamp" is not. No file is read again for this, except by a function of a layer that is
-            stored in many tensors.
+            "lamp" is not. No file is read again for this in one parallel round; otherwise norms are
+            measured, and functions of a layer called, once more.
         resume: whether to resume an interrupted run with the same options, model and files, and to
             keep the finished part if this run is interrupted too. What an earlier run has left is
             read again and compared with checksums; what does not match is done anew, with a
@@ -167,8 +168,14 @@ def prune(
     files = open_directory(source)
     structure = structure_of(files, model, example_inputs, on_unsupported)
     plan, place = plan_of(structure, files, options, budget)
+    statistics = _statistics(data)
     task = pipeline.begin(plan, place, sparsity, data, on_progress)
-    described = _described(task, structure, files, data) | {
+    if data is not None and statistics is None:  # a criterion of the user's own took it
+        raise LapTypeError(
+            "{argument} to be the path of a file", type(data).__name__, argument="data"
+        )
+    described = _described(task, structure, files) | {
+        "statistics": statistics,
         "save_masks": save_masks,
         "on_unsupported": on_unsupported,
         "count_scores": count_scores,
@@ -186,6 +193,8 @@ def prune(
             place.close()
         scores, rows = _scores(task, work), _rows(task, work)
         identity.check_same(files, described["files"])
+        if statistics != _statistics(data):
+            raise inside.changed(os.fspath(data or ""))
         work.finish(target.resolve())
     unpruned = files.unpruned()
     if unpruned:
@@ -199,9 +208,14 @@ def prune(
     return result
 
 
-def _described(
-    task: Task, structure: Structure, files: Checkpoint, data: str | os.PathLike[str] | None
-) -> dict[str, Any]:
+def _statistics(data: object) -> list[Any] | None:
+    """Describes the file of statistics, if there is one; its criterion says what is wrong."""
+    if not isinstance(data, (str, os.PathLike)) or not Path(os.fspath(data)).is_file():
+        return None
+    return identity.file_of(Path(os.fspath(data)))
+
+
+def _described(task: Task, structure: Structure, files: Checkpoint) -> dict[str, Any]:
     """Describes what decides the result: only a run that is described alike is resumed."""
     options, budget = task.scoring.plan.options, task.budget
     return {
@@ -217,7 +231,6 @@ def _described(
         "keep": budget.total if options.scope == "global" else None,
         "floors": budget.floors,
         "criterion": identity.criterion_of(options.criterion),
-        "statistics": None if data is None else identity.file_of(Path(data)),
         "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
     }
 
@@ -227,10 +240,13 @@ def _run(writer: Writer, work: Work) -> None:
     done, masks = finished(writer, work), writer.masks
     work.facts["done"] = {name: x for name, x in work.facts["done"].items() if name in done}
     work.keep({*done, MASKS} if done else ())
-    check_disk(writer.checkpoint, work, masks)
+    check_disk(writer, work)
     if masks is not None and not done:
         masks.create()
-    writer.run(pipeline.select(writer.task), work)
+    selections, dead = pipeline.select(writer.task), writer.task.scoring.dead
+    dead.update(work.facts.get("dead", {}))  # those of rounds that an earlier run has ended
+    work.facts["dead"] = dead
+    writer.run(selections, work)
 
 
 def _scores(task: Task, work: Work) -> dict[str, Histogram]:

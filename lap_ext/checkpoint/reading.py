@@ -131,6 +131,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if tensor.nbytes == 0:
         return memoryview(b"")
     array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]  # lives as long as the view
     return memoryview(array).cast("B")
 
 

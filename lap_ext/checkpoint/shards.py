@@ -8,6 +8,7 @@ chunk is zeroed and written in the background while the next one is masked.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zlib
@@ -244,10 +245,13 @@ def _copy(source: Path, target: Path) -> None:
         os.utime(new.fileno(), ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
-def check_disk(checkpoint: Checkpoint, work: Work, masks: MaskFile | None) -> None:
+def check_disk(writer: Writer, work: Work) -> None:
     """Raises unless what is still to be written fits on the disk."""
+    checkpoint, masks, plan = writer.checkpoint, writer.masks, writer.task.scoring.plan
     size = sum(shard.size for shard in checkpoint.shards if shard.name not in work.facts["done"])
     size += sum((checkpoint.path / inner).stat().st_size for inner in checkpoint.others())
     if masks is not None and not masks.complete:
         size += masks.size
+    if plan.options.rounds > 1 or plan.options.order != "parallel":  # masks of two rounds
+        size += sum(2 * (math.prod(layer.shape) // 8 + 1) for layer in writer.task.layers)
     check_free(work.directory, size)

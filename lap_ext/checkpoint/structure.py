@@ -35,7 +35,6 @@ class Structure:
 
     topology: Topology
     copies: dict[str, list[Copy]]  # layer name -> where it is stored
-    scales: dict[str, Tensor]  # the tensors that scales of edges are computed from
 
 
 def structure_of(
@@ -62,7 +61,7 @@ def structure_of(
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
     names.warn_of_unknown()
-    return Structure(topology.with_tensors(scales), copies, scales)
+    return Structure(topology.with_tensors(scales), copies)
 
 
 def _check_stored(topology: Topology) -> None:

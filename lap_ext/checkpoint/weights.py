@@ -91,8 +91,7 @@ class Files:
         if not whole:
             yield from self.slices(layer, copy)
             return
-        with self._buffers(1) as (buffer,):
-            yield Chunk.of(layer, self.source.full(copy, buffer))
+        yield Chunk.of(layer, self.source.full(copy, Buffer()))
 
     def slices(self, layer: Layer, slices: Sequence[Slice]) -> Iterator[Chunk]:
         """Reads some slices of a layer in chunks of rows."""
@@ -183,8 +182,9 @@ class Files:
         """Writes the masks of all chunks of a layer."""
         file, checksum = self._file(self._round), 0
         for chunk, mask in masks:
-            checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
-            file.write(layer.name, chunk.first, mask.flatten())
+            flat = mask.flatten()
+            checksum = zlib.crc32(bytes_of(flat), checksum)
+            file.write(layer.name, chunk.first, flat)
         self._masks[layer.name], self._sums[layer.name] = file, checksum
 
     def round(self, number: int, make: Callable[[], None]) -> None:
@@ -195,7 +195,10 @@ class Files:
         if number > done:
             make()
             self._file(number).sync()
-            self._work.facts["round"] = [number, self._sums]
+            self._work.facts["round"] = [number, dict(self._sums)]
+            notes = self._work.facts.get("notes", {})
+            for name in [x for x in notes if x.startswith(f"round {number} ")]:
+                del notes[name]  # its masks say it
             self._work.save()
         elif number == done:
             self._masks = dict.fromkeys(self._work.facts["round"][1], self._file(number))
@@ -285,6 +288,8 @@ class Files:
                 "part. These are done again: the squared norms."
             )
         tensors = make()
+        if self._work.facts.pop("tensors of", None) is not None:
+            self._work.save()  # first: a run that ends here has no tensors
         self._work.save_tensors(tensors)
         self._work.facts["tensors of"] = name
         self._work.save()

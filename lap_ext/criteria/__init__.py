@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lap_ext._text import did_you_mean
 from lap_ext.criteria.base import Criterion as Criterion
 from lap_ext.criteria.base import Norms as Norms
+from lap_ext.criteria.context import check_finite
 from lap_ext.criteria.data import OBD as OBD
 from lap_ext.criteria.data import DataCriterion as DataCriterion
 from lap_ext.criteria.data import LookaheadAct as LookaheadAct
@@ -171,10 +172,18 @@ def measure(
         )
     if topology is None:
         topology = trace(model, example_inputs)
-    else:
-        topology = topology.bind(model)
+    elif not isinstance(topology, Topology):
+        raise LapTypeError(
+            "{argument} to be what trace returned", type(topology).__name__, argument="topology"
+        )
+    elif example_inputs is not None:
+        raise LapTypeError("topology alone (the trace has been made)", "example_inputs too")
+    topology = topology.bind(model)
+    for layer in topology.layers.values():  # else the error would blame the data
+        check_finite(layer)
     with callback():
-        return checked.measure(topology, data)
+        statistics = checked.measure(topology, data)
+    return {name: x.contiguous() for name, x in statistics.items()}
 
 
 def _check_new(name: object) -> None:

@@ -44,8 +44,12 @@ class Criterion:
     """
 
     name: ClassVar[str] = "magnitude"  # the value of prune(criterion=...)
-    reads_norms: ClassVar[bool] = False  # whether it needs the norms of all layers
     needs_full: ClassVar[bool] = False  # whether `weight` must see a full layer, not rows of it
+
+    @property
+    def reads_norms(self) -> bool:
+        """Whether `norms` needs those of the network, which are then measured before the first."""
+        return self.by_role
 
     @property
     def by_role(self) -> bool:
@@ -78,8 +82,9 @@ class Criterion:
     def weight(self, network: Network, chunk: Chunk) -> Tensor:
         """Returns the values that stand for w in |w|, in the shape of the chunk's weight.
 
-        A chunk has the rows of a layer's weight that are in memory (all of them, if needs_full):
-        `chunk.weight`, and `chunk.first`, the flat index in the layer of the first of them.
+        A chunk has whole rows of a layer's weight: `chunk.weight`, in the layer's shape if it is
+        all of it, otherwise flat, and `chunk.first`, the flat index in the layer of the first
+        weight. A value may depend on its own weight or row; if it depends on more, set needs_full.
         """
         return chunk.weight
 

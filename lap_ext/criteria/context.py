@@ -28,7 +28,7 @@ from lap_ext.ops.layer import neighbor_norms
 from lap_ext.ops.neighbors import Neighbor
 from lap_ext.ops.reference.common import exact_sqrt, require_finite, score_dtype
 from lap_ext.ops.reference.norms import SEGMENT_ROWS
-from lap_ext.places import Chunk, Place
+from lap_ext.places import Chunk, Place, readable
 from lap_ext.places.place import row_ranges, rows_of
 from lap_ext.progress import Step
 from lap_ext.topology import Layer, edges
@@ -332,10 +332,16 @@ def in_chunk(chunk: Chunk) -> Iterator[None]:
             ) from None
 
 
+def check_finite(layer: Layer) -> None:
+    """Raises unless the weights of a layer in memory are finite."""
+    with in_layer(layer.name):
+        require_finite(readable(layer), "w")
+
+
 def random_scores(weight: Tensor, start: int, first: int) -> Tensor:
     """Computes the random scores of weights at flat indices first, first + 1, ... of a layer."""
     scores = torch.empty(weight.shape, dtype=score_dtype(weight.dtype), device=weight.device)
-    schema.random_scores_(scores, start, first, 1)
+    schema.call(schema.random_scores_, scores, start, first, 1)
     return scores
 
 

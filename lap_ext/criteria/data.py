@@ -60,12 +60,13 @@ class DataCriterion(Criterion, ABC):
         if isinstance(data, (str, os.PathLike)):
             network.statistics = StatisticsFile(data)
         elif data is None or not network.place.held:
-            kind = "batches to run the model on, or a file" if network.place.held else "a file"
+            held = network.place.held
+            kind = "batches to run the model on, or a file" if held else "a file"
             raise LapValueError(
                 f"{{argument}} for criterion {self.name!r} ({kind} of statistics)",
                 "None" if data is None else type(data).__name__,
-                "Pass data=loader, a list of batches, or the path of a safetensors file with what "
-                "lap_ext.criteria.measure returns.",
+                f"Pass {'data=loader, a list of batches, or ' if held else ''}the path of a "
+                "safetensors file with what lap_ext.criteria.measure returns.",
                 argument="data",
             )
         else:
@@ -108,6 +109,7 @@ class Wanda(DataCriterion):
 
     per_row: bool = True
     name: ClassVar[str] = "wanda"
+    reads_norms: ClassVar[bool] = False
 
     @property
     def rows(self) -> bool:
@@ -135,7 +137,6 @@ class LookaheadAct(DataCriterion):
     """
 
     name: ClassVar[str] = "lookahead_act"
-    reads_norms = True
 
     def measure(self, topology: Topology, data: Any) -> dict[str, Tensor]:
         """Measures "active_fraction", of each role's outputs; the number 1 where all always are."""
@@ -229,7 +230,6 @@ class OBDLookahead(OBD):
     """Scores by lookahead with the weights sqrt(h) |w|, where h is that of `OBD`."""
 
     name: ClassVar[str] = "obd_lookahead"
-    reads_norms = True
 
     def prepare(self, network: Network, data: Any) -> None:
         """Measures or reads h; the norms are those of the weights times sqrt(h)."""

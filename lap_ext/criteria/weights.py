@@ -25,6 +25,7 @@ class MagnitudeBN(Criterion):
     """Scores by |a[o] w|, where a is the scale of the next batch norm (the baseline on BN nets)."""
 
     name: ClassVar[str] = "magnitude_bn"
+    reads_norms: ClassVar[bool] = False
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (ones, |a|)."""
@@ -35,7 +36,6 @@ class Lookahead(Criterion):
     """Scores by |w| * ||W_prev[i]|| * ||W_next[:, o]|| (Park et al., ICLR 2020)."""
 
     name: ClassVar[str] = "lookahead"
-    reads_norms = True
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, out_norm)."""
@@ -46,7 +46,6 @@ class Lookforward(Criterion):
     """Scores by |w| * ||W_next[:, o]||."""
 
     name: ClassVar[str] = "lookforward"
-    reads_norms = True
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (ones, out_norm)."""
@@ -57,7 +56,6 @@ class Lookback(Criterion):
     """Scores by |w| * ||W_prev[i]||."""
 
     name: ClassVar[str] = "lookback"
-    reads_norms = True
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns (in_norm, ones)."""
@@ -119,7 +117,7 @@ class Custom(Criterion):
     """Scores by a user's function, which returns scores >= 0 of the layer's weight shape.
 
     The weights with larger scores are kept first. The function must give the same scores each time
-    it is called: a ranking that does not fit into memory asks for them more than once.
+    it is called: rankings of a checkpoint directory ask for them more than once.
 
     Example:
         >>> import torch, lap_ext

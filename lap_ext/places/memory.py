@@ -78,7 +78,8 @@ class Memory:
         name = chunk.layer.name
         if name not in self._live:
             stored = chunk.layer.weight.detach()
-            self._live[name] = nonzero(stored, self.masks.get(name))
+            live = nonzero(stored, self.masks.get(name))
+            self._live[name] = None if live is None else live.contiguous()
         live = self._live[name]
         return None if live is None else chunk.cut_from(live)
 

@@ -28,7 +28,7 @@ def mask(scores: Tensor, part: Part, keep: int, live: Tensor | None) -> Tensor:
     n = rows.shape[1]
     capacity = torch.full(rows.shape[:1], n) if eligible is None else eligible.sum(1).cpu()
     kept = _best(rows, eligible, even_counts(capacity, keep))
-    return _from_rows(kept, part).reshape(scores.shape)
+    return _from_rows(kept, part).reshape(scores.shape).contiguous()
 
 
 def counts(scoring: Scoring, layer: Layer, keep: int) -> Tensor:
@@ -45,7 +45,7 @@ def counts(scoring: Scoring, layer: Layer, keep: int) -> Tensor:
         )
     n = max(torch.Size(part.shape[1:]).numel(), 1)
     capacity = torch.full([part.shape[0]], n)
-    for chunk in scoring.place.chunks(layer):
+    for chunk in scoring.chunks(layer):
         live = scoring.place.live(chunk)
         if live is not None:
             top, count = chunk.first // n, chunk.weight.numel() // n

@@ -19,10 +19,10 @@ from typing import Any
 
 from lap_ext import allocation
 from lap_ext.allocation import Sparsity
-from lap_ext.criteria.context import Network
-from lap_ext.errors import callback, in_layer
+from lap_ext.criteria.context import Network, check_finite
+from lap_ext.errors import callback
 from lap_ext.ops import check
-from lap_ext.ops.reference.common import require_finite, score_dtype
+from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Place
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning import selection
@@ -110,10 +110,8 @@ def scoring_of(
     options = plan.options
     if data is not None:
         Step(on_progress, "data", 0).read("", 0)
-        for layer in plan.topology.layers.values():  # else the error would blame the data
-            for chunk in place.chunks(layer) if place.held else ():
-                with in_layer(layer.name):
-                    require_finite(chunk.weight, "w")
+        for layer in plan.topology.layers.values() if place.held else ():
+            check_finite(layer)  # else the error would blame the data
     chain = [layer.name for layer in plan.layers] if options.residual == "chain" else None
     network = Network(place, options.batch_norm, chain=chain)
     with callback():
@@ -131,6 +129,8 @@ def before_rounds(task: Task, data: Any) -> Scoring:
         return scoring  # its masks are set after the last score
     first = scoring_of(scoring.plan, scoring.place, data, scoring.on_progress)
     first.measure(_name(1))
+    for layer in task.layers:
+        first.criterion(layer)
     if options.scope == "global":
         selection.find_sizes(first, task.layers, _name(1))
     return first

@@ -13,6 +13,7 @@ steps and the masks, because a schedule is a pure function of the step.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -400,7 +401,7 @@ class Pruner:
     def _check_data(self) -> None:
         """Raises the criterion's errors about data, without reading the data yet."""
         criterion = self._plan.criterion
-        if self._data is None or not criterion.reads_data:
+        if isinstance(self._data, (str, os.PathLike, type(None))) or not criterion.reads_data:
             network = Network(Memory(self.topology), self._plan.options.batch_norm)
             criterion.prepare(network, self._data)
 

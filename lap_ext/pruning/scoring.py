@@ -47,7 +47,7 @@ from lap_ext.topology.roles import Part
 
 How: TypeAlias = Literal["plain", "scaled", "wide"]
 
-BESIDE = 24  # bytes per weight beside a full layer that is scored at once
+BESIDE = 36  # bytes per weight beside a full layer that is scored at once
 _LISTED = 5  # of many layers, warnings list the first ones
 
 
@@ -80,7 +80,9 @@ class Scorer:
             return chunk.weight
         require_finite(chunk.weight, "w")  # no operator sees the weights
         with callback():
-            return self.criterion.weight(self.network, chunk)
+            values = self.criterion.weight(self.network, chunk)
+        kind = score_dtype(self.network.place.dtype(self.layer))  # scores have it in every place
+        return values if score_dtype(values.dtype) == kind else values.to(kind)
 
     def of(self, chunk: Chunk) -> Tensor:
         """Scores a chunk, in its shape, float32 (float64 for float64 weights)."""
@@ -215,6 +217,7 @@ class Scoring:
     dead: dict[str, None] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
+    _values: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def place(self) -> Place:
@@ -224,6 +227,7 @@ class Scoring:
     def measure(self, name: str) -> None:
         """Measures the norms of all layers, unless the criterion reads none."""
         self._criteria.clear()
+        self._values.clear()
         if not self.plan.layers or not self.plan.criterion.reads_norms:
             return
         self.network.set_squared_norms(self.place.noted_tensors(name, self._squared_norms))
@@ -235,6 +239,7 @@ class Scoring:
     def forget(self, layers: Iterable[Layer]) -> None:
         """Forgets what depends on masks of layers that have changed."""
         self._criteria.clear()
+        self._values.clear()
         self.network.forget(layers)
 
     def step(self, name: str, layers: Sequence[Layer]) -> Step:
@@ -270,8 +275,9 @@ class Scoring:
             for chunk in self.place.chunks(layer, criterion.needs_full):
                 with in_chunk(chunk):
                     if bool(scorer.values(chunk).any()):
-                        return False
-            return True
+                        break
+            else:
+                return True
         if not criterion.by_role:
             return False
         norms = (criterion.norms(self.network, role) for role in layer.roles)
@@ -307,13 +313,17 @@ class Scoring:
         """Scores all weights of a layer, normalized over those that its mask keeps."""
         scorer, full, mask = self.scorer(layer), None, None
         for chunk in self.chunks(layer, step):
-            scores = scorer.of(chunk)
+            scores, kept = scorer.of(chunk), self.place.mask(chunk)
             if chunk.whole:
-                full, mask = scores, self.place.mask(chunk)
+                full, mask = scores, kept
                 continue
             if full is None:
                 full = scores.new_empty(math.prod(layer.shape))
-            full[chunk.first : chunk.first + scores.numel()] = scores
+            if kept is not None and mask is None:
+                mask = torch.ones(layer.shape, dtype=torch.bool)
+            chunk.cut_from(full)[:] = scores
+            if kept is not None and mask is not None:
+                chunk.cut_from(mask)[:] = kept
         if full is None:
             full = torch.empty(0, dtype=score_dtype(self.place.dtype(layer)))
         with in_layer(layer.name):
@@ -351,10 +361,19 @@ class Scoring:
             yield from ((piece, scorer.of(piece)) for piece in chunk.split(self.place.pieces))
             return
         with in_chunk(chunk):
-            values = scorer.values(chunk)
+            values = self._full_values(scorer, chunk)
         for piece in chunk.split(self.place.pieces, self.place.starts(chunk.layer)):
             with in_chunk(piece):
                 yield piece, scorer.of_values(piece, piece.cut_from(values))
+
+    def _full_values(self, scorer: Scorer, chunk: Chunk) -> Tensor:
+        """Returns the values of a full layer; in memory a function is asked once for a ranking."""
+        name = chunk.layer.name
+        if not self.place.held:
+            return scorer.values(chunk).contiguous()
+        if name not in self._values:
+            self._values[name] = scorer.values(chunk).contiguous()
+        return self._values[name]
 
 
 @contextmanager

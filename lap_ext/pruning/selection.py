@@ -276,7 +276,8 @@ def _threshold(
     interval = bracket(_sampled(scoring, layers, count, how, dtype), keep, count)
     capacity = place.capacity(count)
     found = threshold(read, len(slices), keep, interval, dtype, capacity, place.total)
-    if how == "scaled" and 0 < keep < count and _underflows(found.key, dtype, layers[0]):
+    chosen = 0 < keep < count and sum(found.kept) == keep  # fewer: all that may be kept are
+    if how == "scaled" and chosen and _underflows(found.key, dtype, layers[0]):
         return _threshold(scoring, layers, slices, keep, "wide")
     return found, how
 

@@ -30,7 +30,6 @@ class Distant(Criterion):
     """The distance to 0.01: it replaces weights, and has norms."""
 
     name = "distant"
-    reads_norms = True
 
     def weight(self, network: Any, chunk: Any) -> Tensor:
         return chunk.weight - 0.01

@@ -24,7 +24,7 @@ from lap_ext.places import Chunk
 from lap_ext.topology import Topology
 from lap_ext.topology.roles import Role
 
-_CURE = "Write the file anew with lap_ext.criteria.measure and the same model."
+_CURE = "Write the file anew with lap_ext.criteria.measure, the same model and criterion."
 
 
 def name_of(topology: Topology, role: Role, what: str) -> str:
@@ -138,4 +138,5 @@ def check_shape(name: str, shape: Any, expected: Any) -> None:
 
 def missing(name: str) -> LapValueError:
     """Makes the error of a file without a statistic that a criterion needs."""
-    return LapValueError(f"{name!r} in {{argument}}", "a file without", _CURE, argument="data")
+    cure = f"{_CURE} A layer that is frozen then has no gradient."
+    return LapValueError(f"{name!r} in {{argument}}", "a file without", cure, argument="data")
