@@ -34,6 +34,7 @@ from lap_ext.topology.graph import Graph
 # bytes between the blocks that change while size, both times, inode and device stay as they were,
 # which takes a clock that is set back, or a disk that loses bits.
 _BLOCKS, _BLOCK = 64, 4096
+_DEEPEST = 20  # values in values
 
 
 def files_of(checkpoint: Checkpoint) -> list[list[Any]]:
@@ -64,7 +65,7 @@ def _stamped(path: Path, head: int = 0, stamp: Stamp | None = None) -> list[Any]
 def criterion_of(criterion: Criterion) -> list[str]:
     """Describes a criterion: its name, its values, and a hash of a user's code.
 
-    Not seen: what that code reads besides its arguments, and objects of other kinds.
+    Not seen: global variables that the code reads, and objects of other kinds.
     """
     digest = hashlib.sha256()
     values = {x.name: getattr(criterion, x.name) for x in fields(criterion)} | vars(criterion)
@@ -75,8 +76,10 @@ def criterion_of(criterion: Criterion) -> list[str]:
     return [type(criterion).__qualname__, criterion.name, digest.hexdigest()]
 
 
-def _add(digest: Any, x: Any) -> None:
+def _add(digest: Any, x: Any, depth: int = 0) -> None:
     """Adds plain values, tensors, and functions by their code; no addresses."""
+    if depth > _DEEPEST:  # an object that holds itself
+        return
     digest.update(type(x).__qualname__.encode() + b"\0")
     inner: list[Any] = []
     if x is None or isinstance(x, bool | int | float | str | bytes):
@@ -93,7 +96,8 @@ def _add(digest: Any, x: Any) -> None:
     elif isinstance(x, CodeType):
         inner = [x.co_code, x.co_names, x.co_consts]
     elif isinstance(x, FunctionType):
-        inner = [x.__code__, x.__defaults__, x.__kwdefaults__]
+        cells = [cell.cell_contents for cell in x.__closure__ or ()]
+        inner = [x.__code__, x.__defaults__, x.__kwdefaults__, cells]
     elif isinstance(x, partial):
         inner = [x.func, x.args, x.keywords]
     elif isinstance(x, property):
@@ -103,7 +107,7 @@ def _add(digest: Any, x: Any) -> None:
     elif callable(x) and isinstance(type(x).__call__, FunctionType):
         inner = [type(x).__call__, vars(x) if hasattr(x, "__dict__") else None]
     for y in inner:
-        _add(digest, y)
+        _add(digest, y, depth + 1)
 
 
 def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:
