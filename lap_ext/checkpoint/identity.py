@@ -81,33 +81,38 @@ def _add(digest: Any, x: Any, depth: int = 0) -> None:
     if depth > _DEEPEST:  # an object that holds itself
         return
     digest.update(type(x).__qualname__.encode() + b"\0")
-    inner: list[Any] = []
     if x is None or isinstance(x, bool | int | float | str | bytes):
         digest.update(repr(x).encode())
     elif isinstance(x, Tensor):
-        inner = [str(x.dtype), tuple(x.shape)]
+        digest.update(f"{x.dtype} {tuple(x.shape)}\0".encode())
         digest.update(bytes_of(x.detach().cpu().contiguous()))
-    elif isinstance(x, Mapping):
-        inner = [y for item in sorted(x.items(), key=lambda item: str(item[0])) for y in item]
-    elif isinstance(x, frozenset | set):
-        inner = sorted(map(repr, x))
-    elif isinstance(x, tuple | list):
-        inner = list(x)
-    elif isinstance(x, CodeType):
-        inner = [x.co_code, x.co_names, x.co_consts]
-    elif isinstance(x, FunctionType):
+    else:
+        for inner in _parts(x):
+            _add(digest, inner, depth + 1)
+
+
+def _parts(x: Any) -> list[Any]:
+    """Lists what decides a container or a function."""
+    if isinstance(x, Mapping):
+        return [y for item in sorted(x.items(), key=lambda item: str(item[0])) for y in item]
+    if isinstance(x, frozenset | set):
+        return sorted(map(repr, x))
+    if isinstance(x, tuple | list):
+        return list(x)
+    if isinstance(x, CodeType):
+        return [x.co_code, x.co_names, x.co_consts]
+    if isinstance(x, FunctionType):
         cells = [cell.cell_contents for cell in x.__closure__ or ()]
-        inner = [x.__code__, x.__defaults__, x.__kwdefaults__, cells]
-    elif isinstance(x, partial):
-        inner = [x.func, x.args, x.keywords]
-    elif isinstance(x, property):
-        inner = [x.fget]
-    elif isinstance(x, staticmethod | classmethod | MethodType):
-        inner = [x.__func__]
-    elif callable(x) and isinstance(type(x).__call__, FunctionType):
-        inner = [type(x).__call__, vars(x) if hasattr(x, "__dict__") else None]
-    for y in inner:
-        _add(digest, y, depth + 1)
+        return [x.__code__, x.__defaults__, x.__kwdefaults__, cells]
+    if isinstance(x, partial):
+        return [x.func, x.args, x.keywords]
+    if isinstance(x, property):
+        return [x.fget]
+    if isinstance(x, staticmethod | classmethod | MethodType):
+        return [x.__func__]
+    if callable(x) and isinstance(type(x).__call__, FunctionType):
+        return [type(x).__call__, getattr(x, "__dict__", None)]
+    return []
 
 
 def check_same(checkpoint: Checkpoint, rows: list[list[Any]]) -> None:
