@@ -59,7 +59,13 @@ class Scorer:
         criterion: the criterion.
         layer: to score.
         how: which scores.
+
+    Attributes:
+        known: layer name -> values, where a criterion that sees full layers is asked once for a
+            ranking of several; None where it is asked each time.
     """
+
+    known: dict[str, Tensor] | None = None
 
     def __init__(
         self, network: Network, criterion: Criterion, layer: Layer, how: How = "plain"
@@ -78,11 +84,19 @@ class Scorer:
         """Returns what the criterion scores; a user's criterion may call lap_ext itself."""
         if not self.criterion.replaces:
             return chunk.weight
+        known = self.known if self.criterion.needs_full else None
+        if known is not None and self.layer.name in known:
+            return known[self.layer.name]
         require_finite(chunk.weight, "w")  # no operator sees the weights
         with callback():
             values = self.criterion.weight(self.network, chunk)
         kind = score_dtype(self.network.place.dtype(self.layer))  # scores have it in every place
-        return values if score_dtype(values.dtype) == kind else values.to(kind)
+        values = values if score_dtype(values.dtype) == kind else values.to(kind)
+        if self.criterion.needs_full:
+            values = values.contiguous()
+        if known is not None:
+            known[self.layer.name] = values
+        return values
 
     def of(self, chunk: Chunk) -> Tensor:
         """Scores a chunk, in its shape, float32 (float64 for float64 weights)."""
@@ -307,7 +321,10 @@ class Scoring:
 
     def scorer(self, layer: Layer, how: How = "plain") -> Scorer:
         """Prepares to score a layer as it is ranked."""
-        return Scorer(self.network, self.criterion(layer), layer, how)
+        scorer = Scorer(self.network, self.criterion(layer), layer, how)
+        if self.place.held and self.plan.options.scope == "global":
+            scorer.known = self._values
+        return scorer
 
     def full(self, layer: Layer, step: Step) -> Tensor:
         """Scores all weights of a layer, normalized over those that its mask keeps."""
@@ -361,19 +378,10 @@ class Scoring:
             yield from ((piece, scorer.of(piece)) for piece in chunk.split(self.place.pieces))
             return
         with in_chunk(chunk):
-            values = self._full_values(scorer, chunk)
+            values = scorer.values(chunk)
         for piece in chunk.split(self.place.pieces, self.place.starts(chunk.layer)):
             with in_chunk(piece):
                 yield piece, scorer.of_values(piece, piece.cut_from(values))
-
-    def _full_values(self, scorer: Scorer, chunk: Chunk) -> Tensor:
-        """Returns the values of a full layer; in memory a function is asked once for a ranking."""
-        name = chunk.layer.name
-        if not self.place.held:
-            return scorer.values(chunk).contiguous()
-        if name not in self._values:
-            self._values[name] = scorer.values(chunk).contiguous()
-        return self._values[name]
 
 
 @contextmanager
