@@ -37,7 +37,7 @@ class Memory:
 
     def dtype(self, layer: Layer) -> torch.dtype:
         """Returns the dtype of a layer's weights."""
-        return layer.weight.dtype
+        return (layer.effective if layer.computed else layer.weight).dtype
 
     def bytes(self, layer: Layer) -> int:
         """Counts the bytes of a layer's weights."""
