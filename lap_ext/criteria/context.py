@@ -153,7 +153,7 @@ class Network:
                     sums = sums or [self._sums(role) for role in layer.roles]
                     self._add(sums, chunk)
             step.read(layer.name, chunk.weight.nbytes)
-        if 0 in layer.shape:  # it may have no chunk
+        if 0 in layer.shape and sums is None:  # it may have no chunk
             sums = [self._sums(role) for role in layer.roles]
         for role, role_sums in zip(layer.roles, sums or (), strict=False):
             self._squared_norms[self.index(role)] = self._active(role, role_sums.squared_norms())

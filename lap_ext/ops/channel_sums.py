@@ -42,6 +42,7 @@ class ChannelSums:
         device: torch.device | str,
     ) -> None:
         self._cols, self._groups, self._transposed = shape[1], groups, transposed
+        self._window = torch.Size(shape[2:]).numel()
         self._check = check_finite
         self._scale = None if scale is None else scale.to(device)
         # all that stays is allocated now: small buffers between large ones would fragment the heap
@@ -61,7 +62,7 @@ class ChannelSums:
 
     def squared_norms(self) -> SquaredNorms:
         """Returns those of the inputs and of the outputs."""
-        taps = self._columns.view(self._groups * self._cols, -1)
+        taps = self._columns.view(self._groups * self._cols, self._window)
         columns = torch.zeros_like(taps[:, 0]) if taps.shape[1] else self._columns.flatten()
         for tap in taps.unbind(1):
             columns += tap

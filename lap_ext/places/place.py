@@ -207,15 +207,15 @@ def row_ranges(part: Part, chunk: Chunk) -> Iterator[RowRange]:
     top, bottom = chunk.first // length, (chunk.first + chunk.weight.numel()) // length
     if part.rows is not None:
         top, bottom = max(top, part.rows[0]), min(bottom, part.rows[1])
-    height = part.shape[0] // part.groups if part.rows is None else max(part.shape[0], 1)
+    start, height = 0 if part.rows is None else part.rows[0], max(part.block[0] // part.groups, 1)
     while top < bottom:
-        group = top // height
-        if top % height == 0 and bottom - top >= height:
+        group = (top - start) // height
+        if (top - start) % height == 0 and bottom - top >= height:
             groups = (bottom - top) // height
             yield RowRange(top, top + groups * height, group, groups)
             top += groups * height
         else:
-            end = min(bottom, (group + 1) * height)
+            end = min(bottom, start + (group + 1) * height)
             yield RowRange(top, end, group, 1)
             top = end
 
