@@ -53,7 +53,7 @@ def files_of(
         name: [tuple(Slice(entries[x], begin) for x, begin in parts)]
         for name, parts in copies.items()
     }
-    structure = Structure(topology, stored, {})
+    structure = Structure(topology, stored)
     options = options_of(criterion, layers="*")
     _, place = plan_of(structure, opened, options, parsed(memory))
     shapes = {name: layer.shape for name, layer in topology.layers.items()}

@@ -67,7 +67,7 @@ def drawn(data: st.DataObject, kinds: list[str]) -> lap_ext.Topology:
     return topology_of(name, model_of(name, kind, seed=seed, levels=levels))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @pytest.mark.filterwarnings("ignore:.*scores are 0:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*no weight:UserWarning")
 @given(st.data(), cuts(), rooms(), st.sampled_from(HOWS), st.sampled_from([0.1, 0.5, 0.9]))
@@ -170,7 +170,7 @@ def threshold_masks(
     return masks
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     slices_of_scores,
     st.integers(0, 170),

@@ -61,7 +61,7 @@ def three(kind: torch.dtype) -> nn.Sequential:
 
 
 def many() -> nn.Sequential:
-    """Layers of which one fits, with 24 bytes per weight beside it."""
+    """Layers of which one fits, with 36 bytes per weight beside it."""
     return nn.Sequential(nn.Linear(40, 128), *(nn.Linear(128, 128) for _ in range(28)))
 
 
@@ -98,9 +98,10 @@ def check(model: nn.Module, memory: int, tmp_path: Path, **how: Any) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_class(kind: torch.dtype, how: dict[str, Any], registered: Any, tmp_path: Path) -> None:
     model = three(kind)
-    check(model, 120_000, tmp_path, criterion=registered(Damped), **how)
+    memory = 200_000 if kind == torch.float32 else 150_000
+    check(model, memory, tmp_path, criterion=registered(Damped), **how)
 
 
 @each_how
 def test_a_function(how: dict[str, Any], registered: Any, tmp_path: Path) -> None:
-    check(many(), 1_500_000, tmp_path, criterion=registered(squares), **how)
+    check(many(), 1_750_000, tmp_path, criterion=registered(squares), **how)

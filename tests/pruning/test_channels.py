@@ -94,7 +94,8 @@ def test_chunks_of_rows_keep_what_the_full_layer_keeps(shape: tuple[int, ...], r
     ]
     place = SimpleNamespace(chunks=lambda _: iter(chunks), live=lambda chunk: chunk.cut_from(live))
     for keep in (0, 1, 6, 13, int(live.sum()), scores.numel()):
-        counts = channels.counts(SimpleNamespace(place=place), layer, keep)  # type: ignore[arg-type]
+        scoring: Any = SimpleNamespace(place=place, chunks=place.chunks)
+        counts = channels.counts(scoring, layer, keep)
         found = [
             channels.mask_rows(chunk.weight, chunk, part, counts, chunk.cut_from(live))
             for chunk in chunks
