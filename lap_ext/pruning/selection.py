@@ -33,7 +33,7 @@ from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scor
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
 from lap_ext.topology import Layer
 
-_SORTED = 2  # keys that are held take the memory of so many, with their normalized scores
+_COPIES = 2  # keys that are held take the memory of so many, with their normalized scores
 _SAMPLED = 32  # a sample has one weight of so many that are read for it
 
 
@@ -324,7 +324,7 @@ def _shares(
     """Finds how many weights each layer keeps in one ranking of normalized scores."""
     sources = {layer.name: _source(scoring, layer) for layer in layers}
     count = sum(source.count for source in sources.values())
-    capacity = scoring.place.capacity(count) // _SORTED
+    capacity = scoring.place.capacity(count) // _COPIES
     counts: dict[str, int] = {}
 
     def rank(names: Sequence[str], keep: int) -> dict[str, int]:
