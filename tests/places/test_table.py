@@ -291,10 +291,8 @@ def test_the_least_memory_cuts_layers(
 
 
 ORACLE = [
-    ("layer", "none", "parallel", 2),
     ("layer", "none", "forward", 1),
     ("layer", "none", "backward", 2),
-    ("global", "none", "parallel", 1),
     ("global", "norm", "parallel", 1),
     ("global", "lamp", "parallel", 2),
 ]
