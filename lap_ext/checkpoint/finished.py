@@ -14,14 +14,14 @@ from pathlib import Path
 
 from lap_ext.checkpoint import inside
 from lap_ext.checkpoint.files import Shard
-from lap_ext.checkpoint.reading import Buffer, bytes_of
+from lap_ext.checkpoint.reading import Buffer
 from lap_ext.checkpoint.shards import Writer
 from lap_ext.checkpoint.state import Work
 from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.errors import LapValueError, warn
 from lap_ext.progress import Step
 
-_READ = 1 << 20  # bytes of a shard, or weights of a mask, at a time
+_READ = 1 << 20  # bytes of a shard at a time
 
 
 def finished(writer: Writer, work: Work) -> set[str]:
@@ -61,11 +61,7 @@ def _checksum(path: Path, shard: Shard, step: Step) -> int | None:
 
 def _intact(writer: Writer, shards: list[Shard], masks: MaskFile, expected: dict[str, int]) -> bool:
     """Whether the mask file is there with the masks of these shards."""
-    try:
-        if not masks.complete:
-            return False
-        masks.open()
-    except OSError:
+    if not masks.open_complete():
         return False
     try:
         return masks.padded and all(
@@ -81,8 +77,5 @@ def _checksum_of_masks(writer: Writer, shard: Shard, masks: MaskFile) -> int:
     for entry in shard.entries:
         if entry.name in layers:
             layer, stored = layers[entry.name]
-            end = stored.begin + entry.numel
-            for first in range(stored.begin, end, _READ):
-                mask = masks.read(layer.name, first, min(_READ, end - first))
-                checksum = zlib.crc32(bytes_of(mask), checksum)
+            checksum = masks.checksum(layer.name, stored.begin, entry.numel, checksum)
     return checksum

@@ -14,6 +14,7 @@ that are freed and that the C library keeps, some tens of MB in glibc before 2.3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,16 +130,9 @@ def held_by_scores(
     most = before = 0
     for layer in layers:
         score = score_dtype(DTYPES[copies[layer.name][0][0].entry.dtype]).itemsize
-        most = max(most, before + _count(layer) * (score + _NORMALIZING[normalize]))
-        before = _count(layer) * (score if normalize == "none" else torch.float64.itemsize)
+        most = max(most, before + math.prod(layer.shape) * (score + _NORMALIZING[normalize]))
+        before = math.prod(layer.shape) * (score if normalize == "none" else torch.float64.itemsize)
     return most
-
-
-def _count(layer: Layer) -> int:
-    count = 1
-    for size in layer.shape:
-        count *= size
-    return count
 
 
 def _itemsize(copies: list[Copy]) -> int:

@@ -33,7 +33,6 @@ from lap_ext.topology import Layer
 
 _SAMPLED = 1 << 12  # weights of a sample that are read at a time, if a row has no more
 _FALLBACK = 16  # bytes per weight that pure PyTorch needs for the mask of a full layer
-_CHECKED = 1 << 20  # weights of a mask whose checksum is computed at a time
 
 
 class Files:
@@ -226,24 +225,13 @@ class Files:
         """Whether the masks of a round are as they were written."""
         assert self._work is not None
         file = MaskFile(self._work.rounds, self._shapes, _round_name(number))
-        try:
-            if not file.complete:
-                return False
-            file.open()
-        except OSError:
+        if not file.open_complete():
             return False
+        counts = {name: math.prod(self._shapes[name]) for name in sums}
         try:
-            return all(self._checksum(file, name) == noted for name, noted in sums.items())
+            return all(file.checksum(x, 0, counts[x]) == noted for x, noted in sums.items())
         finally:
             file.close()
-
-    def _checksum(self, file: MaskFile, name: str) -> int:
-        """Computes the checksum of a layer's mask, a byte per weight."""
-        checksum, count = 0, math.prod(self._shapes[name])
-        for first in range(0, count, _CHECKED):
-            mask = file.read(name, first, min(_CHECKED, count - first))
-            checksum = zlib.crc32(bytes_of(mask.contiguous()), checksum)
-        return checksum
 
     def _file(self, number: int) -> MaskFile:
         """Opens the masks of a round; makes the file if there is none."""

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lap_ext.checkpoint.files import MASKS
-from lap_ext.checkpoint.reading import Buffer
+from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.state import on_disk
 from lap_ext.masks.file import CHUNK as HASHED
 from lap_ext.masks.file import checksum, header, pack, unpack
 
+_CHECKED = 1 << 20  # weights of a mask whose checksum is computed at a time
 _PACKED = 1 << 15  # words at a time: they stay in the cache, and torch uses one thread
 _SPREAD = 0x0102040810204080  # moves bit 0 of byte b of 8 bytes to bit 56 + b
 
@@ -100,6 +101,16 @@ class MaskFile:
         """Opens the file for writing."""
         self._file = self.path.open("r+b", buffering=0)
 
+    def open_complete(self) -> bool:
+        """Opens the file if an earlier run has left it in its full size."""
+        try:
+            if not self.complete:
+                return False
+            self.open()
+        except OSError:
+            return False
+        return True
+
     def write(self, name: str, first: int, mask: Tensor) -> None:
         """Writes the mask of elements [first, first + len(mask)) of a layer, flat."""
         lead = first % 8
@@ -126,6 +137,13 @@ class MaskFile:
         data = os.pread(self._file.fileno(), end - begin, self._begin[name] + begin)
         bits = unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8), (8 * len(data),))
         return bits[first - 8 * begin :][:count]
+
+    def checksum(self, name: str, first: int, count: int, before: int = 0) -> int:
+        """Goes on with a CRC-32 over the mask of elements [first, first + count), a byte each."""
+        for begin in range(first, first + count, _CHECKED):
+            mask = self.read(name, begin, min(_CHECKED, first + count - begin))
+            before = zlib.crc32(bytes_of(mask), before)
+        return before
 
     @property
     def padded(self) -> bool:
