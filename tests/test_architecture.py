@@ -35,6 +35,7 @@ CPP_ROOMS = {
 FLOORS = [
     {"_text"},
     {"errors"},
+    {"structures"},
     {"_files", "computed", "ops", "options", "progress"},
     {"allocation", "masks", "numpy", "report", "schedule", "topology"},
     {"places"},
@@ -46,7 +47,7 @@ FLOORS = [
     {"__main__"},
 ]
 MOST_LOOSE_MODULES = 10
-MOST_FLOORS = 11
+MOST_FLOORS = 12
 SCREEN = 60  # lines
 
 TORCH_FREE = [

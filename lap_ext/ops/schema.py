@@ -205,6 +205,43 @@ def _(weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return live, weight.new_empty([1], dtype=torch.int64, device="cpu")
 
 
+# --- structures: reference/structured.py ----------------------------------------------------------
+# Weights [R, C, *K] with norms of rows [R] and of columns [groups * C], or scores: an empty
+# row_norm says so, as in global_mask.
+
+
+@_define(
+    "nm_mask(Tensor w, Tensor row_norm, Tensor col_norm, int groups, int keep, int of, bool rows, "
+    "Tensor? mask, bool check_finite) -> Tensor",
+    reference.nm_mask,
+)
+@_define(
+    "transposable_mask(Tensor w, Tensor row_norm, Tensor col_norm, int groups, bool squared, "
+    "Tensor? mask, bool check_finite) -> Tensor",
+    reference.transposable_mask,
+)
+def _(w: Tensor, *_: object) -> Tensor:
+    return w.new_empty(w.shape, dtype=torch.bool)
+
+
+@_define(
+    "block_sums_(Tensor(a!) sums, Tensor w, Tensor row_norm, Tensor col_norm, int groups, "
+    "int[] block, int first, int height, bool squared, Tensor? mask, bool check_finite) -> ()",
+    reference.block_sums_,
+)
+def _(*_: object) -> None:
+    pass
+
+
+@_define(
+    "block_mask(Tensor kept, SymInt[] shape, int[] block, int first, int height, Tensor? mask) -> "
+    "Tensor",
+    reference.block_mask,
+)
+def _(kept: Tensor, shape: list[int], *_: object) -> Tensor:
+    return kept.new_empty(shape)
+
+
 native.load()
 info = native.info
 
@@ -225,6 +262,10 @@ threshold_mask = torch.ops.lap_ext.threshold_mask.default
 random_scores_ = torch.ops.lap_ext.random_scores_.default
 masked_zero_ = torch.ops.lap_ext.masked_zero_.default
 nonzero_mask = torch.ops.lap_ext.nonzero_mask.default
+nm_mask = torch.ops.lap_ext.nm_mask.default
+transposable_mask = torch.ops.lap_ext.transposable_mask.default
+block_sums_ = torch.ops.lap_ext.block_sums_.default
+block_mask = torch.ops.lap_ext.block_mask.default
 
 
 def call(op: Callable[..., Any], *args: object) -> Any:

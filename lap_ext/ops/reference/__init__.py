@@ -22,14 +22,21 @@ from lap_ext.ops.reference.select import kth_largest as kth_largest
 from lap_ext.ops.reference.select import mask as mask
 from lap_ext.ops.reference.select import prune_ as prune_
 from lap_ext.ops.reference.select import topk_mask as topk_mask
+from lap_ext.ops.reference.structured import block_mask as block_mask
+from lap_ext.ops.reference.structured import block_sums_ as block_sums_
+from lap_ext.ops.reference.structured import nm_mask as nm_mask
+from lap_ext.ops.reference.structured import transposable_mask as transposable_mask
 
 __all__ = [
+    "block_mask",
+    "block_sums_",
     "col_squared_norms",
     "count_keys",
     "key_histogram",
     "kth_largest",
     "mask",
     "masked_zero_",
+    "nm_mask",
     "nonzero_mask",
     "norm",
     "prune_",
@@ -40,4 +47,5 @@ __all__ = [
     "squares_above",
     "threshold_mask",
     "topk_mask",
+    "transposable_mask",
 ]

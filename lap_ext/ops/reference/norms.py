@@ -49,16 +49,32 @@ def _add_segments(total: Tensor, chunk: Tensor, scale: float) -> None:
     segments = max(1, -(-length // SEGMENT))
     steps = -(-length // (segments * LANES)) if segments == 1 else SEGMENT // LANES
     squares = _squares(chunk, segments * steps * LANES, scale)
-    squares = squares.view(height, segments, steps, LANES)
-    lanes = squares[:, :, 0].clone()  # [r, segment, lane]
-    for step in range(1, steps):
-        lanes += squares[:, :, step]
+    _add_lanes(total, squares.view(height, segments, steps, LANES))
+
+
+def _add_lanes(total: Tensor, values: Tensor) -> None:
+    """Adds values [r, segment, step, lane] to total [r]."""
+    lanes = values[:, :, 0].clone()  # [r, segment, lane]
+    for step in range(1, values.shape[2]):
+        lanes += values[:, :, step]
     half = LANES // 2
     while half:
         lanes = lanes[:, :, :half] + lanes[:, :, half : 2 * half]
         half //= 2
-    for segment in range(segments):
+    for segment in range(values.shape[1]):
         total += lanes[:, segment, 0]
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Adds the entries of each row of float64 values [r, l] in the order of squared norms."""
+    height, length = values.shape
+    segments = max(1, -(-length // SEGMENT))
+    steps = -(-length // LANES) if segments == 1 else SEGMENT // LANES
+    padded = values.new_zeros(height, segments * max(steps, 1) * LANES)
+    padded[:, :length] = values
+    total = values.new_zeros(height)
+    _add_lanes(total, padded.view(height, segments, max(steps, 1), LANES))
+    return total
 
 
 def _squares(chunk: Tensor, size: int, scale: float) -> Tensor:

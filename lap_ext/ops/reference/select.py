@@ -134,7 +134,7 @@ def topk_mask(
     Extra memory: a key for every score (the native kernels need none).
     """
     if check_finite:
-        _require_numbers(scores)
+        require_numbers(scores)
     keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     for key, mask in zip(keys, masks, strict=False):
         key.masked_fill_(~mask, never(key.dtype))
@@ -148,13 +148,14 @@ def kth_largest(scores: list[Tensor], k: int, check_finite: bool) -> Tensor:
     Extra memory: a key for every score (the native kernels need none).
     """
     if check_finite:
-        _require_numbers(scores)
+        require_numbers(scores)
     keys = [ordered_keys(x, without_nan=check_finite) for x in scores]
     key = torch.tensor(_kth_key(keys, k), dtype=keys[0].dtype, device=scores[0].device)
     return flip(key).view(score_dtype(scores[0].dtype))
 
 
-def _require_numbers(scores: Sequence[Tensor]) -> None:
+def require_numbers(scores: Sequence[Tensor]) -> None:
+    """Raises if a score is NaN."""
     for t, x in enumerate(scores):
         if x.numel() == 0 or not torch.isnan(x.aminmax()[0]):
             continue

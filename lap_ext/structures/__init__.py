@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Structures: what is removed together.
+
+    "2:4"       NM(2, 4): 2 of every 4 consecutive inputs are kept; any N:M
+                "2:4/out", "2:4/flat", "2:4/transposable": NM's axis and transposable
+    "16x16"     Block(16, 16): blocks of 16 outputs by 16 inputs
+    "row"       Row(): output channels
+    "column"    Column(): input channels
+                Groups(assignment): any partition that you give
+
+The worth of a unit (a block, row, column or group) is that of its weights' scores s:
+
+    aggregate="energy"    sqrt(sum of s^2)
+    aggregate="mean"      (sum of s) / (number of its weights)
+    aggregate="exact"     ||W_next (W * unit) W_prev||_F: how much the linear neighborhood changes
+                          when the unit goes
+
+`keep` and `sparsity` count weights, and a unit counts with all of its own, zero or not. The units
+with the highest worth are kept as long as their weights fit; of equal worth, the one with the lower
+number. A unit without a weight that may be kept has no rank.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TypeAlias
+
+from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.structures.base import NM as NM
+from lap_ext.structures.base import Block as Block
+from lap_ext.structures.base import Column as Column
+from lap_ext.structures.base import Partition as Partition
+from lap_ext.structures.base import Row as Row
+from lap_ext.structures.base import Structure as Structure
+from lap_ext.structures.groups import Groups as Groups
+from lap_ext.structures.matrix import Grid as Grid
+from lap_ext.structures.matrix import Matrix as Matrix
+
+StructureLike: TypeAlias = "Structure | str"
+
+__all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
+
+_PATTERN = re.compile(r"(\d{1,9}):(\d{1,9})(?:/(\w+))?")
+_BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")
+
+
+def of(structure: StructureLike) -> Structure:
+    """Returns a structure, or makes the one that a text stands for.
+
+    Raises:
+        TypeError: structure is neither.
+        ValueError: the text stands for none.
+
+    Example:
+        >>> of("2:4"), of("2:4/out"), of("16x16"), of("row")
+        (NM(keep=2, of=4, axis='in', transposable=False), \
+NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row())
+    """
+    if isinstance(structure, Structure):
+        return structure
+    if not isinstance(structure, str):
+        raise LapTypeError(
+            "{argument} to be a text such as '2:4', or an object of lap_ext.structures",
+            type(structure).__name__,
+            argument="structure",
+        )
+    if structure in ("row", "column"):
+        return Row() if structure == "row" else Column()
+    if match := _BLOCK.fullmatch(structure):
+        return Block(int(match[1]), int(match[2]))
+    if match := _PATTERN.fullmatch(structure):
+        keep, group, how = int(match[1]), int(match[2]), match[3]
+        if how is None:
+            return NM(keep, group)
+        if how == "in" or how == "out" or how == "flat":  # noqa: PLR1714 (mypy)
+            return NM(keep, group, how)
+        if how == "transposable":
+            return NM(keep, group, transposable=True)
+    raise LapValueError(
+        "{argument} to be 'N:M' (such as '2:4', '2:4/out', '2:4/flat' or '2:4/transposable'), "
+        "'ROWSxCOLUMNS' (such as '16x16'), 'row' or 'column'",
+        repr(structure),
+        argument="structure",
+    )
