@@ -27,6 +27,7 @@ from typing import TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import NM as NM
+from lap_ext.structures.base import Axis
 from lap_ext.structures.base import Block as Block
 from lap_ext.structures.base import Column as Column
 from lap_ext.structures.base import Partition as Partition
@@ -41,6 +42,7 @@ StructureLike: TypeAlias = "Structure | str"
 __all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
 
 _PATTERN = re.compile(r"(\d{1,9}):(\d{1,9})(?:/(\w+))?")
+_AXES: dict[str, Axis] = {"in": "in", "out": "out", "flat": "flat"}
 _BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")
 
 
@@ -70,12 +72,10 @@ NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row()
         return Block(int(match[1]), int(match[2]))
     if match := _PATTERN.fullmatch(structure):
         keep, group, how = int(match[1]), int(match[2]), match[3]
-        if how is None:
-            return NM(keep, group)
-        if how == "in" or how == "out" or how == "flat":  # noqa: PLR1714 (mypy)
-            return NM(keep, group, how)
         if how == "transposable":
             return NM(keep, group, transposable=True)
+        if how is None or how in _AXES:
+            return NM(keep, group, _AXES[how or "in"])
     raise LapValueError(
         "{argument} to be 'N:M' (such as '2:4', '2:4/out', '2:4/flat' or '2:4/transposable'), "
         "'ROWSxCOLUMNS' (such as '16x16'), 'row' or 'column'",
