@@ -13,7 +13,7 @@ from lap_ext.allocation import Sparsity
 from lap_ext.masks import Masks
 from lap_ext.places import Memory
 from lap_ext.progress import Progress
-from lap_ext.pruning import pipeline
+from lap_ext.pruning import pipeline, structured
 from lap_ext.pruning.plan import Plan, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
 from lap_ext.topology import Layer
@@ -21,7 +21,7 @@ from lap_ext.topology import Layer
 
 def run(
     plan: Plan,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None,
     masks: Mapping[str, Tensor] | None,
     data: Any,
     on_progress: Callable[[Progress], Any] | None,
@@ -37,12 +37,18 @@ def run(
     nonzero = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
     if masks is not None:
         may = {layer.name: _may(layer, given) for layer in task.layers}
-        if plan.options.scope == "global":
+        if plan.options.structure is not None:
+            for layer in task.layers:
+                name = layer.name
+                room = task.pattern, kept[name], may[name], task.budget.keeps[name]
+                kept[name] = structured.filled(task.scoring, layer, *room)
+        elif plan.options.scope == "global":
             kept = _filled(kept, may, task.budget.total)
         else:
             for name, mask in kept.items():
                 kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
-    rows = [row_of(layer, kept[layer.name], nonzero[layer.name]) for layer in task.layers]
+    units = task.scoring.units
+    rows = [row_of(x, kept[x.name], nonzero[x.name], units.get(x.name)) for x in task.layers]
     return result_of(plan, Masks(kept), rows, task.left_dense)
 
 

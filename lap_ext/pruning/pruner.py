@@ -33,6 +33,7 @@ from lap_ext.masks import Masks, pack, unpack
 from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import zero_
 from lap_ext.options import (
+    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -53,6 +54,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
+from lap_ext.structures import StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 
@@ -85,6 +87,11 @@ class Pruner:
             moments are not changed.
         topology: as in `prune`.
         criterion: as in `prune`.
+        structure: as in `prune`. On the way to an N:M pattern, floor(sparsity * M) of every M
+            weights are removed, so that the schedule ends at the sparsity 1 - N / M.
+        aggregate: as in `prune`.
+        multiple_of: as in `prune`.
+        strict: as in `prune`.
         scope: as in `prune`.
         normalize: as in `prune`.
         order: as in `prune`.
@@ -147,6 +154,10 @@ class Pruner:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         topology: Topology | None = None,
         criterion: CriterionLike = "lookahead",
+        structure: StructureLike | None = None,
+        aggregate: Aggregate = "energy",
+        multiple_of: int = 1,
+        strict: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -179,6 +190,10 @@ class Pruner:
             layers=layers,
             exclude=exclude,
             min_keep=min_keep,
+            structure=structure,
+            aggregate=aggregate,
+            multiple_of=multiple_of,
+            strict=strict,
         )
         self.topology = topology_of(
             self._model, example_inputs, topology, neighbors, on_unsupported

@@ -43,6 +43,9 @@ def options_of(plan: Plan) -> dict[str, Any]:
     return {
         "criterion": _described_criterion(plan.criterion),
         **{name: getattr(plan.options, name) for name in names},
+        "structure": plan.options.structure and plan.options.structure.spelled,
+        "aggregate": plan.options.aggregate,
+        "multiple_of": plan.options.multiple_of,
         "layers": [layer.name for layer in plan.layers],
     }
 

@@ -36,6 +36,8 @@ class LayerResult:
         pruned_by: how the others are zero: "zeros", they are zero in the parameter; "mask", a mask
             multiplies the weight that the module computes (a parametrization, weight or spectral
             norm).
+        units: how many units of the structure are kept, and how many there are; None for single
+            weights and patterns.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerResult:
     total: int
     nonzero: int
     pruned_by: PrunedBy = "zeros"
+    units: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -248,8 +251,10 @@ class PruneResult:
         return plots.layers(self.layers)
 
 
-def row_of(layer: Layer, mask: Tensor, nonzero: int) -> LayerResult:
+def row_of(
+    layer: Layer, mask: Tensor, nonzero: int, units: tuple[int, int] | None = None
+) -> LayerResult:
     """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
     kept = int(mask.count_nonzero())
     counts = kept, mask.numel(), nonzero
-    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by)
+    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by, units)
