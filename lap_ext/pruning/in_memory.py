@@ -47,8 +47,7 @@ def run(
         else:
             for name, mask in kept.items():
                 kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
-    units = task.scoring.units
-    rows = [row_of(x, kept[x.name], nonzero[x.name], units.get(x.name)) for x in task.layers]
+    rows = [row_of(x, kept[x.name], nonzero[x.name], plan.options.structure) for x in task.layers]
     return result_of(plan, Masks(kept), rows, task.left_dense)
 
 

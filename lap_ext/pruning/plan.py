@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -166,15 +167,18 @@ def pattern_at(structure: Structure | None, sparsity: Sparsity | None) -> NM | N
         return None
     if sparsity is None:
         return structure
-    if isinstance(sparsity, (Mapping, Allocation)) or not 0 <= sparsity <= structure.sparsity:
+    if isinstance(sparsity, (Mapping, Allocation)):
+        dropped = -1
+    else:
+        dropped = math.floor(Fraction(repr(float(sparsity))) * structure.of)
+    if not 0 <= dropped <= structure.of - structure.keep:
         raise LapValueError(
             f"a {{argument}} of at most {structure.sparsity:g}, which {structure.spelled} itself "
             "has in every layer",
-            "one for each layer" if isinstance(sparsity, (Mapping, Allocation)) else sparsity,
-            "Leave it out.",
+            "one for each layer" if dropped == -1 else sparsity,
             argument="sparsity",
         )
-    return replace(structure, keep=structure.of - math.floor(sparsity * structure.of))
+    return replace(structure, keep=structure.of - dropped)
 
 
 def check_given(sparsity: Sparsity | None, structure: Structure | None) -> None:

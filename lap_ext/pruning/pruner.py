@@ -398,7 +398,8 @@ class Pruner:
         self.masks = new
         empty = self.result.empty_layers if self.result else ()
         every = ((self.topology.layers[name], mask) for name, mask in new.items())
-        rows = [row_of(x, mask, int(x.effective.count_nonzero())) for x, mask in every]
+        structure = self._plan.options.structure
+        rows = [row_of(x, mask, int(x.effective.count_nonzero()), structure) for x, mask in every]
         self.result = result_of(self._plan, new, rows, left_dense) if rows else None
         if self.result and self._plan.options.min_keep is None:
             self.result.warn_if_empty(known=empty)

@@ -17,6 +17,8 @@ from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.pruning.dense import sentence
+from lap_ext.pruning.structured import units_kept
+from lap_ext.structures import Structure
 from lap_ext.topology import Layer, PrunedBy, Topology
 
 Original: TypeAlias = Module | Topology | str | os.PathLike[str]  # what a report is about
@@ -252,9 +254,10 @@ class PruneResult:
 
 
 def row_of(
-    layer: Layer, mask: Tensor, nonzero: int, units: tuple[int, int] | None = None
+    layer: Layer, mask: Tensor, nonzero: int, structure: Structure | None = None
 ) -> LayerResult:
     """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
     kept = int(mask.count_nonzero())
     counts = kept, mask.numel(), nonzero
+    units = units_kept(structure, layer, mask)
     return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by, units)

@@ -29,7 +29,7 @@ from lap_ext.places import Chunk
 from lap_ext.pruning import normalization
 from lap_ext.pruning.matrices import matrix_of
 from lap_ext.pruning.scoring import BESIDE, Scorer, Scoring, stores_scores
-from lap_ext.structures import NM, Groups, Partition
+from lap_ext.structures import NM, Groups, Partition, Structure
 from lap_ext.topology import Layer
 
 _UNITS = 3  # so many units take the memory of one key that may be held
@@ -190,12 +190,27 @@ def filled(
     return full.reshape(shape) & may
 
 
+def units_kept(structure: Structure | None, layer: Layer, mask: Tensor) -> tuple[int, int] | None:
+    """Counts the units of a layer that a mask keeps, and all; None where there are none."""
+    if not isinstance(structure, (Partition, Groups)):
+        return None
+    part = _cut(structure, layer, mask.device)
+    counts = part.zeros()
+    shape = matrix_of(layer).shape
+    part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
+    return int(counts.count_nonzero()), part.count
+
+
 def units_of(scoring: Scoring, layer: Layer, device: torch.device | None = None) -> Units:
     """Cuts a layer into units."""
     structure = scoring.plan.options.structure
     assert isinstance(structure, (Partition, Groups))
     if device is None:
         device = layer.weight.device if scoring.place.held else torch.device("cpu")
+    return _cut(structure, layer, device)
+
+
+def _cut(structure: Partition | Groups, layer: Layer, device: torch.device) -> Units:
     with in_layer(layer.name):
         return partition.units_of(structure, matrix_of(layer), layer.shape, device, layer.name)
 
