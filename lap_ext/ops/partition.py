@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lap_ext.ops import schema
 from lap_ext.ops.units import sizes_of
-from lap_ext.options import Aggregate
-from lap_ext.structures import Grid, Groups, Matrix, Partition
+from lap_ext.structures import Aggregate, Grid, Groups, Matrix, Partition
 
 
 @dataclass(frozen=True)

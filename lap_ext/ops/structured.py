@@ -13,8 +13,7 @@ from lap_ext.ops import partition, schema, units
 from lap_ext.ops.partition import Scored
 from lap_ext.ops.reference.structured import TILE, TILE_KEEP, tiles_of, untiled
 from lap_ext.ops.transposable import transposable
-from lap_ext.options import Aggregate
-from lap_ext.structures import NM, Groups, Matrix, Partition
+from lap_ext.structures import NM, Aggregate, Groups, Matrix, Partition
 
 
 def pattern_mask(

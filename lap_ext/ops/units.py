@@ -20,8 +20,7 @@ from torch import Tensor
 from lap_ext.errors import LapValueError
 from lap_ext.ops import schema
 from lap_ext.ops.reference.common import exact_sqrt
-from lap_ext.options import Aggregate
-from lap_ext.structures import Grid
+from lap_ext.structures import Aggregate, Grid
 
 
 @dataclass(frozen=True)

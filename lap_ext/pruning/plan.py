@@ -18,13 +18,11 @@ from lap_ext.criteria import Criterion, CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
-    AGGREGATES,
     BATCH_NORMS,
     ON_UNSUPPORTED,
     ORDERS,
     RESIDUALS,
     SCOPES,
-    Aggregate,
     BatchNorm,
     Inputs,
     MinKeep,
@@ -42,7 +40,7 @@ from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
 from lap_ext.pruning.matrices import fitting
 from lap_ext.pruning.patterns import all_matching, checked
-from lap_ext.structures import NM, Structure, StructureLike
+from lap_ext.structures import AGGREGATES, NM, Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones

@@ -26,7 +26,9 @@ import re
 from typing import TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.structures.base import AGGREGATES as AGGREGATES
 from lap_ext.structures.base import NM as NM
+from lap_ext.structures.base import Aggregate as Aggregate
 from lap_ext.structures.base import Axis
 from lap_ext.structures.base import Block as Block
 from lap_ext.structures.base import Column as Column

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.matrix import Grid, Matrix
 
+Aggregate: TypeAlias = Literal["energy", "mean", "exact"]  # how the worth of a unit is made
 Axis: TypeAlias = Literal["in", "out", "flat"]
 Along: TypeAlias = Literal["rows", "cols", "flat"]
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 _AXES = ("in", "out", "flat")
 
 
