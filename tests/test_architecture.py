@@ -35,8 +35,8 @@ CPP_ROOMS = {
 FLOORS = [
     {"_text"},
     {"errors"},
-    {"structures"},
-    {"_files", "computed", "ops", "options", "progress"},
+    {"options", "structures"},
+    {"_files", "computed", "ops", "progress"},
     {"allocation", "masks", "numpy", "report", "schedule", "topology"},
     {"places"},
     {"criteria"},

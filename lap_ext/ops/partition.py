@@ -43,11 +43,11 @@ class Scored:
         return cls(scores, none, none, 1, first)
 
     def scores(self, check_finite: bool = True) -> Tensor:
-        """Computes the scores."""
+        """Computes the scores, in float64 if from norms: no underflow decides."""
         if not self.rows.numel():
             return self.x
-        norms = self.cols, self.rows
-        return schema.call(schema.score, self.x, *norms, self.groups, False, check_finite)
+        norms = self.rows, self.cols, self.groups
+        return schema.call(schema.wide_score, self.x, *norms, check_finite)
 
 
 class Units(Protocol):

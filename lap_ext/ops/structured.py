@@ -62,23 +62,29 @@ def partition_masks(
     check_finite: bool = True,
 ) -> list[Tensor]:
     """Keeps the best units, in one ranking, with at most keep weights together."""
-    cut, ranked = [], []
+    ranked, cut = [], []
     for scored, matrix, shape, mask in zip(every, matrices, shapes, masks, strict=True):
         part = partition.units_of(structure, matrix, shape, scored.x.device)
-        sums, counts = part.zeros(), None
+        sums = part.zeros()
         part.add(sums, scored, mask, aggregate, check_finite)
-        if mask is not None:
-            counts = part.zeros()
-            part.add(counts, Scored.of_scores(mask.to(torch.float32)), None, "mean")
         worth = units.worth_of(sums, part.sizes, aggregate)
+        ranked.append(units.Ranked(worth, part.sizes, part.live(_counts(part, mask))))
         cut.append(part)
-        ranked.append(units.Ranked(worth, part.sizes, part.live(counts)))
     kept = [units.best(ranked[0], keep)] if len(every) == 1 else units.best_of_all(ranked, keep)
     result = []
     for scored, part, which, mask in zip(every, cut, kept, masks, strict=True):
         full = part.mask(which.to(scored.x.device), tuple(scored.x.shape))
         result.append(full if mask is None else full & mask)
     return result
+
+
+def _counts(part: partition.Units, mask: Tensor | None) -> Tensor | None:
+    """Counts the weights of each unit that a mask names."""
+    if mask is None:
+        return None
+    counts = part.zeros()
+    part.add(counts, Scored.of_scores(mask.to(torch.float32)), None, "mean")
+    return counts
 
 
 def require_fit(pattern: NM, matrix: Matrix) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lap_ext.errors import LapValueError
 from lap_ext.ops import schema
-from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.structures import Aggregate, Grid
 
 
@@ -57,7 +56,7 @@ def sizes_of(grid: Grid) -> Tensor | int:
 def worth_of(sums: Tensor, sizes: Tensor | int, aggregate: Aggregate) -> Tensor:
     """Computes the worth of units from the sums of their scores, or of the squares."""
     if aggregate == "energy":
-        return exact_sqrt(sums)
+        return schema.norm([sums])
     if isinstance(sizes, Tensor):  # a group may have no weights
         return sums / sizes.to(sums.device).clamp(min=1)
     return sums / max(sizes, 1)

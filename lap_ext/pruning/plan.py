@@ -40,7 +40,7 @@ from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
 from lap_ext.pruning.matrices import fitting
 from lap_ext.pruning.patterns import all_matching, checked
-from lap_ext.structures import AGGREGATES, NM, Aggregate, Structure, StructureLike
+from lap_ext.structures import NM, Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -118,7 +118,7 @@ class Plan:
 def _check_structure(options: Options) -> None:
     """Checks the options that belong to structures."""
     structure = options.structure
-    one_of("aggregate", options.aggregate, AGGREGATES)
+    structures.check_aggregate(options.aggregate)
     positive("multiple_of", options.multiple_of)
     if not isinstance(options.strict, bool):
         raise LapTypeError(

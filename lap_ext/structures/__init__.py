@@ -26,7 +26,6 @@ import re
 from typing import TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
-from lap_ext.structures.base import AGGREGATES as AGGREGATES
 from lap_ext.structures.base import NM as NM
 from lap_ext.structures.base import Aggregate as Aggregate
 from lap_ext.structures.base import Axis
@@ -35,6 +34,7 @@ from lap_ext.structures.base import Column as Column
 from lap_ext.structures.base import Partition as Partition
 from lap_ext.structures.base import Row as Row
 from lap_ext.structures.base import Structure as Structure
+from lap_ext.structures.base import check_aggregate as check_aggregate
 from lap_ext.structures.groups import Groups as Groups
 from lap_ext.structures.matrix import Grid as Grid
 from lap_ext.structures.matrix import Matrix as Matrix

@@ -18,7 +18,6 @@ from lap_ext.structures.matrix import Grid, Matrix
 Aggregate: TypeAlias = Literal["energy", "mean", "exact"]  # how the worth of a unit is made
 Axis: TypeAlias = Literal["in", "out", "flat"]
 Along: TypeAlias = Literal["rows", "cols", "flat"]
-AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 _AXES = ("in", "out", "flat")
 
 
@@ -225,6 +224,17 @@ class Column(Partition):
         if matrix.transposed:
             return Grid.of(matrix, 1, matrix.cols)
         return Grid.of(matrix, matrix.height, 1)
+
+
+def check_aggregate(aggregate: object) -> None:
+    """Raises unless an aggregate is known."""
+    known = get_args(Aggregate)
+    if aggregate not in known:
+        raise LapValueError(
+            f"{{argument}} to be {known[0]!r}, {known[1]!r} or {known[2]!r}",
+            repr(aggregate),
+            argument="aggregate",
+        )
 
 
 def _integer(name: str, value: object) -> None:
