@@ -36,9 +36,10 @@ def pattern_mask(
         return schema.call(schema.transposable_mask, x, *norms, squared, mask, check_finite)
     if pattern.transposable:
         scores = scored.scores(check_finite)
-        live = scores if mask is None else scores.masked_fill(~mask, 0.0)
-        tiles = tiles_of(live.double(), pattern.of)
-        kept = transposable(tiles if aggregate == "mean" else tiles.square(), pattern.keep)
+        tiles = tiles_of(scores.double(), pattern.of)
+        tiles = tiles if aggregate == "mean" else tiles.square()
+        live = None if mask is None else tiles_of(mask, pattern.of)
+        kept = transposable(tiles, pattern.keep, live)
         full = untiled(kept, x.shape, pattern.of)
         return full if mask is None else full & mask
     if along == "flat" and (matrix.window > 1 or matrix.cols % pattern.of):
