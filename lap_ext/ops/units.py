@@ -55,12 +55,17 @@ def sizes_of(grid: Grid) -> Tensor | int:
 
 
 def worth_of(sums: Tensor, sizes: Tensor | int, aggregate: Aggregate) -> Tensor:
-    """Computes the worth of units from the sums of their scores, or of the squares."""
+    """Computes the worth of units from the sums of their scores, or of the squares.
+
+    A unit that has a NaN is worth more than any number.
+    """
     if aggregate == "energy":
-        return schema.norm([sums])
-    if isinstance(sizes, Tensor):  # a group may have no weights
-        return sums / sizes.to(sums.device).clamp(min=1)
-    return sums / max(sizes, 1)
+        worth = schema.norm([sums])
+    elif isinstance(sizes, Tensor):  # a group may have no weights
+        worth = sums / sizes.to(sums.device).clamp(min=1)
+    else:
+        worth = sums / max(sizes, 1)
+    return worth.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def best(units: Ranked, keep: int, multiple_of: int = 1) -> Tensor:
