@@ -123,7 +123,8 @@ def mask(
         structure: what is removed together: "N:M" (such as "2:4", without sparsity and keep),
             "ROWSxCOLUMNS" (such as "16x16"), "row", "column" or an object of `lap_ext.structures`.
             None stands for single weights.
-        aggregate: what a unit is worth: the "energy" or the "mean" of its scores.
+        aggregate: what a unit is worth: the "energy" or the "mean" of its scores, or "exact", how
+            much w_next * w * w_prev changes when the unit goes.
         mask: bool tensor with the shape of w; True marks the weights that may be kept. Weights
             marked False never return. If fewer than keep are True, all of those are kept.
         groups: number of groups of w.
@@ -155,10 +156,12 @@ def mask(
                 [False, False, False]])
     """
     w = torch_args.weight(w, groups, transposed)
-    chosen = selection.choice(structure, aggregate, sparsity, keep, w.numel())
+    options = structure, aggregate, sparsity, keep
+    chosen = selection.choice(*options, w.numel(), exact=True)
     eligible = torch_args.eligible("mask", mask, "w", w)
     norms = torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
-    return selection.mask(w, norms, chosen, eligible, groups, transposed, check_finite)
+    kinds = groups, transposed, check_finite
+    return selection.mask(w, norms, chosen, eligible, *kinds, (w_prev, w_next))
 
 
 @calling("prune_")
@@ -213,10 +216,12 @@ def prune_(
     """
     target = torch_args.weight(w, groups, transposed)
     torch_args.writable(target)
-    chosen = selection.choice(structure, aggregate, sparsity, keep, w.numel())
+    options = structure, aggregate, sparsity, keep
+    chosen = selection.choice(*options, w.numel(), exact=True)
     eligible = torch_args.eligible("mask", mask, "w", target)
     norms = torch_args.norms(w_prev, target, w_next, groups, transposed, check_finite)
-    kept = selection.prune_(target, norms, chosen, eligible, groups, transposed, check_finite)
+    kinds = groups, transposed, check_finite
+    kept = selection.prune_(target, norms, chosen, eligible, *kinds, (w_prev, w_next))
     torch_args.mark_changed(w)
     return kept
 

@@ -56,10 +56,12 @@ class Units(Protocol):
     Attributes:
         sizes: how many weights each has, int64 [count], or one number for all.
         count: how many there are.
+        device: where their sums are.
     """
 
     sizes: Tensor | int
     count: int
+    device: torch.device
 
     def zeros(self) -> Tensor:
         """Makes sums to add to, float64 [count]."""
@@ -101,6 +103,8 @@ class GridUnits:
         check_finite: bool = True,
     ) -> None:
         """Adds scores by the operator that reads weights once."""
+        if 0 in scored.x.shape:
+            return
         norms = scored.rows, scored.cols, scored.groups
         where = list(self.grid.block), scored.first, self.grid.matrix.height
         options = aggregate == "energy", mask, check_finite
@@ -124,7 +128,7 @@ class GroupUnits:
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
         self.sizes: Tensor | int = torch.bincount(numbers)
-        self.count = self.sizes.numel()
+        self.count, self.device = self.sizes.numel(), numbers.device
         self._used = self.sizes > 0
 
     def zeros(self) -> Tensor:

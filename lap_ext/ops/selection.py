@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lap_ext import structures
 from lap_ext.errors import LapTypeError, LapValueError
-from lap_ext.ops import check, schema, structured
-from lap_ext.ops.partition import Scored
-from lap_ext.ops.reference.common import rows_and_cols
+from lap_ext.ops import check, exact, schema, structured
+from lap_ext.ops.partition import Scored, units_of
+from lap_ext.ops.reference.common import require_finite, rows_and_cols
 from lap_ext.structures import (
     NM,
     Aggregate,
@@ -48,9 +48,11 @@ def choice(
     sparsity: check.Number | None,
     keep: SupportsIndex | None,
     n: int,
+    *,
+    exact: bool = False,
 ) -> Choice:
-    """Checks the options of a selection among n weights."""
-    structures.check_aggregate(aggregate)
+    """Checks the options of a selection among n weights; exact: the neighbors are known."""
+    structures.check_aggregate(aggregate, exact=exact)
     if structure is None:
         if aggregate != "energy":
             raise LapValueError(
@@ -68,6 +70,8 @@ def choice(
                     f"{{argument}}={value}",
                     argument=name,
                 )
+        if known.transposable:
+            one_of("aggregate", aggregate, _OF_SCORES)
         return Choice(0, known, aggregate)
     if not isinstance(known, (Partition, Groups)):
         raise LapTypeError(
@@ -84,13 +88,19 @@ def mask(
     groups: int,
     transposed: bool,
     check_finite: bool,
+    neighbors: tuple[Any, Any] = (None, None),
 ) -> Tensor:
-    """Masks what is kept of w among what mask names; norms are those of inputs and of outputs."""
+    """Masks what is kept of w among what mask names.
+
+    norms are those of inputs and of outputs; aggregate="exact" asks for w_prev and w_next, too.
+    """
     structure = chosen.structure
     if structure is None:
         options = chosen.keep, mask, groups, transposed, check_finite
         return schema.call(schema.mask, w, *norms, *options)
     matrix = Matrix.of(w.shape, groups, transposed)
+    if chosen.aggregate == "exact" and isinstance(structure, (Partition, Groups)):
+        return _exact_mask(w, neighbors, matrix, structure, chosen.keep, mask, check_finite)
     into, out = (schema.scaled([norm])[0] for norm in norms)  # a common factor changes no mask
     rows, cols = rows_and_cols(into, out, transposed)
     if w.dtype == torch.float64 and _adds(structure):
@@ -107,14 +117,46 @@ def prune_(
     groups: int,
     transposed: bool,
     check_finite: bool,
+    neighbors: tuple[Any, Any] = (None, None),
 ) -> Tensor:
     """Masks like mask, and then sets the other weights to +0.0."""
     options = eligible, groups, transposed, check_finite
     if chosen.structure is None:
         return schema.call(schema.prune_, w, *norms, chosen.keep, *options)
-    kept = mask(w, norms, chosen, *options)
+    kept = mask(w, norms, chosen, *options, neighbors)
     schema.call(schema.masked_zero_, w, kept)
     return kept
+
+
+def _exact_mask(
+    w: Tensor,
+    neighbors: tuple[Any, Any],
+    matrix: Matrix,
+    structure: Partition | Groups,
+    keep: int,
+    mask: Tensor | None,
+    check_finite: bool,
+) -> Tensor:
+    """Masks the units whose going would change the linear neighborhood most."""
+    if w.is_meta:
+        return torch.empty_like(w, dtype=torch.bool)
+    if check_finite:
+        require_finite(w, "w")
+    part = units_of(structure, matrix, tuple(w.shape), w.device)
+    kinds = matrix.groups, matrix.transposed, check_finite
+    sides = exact.neighbor_matrices(neighbors[0], w, neighbors[1], *kinds)
+    if isinstance(structure, Groups):
+        numbers = structure.numbers(None, tuple(w.shape))
+        worth = exact.group_distortions(w, numbers, matrix, *sides, mask)
+    else:
+        worth = exact.block_distortions(w, structure.grid(matrix), *sides, mask).flatten()
+    if check_finite and not bool(worth.isfinite().all()):
+        raise LapValueError(
+            "squared worths within float64's range",
+            "one that leaves it",
+            "Multiply w, w_prev or w_next by a power of two; a common factor changes no mask.",
+        )
+    return structured.unit_masks([part], [worth.nan_to_num(nan=torch.inf)], keep, [w], [mask])[0]
 
 
 def of_scores(

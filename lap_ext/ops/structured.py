@@ -40,7 +40,7 @@ def pattern_mask(
         tiles = tiles if aggregate == "mean" else tiles.square()
         live = None if mask is None else tiles_of(mask, pattern.of)
         kept = transposable(tiles, pattern.keep, live)
-        full = untiled(kept, x.shape, pattern.of)
+        full = untiled(kept, x.shape, pattern.of).contiguous()
         return full if mask is None else full & mask
     if along == "flat" and (matrix.window > 1 or matrix.cols % pattern.of):
         lines = scored.scores(check_finite).reshape(-1, pattern.of)
@@ -63,18 +63,32 @@ def partition_masks(
     check_finite: bool = True,
 ) -> list[Tensor]:
     """Keeps the best units, in one ranking, with at most keep weights together."""
-    ranked, cut = [], []
+    cut, worths = [], []
     for scored, matrix, shape, mask in zip(every, matrices, shapes, masks, strict=True):
         part = partition.units_of(structure, matrix, shape, scored.x.device)
         sums = part.zeros()
         part.add(sums, scored, mask, aggregate, check_finite)
-        worth = units.worth_of(sums, part.sizes, aggregate)
-        ranked.append(units.Ranked(worth, part.sizes, part.live(_counts(part, mask))))
         cut.append(part)
-    kept = [units.best(ranked[0], keep)] if len(every) == 1 else units.best_of_all(ranked, keep)
+        worths.append(units.worth_of(sums, part.sizes, aggregate))
+    return unit_masks(cut, worths, keep, [scored.x for scored in every], masks)
+
+
+def unit_masks(
+    cut: Sequence[partition.Units],
+    worths: Sequence[Tensor],
+    keep: int,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Keeps the units with the highest worth, in one ranking; masks are like the weights."""
+    ranked = [
+        units.Ranked(worth.to(part.device), part.sizes, part.live(_counts(part, mask)))
+        for part, worth, mask in zip(cut, worths, masks, strict=True)
+    ]
+    kept = [units.best(ranked[0], keep)] if len(cut) == 1 else units.best_of_all(ranked, keep)
     result = []
-    for scored, part, which, mask in zip(every, cut, kept, masks, strict=True):
-        full = part.mask(which.to(scored.x.device), tuple(scored.x.shape))
+    for w, part, which, mask in zip(weights, cut, kept, masks, strict=True):
+        full = part.mask(which.to(w.device), tuple(w.shape))
         result.append(full if mask is None else full & mask)
     return result
 

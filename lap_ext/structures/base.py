@@ -226,14 +226,13 @@ class Column(Partition):
         return Grid.of(matrix, matrix.height, 1)
 
 
-def check_aggregate(aggregate: object) -> None:
-    """Raises unless an aggregate is known."""
-    known = get_args(Aggregate)
+def check_aggregate(aggregate: object, *, exact: bool = True) -> None:
+    """Raises unless an aggregate is known; exact: the neighbors of the weights are known."""
+    known = [x for x in get_args(Aggregate) if exact or x != "exact"]
     if aggregate not in known:
+        choices = ", ".join(map(repr, known[:-1]))
         raise LapValueError(
-            f"{{argument}} to be {known[0]!r}, {known[1]!r} or {known[2]!r}",
-            repr(aggregate),
-            argument="aggregate",
+            f"{{argument}} to be {choices} or {known[-1]!r}", repr(aggregate), argument="aggregate"
         )
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import combinations, product
 from typing import Any
 
@@ -37,7 +38,7 @@ class Layer:
 
     def channels(self) -> list[tuple[int, int]]:
         """(output channel, input channel) of each weight, counted over all groups."""
-        (rows, cols), height = self.shape[:2], self.shape[0] // self.groups
+        cols, height = self.shape[1], self.shape[0] // self.groups
         outputs, inputs = (cols, height) if self.transposed else (height, cols)
         return [(g * outputs + o, g * inputs + i) for g, o, i, _ in self.places()]
 
@@ -119,6 +120,7 @@ def partition(
     return masks
 
 
+@lru_cache(1)
 def transposable_patterns() -> list[tuple[tuple[int, int], ...]]:
     """The kept columns of each row of a tile of 4 by 4: 90 choices, in rising order."""
     pairs = list(combinations(range(4), 2))
@@ -134,21 +136,16 @@ def transposable(
 ) -> list[bool]:
     """Keeps 2:4 along rows and columns of the matrix, by the first of the best of 90 patterns."""
     (rows, cols), window = layer.shape[:2], math.prod(layer.shape[2:])
-    mask = [False] * len(scores)
+    mask, choices = [False] * len(scores), transposable_patterns()
     for top, left, position in product(range(0, rows, 4), range(0, cols, 4), range(window)):
-
-        def at(row: int, col: int, top: int = top, left: int = left, k: int = position) -> int:
-            return ((top + row) * cols + left + col) * window + k
-
-        def value(index: int) -> Any:
-            score = Fraction(scores[index]) if live[index] else Fraction(0)
-            return score**2 if squared else score
-
-        best = max(
-            transposable_patterns(),
-            key=lambda choice: sum(value(at(r, c)) for r in range(4) for c in choice[r]),
-        )
-        for row, pair in enumerate(best):
+        tile = [
+            [((top + row) * cols + left + col) * window + position for col in range(4)]
+            for row in range(4)
+        ]
+        counted = [[scores[i] if live[i] else 0 for i in row] for row in tile]
+        values = [[x * x if squared else x for x in row] for row in counted]
+        best = max(choices, key=lambda c: sum(v[a] + v[b] for v, (a, b) in zip(values, c)))  # noqa: B905
+        for row, pair in zip(tile, best, strict=True):
             for col in pair:
-                mask[at(row, col)] = bool(live[at(row, col)])
+                mask[row[col]] = bool(live[row[col]])
     return mask
