@@ -54,7 +54,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import options_of, pattern_at, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.structures import NM, Structure, StructureLike
+from lap_ext.structures import Structure, StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 
@@ -362,9 +362,9 @@ class Pruner:
     def _structure(self, prunings: Sequence[Pruning]) -> Structure | None:
         """Returns the structure of the masks after prunings: a pattern may be reached in part."""
         structure = self._plan.options.structure
-        if isinstance(structure, NM):
-            return pattern_at(structure, prunings[-1][1]) if prunings else None
-        return structure
+        if not prunings:
+            return None
+        return pattern_at(structure, prunings[-1][1]) or structure
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""

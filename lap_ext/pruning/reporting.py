@@ -113,7 +113,6 @@ def model_facts(
         >>> facts.kept, facts.mass, facts.bytes_before       # 9 / 10
         (1, 0.9, 8)
     """
-
     masks, units = result.masks, result.units
 
     def weights(layer: Layer) -> LayerWeights:
