@@ -200,7 +200,8 @@ def prune(
         if work.notice:
             warn(work.notice)
         shapes = {x.name: x.shape for x in task.layers}
-        masks = MaskFile(work.files, shapes) if save_masks else None
+        how = None if options.structure is None else options.structure.spelled
+        masks = MaskFile(work.files, shapes, structure=how) if save_masks else None
         place.use(work, shapes)
         try:
             shown = pipeline.before_rounds(task, data) if count_scores else None

@@ -71,7 +71,7 @@ def choice(
                     argument=name,
                 )
         if known.transposable:
-            one_of("aggregate", aggregate, _OF_SCORES)
+            structures.check_aggregate(aggregate, exact=False)
         return Choice(0, known, aggregate)
     if not isinstance(known, (Partition, Groups)):
         raise LapTypeError(

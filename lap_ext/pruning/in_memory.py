@@ -48,7 +48,8 @@ def run(
             for name, mask in kept.items():
                 kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
     rows = [row_of(x, kept[x.name], nonzero[x.name], plan.options.structure) for x in task.layers]
-    return result_of(plan, Masks(kept), rows, task.left_dense)
+    structure = task.pattern or plan.options.structure
+    return result_of(plan, Masks(kept, structure), rows, task.left_dense)
 
 
 def result_of(

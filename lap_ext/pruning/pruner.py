@@ -50,10 +50,10 @@ from lap_ext.pruning import pruner_state
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.in_memory import result_of, run
 from lap_ext.pruning.patterns import by_name
-from lap_ext.pruning.plan import options_of, plan_of, topology_of
+from lap_ext.pruning.plan import options_of, pattern_at, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.structures import Aggregate, StructureLike
+from lap_ext.structures import Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 
@@ -340,7 +340,9 @@ class Pruner:
         expected = pruner_state.prunings_of(self._sparsity, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
-        self._use(masks, self._plan.left_dense | self._zero_layers(masks))
+        left_dense = self._plan.left_dense | self._zero_layers(masks)
+        structure = self._structure(expected) if "options" in state else None
+        self._use(Masks(masks, structure), left_dense)
         self._step, self._prunings = step, expected
 
     def remove(self) -> None:
@@ -355,6 +357,13 @@ class Pruner:
         with callback():
             sparsity = self._schedule(step)
         return None if sparsity is None else by_name(self.topology, sparsity)
+
+    def _structure(self, prunings: Sequence[Pruning]) -> Structure | None:
+        """Returns the structure of the masks after prunings: a pattern may be reached in part."""
+        structure = self._plan.options.structure
+        if not prunings:
+            return None
+        return pattern_at(structure, prunings[-1][1]) or structure
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""
@@ -372,7 +381,8 @@ class Pruner:
         }
         given = None if not current else current | self._zeros_of_others(current)
         result = run(self._plan, sparsity, given, self._data, self._on_progress)
-        self._use({**current, **_broadcast(result.masks, self._group)}, result.left_dense)
+        masks = {**current, **_broadcast(result.masks, self._group)}
+        self._use(Masks(masks, result.structure), result.left_dense)
 
     def _zeros_of_others(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks zeros of layers that no pruning has masked yet, as the first pruning does."""
@@ -384,9 +394,10 @@ class Pruner:
         others = (x for x in self._plan.layers if masks and x.name not in masks)
         return {x.name: ZERO for x in others if not bool(x.weight.any())}
 
-    def _use(self, masks: Mapping[str, Tensor], left_dense: Mapping[str, str]) -> None:
+    def _use(self, masks: Masks, left_dense: Mapping[str, str]) -> None:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""
-        new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
+        placed = {name: masks[name].to(weight.device) for name, weight in self._weights(masks)}
+        new = Masks(placed, masks.structure)
         if self._optimizers:
             before, self._handle = self._handle, new.keep(self._model, self._optimizers)
             if before is not None:

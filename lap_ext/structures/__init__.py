@@ -43,6 +43,8 @@ StructureLike: TypeAlias = "Structure | str"
 
 __all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
 
+LONGEST = 100  # letters of a text: more than any structure has
+
 _PATTERN = re.compile(r"(\d{1,9}):(\d{1,9})(?:/(\w+))?")
 _AXES: dict[str, Axis] = {"in": "in", "out": "out", "flat": "flat"}
 _BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")
@@ -84,3 +86,21 @@ NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row()
         repr(structure),
         argument="structure",
     )
+
+
+def spelled(structure: StructureLike) -> str:
+    """Returns the text that files of masks hold for a structure.
+
+    Args:
+        structure: one, or such a text.
+
+    Raises:
+        TypeError, ValueError: as in `of`.
+
+    Example:
+        >>> spelled(NM(2, 4)), spelled("16x16"), spelled(Groups([[0, 2], [1]]))
+        ('2:4', '16x16', 'groups')
+    """
+    if isinstance(structure, Groups) or structure == "groups":
+        return "groups"  # the partition itself is not in it
+    return of(structure).spelled
