@@ -23,7 +23,8 @@ def covering(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[s
     }
     rows = []
     while left:
-        rows.append(max((_row(sizes, left, drawn) for _ in range(_TRIES)), key=lambda x: _new(x, left)))
+        tries = [_row(sizes, left, drawn) for _ in range(_TRIES)]
+        rows.append(max(tries, key=lambda x: sum(_has(x, pair) for pair in left)))
         left -= {pair for pair in left if _has(rows[-1], pair)}
     return [
         {name: values[index] for (name, values), index in zip(factors.items(), row, strict=True)}
@@ -37,10 +38,6 @@ def _row(sizes: Sequence[int], left: set[tuple[int, ...]], drawn: random.Random)
     a, x, b, y = drawn.choice(sorted(left))
     row[a], row[b] = x, y
     return row
-
-
-def _new(row: Sequence[int], left: set[tuple[int, ...]]) -> int:
-    return sum(_has(row, pair) for pair in left)
 
 
 def _has(row: Sequence[int], pair: tuple[int, ...]) -> bool:

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
+import lap_ext
+from lap_ext.criteria.statistics.measured import name_of
 from tests.helpers.networks import Net
 from tests.helpers.structure_oracle import View
 
@@ -51,13 +56,19 @@ NETS: dict[str, Any] = {  # how to build it, and a batch
 VIEWS: Mapping[str, View] = {"mix": View((8, 12), transposed=True)}
 
 
-def built(name: str, *, zeros: float = ZEROS, levels: int = 0) -> tuple[nn.Module, Tensor]:
-    """Builds a model with random values, and a batch for it.
+@lru_cache
+def traced(name: str) -> lap_ext.Topology:
+    """The topology of a model, traced once."""
+    build, shape = NETS[name]
+    return lap_ext.trace(build().eval(), torch.zeros(shape))
+
+
+def topology_of(name: str, *, zeros: float = ZEROS, levels: int = 0) -> lap_ext.Topology:
+    """Builds a model with random values, and binds its topology.
 
     zeros: the share of weights that are zero. levels: how many values weights have; 0: all differ.
     """
-    build, shape = NETS[name]
-    model = build().eval()
+    model = NETS[name][0]().eval()
     with torch.no_grad():
         for x in model.parameters():
             values = 0.2 + torch.rand_like(x)
@@ -66,4 +77,14 @@ def built(name: str, *, zeros: float = ZEROS, levels: int = 0) -> tuple[nn.Modul
             x.copy_(values * (1 - 2 * torch.randint_like(x, 2)))
             if x.dim() > 1:
                 x.mul_(torch.rand_like(x) >= zeros)
-    return model, torch.randn(*shape)
+    return traced(name).bind(model)
+
+
+def statistics(topology: lap_ext.Topology, directory: Path) -> Path:
+    """Writes statistics that wanda reads: any numbers."""
+    tensors = {
+        name_of(topology, role, "mean_square"): torch.rand(role.part.channels[0]).double()
+        for role in topology.roles
+    }
+    save_file(tensors, directory / "statistics.safetensors")
+    return directory / "statistics.safetensors"

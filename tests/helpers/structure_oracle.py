@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ import lap_ext
 
 GAP = 1e-9  # relative, between two worths that are not equal
 Numbers = Callable[[str, tuple[int, ...]], Tensor]  # of the group of each weight
+
+
+class NoRoomError(Exception):
+    """The layers together need more for min_keep than the sparsity leaves."""
 
 
 class Place(NamedTuple):
@@ -105,9 +109,10 @@ class _Run:
         self.start = {name: self._weighs(name, self.live[name]) for name in self.units}
 
     def _scores(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        args, options = self.options.criterion, self.options.scored
-        model, given = self.topology.model, {"topology": self.topology, "masks": dict(masks)}
-        return lap_ext.scores(model, None, args, **given, **options)
+        """Scores all layers; what has been pruned does not count in norms, misfits included."""
+        options, masks = self.options, {**(self.options.masks or {}), **masks}
+        given = {"topology": self.topology, "masks": masks, **options.scored}
+        return lap_ext.scores(self.topology.model, None, options.criterion, **given)
 
     def view(self, name: str) -> View:
         """Sees a layer's weight as rows and columns."""
@@ -142,6 +147,10 @@ class _Run:
         start, budget = sum(self.start[x] for x in names), self._budget(names)
         keep = start - max(start - budget, 0) * number // options.rounds
         ranked = [self._ranked(x, scores[x]) for x in names]
+        if options.scope == "global" and options.min_keep is not None:
+            needs = [x.weighs(x.needed(options.multiple_of)) for x in ranked]
+            if sum(needs) > keep:
+                raise NoRoomError
         return self._joined(names, _best(ranked, keep, options.multiple_of))
 
     def _joined(self, names: Sequence[str], kept: Sequence[set[int]]) -> dict[str, Tensor]:
@@ -300,7 +309,9 @@ class _Run:
             order = sorted(range(len(able)), key=lambda n: (-worth[n], n))
             least = self._floor(name) if self.options.min_keep is not None else 1
             sizes = [len(x) for x in self.units[name]]
-            ranked.append(_Ranked([able[n] for n in order], [worth[n] for n in order], sizes, least))
+            ranked.append(
+                _Ranked([able[n] for n in order], [worth[n] for n in order], sizes, least)
+            )
         kept = self._joined(names, _best(ranked, keep, self.options.multiple_of))
         return {name: x & self.may[name] for name, x in kept.items()}
 
@@ -350,12 +361,12 @@ def _best(every: Sequence[_Ranked], keep: int, multiple_of: int) -> list[set[int
     steps = []
     for index, x in enumerate(every):
         allowed = x.allowed(multiple_of)
-        for before, after in zip(allowed, allowed[1:], strict=False):
+        for before, after in pairwise(allowed):
             if before >= counts[index]:
                 size = x.weighs(after) - x.weighs(before)
                 steps.append((x.worth[after - 1], index, after, size))
     steps.sort(key=lambda x: (-x[0], x[1], x[2]))
-    for worth, (following, *_) in zip([x[0] for x in steps], steps[1:], strict=False):
+    for worth, following in pairwise(x[0] for x in steps):
         assert worth == following or worth - following > GAP * worth, "a tie by rounding"
     for _, index, after, size in steps:
         if size > left:
