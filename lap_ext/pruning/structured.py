@@ -162,32 +162,68 @@ def live_weights(scoring: Scoring, layer: Layer) -> int:
     live = alive.units()
     if live is None:
         return matrix_of(layer).numel
-    if isinstance(part.sizes, Tensor):
-        return int(part.sizes[live.cpu()].sum())
-    return part.sizes * int(live.count_nonzero())
+    return _weights_of(part, live)
 
 
-def filled(
-    scoring: Scoring, layer: Layer, pattern: NM | None, kept: Tensor, may: Tensor, keep: int
-) -> Tensor:
-    """Keeps zero weights too: those of kept units, and the first others where there is room."""
+def filled_pattern(layer: Layer, pattern: NM, kept: Tensor, may: Tensor) -> Tensor:
+    """Keeps zero weights too: the first that may be kept, where a group has room for them."""
+    if pattern.transposable:
+        return kept
     matrix, shape = matrix_of(layer), kept.shape
-    if pattern is not None:
-        if pattern.transposable:
-            return kept
-        scores = Scored.of_scores(kept.reshape(matrix.shape).float())
-        return pattern_mask(scores, matrix, pattern, may.reshape(matrix.shape)).reshape(shape)
-    part = units_of(scoring, layer, kept.device)
-    now, eligible = part.zeros(), part.zeros()
-    for counts, marks in ((now, kept), (eligible, may)):
-        part.add(counts, Scored.of_scores(marks.reshape(matrix.shape).float()), None, "mean")
-    sizes = part.sizes if isinstance(part.sizes, Tensor) else now.new_full([part.count], part.sizes)
-    left = keep - int(sizes.to(now.device)[now > 0].sum())
-    if left > 0:
-        others = Ranked(torch.zeros_like(now), part.sizes, (eligible > 0) & (now == 0))
-        now = now + units.best(others, left)
-    full = part.mask((now > 0).to(kept.device), tuple(matrix.shape))
-    return full.reshape(shape) & may
+    scores = Scored.of_scores(kept.reshape(matrix.shape).float())
+    return pattern_mask(scores, matrix, pattern, may.reshape(matrix.shape)).reshape(shape)
+
+
+def filled_units(
+    scoring: Scoring,
+    layers: Sequence[Layer],
+    kept: Mapping[str, Tensor],
+    may: Mapping[str, Tensor],
+    keep: int,
+    least: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keeps units of zero weights too, the first that may be kept, where all others fit.
+
+    Args:
+        scoring: cuts layers into units.
+        layers: those that are ranked together.
+        kept: layer name -> mask, of weights that are not zero.
+        may: layer name -> mask of the weights that may be kept, zero or not.
+        keep: how many weights the layers keep at most.
+        least: layer name -> how many it keeps at least, in whole units.
+    """
+    parts, ranked, live = [], [], 0
+    for layer in layers:
+        part = units_of(scoring, layer, kept[layer.name].device)
+        able = _with_any(part, layer, may[layer.name])
+        alive = _with_any(part, layer, may[layer.name] & (layer.weight.detach() != 0))
+        live += _weights_of(part, alive)
+        parts.append(part)
+        ranked.append(Ranked(alive.double(), part.sizes, able, least[layer.name]))
+    if live > keep:
+        return {layer.name: kept[layer.name] for layer in layers}
+    every = units.best_of_all(ranked, keep, scoring.plan.options.multiple_of)
+    result = {}
+    for layer, part, which in zip(layers, parts, every, strict=True):
+        allowed = may[layer.name]
+        full = part.mask(which.to(allowed.device), tuple(matrix_of(layer).shape))
+        result[layer.name] = full.reshape(allowed.shape) & allowed
+    return result
+
+
+def _with_any(part: Units, layer: Layer, mask: Tensor) -> Tensor:
+    """Marks the units that have a weight in a mask."""
+    counts = part.zeros()
+    shape = matrix_of(layer).shape
+    part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
+    return counts > 0
+
+
+def _weights_of(part: Units, marked: Tensor) -> int:
+    """Counts the weights of the units that are marked."""
+    if isinstance(part.sizes, Tensor):
+        return int(part.sizes[marked.cpu()].sum())
+    return part.sizes * int(marked.count_nonzero())
 
 
 def units_kept(structure: Structure | None, layer: Layer, mask: Tensor) -> tuple[int, int] | None:
@@ -195,10 +231,7 @@ def units_kept(structure: Structure | None, layer: Layer, mask: Tensor) -> tuple
     if not isinstance(structure, (Partition, Groups)):
         return None
     part = _cut(structure, layer, mask.device)
-    counts = part.zeros()
-    shape = matrix_of(layer).shape
-    part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
-    return int(counts.count_nonzero()), part.count
+    return int(_with_any(part, layer, mask).count_nonzero()), part.count
 
 
 def units_of(scoring: Scoring, layer: Layer, device: torch.device | None = None) -> Units:
