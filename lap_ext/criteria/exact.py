@@ -82,7 +82,7 @@ def worths(
         ValueError: the criterion defines no neighborhood, the neighbors do not fit into the memory
             of the place, or a weight of theirs is not finite.
     """
-    before, after = _counted(criterion)
+    before, after = counted(criterion)
     if not network.place.held:  # what it has given is valid until the neighbors are read
         weight, mask = weight.clone(), None if mask is None else mask.clone()
     if not (before or after):
@@ -111,7 +111,7 @@ def neighborhood(network: Network, criterion: Criterion, role: Role) -> tuple[_S
     Raises:
         ValueError: as for `worths`.
     """
-    before, after = _counted(criterion)
+    before, after = counted(criterion)
     if role.layer in network.topology.neighbors:
         into, out = _named(network, role)
         return into if before else None, out if after else None
@@ -119,7 +119,7 @@ def neighborhood(network: Network, criterion: Criterion, role: Role) -> tuple[_S
     return found.producers() if before else None, found.consumers() if after else None
 
 
-def _counted(criterion: Criterion) -> tuple[bool, bool]:
+def counted(criterion: Criterion) -> tuple[bool, bool]:
     """Says whether a criterion counts (producers, consumers)."""
     if type(criterion) in _COUNTED:
         return _COUNTED[type(criterion)]

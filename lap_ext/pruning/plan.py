@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lap_ext import criteria, structures
 from lap_ext._text import matches, some
 from lap_ext.allocation import Allocation, Sparsity, floors
-from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.criteria import Criterion, CriterionLike, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
@@ -136,6 +136,8 @@ def _check_structure(options: Options) -> None:
                 "none",
             )
         return
+    if options.aggregate == "exact":
+        exact.counted(options.criterion)
     if not isinstance(structure, NM):
         return
     others = {

@@ -18,11 +18,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lap_ext.criteria import exact
 from lap_ext.criteria.context import in_chunk
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.masks import pack, unpack
 from lap_ext.ops import partition, units
-from lap_ext.ops.partition import Scored, Units
+from lap_ext.ops.partition import GridUnits, GroupUnits, Scored, Units
 from lap_ext.ops.structured import pattern_mask
 from lap_ext.ops.units import Ranked
 from lap_ext.places import Chunk
@@ -66,7 +67,8 @@ Structured: TypeAlias = Pattern | BestUnits | KeptUnits
 
 def of_layer(scoring: Scoring, layer: Layer, keep: int, least: int) -> Structured:
     """Selects the best units of a layer with at most keep weights, and at least so many."""
-    if scoring.place.fits(layer, beside(scoring, layer)):
+    exactly = scoring.plan.options.aggregate == "exact"  # before a neighbor gets its mask
+    if not exactly and scoring.place.fits(layer, beside(scoring, layer)):
         return BestUnits(keep, least)
     _require_room(scoring, [layer])
     ranked = _all_ranked(scoring, layer, least)
@@ -142,7 +144,8 @@ def is_full(scoring: Scoring, layer: Layer, selection: Structured) -> bool:
 def beside(scoring: Scoring, layer: Layer) -> int:
     """Returns the bytes per weight beside a full layer that is masked at once."""
     structure, criterion = scoring.plan.options.structure, scoring.criterion(layer)
-    if criterion.replaces or stores_scores(criterion, layer):
+    exactly = scoring.plan.options.aggregate == "exact"
+    if exactly or criterion.replaces or stores_scores(criterion, layer):
         return BESIDE
     matrix = matrix_of(layer)
     if isinstance(structure, Partition):
@@ -299,7 +302,10 @@ def _scorer(scoring: Scoring, layer: Layer) -> Scorer:
 
 def _all_ranked(scoring: Scoring, layer: Layer, least: int) -> Ranked:
     """Reads a layer and ranks its units."""
-    chunks = scoring.chunks(layer, scoring.step("rank", [layer]))
+    _require_whole(scoring, layer)
+    step = scoring.step("rank", [layer])
+    whole = scoring.plan.options.aggregate == "exact"
+    chunks = scoring.place.chunks(layer, True) if whole else scoring.chunks(layer, step)
     return _ranked(scoring, layer, units_of(scoring, layer), least, chunks)
 
 
@@ -310,12 +316,40 @@ def _ranked(
     aggregate, sums, alive = scoring.plan.options.aggregate, part.zeros(), _Alive(part, layer)
     for chunk in chunks:
         live = scoring.place.live(chunk)
+        if aggregate == "exact":
+            worth = _distortions(scoring, layer, part, chunk, live)
+            alive.add(chunk, live)
+            return Ranked(worth, part.sizes, alive.units(), least)
         with in_chunk(chunk):
             for scored, which in _scored(scoring, layer, chunk, live):
                 part.add(sums, scored, which, aggregate)
         alive.add(chunk, live)
     worth = units.worth_of(sums, part.sizes, aggregate)
     return Ranked(worth, part.sizes, alive.units(), least)
+
+
+def _distortions(
+    scoring: Scoring, layer: Layer, part: Units, chunk: Chunk, live: Tensor | None
+) -> Tensor:
+    """Computes how much the neighborhood of a full layer changes when each of its units goes."""
+    assert isinstance(part, GridUnits | GroupUnits)
+    shape = part.grid if isinstance(part, GridUnits) else part.numbers
+    criterion = scoring.criterion(layer)
+    found = exact.worths(scoring.network, criterion, layer, chunk.weight, shape, live).flatten()
+    return torch.cat([found, found.new_zeros(part.count - found.numel())])
+
+
+def _require_whole(scoring: Scoring, layer: Layer) -> None:
+    """Raises where a worth needs a full layer for which there is no room."""
+    options = scoring.plan.options
+    if options.aggregate == "exact" and not scoring.place.fits(layer, BESIDE):
+        raise LapValueError(
+            "room for a full layer, which {aggregate='exact'} needs, in {argument}",
+            f"a layer of {scoring.place.bytes(layer):,} bytes beside its scores",
+            "Raise it, or choose another worth of units.",
+            layer=layer.name,
+            argument="memory",
+        )
 
 
 class _Alive:
