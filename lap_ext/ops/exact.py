@@ -78,6 +78,35 @@ class Factor:
         factor = (index >= 0).to(torch.float64)
         return rows * (factor if self.scale is None else factor * self.scale[there])[..., None]
 
+    def to(self, device: torch.device) -> Factor:
+        """Returns the factor on a device."""
+        of, scale, apart = (
+            None if x is None else x.to(device) for x in (self.of, self.scale, self.apart)
+        )
+        return Factor(self.matrix.to(device), of, scale, apart)
+
+    def placed(self, first: int, channels: int) -> Factor:
+        """Returns the factor as one of more channels: own ones from first on, zero rows elsewhere.
+
+        Example:
+            >>> Factor(torch.tensor([[3., 4.]])).placed(1, 3).gram()
+            tensor([[ 0.,  0.,  0.],
+                    [ 0., 25.,  0.],
+                    [ 0.,  0.,  0.]], dtype=torch.float64)
+        """
+        own = torch.arange(self.channels, device=self.matrix.device)
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(channels).index_copy_(0, own + first, x)
+
+        scale = torch.ones_like(own, dtype=torch.float64) if self.scale is None else self.scale
+        return Factor(
+            self.matrix,
+            spread(own if self.of is None else self.of),
+            spread(scale),
+            None if self.apart is None else spread(self.apart),
+        )
+
     def gram(self) -> Tensor:
         """Computes the matrix of all channels, float64 [channels, channels]."""
         rows = self.rows(torch.arange(self.channels, device=self.matrix.device))
