@@ -117,6 +117,8 @@ class GridUnits:
 
     def mask(self, kept: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
         """Masks the weights of blocks."""
+        if 0 in shape:
+            return kept.new_empty(shape)
         where = list(self.grid.block), first, self.grid.matrix.height
         view = kept.view(self.grid.shape)
         return schema.call(schema.block_mask, view, list(shape), *where, None)

@@ -285,6 +285,41 @@ def test_patterns_of_scores_of_any_sign(rows: list[list[int]]) -> None:
     assert all(map(torch.equal, together, alone))
 
 
+def small(rows: int, cols: int) -> st.SearchStrategy[list[list[int]]]:
+    row = st.lists(SMALL, min_size=cols, max_size=cols)
+    return st.lists(row, min_size=rows, max_size=rows)
+
+
+@given(small(3, 4), small(4, 2), small(2, 3), UNITS, st.integers(0, 12), st.booleans())
+def test_exact_worth_is_the_change_of_the_product(
+    w: list[list[int]], before: Any, after: Any, kind: Any, keep: int, grouped: bool
+) -> None:
+    """||W_next (W * unit) W_prev||_F of each unit, by loops."""
+    names = oracle.units(oracle.Layer((3, 4)), *kind)
+    found = list(oracle.members(names).values())
+
+    def worth(unit: list[int]) -> int:
+        product = [
+            sum(after[m][i // 4] * w[i // 4][i % 4] * before[i % 4][j] for i in unit)
+            for m in range(2)
+            for j in range(2)
+        ]
+        return sum(x * x for x in product)
+
+    left, expected = keep, [False] * 12
+    for unit in sorted(found, key=lambda unit: (-worth(unit), unit[0])):
+        if len(unit) > left:
+            break
+        left -= len(unit)
+        for index in unit:
+            expected[index] = True
+    structure = Block(*kind[1]) if kind[0] == "block" else kind[0]
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (before, w, after)]
+    given: Any = Groups(found) if grouped else structure
+    got = lap_ext.mask(*tensors, structure=given, keep=keep, aggregate="exact")
+    assert got.flatten().tolist() == expected
+
+
 # --- transposable ---------------------------------------------------------------------------------
 
 
@@ -293,6 +328,15 @@ def test_transposable_is_the_best_of_90(given: tuple[Any, ...], aggregate: Any) 
     scores, squared = scores_of(*given[:4]), aggregate == "energy"
     expected = oracle.transposable(scores, given[0], live_of(given), squared)
     assert masked(given, structure="2:4/transposable", aggregate=aggregate) == expected
+
+
+def test_sums_of_squares_or_of_scores() -> None:
+    """49 + 0 is more than 25 + 16, but 7 + 0 is less than 5 + 4."""
+    tile = torch.tensor([[7.0, 5.0], [4.0, 0.0]])
+    got = lap_ext.topk_mask(tile, structure="1:2/transposable")
+    assert got.tolist() == [[Y, N], [N, Y]]
+    got = lap_ext.topk_mask(tile, structure="1:2/transposable", aggregate="mean")
+    assert got.tolist() == [[N, Y], [Y, N]]
 
 
 def test_there_are_90_patterns() -> None:
@@ -445,13 +489,14 @@ def test_the_first_unit_that_does_not_fit_ends_the_ranking() -> None:
     assert got.tolist() == [True, False, False, False]
 
 
-def test_a_unit_without_a_live_weight_has_no_rank(device: str) -> None:
+@pytest.mark.parametrize("structure", ["row", Groups([[0, 1], [2, 3], [4, 5]])], ids=str)
+def test_a_unit_without_a_live_weight_has_no_rank(structure: Any, device: str) -> None:
     """It does not take the place of one that has; a unit counts with all of its weights."""
     scores = torch.tensor([[9.0, 9], [0, 0], [0, 0]], device=device)
     mask = torch.tensor([[False, False], [False, True], [True, True]], device=device)
-    got = lap_ext.topk_mask(scores, keep=2, structure="row", mask=mask)
+    got = lap_ext.topk_mask(scores, keep=2, structure=structure, mask=mask)
     assert got.tolist() == [[N, N], [N, Y], [N, N]]
-    got = lap_ext.topk_mask(scores, keep=3, structure="row", mask=mask)
+    got = lap_ext.topk_mask(scores, keep=3, structure=structure, mask=mask)
     assert got.tolist() == [[N, N], [N, Y], [N, N]]
 
 
