@@ -202,6 +202,8 @@ def options(subcommand: str) -> Callable[[str, str], str]:
         >>> spelled = options("prune")
         >>> spelled("on_unsupported", "'cut'"), spelled("model", "")
         ('--on-unsupported cut', 'a factory (package.module:factory)')
+        >>> spelled("strict", "True")
+        '--strict'
         >>> spelled("neighbors", "{...}")
         'neighbors={...} in Python'
     """
@@ -210,7 +212,8 @@ def options(subcommand: str) -> Callable[[str, str], str]:
     def spelled(name: str, value: str) -> str:
         if name not in names:
             return f"{name}={value} in Python"
-        return f"{names[name]} {value.strip(_QUOTES)}".rstrip()
+        shown = "" if value == "True" else value.strip(_QUOTES)  # a flag takes no value
+        return f"{names[name]} {shown}".rstrip()
 
     return spelled
 
