@@ -82,7 +82,7 @@ def test_a_factory(run: Run, tmp_path: Path) -> None:
 
 def test_a_layer_that_it_does_not_fit(run: Run, tmp_path: Path) -> None:
     argv = ["prune", "nets:net", "--structure", "2:16", "--out", "out"]
-    line = one_line(run(*argv, "--strict"))
+    line = one_line(run(*argv, "--strict", "--quiet"))
     assert "expected layers that 2:16 fits, got '0' (2:16: 16 does not divide its 8 inputs)" in line
     assert line.endswith("Exclude them, or leave out --strict.\n")
     with warnings.catch_warnings():
