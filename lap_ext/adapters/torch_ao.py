@@ -307,8 +307,8 @@ def _structure(rows: int, cols: int, zeros: int | None) -> Structure | None:
         return None if every == 1 else block
     if min(rows, cols) > 1 or not 0 < zeros < every:
         raise LapValueError(
-            f"zeros_per_block to be {every} in blocks of {block}, or at least 1 and fewer in blocks "
-            "of one row or one column",
+            f"zeros_per_block to be {every} in blocks of {block}, or at least 1 and fewer where "
+            "they have one row or one column",
             zeros,
         )
     return NM(every - zeros, every, "in" if rows == 1 else "out")

@@ -283,9 +283,10 @@ class Pruner:
 
         Returns:
             A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
-            weight, as uint8; "structure" is theirs, or None; "layers" maps the name of every layer of the model to its shape;
-            "options" are those that decide a pruning; "prunings" lists [step, sparsity] of every
-            pruning so far. torch.load reads the saved dict with weights_only=True.
+            weight, as uint8; "structure" is that of the masks, or None; "layers" maps the name of
+            every layer of the model to its shape; "options" are those that decide a pruning;
+            "prunings" lists [step, sparsity] of every pruning so far. torch.load reads the saved
+            dict with weights_only=True.
 
         Example:
             >>> import io, torch
