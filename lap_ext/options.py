@@ -21,7 +21,6 @@ Order: TypeAlias = Literal["parallel", "forward", "backward"]
 BatchNorm: TypeAlias = Literal["edge", "fold", "ignore"]
 Residual: TypeAlias = Literal["sum", "chain"]
 OnUnsupported: TypeAlias = Literal["raise", "cut"]
-Aggregate: TypeAlias = Literal["energy", "mean", "exact"]
 By: TypeAlias = Literal["layer", "parameter"]  # whose names are the keys of scores
 MinKeep: TypeAlias = int | float | None  # of each layer: a count, or a fraction
 # layers by their names (exact, or with *, ? and [abc]), or by the parts of a model that hold them
@@ -37,7 +36,6 @@ ORDERS: tuple[str, ...] = get_args(Order)
 BATCH_NORMS: tuple[str, ...] = get_args(BatchNorm)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 ON_UNSUPPORTED: tuple[str, ...] = get_args(OnUnsupported)
-AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 BYS: tuple[str, ...] = get_args(By)
 
 

@@ -30,6 +30,8 @@ class CpuCore {
   explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
 
   const cpu::Pool& pool() const { return pool_; }
+  cpu::Pool pool(int64_t elements) const { return cpu::pool_for(elements, pool_); }
+  cpu::Pool pool(const Strided& x) const { return pool(x.size); }
 
   template <typename T>
   Array empty(const Array& like, const Sizes& sizes) const {
@@ -146,11 +148,6 @@ class CpuCore {
 
   static Source source_of(const Weight& weight) { return {weight.x, weight.layout, weight.norms}; }
 
- private:
-  cpu::Pool pool(const Strided& x) const { return cpu::pool_for(x.size, pool_); }
-
-  static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
-
   static Problems problems_in(const std::vector<Source>& sources) {
     for (size_t t = 0; t < sources.size(); ++t) {
       const cpu::NotFinite bad = cpu::find_not_finite(sources[t].x, sources[t].is_scores());
@@ -158,6 +155,9 @@ class CpuCore {
     }
     return {};
   }
+
+ private:
+  static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
 
   // x is read again only where its squared norm is not finite.
   static Problems problems_in(const Strided& x, const Array& squared_norm) {

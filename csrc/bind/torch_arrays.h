@@ -52,6 +52,12 @@ struct TorchArrays {
   static void* mutable_data(const Array& x) { return x.mutable_data_ptr(); }
   static Array contiguous(const Array& x) { return torch::stable::contiguous(x); }
 
+  static bool is_contiguous(const Array& x) { return x.is_contiguous(); }
+  template <typename T>
+  static bool holds(const Array& x) {
+    return x.scalar_type() == torch::headeronly::CppTypeToScalarType<T>::value;
+  }
+
   // A new contiguous array of T on the device of `like`.
   template <typename T>
   static Array empty(const Array& like, const Sizes& sizes) {

@@ -16,6 +16,7 @@
 #include "chunk_operators.h"
 #include "cpu_core.h"
 #include "operators.h"
+#include "structure_operators.h"
 #include "torch_arrays.h"
 
 namespace {
@@ -36,6 +37,7 @@ struct TorchCpuArrays : bind::TorchArrays {
 using Core = bind::CpuCore<TorchCpuArrays>;
 using Operators = bind::Operators<Core>;
 using ChunkOperators = bind::ChunkOperators<Core>;
+using StructureOperators = bind::StructureOperators<Core>;
 
 // One of the weights that are ranked together. Its scores are stored only where its norms multiply
 // to more or less than their type can hold; an empty row_norm says that w is scores.
@@ -113,6 +115,9 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("random_scores_", TORCH_BOX(&ChunkOperators::random_scores_));
   m.impl("masked_zero_", TORCH_BOX(&ChunkOperators::masked_zero_));
   m.impl("nonzero_mask", TORCH_BOX(&ChunkOperators::nonzero_mask));
+  m.impl("nm_mask", TORCH_BOX(&StructureOperators::nm_mask));
+  m.impl("block_sums_", TORCH_BOX(&StructureOperators::block_sums_));
+  m.impl("block_mask", TORCH_BOX(&StructureOperators::block_mask));
 }
 
 // The parts of this thread's last failure, 0 to 4 (check.h).

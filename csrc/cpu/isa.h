@@ -9,6 +9,7 @@
 #include "../math/dtype.h"
 #include "../math/key.h"
 #include "../math/squares.h"
+#include "structure_kernels.h"
 
 namespace lap::cpu {
 
@@ -144,6 +145,7 @@ struct Kernels {
   DecideKernels<int64_t> decide64;
   ChunkKernels<int32_t> chunk32;
   ChunkKernels<int64_t> chunk64;
+  Structures structures;
 
   // live[j] = w[j] is not zero (a NaN is not), and mask[j] (null: all) is not 0; at most kPiece
   // elements. Returns how many are.

@@ -16,6 +16,24 @@ NormRange range_of(const double* norm, int64_t n) {
   return range;
 }
 
+// The norms changed one by one, columns repeated over the window where that pays.
+template <typename Float, typename Row, typename Col>
+ScaledNorms<Float> laid_out(const Norms& norms,
+                            const Layout& layout,
+                            const Row& changed_row,
+                            const Col& changed_col) {
+  ScaledNorms<Float> out;
+  out.expanded = layout.window > 1 && layout.group_rows() >= kRowsPerEntry;
+  const int64_t repeat = out.expanded ? layout.window : 1;
+  out.row.resize(layout.rows);
+  out.col.resize(layout.channels() * repeat);
+  for (int64_t r = 0; r < layout.rows; ++r) out.row[r] = changed_row(norms.row[r]);
+  for (int64_t c = 0; c < layout.channels(); ++c) {
+    std::fill_n(out.col.begin() + c * repeat, repeat, changed_col(norms.col[c]));
+  }
+  return out;
+}
+
 template <typename Float>
 bool plain(const Norms& norms, const Layout& layout, bool rounded) {
   const ScaledNorms<Float> scaled = scale_norms<Float>(norms, layout, rounded);
@@ -31,20 +49,16 @@ ScaledNorms<Float> scale_norms(const Norms& norms, const Layout& layout, bool ro
   const NormRange col = range_of(norms.col, layout.channels());
   const ScaleBy scale_row(exponent_of(row));
   const ScaleBy scale_col(exponent_of(col));
-  ScaledNorms<Float> out;
+  ScaledNorms<Float> out = laid_out<Float>(
+      norms, layout, [&](double norm) { return static_cast<Float>(scale_row(norm, rounded)); },
+      [&](double norm) { return static_cast<Float>(scale_col(norm, rounded)); });
   out.scale = scale_of(row, col);
-  out.expanded = layout.window > 1 && layout.group_rows() >= kRowsPerEntry;
-  const int64_t repeat = out.expanded ? layout.window : 1;
-  out.row.resize(layout.rows);
-  out.col.resize(layout.channels() * repeat);
-  for (int64_t r = 0; r < layout.rows; ++r) {
-    out.row[r] = static_cast<Float>(scale_row(norms.row[r], rounded));
-  }
-  for (int64_t c = 0; c < layout.channels(); ++c) {
-    const Float value = static_cast<Float>(scale_col(norms.col[c], rounded));
-    std::fill_n(out.col.begin() + c * repeat, repeat, value);
-  }
   return out;
+}
+
+ScaledNorms<double> unscaled_norms(const Norms& norms, const Layout& layout, bool rounded) {
+  const auto plain = [&](double norm) { return rounded ? round24(norm) : norm; };
+  return laid_out<double>(norms, layout, plain, plain);
 }
 
 template <typename Float>

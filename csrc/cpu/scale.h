@@ -31,6 +31,9 @@ struct ScaledNorms {
 template <typename Float>
 ScaledNorms<Float> scale_norms(const Norms& norms, const Layout& layout, bool rounded);
 
+// The norms as they are, in double: rounded to float's 24 bits, or not.
+ScaledNorms<double> unscaled_norms(const Norms& norms, const Layout& layout, bool rounded);
+
 // Whether every product of two nonzero norms is a normal number of the scores' type, with nothing
 // scaled: then |w| * (row_norm * col_norm) in this type is the score.
 bool has_plain_scores(DType dtype, const Norms& norms, const Layout& layout);

@@ -24,7 +24,6 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in, revived_text
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -38,7 +37,7 @@ from lap_ext.options import (
     listed,
 )
 from lap_ext.progress import Progress
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 
 _AVERAGE = "_average_model"  # the attribute of Lightning's own callbacks
 

@@ -48,7 +48,6 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name, parameter_in
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -62,7 +61,7 @@ from lap_ext.options import (
     listed,
 )
 from lap_ext.progress import Progress
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 
 with calling("lap_ext.adapters.nncf"):
     try:

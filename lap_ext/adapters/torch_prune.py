@@ -45,7 +45,6 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -56,7 +55,7 @@ from lap_ext.options import (
     Residual,
 )
 from lap_ext.progress import Progress
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 
 ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
 

@@ -69,7 +69,6 @@ from lap_ext.errors import (
 )
 from lap_ext.masks import pack
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -82,7 +81,7 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 
 with calling("lap_ext.adapters.transformers"):
     try:

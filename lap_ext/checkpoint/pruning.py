@@ -35,7 +35,6 @@ from lap_ext.checkpoint.writing import MaskFile
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, calling, warn
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Inputs,
     MinKeep,
@@ -51,7 +50,7 @@ from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import options_of
 from lap_ext.pruning.result import LayerResult
 from lap_ext.report import Histogram
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 
 
 @calling("checkpoint.prune")

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lap_ext.ops import schema
 from lap_ext.ops.units import sizes_of
-from lap_ext.options import Aggregate
-from lap_ext.structures import Grid, Groups, Matrix, Partition
+from lap_ext.structures import Aggregate, Grid, Groups, Matrix, Partition
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class Scored:
         return cls(scores, none, none, 1, first)
 
     def scores(self, check_finite: bool = True) -> Tensor:
-        """Computes the scores."""
+        """Computes the scores, in float64 if from norms: no underflow decides."""
         if not self.rows.numel():
             return self.x
-        norms = self.cols, self.rows
-        return schema.call(schema.score, self.x, *norms, self.groups, False, check_finite)
+        norms = self.rows, self.cols, self.groups
+        return schema.call(schema.wide_score, self.x, *norms, check_finite)
 
 
 class Units(Protocol):
@@ -57,10 +56,12 @@ class Units(Protocol):
     Attributes:
         sizes: how many weights each has, int64 [count], or one number for all.
         count: how many there are.
+        device: where their sums are.
     """
 
     sizes: Tensor | int
     count: int
+    device: torch.device
 
     def zeros(self) -> Tensor:
         """Makes sums to add to, float64 [count]."""
@@ -102,6 +103,8 @@ class GridUnits:
         check_finite: bool = True,
     ) -> None:
         """Adds scores by the operator that reads weights once."""
+        if 0 in scored.x.shape:
+            return
         norms = scored.rows, scored.cols, scored.groups
         where = list(self.grid.block), scored.first, self.grid.matrix.height
         options = aggregate == "energy", mask, check_finite
@@ -125,7 +128,7 @@ class GroupUnits:
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
         self.sizes: Tensor | int = torch.bincount(numbers)
-        self.count = self.sizes.numel()
+        self.count, self.device = self.sizes.numel(), numbers.device
         self._used = self.sizes > 0
 
     def zeros(self) -> Tensor:

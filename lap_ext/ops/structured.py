@@ -13,8 +13,7 @@ from lap_ext.ops import partition, schema, units
 from lap_ext.ops.partition import Scored
 from lap_ext.ops.reference.structured import TILE, TILE_KEEP, tiles_of, untiled
 from lap_ext.ops.transposable import transposable
-from lap_ext.options import Aggregate
-from lap_ext.structures import NM, Groups, Matrix, Partition
+from lap_ext.structures import NM, Aggregate, Groups, Matrix, Partition
 
 
 def pattern_mask(
@@ -37,10 +36,11 @@ def pattern_mask(
         return schema.call(schema.transposable_mask, x, *norms, squared, mask, check_finite)
     if pattern.transposable:
         scores = scored.scores(check_finite)
-        live = scores if mask is None else scores.masked_fill(~mask, 0.0)
-        tiles = tiles_of(live.double(), pattern.of)
-        kept = transposable(tiles if aggregate == "mean" else tiles.square(), pattern.keep)
-        full = untiled(kept, x.shape, pattern.of)
+        tiles = tiles_of(scores.double(), pattern.of)
+        tiles = tiles if aggregate == "mean" else tiles.square()
+        live = None if mask is None else tiles_of(mask, pattern.of)
+        kept = transposable(tiles, pattern.keep, live)
+        full = untiled(kept, x.shape, pattern.of).contiguous()
         return full if mask is None else full & mask
     if along == "flat" and (matrix.window > 1 or matrix.cols % pattern.of):
         lines = scored.scores(check_finite).reshape(-1, pattern.of)
@@ -63,23 +63,43 @@ def partition_masks(
     check_finite: bool = True,
 ) -> list[Tensor]:
     """Keeps the best units, in one ranking, with at most keep weights together."""
-    cut, ranked = [], []
+    cut, worths = [], []
     for scored, matrix, shape, mask in zip(every, matrices, shapes, masks, strict=True):
         part = partition.units_of(structure, matrix, shape, scored.x.device)
-        sums, counts = part.zeros(), None
+        sums = part.zeros()
         part.add(sums, scored, mask, aggregate, check_finite)
-        if mask is not None:
-            counts = part.zeros()
-            part.add(counts, Scored.of_scores(mask.to(torch.float32)), None, "mean")
-        worth = units.worth_of(sums, part.sizes, aggregate)
         cut.append(part)
-        ranked.append(units.Ranked(worth, part.sizes, part.live(counts)))
-    kept = [units.best(ranked[0], keep)] if len(every) == 1 else units.best_of_all(ranked, keep)
+        worths.append(units.worth_of(sums, part.sizes, aggregate))
+    return unit_masks(cut, worths, keep, [scored.x for scored in every], masks)
+
+
+def unit_masks(
+    cut: Sequence[partition.Units],
+    worths: Sequence[Tensor],
+    keep: int,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Keeps the units with the highest worth, in one ranking; masks are like the weights."""
+    ranked = [
+        units.Ranked(worth.to(part.device), part.sizes, part.live(_counts(part, mask)))
+        for part, worth, mask in zip(cut, worths, masks, strict=True)
+    ]
+    kept = [units.best(ranked[0], keep)] if len(cut) == 1 else units.best_of_all(ranked, keep)
     result = []
-    for scored, part, which, mask in zip(every, cut, kept, masks, strict=True):
-        full = part.mask(which.to(scored.x.device), tuple(scored.x.shape))
+    for w, part, which, mask in zip(weights, cut, kept, masks, strict=True):
+        full = part.mask(which.to(w.device), tuple(w.shape))
         result.append(full if mask is None else full & mask)
     return result
+
+
+def _counts(part: partition.Units, mask: Tensor | None) -> Tensor | None:
+    """Counts the weights of each unit that a mask names."""
+    if mask is None:
+        return None
+    counts = part.zeros()
+    part.add(counts, Scored.of_scores(mask.to(torch.float32)), None, "mean")
+    return counts
 
 
 def require_fit(pattern: NM, matrix: Matrix) -> None:

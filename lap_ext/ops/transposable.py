@@ -23,8 +23,15 @@ _MOST = 8  # rows of a tile whose exchanges are tried
 _BATCH = 1 << 20  # entries of a table of exchanges
 
 
-def transposable(values: Tensor, keep: int) -> Tensor:
-    """Chooses keep entries in each row and column of tiles [n, m, m] >= 0, with a large sum."""
+def transposable(values: Tensor, keep: int, live: Tensor | None = None) -> Tensor:
+    """Chooses keep entries in each row and column of tiles [n, m, m] >= 0, with a large sum.
+
+    Entries that live does not name are chosen only where no others are left.
+    """
+    if live is not None:
+        values = values.double()
+        worst = -1.0 - values.masked_fill(~live, 0.0).sum((1, 2), keepdim=True)
+        values = torch.where(live, values, worst)
     size = values.shape[-1]
     step = max(_BATCH // (size**4 if size <= _MOST else size**2), 1)
     tiles = [_of_tiles(x, keep) for x in values.double().split(step)]

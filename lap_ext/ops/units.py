@@ -19,9 +19,7 @@ from torch import Tensor
 
 from lap_ext.errors import LapValueError
 from lap_ext.ops import schema
-from lap_ext.ops.reference.common import exact_sqrt
-from lap_ext.options import Aggregate
-from lap_ext.structures import Grid
+from lap_ext.structures import Aggregate, Grid
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,17 @@ def sizes_of(grid: Grid) -> Tensor | int:
 
 
 def worth_of(sums: Tensor, sizes: Tensor | int, aggregate: Aggregate) -> Tensor:
-    """Computes the worth of units from the sums of their scores, or of the squares."""
+    """Computes the worth of units from the sums of their scores, or of the squares.
+
+    A unit that has a NaN is worth more than any number.
+    """
     if aggregate == "energy":
-        return exact_sqrt(sums)
-    if isinstance(sizes, Tensor):  # a group may have no weights
-        return sums / sizes.to(sums.device).clamp(min=1)
-    return sums / max(sizes, 1)
+        worth = schema.norm([sums])
+    elif isinstance(sizes, Tensor):  # a group may have no weights
+        worth = sums / sizes.to(sums.device).clamp(min=1)
+    else:
+        worth = sums / max(sizes, 1)
+    return worth.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def best(units: Ranked, keep: int, multiple_of: int = 1) -> Tensor:
@@ -134,13 +137,13 @@ def best_of_all(
 
 def _prefix(worths: Sequence[Tensor], sizes: Sequence[Tensor], keep: int) -> list[int]:
     """Counts how many of each are in the longest prefix of their ranking that fits."""
-    joined = torch.cat([x.new_empty(0) for x in worths[:1]] + list(worths))
+    joined = torch.cat([torch.empty(0, dtype=torch.float64), *worths])
     order = joined.sort(descending=True, stable=True).indices
     ends = torch.cat([torch.empty(0, dtype=torch.int64), *sizes])[order].cumsum(0)
     chosen = order[: int(torch.searchsorted(ends, keep, right=True))]
-    counts = [x.numel() for x in worths]
-    index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[chosen]
-    return torch.bincount(index, minlength=len(counts)).tolist()
+    counts = torch.tensor([x.numel() for x in worths], dtype=torch.int64)
+    index = torch.repeat_interleave(torch.arange(len(worths)), counts)[chosen]
+    return torch.bincount(index, minlength=len(worths)).tolist()
 
 
 def _bundles(units: Ranked, live: int, multiple_of: int) -> Tensor:

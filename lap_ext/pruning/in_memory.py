@@ -14,6 +14,7 @@ from lap_ext.masks import Masks
 from lap_ext.places import Memory
 from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline, structured
+from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import Plan, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
 from lap_ext.topology import Layer
@@ -38,10 +39,7 @@ def run(
     if masks is not None:
         may = {layer.name: _may(layer, given) for layer in task.layers}
         if plan.options.structure is not None:
-            for layer in task.layers:
-                name = layer.name
-                room = task.pattern, kept[name], may[name], task.budget.keeps[name]
-                kept[name] = structured.filled(task.scoring, layer, *room)
+            kept = _filled_structure(task, kept, may)
         elif plan.options.scope == "global":
             kept = _filled(kept, may, task.budget.total)
         else:
@@ -78,6 +76,23 @@ def _filled(kept: Mapping[str, Tensor], may: Mapping[str, Tensor], keep: int) ->
         free = (may[name] & ~mask).flatten().nonzero().flatten()[:missing]
         filled[name] = mask.flatten().index_fill(0, free, True).reshape(mask.shape)
         missing -= free.numel()
+    return filled
+
+
+def _filled_structure(
+    task: Task, kept: Mapping[str, Tensor], may: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Keeps zero weights too, as far as the structure has room for them."""
+    layers, pattern, budget = task.layers, task.pattern, task.budget
+    if pattern is not None:
+        pairs = ((x, kept[x.name], may[x.name]) for x in layers)
+        return {x.name: structured.filled_pattern(x, pattern, *masks) for x, *masks in pairs}
+    least = {x.name: pipeline.least(task, x) for x in layers}
+    together = task.scoring.plan.options.scope == "global"
+    groups = [(layers, budget.total)] if together else [([x], budget.keeps[x.name]) for x in layers]
+    filled: dict[str, Tensor] = {}
+    for group, keep in groups:
+        filled |= structured.filled_units(task.scoring, group, kept, may, keep, least)
     return filled
 
 

@@ -24,7 +24,6 @@ from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops.memory import memory_key
 from lap_ext.options import (
     BYS,
-    Aggregate,
     BatchNorm,
     By,
     Data,
@@ -44,7 +43,7 @@ from lap_ext.pruning import pipeline
 from lap_ext.pruning.in_memory import run
 from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Topology
 
 

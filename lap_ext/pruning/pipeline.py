@@ -211,8 +211,8 @@ def _selected(task: Task, number: int) -> dict[str, Selection]:
     keep = _target(task, number, layers, budget.total)
     if scoring.plan.options.structure is None:
         return selection.of_all(scoring, layers, keep, budget.floors, name)
-    least = {layer.name: _least(task, layer) for layer in layers}
-    return {**structured.of_all(scoring, layers, keep, least, name)}
+    every = {layer.name: least(task, layer) for layer in layers}
+    return {**structured.of_all(scoring, layers, keep, every, name)}
 
 
 def _of_layer(task: Task, number: int, layer: Layer) -> Selection:
@@ -223,11 +223,11 @@ def _of_layer(task: Task, number: int, layer: Layer) -> Selection:
         return structured.Pattern(replace(task.pattern, keep=task.pattern.of - dropped))
     keep = _target(task, number, [layer], task.budget.keeps[layer.name])
     if options.structure is not None:
-        return structured.of_layer(task.scoring, layer, keep, _least(task, layer))
+        return structured.of_layer(task.scoring, layer, keep, least(task, layer))
     return selection.of_layer(task.scoring, layer, keep, _name(number))
 
 
-def _least(task: Task, layer: Layer) -> int:
+def least(task: Task, layer: Layer) -> int:
     """Returns how many weights a layer keeps at least, in whole units; by default, one unit."""
     default = task.scoring.plan.options.min_keep is None
     return max(task.budget.floors[layer.name], int(default))

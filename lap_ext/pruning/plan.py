@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from lap_ext import criteria, structures
 from lap_ext._text import matches, some
 from lap_ext.allocation import Allocation, Sparsity, floors
-from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.criteria import Criterion, CriterionLike, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
-    AGGREGATES,
     BATCH_NORMS,
     ON_UNSUPPORTED,
     ORDERS,
     RESIDUALS,
     SCOPES,
-    Aggregate,
     BatchNorm,
     Inputs,
     MinKeep,
@@ -42,7 +40,7 @@ from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
 from lap_ext.pruning.matrices import fitting
 from lap_ext.pruning.patterns import all_matching, checked
-from lap_ext.structures import NM, Structure, StructureLike
+from lap_ext.structures import NM, Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -120,7 +118,7 @@ class Plan:
 def _check_structure(options: Options) -> None:
     """Checks the options that belong to structures."""
     structure = options.structure
-    one_of("aggregate", options.aggregate, AGGREGATES)
+    structures.check_aggregate(options.aggregate)
     positive("multiple_of", options.multiple_of)
     if not isinstance(options.strict, bool):
         raise LapTypeError(
@@ -138,6 +136,8 @@ def _check_structure(options: Options) -> None:
                 "none",
             )
         return
+    if options.aggregate == "exact":
+        exact.counted(options.criterion)
     if not isinstance(structure, NM):
         return
     others = {

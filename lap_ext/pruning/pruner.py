@@ -33,7 +33,6 @@ from lap_ext.masks import Masks, pack, unpack
 from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import zero_
 from lap_ext.options import (
-    Aggregate,
     BatchNorm,
     Data,
     Inputs,
@@ -54,7 +53,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.structures import StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 

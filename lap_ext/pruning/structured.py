@@ -18,11 +18,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lap_ext.criteria import exact
 from lap_ext.criteria.context import in_chunk
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.masks import pack, unpack
 from lap_ext.ops import partition, units
-from lap_ext.ops.partition import Scored, Units
+from lap_ext.ops.partition import GridUnits, GroupUnits, Scored, Units
 from lap_ext.ops.structured import pattern_mask
 from lap_ext.ops.units import Ranked
 from lap_ext.places import Chunk
@@ -66,7 +67,8 @@ Structured: TypeAlias = Pattern | BestUnits | KeptUnits
 
 def of_layer(scoring: Scoring, layer: Layer, keep: int, least: int) -> Structured:
     """Selects the best units of a layer with at most keep weights, and at least so many."""
-    if scoring.place.fits(layer, beside(scoring, layer)):
+    exactly = scoring.plan.options.aggregate == "exact"  # before a neighbor gets its mask
+    if not exactly and scoring.place.fits(layer, beside(scoring, layer)):
         return BestUnits(keep, least)
     _require_room(scoring, [layer])
     ranked = _all_ranked(scoring, layer, least)
@@ -142,7 +144,8 @@ def is_full(scoring: Scoring, layer: Layer, selection: Structured) -> bool:
 def beside(scoring: Scoring, layer: Layer) -> int:
     """Returns the bytes per weight beside a full layer that is masked at once."""
     structure, criterion = scoring.plan.options.structure, scoring.criterion(layer)
-    if criterion.replaces or stores_scores(criterion, layer):
+    exactly = scoring.plan.options.aggregate == "exact"
+    if exactly or criterion.replaces or stores_scores(criterion, layer):
         return BESIDE
     matrix = matrix_of(layer)
     if isinstance(structure, Partition):
@@ -162,32 +165,68 @@ def live_weights(scoring: Scoring, layer: Layer) -> int:
     live = alive.units()
     if live is None:
         return matrix_of(layer).numel
-    if isinstance(part.sizes, Tensor):
-        return int(part.sizes[live.cpu()].sum())
-    return part.sizes * int(live.count_nonzero())
+    return _weights_of(part, live)
 
 
-def filled(
-    scoring: Scoring, layer: Layer, pattern: NM | None, kept: Tensor, may: Tensor, keep: int
-) -> Tensor:
-    """Keeps zero weights too: those of kept units, and the first others where there is room."""
+def filled_pattern(layer: Layer, pattern: NM, kept: Tensor, may: Tensor) -> Tensor:
+    """Keeps zero weights too: the first that may be kept, where a group has room for them."""
+    if pattern.transposable:
+        return kept
     matrix, shape = matrix_of(layer), kept.shape
-    if pattern is not None:
-        if pattern.transposable:
-            return kept
-        scores = Scored.of_scores(kept.reshape(matrix.shape).float())
-        return pattern_mask(scores, matrix, pattern, may.reshape(matrix.shape)).reshape(shape)
-    part = units_of(scoring, layer, kept.device)
-    now, eligible = part.zeros(), part.zeros()
-    for counts, marks in ((now, kept), (eligible, may)):
-        part.add(counts, Scored.of_scores(marks.reshape(matrix.shape).float()), None, "mean")
-    sizes = part.sizes if isinstance(part.sizes, Tensor) else now.new_full([part.count], part.sizes)
-    left = keep - int(sizes.to(now.device)[now > 0].sum())
-    if left > 0:
-        others = Ranked(torch.zeros_like(now), part.sizes, (eligible > 0) & (now == 0))
-        now = now + units.best(others, left)
-    full = part.mask((now > 0).to(kept.device), tuple(matrix.shape))
-    return full.reshape(shape) & may
+    scores = Scored.of_scores(kept.reshape(matrix.shape).float())
+    return pattern_mask(scores, matrix, pattern, may.reshape(matrix.shape)).reshape(shape)
+
+
+def filled_units(
+    scoring: Scoring,
+    layers: Sequence[Layer],
+    kept: Mapping[str, Tensor],
+    may: Mapping[str, Tensor],
+    keep: int,
+    least: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keeps units of zero weights too, the first that may be kept, where all others fit.
+
+    Args:
+        scoring: cuts layers into units.
+        layers: those that are ranked together.
+        kept: layer name -> mask, of weights that are not zero.
+        may: layer name -> mask of the weights that may be kept, zero or not.
+        keep: how many weights the layers keep at most.
+        least: layer name -> how many it keeps at least, in whole units.
+    """
+    parts, ranked, live = [], [], 0
+    for layer in layers:
+        part = units_of(scoring, layer, kept[layer.name].device)
+        able = _with_any(part, layer, may[layer.name])
+        alive = _with_any(part, layer, may[layer.name] & (layer.weight.detach() != 0))
+        live += _weights_of(part, alive)
+        parts.append(part)
+        ranked.append(Ranked(alive.double(), part.sizes, able, least[layer.name]))
+    if live > keep:
+        return {layer.name: kept[layer.name] for layer in layers}
+    every = units.best_of_all(ranked, keep, scoring.plan.options.multiple_of)
+    result = {}
+    for layer, part, which in zip(layers, parts, every, strict=True):
+        allowed = may[layer.name]
+        full = part.mask(which.to(allowed.device), tuple(matrix_of(layer).shape))
+        result[layer.name] = full.reshape(allowed.shape) & allowed
+    return result
+
+
+def _with_any(part: Units, layer: Layer, mask: Tensor) -> Tensor:
+    """Marks the units that have a weight in a mask."""
+    counts = part.zeros()
+    shape = matrix_of(layer).shape
+    part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
+    return counts > 0
+
+
+def _weights_of(part: Units, marked: Tensor) -> int:
+    """Counts the weights of the units that are marked."""
+    if isinstance(part.sizes, Tensor):
+        return int(part.sizes[marked.cpu()].sum())
+    return part.sizes * int(marked.count_nonzero())
 
 
 def units_kept(structure: Structure | None, layer: Layer, mask: Tensor) -> tuple[int, int] | None:
@@ -195,10 +234,7 @@ def units_kept(structure: Structure | None, layer: Layer, mask: Tensor) -> tuple
     if not isinstance(structure, (Partition, Groups)):
         return None
     part = _cut(structure, layer, mask.device)
-    counts = part.zeros()
-    shape = matrix_of(layer).shape
-    part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
-    return int(counts.count_nonzero()), part.count
+    return int(_with_any(part, layer, mask).count_nonzero()), part.count
 
 
 def units_of(scoring: Scoring, layer: Layer, device: torch.device | None = None) -> Units:
@@ -266,7 +302,10 @@ def _scorer(scoring: Scoring, layer: Layer) -> Scorer:
 
 def _all_ranked(scoring: Scoring, layer: Layer, least: int) -> Ranked:
     """Reads a layer and ranks its units."""
-    chunks = scoring.chunks(layer, scoring.step("rank", [layer]))
+    _require_whole(scoring, layer)
+    step = scoring.step("rank", [layer])
+    whole = scoring.plan.options.aggregate == "exact"
+    chunks = scoring.place.chunks(layer, True) if whole else scoring.chunks(layer, step)
     return _ranked(scoring, layer, units_of(scoring, layer), least, chunks)
 
 
@@ -277,12 +316,40 @@ def _ranked(
     aggregate, sums, alive = scoring.plan.options.aggregate, part.zeros(), _Alive(part, layer)
     for chunk in chunks:
         live = scoring.place.live(chunk)
+        if aggregate == "exact":
+            worth = _distortions(scoring, layer, part, chunk, live)
+            alive.add(chunk, live)
+            return Ranked(worth, part.sizes, alive.units(), least)
         with in_chunk(chunk):
             for scored, which in _scored(scoring, layer, chunk, live):
                 part.add(sums, scored, which, aggregate)
         alive.add(chunk, live)
     worth = units.worth_of(sums, part.sizes, aggregate)
     return Ranked(worth, part.sizes, alive.units(), least)
+
+
+def _distortions(
+    scoring: Scoring, layer: Layer, part: Units, chunk: Chunk, live: Tensor | None
+) -> Tensor:
+    """Computes how much the neighborhood of a full layer changes when each of its units goes."""
+    assert isinstance(part, GridUnits | GroupUnits)
+    shape = part.grid if isinstance(part, GridUnits) else part.numbers
+    criterion = scoring.criterion(layer)
+    found = exact.worths(scoring.network, criterion, layer, chunk.weight, shape, live).flatten()
+    return torch.cat([found, found.new_zeros(part.count - found.numel())])
+
+
+def _require_whole(scoring: Scoring, layer: Layer) -> None:
+    """Raises where a worth needs a full layer for which there is no room."""
+    options = scoring.plan.options
+    if options.aggregate == "exact" and not scoring.place.fits(layer, BESIDE):
+        raise LapValueError(
+            "room for a full layer, which {aggregate='exact'} needs, in {argument}",
+            f"a layer of {scoring.place.bytes(layer):,} bytes beside its scores",
+            "Raise it, or choose another worth of units.",
+            layer=layer.name,
+            argument="memory",
+        )
 
 
 class _Alive:

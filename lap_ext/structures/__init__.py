@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import NM as NM
+from lap_ext.structures.base import Aggregate as Aggregate
 from lap_ext.structures.base import Axis
 from lap_ext.structures.base import Block as Block
 from lap_ext.structures.base import Column as Column
 from lap_ext.structures.base import Partition as Partition
 from lap_ext.structures.base import Row as Row
 from lap_ext.structures.base import Structure as Structure
+from lap_ext.structures.base import check_aggregate as check_aggregate
 from lap_ext.structures.matrix import Grid as Grid
 from lap_ext.structures.matrix import Matrix as Matrix
 

@@ -36,6 +36,9 @@ OPS = [
     "random_scores_",
     "masked_zero_",
     "nonzero_mask",
+    "nm_mask",
+    "block_sums_",
+    "block_mask",
 ]
 
 

@@ -21,8 +21,14 @@ from tests.helpers.parameters import DTYPES, SCORE_DTYPE, each_dtype
 OPS = torch.ops.lap_ext
 NAMES = """row_squared_norms col_squared_norms squared_norms norm score mask prune_ topk_mask
     global_mask kth_largest count_keys key_histogram squares_above threshold_mask random_scores_
-    masked_zero_ nonzero_mask""".split()
-WRITES = {"prune_": "w", "random_scores_": "out", "masked_zero_": "weight"}
+    masked_zero_ nonzero_mask nm_mask transposable_mask block_sums_ block_mask""".split()
+STRUCTURED = {"nm_mask", "transposable_mask", "block_sums_", "block_mask"}
+WRITES = {
+    "prune_": "w",
+    "random_scores_": "out",
+    "masked_zero_": "weight",
+    "block_sums_": "sums",
+}
 CHUNKED: dict[str, list[tuple[Any, ...]]] = {  # what follows scores and mask
     "count_keys": [(0, 1 << 30, True), (5, 5, False)],
     "key_histogram": [(0, (1 << 30) - 1, 20, 1 << 10)],
@@ -43,6 +49,25 @@ def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def flags_of(scores: list[Tensor]) -> list[Tensor]:
     """Contiguous masks, as the ops expect them."""
     return [(s > 0).contiguous() for s in scores]
+
+
+def structured(op: str) -> list[tuple[Any, ...]]:
+    """Arguments of an op of structures."""
+    made: list[tuple[Any, ...]] = []
+    for dtype in DTYPES:
+        w, rows, cols = torch.randn(8, 12, 3).to(dtype), torch.rand(8).double(), torch.rand(24)
+        for flags, norms in ((None, rows), ((w > 0).contiguous(), rows[:0])):
+            given, tail = (w, norms, cols.double(), 2), (flags, True)
+            if op == "nm_mask":
+                made += [(*given, 2, 4, along_rows, *tail) for along_rows in (False, True)]
+            elif op == "transposable_mask":
+                made.append((*given, True, *tail))
+            elif op == "block_sums_":
+                sums = torch.zeros(4, 3, dtype=torch.float64)
+                made.append((sums, *given, [2, 4], 0, 4, True, *tail))
+            else:
+                made.append((torch.rand(4, 3) < 0.5, [8, 12, 3], [2, 4], 0, 4, flags))
+    return made
 
 
 def samples(op: str) -> list[tuple[Any, ...]]:
@@ -102,7 +127,7 @@ def samples(op: str) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("op", NAMES)
 def test_opcheck(op: str, device: str) -> None:
-    for args in samples(op):
+    for args in structured(op) if op in STRUCTURED else samples(op):
         moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device), args)
         library.opcheck(getattr(OPS, op).default, moved)
 

@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from lap_ext.errors import calling
-from lap_ext.ops.reference.common import outer, require_valid, rounded, score_dtype
+from lap_ext.ops.reference.common import outer, rounded, score_dtype
 from lap_ext.ops.reference.key import never, ordered_keys
 from lap_ext.ops.reference.norms import row_sums
-from lap_ext.ops.reference.select import require_numbers
+from lap_ext.ops.reference.structure_checks import (
+    fitting,
+    require_block,
+    require_kept,
+    require_parts,
+    require_sums,
+    require_tiles,
+    require_weight,
+)
 
 TILE, TILE_KEEP = 4, 2  # the transposable pattern that is found exactly
 
@@ -43,10 +51,12 @@ def nm_mask(
     Consecutive means in the same row (or column) at the same kernel position. Of equal scores, the
     one at the lower index is kept. `of` divides the columns, or the rows of a group.
     """
-    _require(w, row_norm, col_norm, check_finite)
+    mask = require_weight(w, row_norm, col_norm, groups, mask, check_finite)
+    require_parts(keep, of, w.shape[0] // groups if rows else w.shape[1], rows)
     kept = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    numbers = check_finite and not row_norm.numel()  # products may leave float64's range
     for top, bottom, scores in _scores(w, row_norm, col_norm, groups, of):
-        keys = ordered_keys(scores, without_nan=check_finite)
+        keys = ordered_keys(scores, without_nan=numbers)
         if mask is not None:
             keys.masked_fill_(~mask[top:bottom], never(keys.dtype))
         best = _best(keys.movedim(0, -1) if rows else keys.movedim(1, -1), keep, of)
@@ -75,11 +85,12 @@ def transposable_mask(
     """Keeps two of four along rows and along columns of every tile of 4 rows by 4 columns of w.
 
     Of the 90 patterns, the one with the largest sum is taken: of squared scores, or of scores. What
-    mask does not name counts 0 and is not kept. A pattern's sum adds, in float64, the two kept
-    entries of each row, then the rows, in order. Of equal sums, the pattern that comes first in
-    `patterns` is taken.
+    mask does not name counts 0 and is not kept; with a mask, only the patterns count that keep the
+    most of what it names. A pattern's sum adds, in float64, the two kept entries of each row, then
+    the rows, in order. Of equal sums, the pattern that comes first in `patterns` is taken.
     """
-    _require(w, row_norm, col_norm, check_finite)
+    mask = require_weight(w, row_norm, col_norm, groups, mask, check_finite)
+    require_tiles(w.shape[0] // groups, w.shape[1])
     kept = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     choices = patterns().to(w.device)
     pairs = _pairs()
@@ -93,6 +104,9 @@ def transposable_mask(
         total = torch.zeros(tiles.shape[0], len(choices), dtype=torch.float64, device=w.device)
         for row, pair in enumerate(choices.unbind(1)):
             total += sums[:, row, pair]
+        if mask is not None:
+            named = _kept_of(tiles_of(mask[top:bottom], TILE), choices)
+            total[named < named.amax(1, keepdim=True)] = -1.0
         found = choices[total.argmax(dim=1)]  # the first of equal ones
         marks = torch.zeros(tiles.shape, dtype=torch.bool, device=w.device)
         for number, columns in enumerate(pairs):
@@ -100,6 +114,12 @@ def transposable_mask(
                 marks[:, :, column] |= found == number
         kept[top:bottom] = untiled(marks, scores.shape, TILE)
     return kept if mask is None else kept & mask
+
+
+def _kept_of(tiles: Tensor, choices: Tensor) -> Tensor:
+    """Counts what each pattern keeps of bool tiles [n, 4, 4], int64 [n, 90]."""
+    counts = torch.stack([tiles[:, :, a].long() + tiles[:, :, b] for a, b in _pairs()], dim=-1)
+    return torch.stack([counts[:, row, pair] for row, pair in enumerate(choices.unbind(1))]).sum(0)
 
 
 def tiles_of(x: Tensor, size: int) -> Tensor:
@@ -155,7 +175,11 @@ def block_sums_(
     What mask does not name counts 0. In each row, what is in a block is added as norms.py adds a
     row; then the rows are added in order: the sums do not depend on how the rows come.
     """
-    _require(w, row_norm, col_norm, check_finite)
+    mask = require_weight(w, row_norm, col_norm, groups, mask, check_finite)
+    require_block(block, first, height)
+    require_sums(sums, w.shape, block, first, height)
+    if not w.numel():
+        return
     across = sums.shape[1]
     for top, bottom, scores in _scores(w, row_norm, col_norm, groups, 1):
         values = scores.double().flatten(1)
@@ -186,6 +210,7 @@ def _units(
             yield slice(row, row + 1), units[row : row + 1]  # type: ignore[misc]
 
 
+@calling("mask")
 def block_mask(
     kept: Tensor,
     shape: Sequence[int],
@@ -198,21 +223,14 @@ def block_mask(
 
     shape [r, C, *K]: rows first, first + 1, ... of a matrix, as in block_sums_.
     """
+    require_block(block, first, height)
+    require_kept(kept, shape, block, first, height)
     rows = torch.arange(first, first + shape[0], device=kept.device)
     units = rows // height * -(-height // block[0]) + rows % height // block[0]
     cols = torch.arange(shape[1], device=kept.device) // block[1]
     marks = kept[units][:, cols].view(shape[0], shape[1], *[1] * (len(shape) - 2))
     full = marks.expand(list(shape)).contiguous()
-    return full if mask is None else full & mask
-
-
-def _require(w: Tensor, row_norm: Tensor, col_norm: Tensor, check_finite: bool) -> None:
-    if not check_finite:
-        return
-    if row_norm.numel() or not w.shape[0]:
-        require_valid(w, col_norm, row_norm)
-    else:
-        require_numbers([w])
+    return full if mask is None else full & fitting(mask, shape)
 
 
 def _scores(
