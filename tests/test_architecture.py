@@ -51,7 +51,7 @@ MOST_FLOORS = 12
 SCREEN = 60  # lines
 
 TORCH_FREE = [
-    *("", "_files", "_text", "errors", "numpy", "options", "progress"),
+    *("", "_files", "_text", "errors", "numpy", "options", "progress", "structures"),
     *("allocation", "allocation.budget", "allocation.layerwise", "allocation.notation"),
     *("cli.output", "cli.parser"),
     *("ops", "ops.check", "ops.missing", "ops.neighbors", "ops.numpy_args"),

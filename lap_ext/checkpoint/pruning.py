@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 import lap_ext
-from lap_ext.allocation import Sparsity
+from lap_ext.allocation import Sparsity, check_given
 from lap_ext.checkpoint import identity, inside
 from lap_ext.checkpoint.files import MASKS, Checkpoint, open_directory
 from lap_ext.checkpoint.finished import finished
@@ -47,7 +47,7 @@ from lap_ext.options import (
 from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline
 from lap_ext.pruning.pipeline import Task
-from lap_ext.pruning.plan import check_given, options_of
+from lap_ext.pruning.plan import options_of
 from lap_ext.pruning.result import LayerResult
 from lap_ext.report import Histogram
 from lap_ext.structures import Aggregate, StructureLike

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lap_ext
-from lap_ext import allocation
+from lap_ext import allocation, structures
 from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, MinKeep, Scope
+from lap_ext.structures import NM
 
 if TYPE_CHECKING:
     from lap_ext.pruning.result import PruneResult
@@ -58,6 +59,10 @@ class Record:
             texts, scope = self.options["sparsity"], self.options["scope"]
             if scope not in SCOPES:
                 raise ValueError("no such scope")
+            structure = self.options.get("structure")
+            pattern = None if structure is None else structures.of(structure)
+            if isinstance(pattern, NM) and texts is None:
+                return pattern.sparsity, scope, None
             if not isinstance(texts, list) or not texts:
                 raise ValueError("no sparsity")
             sparsity = notation.of_texts(texts)
@@ -83,7 +88,8 @@ def write(
 
     Args:
         directory: of the pruned weights.
-        options: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
+        options: option -> value; "sparsity" is a list of texts (see allocation/notation.py), or
+            None with a structure that has its own.
         result: of the pruning.
         model: the original.
     """

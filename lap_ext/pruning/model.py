@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lap_ext._text import layer_name
-from lap_ext.allocation import Sparsity
+from lap_ext.allocation import Sparsity, check_given
 from lap_ext.computed import references, sources, value
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
@@ -41,7 +41,7 @@ from lap_ext.places import Memory
 from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline
 from lap_ext.pruning.in_memory import run
-from lap_ext.pruning.plan import check_given, checked_masks, options_of, plan_of, topology_of
+from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult
 from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Topology

@@ -181,24 +181,6 @@ def pattern_at(structure: Structure | None, sparsity: Sparsity | None) -> NM | N
     return replace(structure, keep=structure.of - dropped)
 
 
-def check_given(sparsity: Sparsity | None, structure: Structure | None) -> None:
-    """Raises unless there is a sparsity, or a structure that has its own."""
-    if isinstance(structure, NM) and sparsity is not None:
-        raise LapValueError(
-            f"no {{argument}} with {{structure={structure.spelled!r}}}, which itself says how many "
-            "weights are kept",
-            sparsity if isinstance(sparsity, (int, float)) else type(sparsity).__name__,
-            argument="sparsity",
-        )
-    if not isinstance(structure, NM) and sparsity is None:
-        raise LapTypeError(
-            "{argument}, the fraction to remove",
-            "None",
-            "Only an N:M structure has its own.",
-            argument="sparsity",
-        )
-
-
 def options_of(
     criterion: CriterionLike,
     *,

@@ -50,10 +50,10 @@ from lap_ext.pruning import pruner_state
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.in_memory import result_of, run
 from lap_ext.pruning.patterns import by_name
-from lap_ext.pruning.plan import options_of, pattern_at, plan_of, topology_of
+from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
-from lap_ext.structures import Aggregate, Structure, StructureLike
+from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 
@@ -282,9 +282,10 @@ class Pruner:
 
         Returns:
             A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
-            weight, as uint8; "layers" maps the name of every layer of the model to its shape;
-            "options" are those that decide a pruning; "prunings" lists [step, sparsity] of every
-            pruning so far. torch.load reads the saved dict with weights_only=True.
+            weight, as uint8; "structure" is that of the masks, or None; "layers" maps the name of
+            every layer of the model to its shape; "options" are those that decide a pruning;
+            "prunings" lists [step, sparsity] of every pruning so far. torch.load reads the saved
+            dict with weights_only=True.
 
         Example:
             >>> import io, torch
@@ -308,6 +309,7 @@ class Pruner:
         return {
             "step": self._step,
             "masks": {name: pack(mask) for name, mask in self.masks.items()},
+            "structure": self.masks.structure,
             "layers": self._shapes(),
             "options": pruner_state.options_of(self._plan),
             "prunings": [list(pruning) for pruning in self._prunings],
@@ -341,8 +343,7 @@ class Pruner:
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
         left_dense = self._plan.left_dense | self._zero_layers(masks)
-        structure = self._structure(expected) if "options" in state else None
-        self._use(Masks(masks, structure), left_dense)
+        self._use(Masks(masks, state.get("structure")), left_dense)
         self._step, self._prunings = step, expected
 
     def remove(self) -> None:
@@ -357,13 +358,6 @@ class Pruner:
         with callback():
             sparsity = self._schedule(step)
         return None if sparsity is None else by_name(self.topology, sparsity)
-
-    def _structure(self, prunings: Sequence[Pruning]) -> Structure | None:
-        """Returns the structure of the masks after prunings: a pattern may be reached in part."""
-        structure = self._plan.options.structure
-        if not prunings:
-            return None
-        return pattern_at(structure, prunings[-1][1]) or structure
 
     def _zero(self) -> None:
         """Zeroes pruned weights; where optimizers keep them, only those that others have moved."""

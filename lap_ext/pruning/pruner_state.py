@@ -3,6 +3,7 @@
 
     step       how often Pruner.step was called
     masks      layer name -> one bit per weight
+    structure  of the masks, or None
     layers     name of every layer of the model -> its shape
     options    what decides a pruning besides the schedule
     prunings   [step, sparsity] of every pruning so far

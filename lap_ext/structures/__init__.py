@@ -23,7 +23,7 @@ number. A unit without a weight that may be kept has no rank.
 from __future__ import annotations
 
 import re
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import NM as NM
@@ -35,15 +35,27 @@ from lap_ext.structures.base import Partition as Partition
 from lap_ext.structures.base import Row as Row
 from lap_ext.structures.base import Structure as Structure
 from lap_ext.structures.base import check_aggregate as check_aggregate
-from lap_ext.structures.groups import Groups as Groups
 from lap_ext.structures.matrix import Grid as Grid
 from lap_ext.structures.matrix import Matrix as Matrix
+
+if TYPE_CHECKING:
+    from lap_ext.structures.groups import Groups as Groups
 
 StructureLike: TypeAlias = "Structure | str"
 
 __all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
 
 LONGEST = 100  # letters of a text: more than any structure has
+
+
+def __getattr__(name: str) -> object:
+    """Loads the groups, which need torch, when they are asked for."""
+    if name == "Groups":
+        from lap_ext.structures.groups import Groups
+
+        return Groups
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _PATTERN = re.compile(r"(\d{1,9}):(\d{1,9})(?:/(\w+))?")
 _AXES: dict[str, Axis] = {"in": "in", "out": "out", "flat": "flat"}
@@ -98,9 +110,9 @@ def spelled(structure: StructureLike) -> str:
         TypeError, ValueError: as in `of`.
 
     Example:
+        >>> from lap_ext.structures import Groups
         >>> spelled(NM(2, 4)), spelled("16x16"), spelled(Groups([[0, 2], [1]]))
         ('2:4', '16x16', 'groups')
     """
-    if isinstance(structure, Groups) or structure == "groups":
-        return "groups"  # the partition itself is not in it
-    return of(structure).spelled
+    text = structure.spelled if isinstance(structure, Structure) else structure
+    return text if text == "groups" else of(text).spelled  # the partition itself is not in it

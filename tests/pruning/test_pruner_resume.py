@@ -381,7 +381,8 @@ def test_the_state_is_small_plain_and_its_own() -> None:
                "min_keep": None, "structure": None, "aggregate": "energy", "multiple_of": 1,
                "layers": ["conv", "fc1", "fc2"]}  # fmt: skip
     assert run.pruner.state_dict() == {
-        "step": 0, "masks": {}, "layers": layers, "options": options, "prunings": []
+        "step": 0, "masks": {}, "structure": None,
+        "layers": layers, "options": options, "prunings": [],
     }  # fmt: skip
     run.train(0, 2)
     state = run.pruner.state_dict()

@@ -157,7 +157,7 @@ def test_the_state_of_another_structure(name: str) -> None:
     state = first.state_dict()
     del state["options"]
     pruner.load_state_dict(state)
-    assert pruner.masks == first.masks and pruner.masks.structure is None, "who knows"
+    assert pruner.masks == first.masks and pruner.masks.structure == first.masks.structure
 
 
 def test_a_state_from_before_there_were_structures() -> None:
@@ -166,11 +166,22 @@ def test_a_state_from_before_there_were_structures() -> None:
     old = first.state_dict()
     for name in ("structure", "aggregate", "multiple_of"):
         del old["options"][name]
+    del old["structure"]
     pruner = pruner_of(cases.net())
     pruner.load_state_dict(old)
     assert pruner.masks == first.masks
     with pytest.raises(ValueError, match="structure: none in the state, row here"):
         pruner_of(cases.net(), structure="row").load_state_dict(old)
+
+
+@pytest.mark.parametrize("structure", ["2:4:8", 3])
+def test_a_state_of_no_structure_changes_nothing(structure: Any) -> None:
+    first = pruner_of(cases.net())
+    first.step()
+    pruner = pruner_of(cases.net())
+    with pytest.raises((ValueError, TypeError), match="expected structure to be"):
+        pruner.load_state_dict(first.state_dict() | {"structure": structure})
+    assert not pruner.masks and pruner.result is None
 
 
 @pytest.mark.parametrize(
