@@ -73,9 +73,11 @@ def of_pattern(scoring: Scoring, layer: Layer, pattern: NM) -> Pattern:
     selection, place = Pattern(pattern), scoring.place
     if is_full(scoring, layer, selection) and not place.fits(layer, beside(scoring, layer)):
         criterion = scoring.criterion(layer)
-        why = f"criterion {criterion.name!r}" if criterion.needs_full else f"{pattern} in its files"
+        needed = f"which criterion {criterion.name!r} needs"
+        if not criterion.needs_full:
+            needed = f"whose files part rows that {scoring.plan.options.structure} sees at once"
         raise LapValueError(
-            f"room for a full layer, which {why} needs, in {{argument}}",
+            f"room for a full layer, {needed}, in {{argument}}",
             f"a layer of {place.bytes(layer):,} bytes beside its scores",
             "Raise it.",
             layer=layer.name,
