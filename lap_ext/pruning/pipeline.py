@@ -220,7 +220,8 @@ def _of_layer(task: Task, number: int, layer: Layer) -> Selection:
     options = task.scoring.plan.options
     if task.pattern is not None:
         dropped = (task.pattern.of - task.pattern.keep) * number // options.rounds
-        return structured.Pattern(replace(task.pattern, keep=task.pattern.of - dropped))
+        pattern = replace(task.pattern, keep=task.pattern.of - dropped)
+        return structured.of_pattern(task.scoring, layer, pattern)
     keep = _target(task, number, [layer], task.budget.keeps[layer.name])
     if options.structure is not None:
         return structured.of_layer(task.scoring, layer, keep, least(task, layer))

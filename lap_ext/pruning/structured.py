@@ -65,6 +65,28 @@ class KeptUnits:
 Structured: TypeAlias = Pattern | BestUnits | KeptUnits
 
 
+def of_pattern(scoring: Scoring, layer: Layer, pattern: NM) -> Pattern:
+    """Selects by a pattern.
+
+    Raises:
+        LapValueError: the layer must be one chunk, and does not fit.
+    """
+    selection, place = Pattern(pattern), scoring.place
+    if is_full(scoring, layer, selection) and not place.fits(layer, beside(scoring, layer)):
+        criterion = scoring.criterion(layer)
+        needed = f"which criterion {criterion.name!r} needs"
+        if not criterion.needs_full:
+            needed = f"whose files part rows that {scoring.plan.options.structure} sees at once"
+        raise LapValueError(
+            f"room for a full layer, {needed}, in {{argument}}",
+            f"a layer of {place.bytes(layer):,} bytes beside its scores",
+            "Raise it.",
+            layer=layer.name,
+            argument="memory",
+        )
+    return selection
+
+
 def of_layer(scoring: Scoring, layer: Layer, keep: int, least: int) -> Structured:
     """Selects the best units of a layer with at most keep weights, and at least so many."""
     exactly = scoring.plan.options.aggregate == "exact"  # before a neighbor gets its mask
@@ -270,11 +292,25 @@ def _pattern(
 ) -> Tensor:
     """Masks a chunk by a pattern."""
     matrix, aggregate = matrix_of(layer), scoring.plan.options.aggregate
-    masks = [
-        pattern_mask(scored, matrix, pattern, alive, aggregate).flatten()
-        for scored, alive in _scored(scoring, layer, chunk, live)
-    ]
+    pairs: Iterable[tuple[Scored, Tensor | None]] = _scored(scoring, layer, chunk, live)
+    if pattern.along(matrix) == "flat":
+        pairs = _joined(list(pairs), pattern.of)
+    masks = [pattern_mask(x, matrix, pattern, alive, aggregate).flatten() for x, alive in pairs]
     return (masks[0] if len(masks) == 1 else torch.cat(masks)).reshape(chunk.weight.shape)
+
+
+def _joined(
+    pairs: list[tuple[Scored, Tensor | None]], of: int
+) -> list[tuple[Scored, Tensor | None]]:
+    """Joins ranges of rows if one ends within weights that a pattern sees at once.
+
+    A range ends where a group of a convolution does.
+    """
+    if not any(scored.x.numel() % of for scored, _ in pairs):
+        return pairs
+    scores = torch.cat([scored.scores() for scored, _ in pairs])
+    alive = [x for _, x in pairs if x is not None]
+    return [(Scored.of_scores(scores, pairs[0][0].first), torch.cat(alive) if alive else None)]
 
 
 def _scored(
