@@ -10,6 +10,7 @@
 
 #include "../cpu/blocks.h"
 #include "../cpu/nm.h"
+#include "../cpu/transposable.h"
 #include "../math/structures.h"
 #include "check.h"
 #include "operators.h"
@@ -39,6 +40,27 @@ struct StructureOperators {
     check_divides(of, rows ? layout.group_rows() : layout.cols, rows);
     const Array out = ranked.mask(core, w);
     const bool finite = cpu::nm_mask(ranked.source, keep, of, rows, core.pool(ranked.source.x));
+    ranked.raise(core, check_finite && !finite);
+    return out;
+  }
+
+  static Array transposable_mask(const Array& w,
+                                 const Norm& row_norm,
+                                 const Norm& col_norm,
+                                 int64_t groups,
+                                 bool squared,
+                                 const std::optional<Mask>& mask,
+                                 bool check_finite) {
+    const Core core(w);
+    Ranked ranked(core, w, row_norm, col_norm, groups, mask, check_finite);
+    const int64_t rows = ranked.source.layout.group_rows();
+    const int64_t cols = ranked.source.layout.cols;
+    if (rows % kTileSide != 0 || cols % kTileSide != 0) {
+      fail(kOp, {"rows of a group and columns that 4 divides",
+                 std::to_string(rows) + " and " + std::to_string(cols)});
+    }
+    const Array out = ranked.mask(core, w);
+    const bool finite = cpu::transposable_mask(ranked.source, squared, core.pool(ranked.source.x));
     ranked.raise(core, check_finite && !finite);
     return out;
   }
