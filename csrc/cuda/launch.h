@@ -142,9 +142,10 @@ cudaError_t launch_nm_mask(const Weight& w,
                            void* workspace,
                            cudaStream_t stream);
 
-// mask = 1 for two of four along rows and columns of each tile: the pattern whose sum of scores, or
-// of their squares, is the largest; ties: the pattern that comes first (math/structures.h). What is
-// not eligible counts 0. 4 divides the columns and the rows of a group.
+// mask = 1 for two of four along rows and columns of each tile: of the patterns that keep the most
+// of what is eligible, the one whose sum of scores, or of their squares, is the largest; ties: the
+// pattern that comes first (math/structures.h). What is not eligible counts 0. 4 divides the
+// columns and the rows of a group.
 size_t transposable_mask_workspace(const Weight& w);
 cudaError_t launch_transposable_mask(const Weight& w,
                                      const Norms& norms,

@@ -284,10 +284,11 @@ struct Found {
   uint32_t marks;  // bit 4 * row + column
 };
 
-// One of 6^3 choices of the first three rows' pairs: a pattern if a fourth one completes it. NaN is
-// the largest sum; kNaN: there may be one.
-template <bool kNaN, int kChoice>
-__device__ void consider(const PairSums& sums, Found* found) {
+// One of 6^3 choices of the first three rows' pairs: a pattern if a fourth one completes it.
+// kAny: some of the tile may not be kept, so that first of all patterns must keep the most of `may`
+// (bits as marks); or some sum may be NaN, which is the largest.
+template <bool kAny, int kChoice>
+__device__ void consider(const PairSums& sums, uint32_t may, Found* found) {
   constexpr int a = kChoice / (kPairs * kPairs);
   constexpr int b = kChoice / kPairs % kPairs;
   constexpr int c = kChoice % kPairs;
@@ -297,24 +298,31 @@ __device__ void consider(const PairSums& sums, Found* found) {
         pair_bits(a) | pair_bits(b) << 4 | pair_bits(c) << 8 | pair_bits(d) << 12;
     const double sum = sums[0][a] + sums[1][b] + sums[2][c] + sums[3][d];
     bool better = sum > found->sum || found->marks == 0;
-    if constexpr (kNaN) better = better || (sum != sum && found->sum == found->sum);
+    if constexpr (kAny) {
+      const int more = __popc(marks & may) - __popc(found->marks & may);
+      better = better || (sum != sum && found->sum == found->sum);
+      better = more > 0 || (more == 0 && better);
+    }
     if (better) *found = {sum, marks};
   }
 }
 
-template <bool kNaN, int... kChoices>
-__device__ uint32_t best_pattern(const PairSums& sums, std::integer_sequence<int, kChoices...>) {
+template <bool kAny, int... kChoices>
+__device__ uint32_t best_pattern(const PairSums& sums,
+                                 uint32_t may,
+                                 std::integer_sequence<int, kChoices...>) {
   Found found = {0, 0};
-  (consider<kNaN, kChoices>(sums, &found), ...);
+  (consider<kAny, kChoices>(sums, may, &found), ...);
   return found.marks;
 }
 
-// The tile's values: what is added of each weight.
+// The tile's values: what is added of each weight. Returns which of them may be kept.
 template <typename T, bool kWeights>
-__device__ void load_tile(const PatternArgs& args,
-                          const Scores<T, kWeights>& scores,
-                          const Place& place,
-                          double (&values)[kTileSide][kTileSide]) {
+__device__ uint32_t load_tile(const PatternArgs& args,
+                              const Scores<T, kWeights>& scores,
+                              const Place& place,
+                              double (&values)[kTileSide][kTileSide]) {
+  uint32_t all = 0;
   const int64_t row_size = args.cut.layout.row_size();
   LAP_UNROLL
   for (int r = 0; r < kTileSide; ++r) {
@@ -341,7 +349,9 @@ __device__ void load_tile(const PatternArgs& args,
       const bool counts = ((may >> c) & 1) != 0;
       values[r][c] = !counts ? 0 : args.squared ? product(s, s) : s;
     }
+    all |= may << (4 * r);
   }
+  return all;
 }
 
 // Thread: one tile. Bytes per element: sizeof(T) read, 1 written (eligible: 1 read); some 20
@@ -355,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, kResident) tile_kernel(PatternArgs a
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < args.cut.count; i += step) {
     const Place place = args.cut.at(i);
     double values[kTileSide][kTileSide];
-    load_tile(args, scores, place, values);
+    const uint32_t may = load_tile(args, scores, place, values);
     PairSums sums;
     int64_t largest = 0;
     LAP_UNROLL
@@ -372,26 +382,19 @@ __global__ void __launch_bounds__(kThreads, kResident) tile_kernel(PatternArgs a
       for (int p = 0; p < kPairs; ++p) sums[r][p] = added[p];
     }
     constexpr double kFar = 0x1p1000;  // eight of less cannot overflow
-    const uint32_t marks = largest < score_key(kFar) ? best_pattern<false>(sums, Choices{})
-                                                     : best_pattern<true>(sums, Choices{});
+    const bool plain = may == 0xffff && largest < score_key(kFar);
+    const uint32_t marks = plain ? best_pattern<false>(sums, may, Choices{})
+                                 : best_pattern<true>(sums, may, Choices{}) & may;
     LAP_UNROLL
     for (int r = 0; r < kTileSide; ++r) {
-      const int64_t first = place.first + r * row_size;
-      uint32_t bits = (marks >> (4 * r)) & 0xf;
+      uint8_t* mask = args.mask + place.first + r * row_size;
+      const uint32_t bits = (marks >> (4 * r)) & 0xf;
       if (args.words) {
-        uint32_t bytes = bytes_of(bits);
-        if (args.eligible != nullptr) {
-          bytes &= bytes_of(bits_of(*reinterpret_cast<const uint32_t*>(args.eligible + first)));
-        }
-        *reinterpret_cast<uint32_t*>(args.mask + first) = bytes;
+        *reinterpret_cast<uint32_t*>(mask) = bytes_of(bits);
         continue;
       }
       LAP_UNROLL
-      for (int c = 0; c < kTileSide; ++c) {
-        const int64_t index = first + c * args.stride;
-        const bool may = args.eligible == nullptr || args.eligible[index] != 0;
-        args.mask[index] = may ? (bits >> c) & 1 : 0;
-      }
+      for (int c = 0; c < kTileSide; ++c) mask[c * args.stride] = (bits >> c) & 1;
     }
   }
 }

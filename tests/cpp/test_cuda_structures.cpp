@@ -163,15 +163,24 @@ Bytes naive_tiles(const Case& c, bool squared) {
       for (int64_t k = 0; k < l.window; ++k) {
         const Choice* best = nullptr;
         double most = 0;
+        int64_t named = 0;  // eligible weights that the best keeps
         for (const Choice& choice : choices) {
           double total = 0;
+          int64_t count = 0;
           for (int i = 0; i < 4; ++i) {
             total += value(flat(r + i, col + choice[i].first, k)) +
                      value(flat(r + i, col + choice[i].second, k));
           }
-          if (best != nullptr && !better(total, most)) continue;
+          for (int i = 0; i < 4; ++i) {
+            count += c.may(flat(r + i, col + choice[i].first, k)) ? 1 : 0;
+            count += c.may(flat(r + i, col + choice[i].second, k)) ? 1 : 0;
+          }
+          if (best != nullptr && (count < named || (count == named && !better(total, most)))) {
+            continue;
+          }
           best = &choice;
           most = total;
+          named = count;
         }
         for (int i = 0; i < 4; ++i) {
           for (const int j : {(*best)[i].first, (*best)[i].second}) {
