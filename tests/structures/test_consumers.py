@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Those who run sparse weights take 2:4 masks: torch's packed format, and what TensorRT reads.
 
-Torch packs 2:4 weights of f16, bf16 and int8 on the CPU. Its packed f32 format holds 1:2, for which
-its converter back is wrong (torch 2.13): f32 is left out here.
+Torch packs f16 and bf16 on the CPU. f32 is left out: torch's converters bring neither 2:4 nor 1:2
+weights of it back (2.13).
 """
 
 from __future__ import annotations
