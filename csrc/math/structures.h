@@ -42,6 +42,12 @@ LAP_HOST_DEVICE constexpr uint32_t pair_columns(int pair) {
                      : 0x1100u;
 }
 
+// The same, digits of one bit.
+LAP_HOST_DEVICE constexpr uint32_t pair_bits(int pair) {
+  const uint32_t digits = pair_columns(pair);
+  return (digits & 1) | (digits >> 3 & 2) | (digits >> 6 & 4) | (digits >> 9 & 8);
+}
+
 // The pair of the last row that makes a pattern of three others; -1: there is none. The 90 patterns
 // come in the order of their rows' pairs.
 LAP_HOST_DEVICE constexpr int fourth_pair(int first, int second, int third) {
