@@ -6,11 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/blocks.h"
 #include "../cpu/memory.h"
+#include "../cpu/nm.h"
 #include "../cpu/norms.h"
 #include "../cpu/parallel.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
+#include "../cpu/transposable.h"
 #include "../cpu/zero.h"
 #include "../math/strided.h"
 #include "check.h"
@@ -26,6 +29,7 @@ class CpuCore {
   using Source = cpu::Source;
   using Weight = bind::Weight<CpuCore>;
   using Scores = bind::Scores<CpuCore>;
+  using Structured = bind::Structured<CpuCore>;
 
   explicit CpuCore(const Array&) : pool_(Arrays::pool()) {}
 
@@ -146,6 +150,47 @@ class CpuCore {
     return problems;
   }
 
+  // --- structures -----------------------------------------------------------------------------
+
+  Problems nm_mask(const Structured& weight,
+                   int64_t keep,
+                   int64_t of,
+                   bool rows,
+                   bool check,
+                   const Array& mask) const {
+    const Source source = source_of(weight, &mask);
+    const bool finite = cpu::nm_mask(source, keep, of, rows, pool(source.x));
+    return check && !finite ? problems_in({source}) : Problems{};
+  }
+
+  Problems transposable_mask(const Structured& weight,
+                             bool squared,
+                             bool check,
+                             const Array& mask) const {
+    const Source source = source_of(weight, &mask);
+    const bool finite = cpu::transposable_mask(source, squared, pool(source.x));
+    return check && !finite ? problems_in({source}) : Problems{};
+  }
+
+  Problems block_sums(const Structured& weight,
+                      const Blocks& blocks,
+                      bool squared,
+                      bool check,
+                      const Array& sums) const {
+    const Source source = source_of(weight, nullptr);
+    const bool finite = cpu::block_sums(source, blocks, squared, pool(source.x), doubles(sums));
+    return check && !finite ? problems_in({source}) : Problems{};
+  }
+
+  void block_mask(const Array& kept,
+                  const Layout& layout,
+                  const Blocks& blocks,
+                  const uint8_t* eligible,
+                  const Array& mask) const {
+    cpu::block_mask(static_cast<const uint8_t*>(Arrays::data(kept)), layout, blocks, eligible,
+                    pool(layout.size()), static_cast<uint8_t*>(Arrays::mutable_data(mask)));
+  }
+
   static Source source_of(const Weight& weight) { return {weight.x, weight.layout, weight.norms}; }
 
   static Problems problems_in(const std::vector<Source>& sources) {
@@ -157,6 +202,12 @@ class CpuCore {
   }
 
  private:
+  static Source source_of(const Structured& weight, const Array* mask) {
+    Source source = {weight.x, weight.layout, weight.norms, weight.eligible};
+    if (mask != nullptr) source.mask = static_cast<uint8_t*>(Arrays::mutable_data(*mask));
+    return source;
+  }
+
   static double* doubles(const Array& x) { return static_cast<double*>(Arrays::mutable_data(x)); }
 
   // x is read again only where its squared norm is not finite.

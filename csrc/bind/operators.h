@@ -97,6 +97,49 @@ struct Weight {
   }
 };
 
+// w [rows, cols, *window] whose columns are those of one of `groups`.
+inline Layout matrix_layout(const char* op, const Sizes& sizes, int64_t groups) {
+  const bool is_matrix = sizes.size() >= 2;
+  return layout_of(op, sizes, is_matrix ? sizes[1] * groups : 0, is_matrix ? sizes[0] : 0, groups,
+                   false);
+}
+
+// One weight whose structures are ranked, with norms of its rows and columns, or ready scores: an
+// empty row_norm says so.
+template <typename Core>
+struct Structured {
+  using Arrays = typename Core::Arrays;
+  using Array = typename Arrays::Array;
+  using Norm = typename Arrays::Norm;
+  using Mask = typename Arrays::Mask;
+
+  std::optional<Weight<Core>> weight;  // not of scores
+  Array held;                          // keeps alive what x points to
+  Strided x;
+  Layout layout;
+  Norms norms;
+  const uint8_t* eligible = nullptr;  // [size] or null: all
+
+  Structured(const Core& core,
+             const char* op,
+             const Array& w,
+             const Norm& row_norm,
+             const Norm& col_norm,
+             int64_t groups,
+             const std::optional<Mask>& mask,
+             bool check_finite)
+      : held(w), layout(matrix_layout(op, Arrays::sizes(w), groups)) {
+    if (Arrays::size(row_norm) == 0 && layout.rows != 0) {
+      x = core.view(op, w, &held);
+    } else {
+      weight.emplace(core, op, w, col_norm, row_norm, groups, false, check_finite);
+      x = weight->x;
+      norms = weight->norms;
+    }
+    if (mask) eligible = Arrays::eligible(op, *mask, w);
+  }
+};
+
 // A list of arrays of scores, ranked together.
 template <typename Core>
 struct Scores {

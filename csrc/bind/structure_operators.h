@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The operators of structures (lap_ext/ops/reference/structured.py). Only torch has them.
+// The operators of structures (lap_ext/ops/reference/structured.py), for both cores. Only torch has
+// them.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/blocks.h"
-#include "../cpu/nm.h"
-#include "../cpu/transposable.h"
 #include "../math/structures.h"
 #include "check.h"
 #include "operators.h"
@@ -34,13 +32,12 @@ struct StructureOperators {
                        const std::optional<Mask>& mask,
                        bool check_finite) {
     const Core core(w);
-    Ranked ranked(core, w, row_norm, col_norm, groups, mask, check_finite);
+    const Structured<Core> weight(core, kOp, w, row_norm, col_norm, groups, mask, check_finite);
     check_keep(kOp, keep);
-    const Layout& layout = ranked.source.layout;
+    const Layout& layout = weight.layout;
     check_divides(of, rows ? layout.group_rows() : layout.cols, rows);
-    const Array out = ranked.mask(core, w);
-    const bool finite = cpu::nm_mask(ranked.source, keep, of, rows, core.pool(ranked.source.x));
-    ranked.raise(core, check_finite && !finite);
+    const Array out = core.template empty<bool>(w, Arrays::sizes(w));
+    raise(weight, core.nm_mask(weight, keep, of, rows, check_finite, out));
     return out;
   }
 
@@ -52,16 +49,15 @@ struct StructureOperators {
                                  const std::optional<Mask>& mask,
                                  bool check_finite) {
     const Core core(w);
-    Ranked ranked(core, w, row_norm, col_norm, groups, mask, check_finite);
-    const int64_t rows = ranked.source.layout.group_rows();
-    const int64_t cols = ranked.source.layout.cols;
+    const Structured<Core> weight(core, kOp, w, row_norm, col_norm, groups, mask, check_finite);
+    const int64_t rows = weight.layout.group_rows();
+    const int64_t cols = weight.layout.cols;
     if (rows % kTileSide != 0 || cols % kTileSide != 0) {
       fail(kOp, {"rows of a group and columns that 4 divides",
                  std::to_string(rows) + " and " + std::to_string(cols)});
     }
-    const Array out = ranked.mask(core, w);
-    const bool finite = cpu::transposable_mask(ranked.source, squared, core.pool(ranked.source.x));
-    ranked.raise(core, check_finite && !finite);
+    const Array out = core.template empty<bool>(w, Arrays::sizes(w));
+    raise(weight, core.transposable_mask(weight, squared, check_finite, out));
     return out;
   }
 
@@ -77,13 +73,10 @@ struct StructureOperators {
                           const std::optional<Mask>& mask,
                           bool check_finite) {
     const Core core(w);
-    Ranked ranked(core, w, row_norm, col_norm, groups, mask, check_finite);
-    const Layout& layout = ranked.source.layout;
-    const Blocks blocks = blocks_of(layout, block, first, height);
-    check_sums(sums, layout, blocks);
-    const bool finite = cpu::block_sums(ranked.source, blocks, squared, core.pool(ranked.source.x),
-                                        static_cast<double*>(Arrays::mutable_data(sums)));
-    ranked.raise(core, check_finite && !finite);
+    const Structured<Core> weight(core, kOp, w, row_norm, col_norm, groups, mask, check_finite);
+    const Blocks blocks = blocks_of(weight.layout, block, first, height);
+    check_sums(sums, weight.layout, blocks);
+    raise(weight, core.block_sums(weight, blocks, squared, check_finite, sums));
   }
 
   static Array block_mask(const Array& kept,
@@ -92,7 +85,7 @@ struct StructureOperators {
                           int64_t first,
                           int64_t height,
                           const std::optional<Mask>& mask) {
-    const Layout layout = layout_of_shape(shape, 1);
+    const Layout layout = matrix_layout(kOp, shape, 1);
     const Blocks blocks = blocks_of(layout, block, first, height);
     const Core core(kept);
     const Array held = Arrays::contiguous(kept);
@@ -101,59 +94,17 @@ struct StructureOperators {
     }
     const Array out = core.template empty<bool>(kept, shape);
     const uint8_t* eligible = mask ? Arrays::eligible(kOp, *mask, out) : nullptr;
-    cpu::block_mask(static_cast<const uint8_t*>(Arrays::data(held)), layout, blocks, eligible,
-                    core.pool(layout.size()), static_cast<uint8_t*>(Arrays::mutable_data(out)));
+    core.block_mask(held, layout, blocks, eligible, out);
     return out;
   }
 
  private:
   static constexpr const char* kOp = "mask";  // what a user calls
 
-  // A weight with its norms, or ready scores, where row_norm is empty.
-  struct Ranked {
-    Array held;  // keeps alive what source points to
-    std::optional<Weight<Core>> weight;
-    cpu::Source source;
-
-    Ranked(const Core& core,
-           const Array& w,
-           const Norm& row_norm,
-           const Norm& col_norm,
-           int64_t groups,
-           const std::optional<Mask>& mask,
-           bool check_finite)
-        : held(w) {
-      const Layout layout = layout_of_shape(Arrays::sizes(w), groups);
-      if (Arrays::size(row_norm) == 0 && layout.rows != 0) {
-        source = core.source(kOp, w, &held);
-        source.layout = layout;
-      } else {
-        weight.emplace(core, kOp, w, col_norm, row_norm, groups, false, check_finite);
-        source = Core::source_of(*weight);
-      }
-      if (mask) source.eligible = Arrays::eligible(kOp, *mask, w);
-    }
-
-    // The mask to write.
-    Array mask(const Core& core, const Array& like) {
-      const Array out = core.template empty<bool>(like, Arrays::sizes(like));
-      source.mask = static_cast<uint8_t*>(Arrays::mutable_data(out));
-      return out;
-    }
-
-    void raise(const Core& core, bool not_finite) const {
-      if (!not_finite) return;
-      const Problems problems = core.problems_in({source});
-      if (problems.count == 0) return;
-      if (source.is_scores()) fail_nan(kOp, "scores", problems.count, problems.first);
-      fail_not_finite(kOp, "w", problems.count, problems.first);
-    }
-  };
-
-  static Layout layout_of_shape(const Sizes& sizes, int64_t groups) {
-    const bool is_matrix = sizes.size() >= 2;
-    return layout_of(kOp, sizes, is_matrix ? sizes[1] * groups : 0, is_matrix ? sizes[0] : 0,
-                     groups, false);
+  static void raise(const Structured<Core>& weight, const Problems& problems) {
+    if (problems.count == 0) return;
+    if (!weight.weight) fail_nan(kOp, "scores", problems.count, problems.first);
+    fail_not_finite(kOp, "w", problems.count, problems.first);
   }
 
   static void check_divides(int64_t of, int64_t size, bool rows) {

@@ -94,4 +94,13 @@ void implement(Library& m) {
   m.impl("kth_largest", TORCH_BOX(&Operators::kth_largest));
 }
 
+// The same for those of structures.
+template <typename Operators, typename Library>
+void implement_structures(Library& m) {
+  m.impl("nm_mask", TORCH_BOX(&Operators::nm_mask));
+  m.impl("transposable_mask", TORCH_BOX(&Operators::transposable_mask));
+  m.impl("block_sums_", TORCH_BOX(&Operators::block_sums_));
+  m.impl("block_mask", TORCH_BOX(&Operators::block_mask));
+}
+
 }  // namespace lap::bind

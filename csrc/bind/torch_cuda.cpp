@@ -20,6 +20,7 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #include "../math/sums.h"
 #include "check.h"
 #include "operators.h"
+#include "structure_operators.h"
 #include "torch_arrays.h"
 
 namespace {
@@ -44,6 +45,7 @@ class CudaCore {
   using Source = cuda::Source;
   using Weight = bind::Weight<CudaCore>;
   using Scores = bind::Scores<CudaCore>;
+  using Structured = bind::Structured<CudaCore>;
 
   explicit CudaCore(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -154,13 +156,66 @@ class CudaCore {
     return check_finite ? problems(status(workspace)) : Problems{};
   }
 
+  // --- structures -----------------------------------------------------------------------------
+
+  Problems nm_mask(const Structured& weight,
+                   int64_t keep,
+                   int64_t of,
+                   bool rows,
+                   bool check,
+                   const Tensor& mask) const {
+    const cuda::Weight w = native(weight);
+    const Tensor workspace = scratch(mask, cuda::nm_mask_workspace(w));
+    require(cuda::launch_nm_mask(w, weight.norms, {keep, of, rows}, weight.eligible, check,
+                                 bytes(mask), workspace.mutable_data_ptr(), stream_));
+    return check ? problems(weight, status(workspace)) : Problems{};
+  }
+
+  Problems transposable_mask(const Structured& weight,
+                             bool squared,
+                             bool check,
+                             const Tensor& mask) const {
+    const cuda::Weight w = native(weight);
+    const Tensor workspace = scratch(mask, cuda::transposable_mask_workspace(w));
+    require(cuda::launch_transposable_mask(w, weight.norms, squared, weight.eligible, check,
+                                           bytes(mask), workspace.mutable_data_ptr(), stream_));
+    return check ? problems(weight, status(workspace)) : Problems{};
+  }
+
+  Problems block_sums(const Structured& weight,
+                      const lap::Blocks& blocks,
+                      bool squared,
+                      bool check,
+                      const Tensor& sums) const {
+    const cuda::Weight w = native(weight);
+    const Tensor workspace = scratch(sums, cuda::block_sums_workspace(w, blocks));
+    require(cuda::launch_block_sums(w, weight.norms, blocks, squared, weight.eligible, check,
+                                    sums.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
+                                    stream_));
+    return check ? problems(weight, status(workspace)) : Problems{};
+  }
+
+  void block_mask(const Tensor& kept,
+                  const lap::Layout& layout,
+                  const lap::Blocks& blocks,
+                  const uint8_t* eligible,
+                  const Tensor& mask) const {
+    const uint8_t* from = static_cast<const uint8_t*>(kept.const_data_ptr());
+    require(cuda::launch_block_mask(from, layout, blocks, eligible, bytes(mask), stream_));
+  }
+
  private:
   // Of torch's allocator, freed while kernels run: its next owner's come later on the stream.
   static Tensor scratch(const Tensor& beside, size_t bytes) {
     return Arrays::empty<uint8_t>(beside, {static_cast<int64_t>(bytes)});
   }
-  static cuda::Weight native(const Weight& weight) {
+  // Of a Weight, or of a Structured.
+  template <typename Given>
+  static cuda::Weight native(const Given& weight) {
     return {weight.x.data, weight.x.dtype, weight.layout};
+  }
+  static uint8_t* bytes(const Tensor& mask) {
+    return static_cast<uint8_t*>(mask.mutable_data_ptr());
   }
 
   // Copies to the host and waits for it.
@@ -191,6 +246,9 @@ class CudaCore {
     }
     return problems(status);
   }
+  Problems problems(const Structured& weight, const cuda::Status& status) const {
+    return weight.weight ? problems(*weight.weight, status) : problems(status);
+  }
 
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
@@ -198,11 +256,13 @@ class CudaCore {
 };
 
 using Operators = bind::Operators<CudaCore>;
+using StructureOperators = bind::StructureOperators<CudaCore>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lap_ext, CUDA, m) {
   bind::implement<Operators>(m);
+  bind::implement_structures<StructureOperators>(m);
 }
 
 // The parts of this thread's last failure, 0 to 4 (check.h).

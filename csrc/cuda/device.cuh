@@ -95,6 +95,17 @@ cudaError_t launch(void (*kernel)(Params...),
   return cudaGetLastError();
 }
 
+// With blocks of kThreads, for kernels that stride over `threads` threads' worth of work.
+template <typename... Params, typename... Args>
+cudaError_t launch_over(int64_t threads,
+                        void (*kernel)(Params...),
+                        cudaStream_t stream,
+                        const Args&... args) {
+  unsigned blocks = 0;
+  const cudaError_t error = grid_for(kernel, ceil_div(threads, kThreads), &blocks);
+  return error != cudaSuccess ? error : launch(kernel, blocks, kThreads, stream, args...);
+}
+
 // As many blocks as grid_for, and they are on the device at once, so that grid_sync() works.
 template <typename Param>
 cudaError_t launch_together(
@@ -279,6 +290,12 @@ __device__ inline void note_bad(Count* bad_count,
                                 int64_t first_index) {
   atomicAdd(bad_count, static_cast<Count>(count));
   atomicMax(first_inverted, ~static_cast<Count>(first_index));
+}
+
+// May a kernel change what it was given? status: of the run before it; null: it did not check.
+__device__ inline bool may_write(const Status* status) {
+  return status == nullptr || (status->bad_count == 0 && status->out_of_range == 0 &&
+                               status->norm_inverted[0] == 0 && status->norm_inverted[1] == 0);
 }
 
 // NaN from the first value on that is not finite, else zero: one operation a value, where a test

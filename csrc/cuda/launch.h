@@ -19,6 +19,7 @@
 
 #include "../math/layout.h"
 #include "../math/strided.h"
+#include "../math/structures.h"
 
 namespace lap::cuda {
 
@@ -117,5 +118,64 @@ cudaError_t launch_kth_largest(const Source* scores,  // [count], host memory
                                void* value,  // [1] out, float (double for f64)
                                void* workspace,
                                cudaStream_t stream);
+
+// --- structures: norms that are not given say that w holds scores
+// ---------------------------------
+
+// `keep` of every `of` consecutive columns of a row at one position of the window; of rows of a
+// column, if `rows` is set. `of` divides the columns, or the rows of a group.
+struct Pattern {
+  int64_t keep;
+  int64_t of;
+  bool rows;
+};
+
+// mask = 1 for the best `keep` of each group of `of`, as far as they are eligible; ties: lower
+// index first.
+size_t nm_mask_workspace(const Weight& w);
+cudaError_t launch_nm_mask(const Weight& w,
+                           const Norms& norms,
+                           const Pattern& pattern,
+                           const uint8_t* eligible,  // [rows, cols, window] or null
+                           bool check_finite,
+                           uint8_t* mask,  // [rows, cols, window] out
+                           void* workspace,
+                           cudaStream_t stream);
+
+// mask = 1 for two of four along rows and columns of each tile: of the patterns that keep the most
+// of what is eligible, the one whose sum of scores, or of their squares, is the largest; ties: the
+// pattern that comes first (math/structures.h). What is not eligible counts 0. 4 divides the
+// columns and the rows of a group.
+size_t transposable_mask_workspace(const Weight& w);
+cudaError_t launch_transposable_mask(const Weight& w,
+                                     const Norms& norms,
+                                     bool squared,
+                                     const uint8_t* eligible,  // [rows, cols, window] or null
+                                     bool check_finite,
+                                     uint8_t* mask,  // [rows, cols, window] out
+                                     void* workspace,
+                                     cudaStream_t stream);
+
+// sums[unit of the row, unit of the column] += scores of w, or their squares, in the order of
+// math/sums.h within a row of a block, then row by row. With check_finite set nothing is written if
+// anything was found wrong.
+size_t block_sums_workspace(const Weight& w, const Blocks& blocks);
+cudaError_t launch_block_sums(const Weight& w,
+                              const Norms& norms,
+                              const Blocks& blocks,
+                              bool squared,
+                              const uint8_t* eligible,  // [rows, cols, window] or null
+                              bool check_finite,
+                              double* sums,  // [all rows of blocks, blocks.across(cols)] in, out
+                              void* workspace,
+                              cudaStream_t stream);
+
+// mask = 1 for what is eligible in blocks that are kept.
+cudaError_t launch_block_mask(const uint8_t* kept,  // [all rows of blocks, blocks.across(cols)]
+                              const Layout& layout,
+                              const Blocks& blocks,
+                              const uint8_t* eligible,  // [rows, cols, window] or null
+                              uint8_t* mask,            // [rows, cols, window] out
+                              cudaStream_t stream);
 
 }  // namespace lap::cuda

@@ -169,16 +169,6 @@ __global__ void __launch_bounds__(kThreads, kResident) col_total_kernel(const do
   }
 }
 
-template <typename... Params, typename... Args>
-cudaError_t launch_over(int64_t threads,
-                        void (*kernel)(Params...),
-                        cudaStream_t stream,
-                        const Args&... args) {
-  unsigned blocks = 0;
-  const cudaError_t error = grid_for(kernel, ceil_div(threads, kThreads), &blocks);
-  return error != cudaSuccess ? error : launch(kernel, blocks, kThreads, stream, args...);
-}
-
 cudaError_t clear(Status* status, cudaStream_t stream) {
   return cudaMemsetAsync(status, 0, sizeof(Status), stream);
 }

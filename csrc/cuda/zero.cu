@@ -17,11 +17,6 @@ struct ZeroArgs {
   int64_t stride[kMaxDims];
 };
 
-__device__ bool may_write(const Status* status) {
-  return status == nullptr || (status->bad_count == 0 && status->out_of_range == 0 &&
-                               status->norm_inverted[0] == 0 && status->norm_inverted[1] == 0);
-}
-
 // Contiguous w. Thread: kPerThread elements of a tile, in vectors of 16 bytes: one that is dropped
 // whole is written, one that is dropped in part is read and written whole (elements of their own
 // would be as many writes), one that is kept is left alone. Bytes per element: 1 read; up to
