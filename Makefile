@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_SOURCES = $(shell find csrc tests/cpp -type f ! -name doctest.h)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml lap_ext/__init__.py
 
-.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu gpu-prepare dev check abi format clean
+.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu gpu-prepare tools dev check abi format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip in one environment; the compilers use MAX_JOBS
 
@@ -56,6 +56,8 @@ gpu-prepare: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks.gpu.prepare $(GPU_ARGS)
 
 dev: $(STAMPS)/dev
+
+tools: $(STAMPS)/tools
 
 # --- C++ without Python or torch: cmake and ninja come from pip, so they need not be installed ---------------------------
 CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -S .
@@ -120,10 +122,11 @@ $(TORCH_STAMP): $(STAMPS)/venv
 	$(PIP) '$(strip $(TORCH))'
 	@rm -f $(STAMPS)/torch-* && touch $@
 
-# The package in place (so that tests run against the checkout) with the extra named by the stamp: demo, test, bench, dev
+# The package in place (so that tests run against the checkout) with the extra named by the stamp: demo, test, bench, or
+# dev, which is all of them
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/tools $(TORCH_STAMP) $(NATIVE_SOURCES)
 	LAP_EXT_BUILD=require $(PIP) --no-build-isolation --editable '.[$(@F)]'
-	@touch $@
+	@touch $@ $(if $(filter dev,$(@F)),$(addprefix $(STAMPS)/,demo test bench))
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info lap_ext/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

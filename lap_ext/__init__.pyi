@@ -15,6 +15,7 @@ from lap_ext import progress as progress
 from lap_ext import pruning as pruning
 from lap_ext import report as report
 from lap_ext import schedule as schedule
+from lap_ext import structures as structures
 from lap_ext import topology as topology
 from lap_ext.allocation import er as er
 from lap_ext.allocation import erk as erk

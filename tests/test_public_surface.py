@@ -27,7 +27,7 @@ NAMES = """
 """
 MODULES = """
     adapters allocation checkpoint criteria errors masks numpy ops options progress pruning report
-    schedule topology
+    schedule structures topology
 """
 DECIDING = {  # option -> its type, wherever a public function has it
     "scope": options.Scope,
@@ -36,6 +36,7 @@ DECIDING = {  # option -> its type, wherever a public function has it
     "batch_norm": options.BatchNorm,
     "residual": options.Residual,
     "on_unsupported": options.OnUnsupported,
+    "aggregate": options.Aggregate,
 }
 
 

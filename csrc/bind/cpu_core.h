@@ -13,6 +13,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
+#include "../cpu/transposable.h"
 #include "../cpu/zero.h"
 #include "../math/strided.h"
 #include "check.h"
@@ -159,6 +160,15 @@ class CpuCore {
                    const Array& mask) const {
     const Source source = source_of(weight, &mask);
     const bool finite = cpu::nm_mask(source, keep, of, rows, pool(source.x));
+    return check && !finite ? problems_in({source}) : Problems{};
+  }
+
+  Problems transposable_mask(const Structured& weight,
+                             bool squared,
+                             bool check,
+                             const Array& mask) const {
+    const Source source = source_of(weight, &mask);
+    const bool finite = cpu::transposable_mask(source, squared, pool(source.x));
     return check && !finite ? problems_in({source}) : Problems{};
   }
 

@@ -116,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("masked_zero_", TORCH_BOX(&ChunkOperators::masked_zero_));
   m.impl("nonzero_mask", TORCH_BOX(&ChunkOperators::nonzero_mask));
   m.impl("nm_mask", TORCH_BOX(&StructureOperators::nm_mask));
+  m.impl("transposable_mask", TORCH_BOX(&StructureOperators::transposable_mask));
   m.impl("block_sums_", TORCH_BOX(&StructureOperators::block_sums_));
   m.impl("block_mask", TORCH_BOX(&StructureOperators::block_mask));
 }

@@ -95,10 +95,7 @@ class BlockSums {
   }
 
   void fill(int worker, int64_t begin, int64_t n, double* values) {
-    keys_.with_keys({begin, 0, 1, n}, &workers_[worker], [&](const auto* keys) {
-      using Key = std::decay_t<decltype(*keys)>;
-      structure_kernels<Key>().values(keys, n, squared_, values);
-    });
+    keys_.values({begin, 0, 1, n}, squared_, &workers_[worker], values);
   }
 
   ExactKeys keys_;

@@ -98,8 +98,36 @@ void ExactKeys::fill_wide(const Lines& lines, KeyBuffers* buffers) const {
   }
 }
 
+bool ExactKeys::narrow_values(const Lines& lines,
+                              bool squared,
+                              Scratch* scratch,
+                              double* out) const {
+  const auto kernel = kernels().structures.values_within[static_cast<int>(source_.x.dtype)];
+  bool within = true;
+  for (int64_t i = 0; within && i < lines.count; ++i) {
+    for (int64_t done = 0; within && done < lines.n; done += kTile) {
+      for_each_with_norms(
+          source_.x, source_.layout, norms_, lines.begin + i * lines.step + done,
+          std::min(kTile, lines.n - done), scratch,
+          [&](const void* x, const float* col, float row, int64_t first, int64_t count) {
+            double* to = out + i * lines.n + done + first;
+            within = within && kernel(x, col, row, count, range_, squared, to);
+          });
+    }
+  }
+  return within;
+}
+
+void ExactKeys::values(const Lines& lines, bool squared, KeyBuffers* buffers, double* out) const {
+  if (plain() && narrow_values(lines, squared, &buffers->scratch, out)) return;
+  with_keys(lines, buffers, [&](const auto* keys) {
+    using Key = std::decay_t<decltype(*keys)>;
+    structure_kernels<Key>().values(keys, lines.count * lines.n, squared, out);
+  });
+}
+
 bool ExactKeys::two_of_four(int64_t begin, int64_t n, KeyBuffers* buffers, uint8_t* mask) const {
-  if (!narrow_ || source_.is_scores() || source_.eligible != nullptr) return false;
+  if (!plain()) return false;
   const auto kernel = kernels().structures.two_of_four_weights[static_cast<int>(source_.x.dtype)];
   bool within = true;
   for_each_with_norms(

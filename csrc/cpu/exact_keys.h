@@ -68,6 +68,9 @@ class ExactKeys {
     use(static_cast<const int64_t*>(buffers->wide.data()));
   }
 
+  // out = the scores of the lines, or their squares, in double; 0 where one is not eligible.
+  void values(const Lines& lines, bool squared, KeyBuffers* buffers, double* out) const;
+
   // mask = the best two of every four of n elements from begin on, 4 divides both and a row.
   // Returns false where that must be found from with_keys.
   bool two_of_four(int64_t begin, int64_t n, KeyBuffers* buffers, uint8_t* mask) const;
@@ -83,7 +86,11 @@ class ExactKeys {
   // Returns false where a score might not be what the wide form says.
   bool fill_narrow(const Lines& lines, KeyBuffers* buffers) const;
   bool fill_narrow(int64_t begin, int64_t n, Scratch* scratch, int32_t* keys) const;
+  bool narrow_values(const Lines& lines, bool squared, Scratch* scratch, double* out) const;
   void fill_wide(const Lines& lines, KeyBuffers* buffers) const;
+
+  // Whether float kernels may read the weights and need to know nothing else.
+  bool plain() const { return narrow_ && !source_.is_scores() && source_.eligible == nullptr; }
 
   Source source_;
   bool narrow_ = false;  // float keys may do

@@ -82,6 +82,12 @@ void column_groups(const Key* keys,
   lines.resize(n);
   buffers->marks.resize(n);
   const auto for_each_member = [&](const auto& visit) {
+    if (window == 1) {
+      for (int64_t i = 0; i < of; ++i) {
+        for (int64_t g = 0; g < groups; ++g) visit(g * of + i, i * step + g);
+      }
+      return;
+    }
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t i = 0; i < of; ++i) {
         const int64_t from = (g * of + i) * window;

@@ -37,6 +37,7 @@ from lap_ext.options import (
     listed,
 )
 from lap_ext.progress import Progress
+from lap_ext.structures import Aggregate, StructureLike
 
 _AVERAGE = "_average_model"  # the attribute of Lightning's own callbacks
 
@@ -53,6 +54,10 @@ class TrainingCallback(ABC):
         example_inputs: Inputs | None = None,
         topology: lap_ext.Topology | None = None,
         criterion: CriterionLike = "lookahead",
+        structure: StructureLike | None = None,
+        aggregate: Aggregate = "energy",
+        multiple_of: int = 1,
+        strict: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -72,6 +77,10 @@ class TrainingCallback(ABC):
         self._tracing: dict[str, Any] = {"neighbors": neighbors, "on_unsupported": on_unsupported}
         self._options: dict[str, Any] = {
             "criterion": criterion,
+            "structure": structure,
+            "aggregate": aggregate,
+            "multiple_of": multiple_of,
+            "strict": strict,
             "scope": scope,
             "normalize": normalize,
             "order": order,
@@ -276,4 +285,5 @@ def _on_device(masks: lap_ext.Masks, weights: Mapping[str, Tensor]) -> lap_ext.M
         name: weights[name].device if name in weights else mask.device
         for name, mask in masks.items()
     }
-    return lap_ext.Masks({name: mask.to(devices[name]) for name, mask in masks.items()})
+    placed = {name: mask.to(devices[name]) for name, mask in masks.items()}
+    return lap_ext.Masks(placed, masks.structure)

@@ -104,6 +104,10 @@ class PruningCallback(TrainingCallback, Callback):
         example_inputs: as in `lap_ext.prune`. With None, the module's example_input_array is used.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`, on the way to N:M as in `lap_ext.Pruner`.
+        aggregate: as in `lap_ext.prune`.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -211,6 +215,7 @@ class PruningCallback(TrainingCallback, Callback):
             "step": 0,
             "masks": {name: pack(mask) for name, mask in self.masks.items()},
             "layers": {name: list(mask.shape) for name, mask in self.masks.items()},
+            "structure": self.masks.structure,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -322,7 +327,8 @@ def _unpacked(state: Mapping[str, Any]) -> lap_ext.Masks:
         fits = False
     if not fits:
         raise LapValueError("an undamaged state of PruningCallback", "masks that do not fit layers")
-    return lap_ext.Masks({name: unpack(packed[name], shape) for name, shape in shapes.items()})
+    masks = {name: unpack(packed[name], shape) for name, shape in shapes.items()}
+    return lap_ext.Masks(masks, state.get("structure"))
 
 
 def _own_example(pl_module: Any) -> Any:

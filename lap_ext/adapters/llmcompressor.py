@@ -50,6 +50,7 @@ from lap_ext.adapters.transformers import inputs_of
 from lap_ext.allocation import Sparsity
 from lap_ext.errors import LapImportError, LapValueError, calling
 from lap_ext.options import BatchNorm, Normalize, OnUnsupported, Order, Residual, Scope
+from lap_ext.structures import NM
 
 with calling("lap_ext.adapters.llmcompressor"):
     try:
@@ -69,6 +70,7 @@ with calling("lap_ext.adapters.llmcompressor"):
 
 
 _Fraction = Annotated[float, Field(ge=0, le=1)]
+_UNSTRUCTURED = "0:0"  # as llm-compressor says it
 
 
 class LookaheadModifier(Modifier):
@@ -76,7 +78,10 @@ class LookaheadModifier(Modifier):
 
     Args:
         sparsity: the fraction of the layers' weights to remove; or a dict from layer name patterns
-            (as in lap_ext) to fractions, where layers that match no pattern stay dense.
+            (as in lap_ext) to fractions, where layers that match no pattern stay dense. With a
+            mask_structure, that of its own, or None.
+        mask_structure: as in llm-compressor: "N:M" prunes N of every M consecutive inputs; "0:0" is
+            no structure.
         targets: the modules to prune, as in llm-compressor: names, classes, or "re:" patterns. All
             layers of the model count as neighbors of the targets.
         ignore: the modules among the targets that stay as they are.
@@ -106,7 +111,8 @@ class LookaheadModifier(Modifier):
         'Linear'
     """
 
-    sparsity: _Fraction | dict[str, _Fraction]
+    sparsity: _Fraction | dict[str, _Fraction] | None = None
+    mask_structure: str = _UNSTRUCTURED
     targets: str | list[str] = "Linear"
     ignore: str | list[str] = Field(default_factory=list)
     criterion: str = "lookahead"
@@ -147,7 +153,10 @@ class LookaheadModifier(Modifier):
             _check_in_memory(model)
             inputs = inputs_of(model, self.example_inputs)
             self._topology = lap_ext.trace(model, inputs, on_unsupported=self.on_unsupported)
-            self._prune(_Nothing())
+            if self._pattern() is None and self.sparsity is not None:
+                self._prune(_Nothing())
+            else:
+                self._prune(self.sparsity)  # a pattern cannot be tried without scores
         return True
 
     @calling("LookaheadModifier")
@@ -157,9 +166,30 @@ class LookaheadModifier(Modifier):
             self._result = self._prune(self.sparsity)
             self._result.apply(state.model)
 
-    def _prune(self, sparsity: Sparsity) -> lap_ext.PruneResult:
+    def _pattern(self) -> NM | None:
+        """Reads mask_structure, in which N of every M are pruned."""
+        if self.mask_structure == _UNSTRUCTURED:
+            return None
+        pruned, colon, of = self.mask_structure.partition(":")
+        if not (colon and pruned.isdecimal() and of.isdecimal() and 0 < int(pruned) < int(of)):
+            raise LapValueError(
+                "{argument} to be 'N:M' with 0 < N < M, where N of every M are pruned",
+                repr(self.mask_structure),
+                argument="mask_structure",
+            )
+        pattern = NM(int(of) - int(pruned), int(of))
+        if self.sparsity not in (None, pattern.sparsity):
+            raise LapValueError(
+                f"{{argument}} {pattern.sparsity:g} or none with mask_structure "
+                f"{self.mask_structure!r}, which itself says how many are pruned",
+                self.sparsity,
+                argument="sparsity",
+            )
+        return pattern
+
+    def _prune(self, sparsity: Sparsity | None) -> lap_ext.PruneResult:
         assert self._topology is not None
-        topology = self._topology
+        topology, pattern = self._topology, self._pattern()
         targets, ignore = (
             [names] if isinstance(names, str) else names for names in (self.targets, self.ignore)
         )
@@ -176,9 +206,10 @@ class LookaheadModifier(Modifier):
         return lap_ext.prune(
             topology.model,
             None,
-            sparsity,
+            sparsity if pattern is None else None,
             topology=topology,
             criterion=self.criterion,
+            structure=pattern,
             scope=self.scope,
             normalize=self.normalize,
             order=self.order,

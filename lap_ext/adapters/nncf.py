@@ -61,6 +61,7 @@ from lap_ext.options import (
     listed,
 )
 from lap_ext.progress import Progress
+from lap_ext.structures import Aggregate, StructureLike
 
 with calling("lap_ext.adapters.nncf"):
     try:
@@ -147,10 +148,14 @@ def write_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def prune_(
     model: nn.Module,
     example_inputs: Inputs | None,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
     scope: Scope = "layer",
     normalize: Normalize = "auto",
     order: Order = "parallel",
@@ -177,6 +182,10 @@ def prune_(
             weights, including those that are already pruned.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`.
+        aggregate: as in `lap_ext.prune`.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -224,6 +233,10 @@ def prune_(
             sparsity,
             topology=topology,
             criterion=criterion,
+            structure=structure,
+            aggregate=aggregate,
+            multiple_of=multiple_of,
+            strict=strict,
             scope=scope,
             normalize=normalize,
             order=order,

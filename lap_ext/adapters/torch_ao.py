@@ -50,6 +50,7 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
+from lap_ext.structures import NM, Block, Structure
 
 with calling("lap_ext.adapters.torch_ao"):
     try:
@@ -82,6 +83,12 @@ class LookaheadSparsifier(BaseSparsifier):
         scope: "layer" ranks each tensor by itself; "global" ranks all tensors together and keeps as
             many weights as their levels keep in sum.
         topology: as in `lap_ext.prune`.
+        sparse_block_shape: as in torch's WeightNormSparsifier: blocks of so many outputs by so many
+            inputs are removed as a whole; (1, 1) is single weights.
+        zeros_per_block: as there: how many weights of a block are removed; None means all. Fewer
+            are possible in blocks of one output or one input, as N:M patterns: 2:4 is
+            `sparsity_level=1, sparse_block_shape=(1, 4), zeros_per_block=2`. A pattern holds in all
+            of a tensor or not at all, so that a level between 0 and 1 is an error then.
         criterion: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -111,6 +118,8 @@ class LookaheadSparsifier(BaseSparsifier):
         scope: Scope = "layer",
         *,
         topology: lap_ext.Topology | None = None,
+        sparse_block_shape: tuple[int, int] = (1, 1),
+        zeros_per_block: int | None = None,
         criterion: CriterionLike = "lookahead",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -132,6 +141,7 @@ class LookaheadSparsifier(BaseSparsifier):
         }
         self._options: dict[str, Any] = {
             "criterion": criterion,
+            "structure": _structure(*sparse_block_shape, zeros_per_block),
             "scope": scope,
             "normalize": normalize,
             "order": order,
@@ -160,14 +170,20 @@ class LookaheadSparsifier(BaseSparsifier):
             TypeError, ValueError: as in `lap_ext.prune`; also if a tensor is no layer of the model
                 or is named twice. The model was not changed.
         """
-        pruner = lap_ext.Pruner(  # traces the model and checks all options
-            model, self._example, lambda step: None, **self._tracing, **self._options
+        options = self._options | {"structure": None}
+        pruner = lap_ext.Pruner(  # traces the model and checks all options but one
+            model, self._example, lambda step: None, **self._tracing, **options
         )
         topology = pruner.topology
         parameters = [layer.parameter for layer in topology.layers.values()]
         if config is None:
             config = [{"tensor_fqn": name} for name in parameters]
         _check_config(config, model, parameters)
+        names = {layer.parameter: name for name, layer in topology.layers.items()}
+        layers = [names[group["tensor_fqn"]] for group in config]
+        options = self._options | {"topology": topology, "layers": layers}
+        if layers:
+            lap_ext.Pruner(model, None, lambda step: None, **options)  # the structure fits
         self._topology = topology
         super().prepare(model, config)
 
@@ -241,28 +257,34 @@ class LookaheadSparsifier(BaseSparsifier):
     def masks(self) -> lap_ext.Masks:
         """Copies of the current masks of the tensors of config: layer name -> mask."""
         names = self._names()
-        return lap_ext.Masks(
-            {
-                names[group["tensor_fqn"]]: _mask_of(group["module"], group["tensor_name"]) != 0
-                for group in self.groups
-            }
-        )
+        copies = {
+            names[group["tensor_fqn"]]: _mask_of(group["module"], group["tensor_name"]) != 0
+            for group in self.groups
+        }
+        pruned = any(not bool(mask.all()) for mask in copies.values())
+        return lap_ext.Masks(copies, self._options["structure"] if pruned else None)
 
     def _rank(self) -> lap_ext.Masks:
         """Returns the masks for the current levels of the groups."""
         topology, names = self._traced(), self._names()
         levels = {names[group["tensor_fqn"]]: group["sparsity_level"] for group in self.groups}
+        masks, pattern = self.masks, isinstance(self._options["structure"], NM)
+        if pattern:
+            levels = {name: level for name, level in levels.items() if _is_full(name, level)}
+        if not levels:
+            return masks
         with _plain(self.groups):
-            return lap_ext.prune(
+            new = lap_ext.prune(
                 topology.model,
                 None,
-                levels,
+                None if pattern else levels,
                 topology=topology,
                 layers=list(levels),
-                masks=self.masks,
+                masks=masks,
                 apply=False,
                 **self._options,
             ).masks
+        return lap_ext.Masks({**masks, **new}, new.structure)
 
     def _traced(self) -> lap_ext.Topology:
         if self._topology is None:
@@ -278,6 +300,32 @@ class LookaheadSparsifier(BaseSparsifier):
         return {layer.parameter: name for name, layer in self._traced().layers.items()}
 
 
+def _structure(rows: int, cols: int, zeros: int | None) -> Structure | None:
+    """Returns what torch's sparse_block_shape and zeros_per_block describe."""
+    block, every = Block(rows, cols), rows * cols
+    if zeros is None or zeros == every:
+        return None if every == 1 else block
+    if min(rows, cols) > 1 or not 0 < zeros < every:
+        raise LapValueError(
+            f"zeros_per_block to be {every} in blocks of {block}, or at least 1 and fewer where "
+            "they have one row or one column",
+            zeros,
+        )
+    return NM(every - zeros, every, "in" if rows == 1 else "out")
+
+
+def _is_full(name: str, level: float) -> bool:
+    """Says whether a tensor gets a pattern, which it has everywhere or nowhere."""
+    if level not in (0, 1):
+        raise LapValueError(
+            "a sparsity_level of 0 or 1 with zeros_per_block, which says how many weights are "
+            "removed",
+            level,
+            layer=name,
+        )
+    return level == 1
+
+
 def _check_config(config: list[dict[str, Any]], model: nn.Module, parameters: list[str]) -> None:
     """Checks that each tensor is a layer, named once, and not tied."""
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
@@ -290,6 +338,10 @@ def _check_config(config: list[dict[str, Any]], model: nn.Module, parameters: li
                 "tensor_fqn to be the full name of a layer's parameter",
                 repr(name),
                 f"The layers are {', '.join(parameters[:_LISTED])}{more}.",
+            )
+        if given := sorted({"sparse_block_shape", "zeros_per_block"} & group.keys()):
+            raise LapValueError(
+                "one structure for all tensors", f"{given[0]} for {name!r}", "Give it once, above."
             )
         if name in seen:
             raise LapValueError("each tensor once", f"{name!r} again")

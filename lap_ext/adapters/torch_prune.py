@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lap_ext
+from lap_ext import structures
 from lap_ext.adapters._torch_hooks import plain, torch_masks
 from lap_ext.allocation import Sparsity
 from lap_ext.criteria import CriterionLike
@@ -54,6 +55,7 @@ from lap_ext.options import (
     Residual,
 )
 from lap_ext.progress import Progress
+from lap_ext.structures import Aggregate, StructureLike
 
 ModuleWeight: TypeAlias = tuple[nn.Module, str]  # a module and the attribute that holds its weight
 
@@ -271,10 +273,14 @@ def scores(
 def global_masks(
     model: nn.Module,
     example_inputs: Inputs | None,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
     normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
@@ -299,6 +305,10 @@ def global_masks(
             has pruned, which never return.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`; N:M ranks each group by itself.
+        aggregate: as in `lap_ext.prune`.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
@@ -325,12 +335,17 @@ def global_masks(
         >>> masks.kept, masks.total
         (12, 48)
     """
+    structure = None if structure is None else structures.of(structure)
     with _unpruned(model, example_inputs, topology, neighbors, on_unsupported) as given:
         return lap_ext.prune(
             model,
             sparsity=sparsity,
             criterion=criterion,
-            scope="global",
+            structure=structure,
+            aggregate=aggregate,
+            multiple_of=multiple_of,
+            strict=strict,
+            scope="layer" if isinstance(structure, structures.NM) else "global",
             normalize=normalize,
             rounds=rounds,
             layers=layers,
@@ -349,10 +364,14 @@ def global_masks(
 def apply_global_(
     model: nn.Module,
     example_inputs: Inputs | None,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
     topology: lap_ext.Topology | None = None,
     criterion: CriterionLike = "lookahead",
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
     normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
@@ -376,6 +395,10 @@ def apply_global_(
         sparsity: as in `global_masks`.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`; N:M ranks each group by itself.
+        aggregate: as in `lap_ext.prune`.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
@@ -412,6 +435,10 @@ def apply_global_(
         sparsity,
         topology=topology,
         criterion=criterion,
+        structure=structure,
+        aggregate=aggregate,
+        multiple_of=multiple_of,
+        strict=strict,
         normalize=normalize,
         rounds=rounds,
         layers=layers,

@@ -78,7 +78,8 @@ class LookaheadImportance(tp.importance.Importance):
 
         importance[c] = sum of score(w)^2 over the weights w that are removed with channel c
 
-    To keep channels of a layer, use the pruner's ignored_layers.
+    To keep channels of a layer, use the pruner's ignored_layers. There is no structure= here:
+    Torch-Pruning itself says what is removed together.
 
     Args:
         model: the model that the pruner prunes.

@@ -81,6 +81,7 @@ from lap_ext.options import (
     Scope,
 )
 from lap_ext.progress import Progress
+from lap_ext.structures import Aggregate, StructureLike
 
 with calling("lap_ext.adapters.transformers"):
     try:
@@ -124,6 +125,10 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             TrainingArguments.
         topology: as in `lap_ext.prune`.
         criterion: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`, on the way to N:M as in `lap_ext.Pruner`.
+        aggregate: as in `lap_ext.prune`.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -166,6 +171,10 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         resume_from: str | Path | None = None,
         topology: lap_ext.Topology | None = None,
         criterion: CriterionLike = "lookahead",
+        structure: StructureLike | None = None,
+        aggregate: Aggregate = "energy",
+        multiple_of: int = 1,
+        strict: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -186,6 +195,10 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             example_inputs=example_inputs,
             topology=topology,
             criterion=criterion,
+            structure=structure,
+            aggregate=aggregate,
+            multiple_of=multiple_of,
+            strict=strict,
             scope=scope,
             normalize=normalize,
             order=order,
@@ -289,6 +302,7 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         saved = {
             "step": state.global_step,
             "masks": {name: pack(mask) for name, mask in masks.items()},
+            "structure": masks.structure,
             "layers": pruner.state_dict()["layers"],
         }
         pruner.load_state_dict(saved | _facts(file.with_name(STATE_NAME)))

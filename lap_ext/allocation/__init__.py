@@ -9,6 +9,7 @@ from lap_ext.allocation.budget import rank_with_floors as rank_with_floors
 from lap_ext.allocation.layerwise import Allocation as Allocation
 from lap_ext.allocation.layerwise import Shapes as Shapes
 from lap_ext.allocation.layerwise import Sparsity as Sparsity
+from lap_ext.allocation.layerwise import check_given as check_given
 from lap_ext.allocation.layerwise import compounded as compounded
 from lap_ext.allocation.layerwise import er as er
 from lap_ext.allocation.layerwise import erk as erk

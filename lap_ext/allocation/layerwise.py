@@ -33,6 +33,7 @@ from lap_ext._text import matches, meant_layers
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
+from lap_ext.structures import NM, Structure
 
 Shapes = Mapping[str, Sequence[int]]  # layer name -> shape of its weight, in the model's order
 
@@ -382,3 +383,21 @@ def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
     for name in by_remainder[: total - sum(keeps.values())]:
         keeps[name] += 1
     return keeps
+
+
+def check_given(sparsity: Sparsity | None, structure: Structure | None) -> None:
+    """Raises unless there is a sparsity, or a structure that has its own."""
+    if isinstance(structure, NM) and sparsity is not None:
+        raise LapValueError(
+            f"no {{argument}} with {{structure={structure.spelled!r}}}, which itself says how many "
+            "weights are kept",
+            sparsity if isinstance(sparsity, (int, float)) else type(sparsity).__name__,
+            argument="sparsity",
+        )
+    if not isinstance(structure, NM) and sparsity is None:
+        raise LapTypeError(
+            "{argument}, the fraction to remove",
+            "none",
+            "Only an N:M structure has its own.",
+            argument="sparsity",
+        )

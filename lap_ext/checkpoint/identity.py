@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lap_ext import structures
 from lap_ext.checkpoint import inside
 from lap_ext.checkpoint.files import Checkpoint
 from lap_ext.checkpoint.inside import Stamp
 from lap_ext.checkpoint.reading import bytes_of
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import Criterion
+from lap_ext.structures import Groups
+from lap_ext.topology import Layer
 from lap_ext.topology.graph import Graph
 
 # 256 KB and at most 64 seeks of a shard, whatever its size: under 1% of reading it once. Not seen:
@@ -155,6 +158,19 @@ def network_of(structure: Structure) -> str:
         digest.add(layer.name, layer.parameter, layer.kind, layer.shape, stored)
     _add_graph(digest, topology.graph, topology.tensors())
     return digest.hexdigest()
+
+
+def structure_of(
+    structure: structures.Structure | None, layers: Iterable[Layer]
+) -> list[str] | None:
+    """Describes what is removed together; hashes the groups that the user gives."""
+    if structure is None:
+        return None
+    digest = _Digest()
+    if isinstance(structure, Groups):
+        for layer in layers:
+            digest.add(layer.name, structure.numbers(layer.name, layer.shape))
+    return [structure.spelled, digest.hexdigest()]
 
 
 def _add_graph(digest: _Digest, graph: Graph, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from lap_ext._text import columns, fitted, html_table, in_html, visible
-from lap_ext.checkpoint.files import open_directory, size_of
+from lap_ext.checkpoint.files import Checkpoint, open_directory, size_of
 from lap_ext.checkpoint.reading import Buffer, Source, zeros
 from lap_ext.checkpoint.structure import structure_of
-from lap_ext.errors import calling
+from lap_ext.errors import LapValueError, calling
+from lap_ext.masks import BitMasks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
 from lap_ext.pruning.reporting import MOST_NEIGHBORS, model_bytes, neighbors
@@ -79,11 +81,14 @@ class Inspection:
         layers: one row per layer, in the order of the network.
         bytes: the size of the files with the weights; for a module, that of its parameters and
             buffers.
+        structure: what was removed together, as the masks beside the weights say; None for single
+            weights, and without masks.
     """
 
     topology: Topology
     layers: Sequence[InspectedLayer]
     bytes: int
+    structure: str | None = None
 
     @property
     def weights(self) -> int:
@@ -99,6 +104,7 @@ class Inspection:
         """Returns a dict for JSON."""
         return {
             "bytes": self.bytes,
+            "structure": self.structure,
             "weights": self.weights,
             "zeros": self.zeros,
             "layers": [row.to_dict() for row in self.layers],
@@ -147,6 +153,7 @@ class Inspection:
         if self.topology.others:
             notes.append(f"no layers, never pruned: {', '.join(self.topology.others)}")
         notes += [f"stopped at: {text}" for text in self.topology.stops]
+        notes += [] if self.structure is None else [f"pruned with structure {self.structure}"]
         return [*map(visible, notes), f"{self.bytes:,} bytes"]
 
 
@@ -199,7 +206,7 @@ def inspect(
             step.read(layer.name, stored.entry.size)
         return total
 
-    return _inspected(structure.topology, count, files.size)
+    return _inspected(structure.topology, count, files.size, _structure(files))
 
 
 def inspect_model(
@@ -234,7 +241,20 @@ def _first(names: Sequence[str], most: int) -> str:
     return ", ".join([*names[:most], *more])
 
 
-def _inspected(topology: Topology, count: Callable[[Layer], int], size: int) -> Inspection:
+def _structure(files: Checkpoint) -> str | None:
+    """Reads the structure of the masks beside the weights, unless they are damaged."""
+    if files.masks is not None:
+        with suppress(LapValueError), BitMasks(files.masks) as masks:
+            return masks.structure
+    return None
+
+
+def _inspected(
+    topology: Topology,
+    count: Callable[[Layer], int],
+    size: int,
+    structure: str | None = None,
+) -> Inspection:
     rows = [
         InspectedLayer(
             layer.name,
@@ -248,4 +268,4 @@ def _inspected(topology: Topology, count: Callable[[Layer], int], size: int) -> 
         )
         for layer in topology.layers.values()
     ]
-    return Inspection(topology, rows, size)
+    return Inspection(topology, rows, size, structure)

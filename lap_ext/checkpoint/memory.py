@@ -44,7 +44,7 @@ _SHARE = 8  # candidates and samples get 1/8 of the budget each
 class Limits:
     """What may be in memory at a time."""
 
-    chunk: dict[str, int]  # layer name -> weights of a chunk, a multiple of a row
+    chunk: dict[str, int]  # layer name -> weights of a chunk, a multiple of the rows together
     rest: int  # bytes for full layers; the other half: a chunk, candidates, samples
     candidates: int  # keys that a ranking may hold
     sample: int  # weights of a sample
@@ -83,18 +83,22 @@ def limits(
     criterion: Criterion,
     batch_norm: BatchNorm,
     held: int = 0,
+    together: Mapping[str, int] | None = None,
 ) -> Limits:
     """Computes the limits of a budget, of which scores that the caller holds take some bytes.
 
+    together: layer name -> how many rows, from a multiple of that on, a chunk must not part.
+
     Raises:
-        LapValueError: it is too small for a row of the layer with the longest one.
+        LapValueError: it is too small for such rows of the layer with the longest ones.
     """
     channels = sum(sum(role.part.channels) for role in topology.roles)
     left = memory - held - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
     layers = topology.layers.values()
     if criterion.reads_norms:
         left -= max((_segments(x, copies[x.name], batch_norm) for x in layers), default=0)
-    needed = {x.name: row_length(x) * (_SCRATCH + _itemsize(copies[x.name])) for x in layers}
+    rows = {x.name: row_length(x) * (together or {}).get(x.name, 1) for x in layers}
+    needed = {x.name: rows[x.name] * (_SCRATCH + _itemsize(copies[x.name])) for x in layers}
     if needed and 2 * max(needed.values()) > left:
         name = max(needed, key=lambda x: needed[x])
         least = memory - left + 2 * needed[name]
@@ -107,7 +111,7 @@ def limits(
         )
     chunk = {}
     for x in layers:
-        width = row_length(x)
+        width = rows[x.name]
         fitting = min(_CHUNK, left // 4 // (_SCRATCH + _itemsize(copies[x.name])))
         chunk[x.name] = max(1, fitting // width) * width
     return Limits(chunk, left // 2, left // _SHARE // _KEY, left // _SHARE // _SAMPLED)

@@ -15,6 +15,7 @@ from lap_ext.checkpoint.structure import Structure
 from lap_ext.checkpoint.weights import Files
 from lap_ext.errors import LapValueError
 from lap_ext.options import Normalize
+from lap_ext.pruning.matrices import rows_together
 from lap_ext.pruning.plan import Options, Plan, chosen
 
 
@@ -50,9 +51,10 @@ def plan_of(
         LapValueError: options, files or the memory do not allow it.
     """
     topology, copies = structure.topology, structure.copies
-    layers, left_dense = chosen(topology, options.layers, options.exclude)
+    layers, left_dense = chosen(topology, options)
     held = 0 if scored is None else held_by_scores(layers, copies, scored)
-    limit = limits(memory, topology, copies, options.criterion, options.batch_norm, held)
+    rows = rows_together(layers, options.structure)
+    limit = limits(memory, topology, copies, options.criterion, options.batch_norm, held, rows)
     source = Source(files)
     _check_copies(source, copies.values())
     plan = Plan(topology, layers, options, left_dense)

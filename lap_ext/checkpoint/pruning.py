@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 import lap_ext
-from lap_ext.allocation import Sparsity
+from lap_ext.allocation import Sparsity, check_given
 from lap_ext.checkpoint import identity, inside
 from lap_ext.checkpoint.files import MASKS, Checkpoint, open_directory
 from lap_ext.checkpoint.finished import finished
@@ -50,14 +50,19 @@ from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import options_of
 from lap_ext.pruning.result import LayerResult
 from lap_ext.report import Histogram
+from lap_ext.structures import Aggregate, StructureLike
 
 
 @calling("checkpoint.prune")
 def prune(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
     scope: Scope = "layer",
     criterion: CriterionLike = "lookahead",
     normalize: Normalize = "auto",
@@ -89,6 +94,12 @@ def prune(
             model.safetensors.index.json.
         out: the directory to write; it must be empty or not exist yet.
         sparsity: as in `lap_ext.prune`.
+        structure: as in `lap_ext.prune`. The worth of all units that are ranked together must fit
+            into memory, 24 bytes each.
+        aggregate: as in `lap_ext.prune`; "exact" reads the neighbors of each layer, which must fit
+            into memory with it.
+        multiple_of: as in `lap_ext.prune`.
+        strict: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
             ranking: one or two for raw scores, two or three for normalized ones.
         criterion: as in `lap_ext.prune`, one of your own too. A function of a layer sees one full
@@ -161,20 +172,25 @@ def prune(
         exclude=exclude,
         min_keep=min_keep,
         batch_norm=batch_norm,
+        structure=structure,
+        aggregate=aggregate,
+        multiple_of=multiple_of,
+        strict=strict,
     )
+    check_given(sparsity, options.structure)
     source, target = Path(directory), Path(out)
     check_out(source, target)
     budget = parsed(memory)
     files = open_directory(source)
-    structure = structure_of(files, model, example_inputs, on_unsupported)
-    plan, place = plan_of(structure, files, options, budget)
+    network = structure_of(files, model, example_inputs, on_unsupported)
+    plan, place = plan_of(network, files, options, budget)
     statistics = _statistics(data)
     task = pipeline.begin(plan, place, sparsity, data, on_progress)
     if data is not None and statistics is None:  # a criterion of the user's own took it
         raise LapTypeError(
             "{argument} to be the path of a file", type(data).__name__, argument="data"
         )
-    described = _described(task, structure, files) | {
+    described = _described(task, network, files) | {
         "statistics": statistics,
         "save_masks": save_masks,
         "on_unsupported": on_unsupported,
@@ -184,7 +200,8 @@ def prune(
         if work.notice:
             warn(work.notice)
         shapes = {x.name: x.shape for x in task.layers}
-        masks = MaskFile(work.files, shapes) if save_masks else None
+        how = None if options.structure is None else options.structure.spelled
+        masks = MaskFile(work.files, shapes, structure=how) if save_masks else None
         place.use(work, shapes)
         try:
             shown = pipeline.before_rounds(task, data) if count_scores else None
@@ -215,14 +232,14 @@ def _statistics(data: object) -> list[Any] | None:
     return identity.file_of(Path(os.fspath(data)))
 
 
-def _described(task: Task, structure: Structure, files: Checkpoint) -> dict[str, Any]:
+def _described(task: Task, network: Structure, files: Checkpoint) -> dict[str, Any]:
     """Describes what decides the result: only a run that is described alike is resumed."""
     options, budget = task.scoring.plan.options, task.budget
     return {
         "lap_ext": lap_ext.__version__,
         "path": str(files.path.resolve()),
         "files": identity.files_of(files),
-        "network": identity.network_of(structure),
+        "network": identity.network_of(network),
         "scope": options.scope,
         "normalize": options.normalize,
         "order": options.order,
@@ -230,6 +247,9 @@ def _described(task: Task, structure: Structure, files: Checkpoint) -> dict[str,
         "batch_norm": options.batch_norm,
         "keep": budget.total if options.scope == "global" else None,
         "floors": budget.floors,
+        "structure": identity.structure_of(options.structure, task.layers),
+        "aggregate": options.aggregate,
+        "multiple_of": options.multiple_of,
         "criterion": identity.criterion_of(options.criterion),
         "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
     }
@@ -243,6 +263,9 @@ def _run(writer: Writer, work: Work) -> None:
     check_disk(writer, work)
     if masks is not None and not done:
         masks.create()
+    units = writer.task.scoring.units
+    units.update(work.facts.get("units", {}))  # those of layers that are written already
+    work.facts["units"] = units
     selections, dead = pipeline.select(writer.task), writer.task.scoring.dead
     dead.update(work.facts.get("dead", {}))  # those of rounds that an earlier run has ended
     work.facts["dead"] = dead
@@ -263,10 +286,14 @@ def _scores(task: Task, work: Work) -> dict[str, Histogram]:
 
 def _rows(task: Task, work: Work) -> list[LayerResult]:
     """Makes the table from the counts of the masks that were written."""
-    rows = []
+    rows, units = [], work.facts.get("units", {})
     for layer in task.layers:
         kept = sum(counts.get(layer.name, 0) for counts in work.facts.get("kept", {}).values())
         # a zero weight is never kept
-        row = LayerResult(layer.name, layer.kind, layer.shape, kept, math.prod(layer.shape), kept)
+        counts = kept, math.prod(layer.shape), kept
+        own = units.get(layer.name)
+        row = LayerResult(
+            layer.name, layer.kind, layer.shape, *counts, units=own and (own[0], own[1])
+        )
         rows.append(row)
     return rows

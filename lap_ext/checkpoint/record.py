@@ -5,7 +5,8 @@ The command line writes it, with the options as typed; `verify` reads it.
 
     {"lap_ext": version, "model": the original, as typed,
      "asked": {"sparsity": [texts], "scope": "layer", ...},
-     "layers": [{"name": ..., "kept": ..., "total": ..., ...}, ...]}
+     "layers": [{"name": ..., "kept": ..., "total": ..., "units": [kept, total] or null, ...},
+                ...]}
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lap_ext
-from lap_ext import allocation
+from lap_ext import allocation, structures
 from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, MinKeep, Scope
+from lap_ext.structures import NM
 
 if TYPE_CHECKING:
     from lap_ext.pruning.result import PruneResult
@@ -39,11 +41,13 @@ class Record:
         counts: layer name -> (weights kept, all weights).
         options: option -> value, as written.
         model: the original, as it was given to the command line; None if that is not known.
+        units: layer name -> (units kept, all units), where a structure has units.
     """
 
     counts: Mapping[str, tuple[int, int]]
     options: Any
     model: str | None = None
+    units: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def wanted(self) -> tuple[Sparsity, Scope, MinKeep]:
         """Reads the sparsity, its scope and the floors.
@@ -55,6 +59,10 @@ class Record:
             texts, scope = self.options["sparsity"], self.options["scope"]
             if scope not in SCOPES:
                 raise ValueError("no such scope")
+            structure = self.options.get("structure")
+            pattern = None if structure is None else structures.of(structure)
+            if isinstance(pattern, NM) and texts is None:
+                return pattern.sparsity, scope, None
             if not isinstance(texts, list) or not texts:
                 raise ValueError("no sparsity")
             sparsity = notation.of_texts(texts)
@@ -80,7 +88,8 @@ def write(
 
     Args:
         directory: of the pruned weights.
-        options: option -> value; "sparsity" is a list of texts (see allocation/notation.py).
+        options: option -> value; "sparsity" is a list of texts (see allocation/notation.py), or
+            None with a structure that has its own.
         result: of the pruning.
         model: the original.
     """
@@ -103,16 +112,26 @@ def read(directory: Path) -> Record | None:
             if not isinstance(facts["layers"], list):
                 raise ValueError("no list of layers")
             counts: dict[str, tuple[int, int]] = {}
+            units: dict[str, tuple[int, int]] = {}
             for row in facts["layers"]:
-                name, kept, total = row["name"], row["kept"], row["total"]
-                whole = type(kept) is int and type(total) is int and 0 <= kept <= total
-                if type(name) is not str or name in counts or not whole:
+                name = row["name"]
+                if type(name) is not str or name in counts:
                     raise ValueError("no counts of layers")
-                counts[name] = kept, total
+                counts[name] = _pair(row["kept"], row["total"])
+                if row.get("units") is not None:
+                    units[name] = _pair(*row["units"])
             model = facts.get("model")
-            return Record(counts, facts.get("asked"), model if isinstance(model, str) else None)
+            model = model if isinstance(model, str) else None
+            return Record(counts, facts.get("asked"), model, units)
     except FileNotFoundError:
         return None
+
+
+def _pair(kept: object, total: object) -> tuple[int, int]:
+    """Checks two counts."""
+    if type(kept) is int and type(total) is int and 0 <= kept <= total:
+        return kept, total
+    raise ValueError("no counts of layers")
 
 
 @contextmanager

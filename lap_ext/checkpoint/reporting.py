@@ -100,9 +100,11 @@ def checkpoint_facts(
                     yield chunk, masks.chunk(layer.name, first, chunk.numel()), None
 
             scores = result.scores.get(layer.name)
-            return layer_weights(layer, item, len(copies), chunks, scores)
+            units = result.units.get(layer.name)
+            return layer_weights(layer, item, len(copies), chunks, scores, units)
 
-        facts = facts_of(os.fspath(directory), result.criterion, options, structure.topology)
+        name, how = os.fspath(directory), masks.structure
+        facts = facts_of(name, result.criterion, options, structure.topology, how)
         facts.bytes_before, facts.bytes_after = before.size, after.size
         facts.load = loading(result.directory, structure.topology.model)
         layers = [structure.topology.layers[name] for name in masks.shapes]

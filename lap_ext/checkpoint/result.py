@@ -110,7 +110,8 @@ def result_of(
     masks_file = directory / MASKS if masks_saved else None
     shapes = {row.name: row.shape for row in rows}
     stored = {} if masks_file is None else StoredMasks(masks_file, shapes)
-    masks = Masks.reading(stored)
+    structure = task.scoring.plan.options.structure
+    masks = Masks.reading(stored, structure)
     topology = task.scoring.plan.topology
     return CheckpointResult(
         masks,

@@ -27,6 +27,7 @@ class StoredPruning:
         masks_file: their masks.
         options: option -> value, as typed; empty if they were not recorded.
         model: the original, as typed, or None if it was not recorded.
+        units: layer name -> (units kept, all units), as far as recorded.
         scores: no scores are stored.
     """
 
@@ -34,6 +35,7 @@ class StoredPruning:
     masks_file: Path
     options: Mapping[str, Any]
     model: str | None
+    units: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, Histogram] = field(default_factory=dict)
 
     @property
@@ -77,7 +79,8 @@ def stored_pruning(result: Path) -> StoredPruning:
     if not masks.is_file():
         expected, got = f"{{argument}} with its masks, {MASKS}", f"{str(directory)!r} without"
         raise LapFileNotFoundError(expected, got, argument="result")
-    return StoredPruning(directory, masks, options, model)
+    units = {} if recorded is None else recorded.units
+    return StoredPruning(directory, masks, options, model, units)
 
 
 def _of_json(result: Path) -> tuple[Path, str]:

@@ -4,7 +4,8 @@
     kept      the bits of the original's weight
     pruned    +0.0, all bits zero
     others    tensors without a mask: the bits of the original
-    counts    kept weights of each mask: as in the pruning's record (record.py)
+    counts    kept weights of each mask: as in the pruning's record (record.py); with a structure,
+              at most as many as the sparsity keeps, since units are kept as a whole
     files     all other files of the original: the same bytes
 
 Without a mask file, every weight must have the original's bits or be +0.0, and some must be zero
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ class Verdict:
         files: how many other files of the original were demanded.
         unpruned: whether no weight is zero that is not zero in the original; without masks, that is
             a finding.
+        structure: what was removed together, as the masks say; None for single weights.
     """
 
     findings: Sequence[Finding]
@@ -99,6 +101,7 @@ class Verdict:
     masks: bool
     files: int = 0
     unpruned: bool = False
+    structure: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -127,6 +130,7 @@ class Verdict:
             "findings": [asdict(finding) for finding in self.findings],
             "tensors": self.tensors,
             "masks": self.masks,
+            "structure": self.structure,
             "files": self.files,
             "unpruned": self.unpruned,
             "kept": self.kept,
@@ -163,6 +167,8 @@ class Verdict:
         """Lists the findings, and says how many there are."""
         notes = [visible(f"{finding.tensor}: {finding.problem}") for finding in self.findings]
         how = "" if self.masks else " There is no mask file: zeros were taken for pruned."
+        if self.structure is not None:
+            how = f" The masks are of structure {self.structure}."
         if self.findings:
             return [*notes, f"{len(self.findings)} findings in {self.tensors} tensors.{how}"]
         same = f" {self.files} other files are the same." if self.files else ""
@@ -248,6 +254,8 @@ class _Comparison:
         self.after, self.before, self.masks = after, before, masks
         self.findings: list[Finding] = []
         self.layers: list[LayerCount] = []
+        self.structure = None if masks is None else masks.structure
+        self.units: Mapping[str, tuple[int, int]] = {}  # as recorded
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the layers
         self.zeros: dict[tuple[str, int], int] = {}  # layer, first element -> zeros before
         self.others: list[Path] = []  # files of the original that the pruned one must have
@@ -277,7 +285,8 @@ class _Comparison:
         self._check_record(wanted)
         masked, others = self.masks is not None, len(self.others)
         unpruned = not self._sums.gone
-        return Verdict(self.findings, self.layers, len(both), masked, others, unpruned)
+        facts = self.findings, self.layers, len(both), masked, others, unpruned
+        return Verdict(*facts, self.structure)
 
     def demand_others(self) -> None:
         """Demands the other files of the original, unless the pruned one has weights alone."""
@@ -446,7 +455,7 @@ class _Comparison:
             return
         if recorded is not None:
             actual = {row.name: (row.kept, row.total) for row in self.layers}
-            counts = recorded.counts
+            counts, self.units = recorded.counts, recorded.units
             for name in sorted(counts.keys() | actual.keys()):
                 if counts.get(name) != actual.get(name):
                     pair = f"{actual.get(name)} in the masks, {counts.get(name)} recorded"
@@ -463,6 +472,9 @@ class _Comparison:
     def _check_sparsity(self, sparsity: Sparsity, scope: Scope, min_keep: MinKeep) -> None:
         """Checks the counts against those of a sparsity, of each layer or of all."""
         allocated = allocation.of(sparsity)
+        if self.structure is not None:
+            self._check_at_most(sparsity, scope, min_keep)
+            return
         expected = f"a sparsity of {notation.text_of(sparsity)} keeps"
         if scope == "global":
             kept = sum(row.kept for row in self.layers)
@@ -475,6 +487,18 @@ class _Comparison:
             keep = min(keeps.get(row.name, row.kept), self._live(row))
             if keep != row.kept:
                 self._find(row.name, f"{row.kept} weights are kept, {expected} {keep}")
+
+    def _check_at_most(self, sparsity: Sparsity, scope: Scope, min_keep: MinKeep) -> None:
+        """Checks that no layer keeps more than fits; a single unit may be larger than that."""
+        if scope == "global" or min_keep is not None:
+            return  # floors are whole units, whose sizes nobody knows
+        keeps = allocation.budget(allocation.of(sparsity), self.shapes, None).keeps
+        for row in self.layers:
+            keep, units = keeps.get(row.name, row.kept), self.units.get(row.name)
+            single = ":" not in str(self.structure) if units is None else units[0] == 1
+            if row.kept > keep and not single:
+                text = f"a sparsity of {notation.text_of(sparsity)} keeps at most {keep}"
+                self._find(row.name, f"{row.kept} weights are kept, {text}")
 
     def _live(self, row: LayerCount) -> int:
         """Counts the weights of a layer that are not zero in the original: no other is kept."""

@@ -65,13 +65,18 @@ class MaskFile:
     """A file of masks that is written in chunks, in any order; `seal` adds their checksums."""
 
     def __init__(
-        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], file: str = MASKS
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        file: str = MASKS,
+        structure: str | None = None,
     ) -> None:
         self.path = directory / file
+        self._structure = structure
         self._empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = header(self._empty)
+        self._head = header(self._empty, structure=structure)
         self._begin, begin = {}, len(self._head)
         for name, mask in self._empty.items():
             self._begin[name] = begin
@@ -171,9 +176,9 @@ class MaskFile:
             chunks = (
                 os.pread(number, min(HASHED, end - at), at) for at in range(begin, end, HASHED)
             )
-            sums[name] = checksum(name, mask.shape, chunks)
+            sums[name] = checksum(name, mask.shape, chunks, self._structure)
         with on_disk(self.path.parent):
-            self._put(memoryview(header(self._empty, sums)), 0)
+            self._put(memoryview(header(self._empty, sums, self._structure)), 0)
         self.sync()
 
     def _put(self, data: memoryview, begin: int) -> None:

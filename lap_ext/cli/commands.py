@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lap_ext
-from lap_ext import allocation
+from lap_ext import allocation, structures
 from lap_ext._files import new_directory, set_aside
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from lap_ext.report import Facts
 
 _SINGLE = "model.safetensors"
+_OF_STRUCTURES = ("aggregate", "multiple_of")  # options that decide the result of a structure
 
 
 def prune(options: Any) -> int:
     """Prunes a checkpoint directory, or a module, and writes it to a new directory."""
     start = time.monotonic()
-    sparsity = _sparsity(options)  # mistakes cost nothing yet
+    structure = options.structure  # mistakes cost nothing yet
+    sparsity = _sparsity(options) if options.sparsity else None
+    allocation.check_given(sparsity, None if structure is None else structures.of(structure))
     is_directory = models.is_directory(options)
     models.check_statistics(options)
     replaces = _replaces(options)
@@ -144,7 +147,7 @@ def _draw(options: Any, facts: Facts) -> None:
 
 
 def _prune_directory(
-    options: Any, sparsity: Sparsity, progress: Progress
+    options: Any, sparsity: Sparsity | None, progress: Progress
 ) -> tuple[checkpoint.CheckpointResult, Facts | None]:
     """Streams a checkpoint directory."""
     from lap_ext import checkpoint
@@ -178,7 +181,8 @@ def _prune_directory(
 
 def _ranking_options(options: Any) -> dict[str, Any]:
     """Gathers the options that lap_ext.prune and checkpoint.prune take, but no scoring does."""
-    return {name: getattr(options, name) for name in ("scope", "order", "rounds", "min_keep")}
+    names = ("structure", *_OF_STRUCTURES, "strict", "scope", "order", "rounds", "min_keep")
+    return {name: getattr(options, name) for name in names}
 
 
 def _streaming_options(options: Any, progress: Progress) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def _streaming_options(options: Any, progress: Progress) -> dict[str, Any]:
 
 
 def _prune_module(
-    options: Any, sparsity: Sparsity, progress: Progress
+    options: Any, sparsity: Sparsity | None, progress: Progress
 ) -> tuple[lap_ext.PruneResult, Facts | None]:
     """Prunes in memory and writes the model and the masks."""
     made, topology = models.traced(options, progress)
@@ -264,7 +268,9 @@ def _chosen(options: Any) -> dict[str, Any]:
     ranking = ("sparsity", "criterion", "scope", "order", "rounds", "normalize", "min_keep")
     chosen = {name: getattr(options, name) for name in (*ranking, "batch_norm", "layers")}
     chosen |= {"exclude": options.exclude, "statistics": options.data and str(options.data)}
-    return chosen
+    chosen["structure"] = options.structure
+    others = () if options.structure is None else _OF_STRUCTURES
+    return chosen | {name: getattr(options, name) for name in others}
 
 
 def _texts(chosen: Mapping[str, Any]) -> dict[str, str]:

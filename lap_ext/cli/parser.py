@@ -34,6 +34,7 @@ examples:
       --scope global --out ./resnet-90
   lap-ext prune ./bert --sparsity 'encoder.*=0.8' --sparsity 'pooler*=0.5' \\
       --out ./bert-pruned
+  lap-ext prune ./llama --structure 2:4 --out ./llama-24
   lap-ext verify ./llama-50 ./llama
 """
 _MORE = """\
@@ -201,6 +202,8 @@ def options(subcommand: str) -> Callable[[str, str], str]:
         >>> spelled = options("prune")
         >>> spelled("on_unsupported", "'cut'"), spelled("model", "")
         ('--on-unsupported cut', 'a factory (package.module:factory)')
+        >>> spelled("strict", "True")
+        '--strict'
         >>> spelled("neighbors", "{...}")
         'neighbors={...} in Python'
     """
@@ -209,7 +212,8 @@ def options(subcommand: str) -> Callable[[str, str], str]:
     def spelled(name: str, value: str) -> str:
         if name not in names:
             return f"{name}={value} in Python"
-        return f"{names[name]} {value.strip(_QUOTES)}".rstrip()
+        shown = "" if value == "True" else value.strip(_QUOTES)  # a flag takes no value
+        return f"{names[name]} {shown}".rstrip()
 
     return spelled
 
@@ -264,9 +268,21 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     add = command.add_argument
     # fmt: off
-    add("-s", "--sparsity", action="append", required=True, metavar="S",
+    add("-s", "--sparsity", action="append", metavar="S",
         help="fraction to remove: 0.9; 'PATTERN=0.9' for some layers, may be repeated; "
-        "erk:0.9, er:0.9 or uniform_plus:0.9 to allocate it to the layers")
+        "erk:0.9, er:0.9 or uniform_plus:0.9 to allocate it to the layers; none with "
+        "--structure N:M")
+    add("--structure", metavar="STRUCTURE",
+        help="what is removed together: 2:4 keeps 2 of every 4 consecutive inputs (also 2:4/out, "
+        "2:4/flat, 2:4/transposable); 16x16, blocks of 16 outputs by 16 inputs; row, outputs; "
+        "column, inputs (default: single weights)")
+    _add_choice(command, "--aggregate", ("energy", "mean", "exact"),
+                "what a block, row or column is worth: the root of the sum of squared scores, "
+                "their mean, or how much the linear neighborhood changes without it")
+    add("--multiple-of", type=_count, default=1, metavar="N",
+        help="keep a multiple of so many blocks, rows or columns in every layer (default: 1)")
+    add("--strict", action="store_true",
+        help="make it an error if --structure does not fit a layer, which stays dense otherwise")
     add("-o", "--out", type=Path, required=True, metavar="DIR",
         help="new directory for the pruned model")
     _add_choice(command, "--scope", ("layer", "global"),

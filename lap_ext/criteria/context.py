@@ -198,7 +198,7 @@ class Network:
         if scale is None:
             return self._both_squared_norms(block, role)
         out = self._squared_norm(block, role, of_inputs=False)
-        into = self._squared_norm(_scaled(block, scale, role), role, of_inputs=True)
+        into = self._squared_norm(scaled(block, scale, role), role, of_inputs=True)
         return self._active(role, (into, out))
 
     def _squared_norms_of_rows(
@@ -279,9 +279,9 @@ class Network:
             layer = self.topology.layers[name]
             for role in layer.roles:
                 into, out = neighbor_norms(
-                    self._as_neighbors(prev),
-                    role.part.of(self._full(layer)),
-                    self._as_neighbors(following),
+                    self.as_neighbors(prev),
+                    role.part.of(self.full(layer)),
+                    self.as_neighbors(following),
                     groups=role.part.groups,
                     transposed=role.part.transposed,
                     check_finite=self.check_finite,
@@ -289,7 +289,7 @@ class Network:
                 assert self._norms is not None
                 self._norms[self.index(role)] = (into.cpu(), out.cpu())
 
-    def _full(self, layer: Layer, *, masked: bool = False) -> Tensor:
+    def full(self, layer: Layer, *, masked: bool = False) -> Tensor:
         """Reads what stands for a full layer, zero where its mask has pruned it."""
         (chunk,) = self.place.chunks(layer, whole=True)
         weight, mask = self._value(chunk), self.place.mask(chunk)
@@ -297,19 +297,19 @@ class Network:
             return weight * mask
         return weight if self.place.held else weight.clone()  # others are read beside it
 
-    def _as_neighbors(self, given: Any) -> Any:
+    def as_neighbors(self, given: Any) -> Any:
         """Converts layer names to neighbors with the weights of those layers."""
         if isinstance(given, (list, tuple)):
-            return [self._as_neighbors(item) for item in given] or None
+            return [self.as_neighbors(item) for item in given] or None
         if not isinstance(given, str):
             return given
         layer = self.topology.layers[given]
         role = layer.roles[0]
         block, active = (
-            role.part.of(self._full(layer, masked=True)),
+            role.part.of(self.full(layer, masked=True)),
             self.activity[self.index(role)],
         )
-        block = block if active is None else _scaled(block, exact_sqrt(active), role)
+        block = block if active is None else scaled(block, exact_sqrt(active), role)
         return Neighbor(block, role.part.groups, role.part.transposed)
 
 
@@ -345,7 +345,7 @@ def random_scores(weight: Tensor, start: int, first: int) -> Tensor:
     return scores
 
 
-def _scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:
+def scaled(block: Tensor, scale: Tensor, role: Role) -> Tensor:
     """Multiplies every output channel of a block by its scale, in float64."""
     scale = scale.to(block.device)
     part = role.part

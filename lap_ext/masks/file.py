@@ -4,8 +4,9 @@
     one uint8 tensor of ceil(n / 8) bytes for each layer of n weights; bit b of byte i is weight
     8 * i + b in C order; the bits after the last weight are 0
     metadata: {"lap_ext": version, "format": "2", "layers": JSON object of name -> shape, in order,
-    "checksums": JSON object of name -> checksum}
-    checksum: BLAKE2b with 16 bytes, of the JSON of [name, shape] and the bytes of the tensor
+    "checksums": JSON object of name -> checksum}, and "structure" if the masks have one
+    checksum: BLAKE2b with 16 bytes, of the JSON of [name, shape], or [name, shape, structure], and
+    the bytes of the tensor
 
 A layer is compared with its checksum when it is first read, so that a damaged mask is an error and
 no other mask.
@@ -35,6 +36,8 @@ from lap_ext import __version__
 from lap_ext._files import parsed_json, replacing, safetensors_header, safetensors_package
 from lap_ext._text import did_you_mean
 from lap_ext.errors import LapFileNotFoundError, LapOSError, LapTypeError, LapValueError
+from lap_ext.structures import LONGEST as LONGEST_STRUCTURE
+from lap_ext.structures import spelled
 
 FORMAT = "2"
 CHUNK = 1 << 20  # bytes of a mask that are hashed together
@@ -44,21 +47,23 @@ _MAX_DIMS = 64  # torch's own limit for most of its operations
 _MAX_WEIGHTS = 1 << 62
 
 
-def save(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
+def save(
+    path: str | os.PathLike[str], masks: Mapping[str, Tensor], structure: str | None = None
+) -> None:
     """Writes masks to a file atomically: at any time, path holds the old file or the new one."""
-    head, sums = header(masks), {}
+    head, sums = header(masks, structure=structure), {}
     with replacing(_checked(path)) as file:
         file.write(head)
         for name, mask in masks.items():
             data = _bytes(pack(mask))
-            sums[name] = checksum(name, mask.shape, [data])
+            sums[name] = checksum(name, mask.shape, [data], structure)
             file.write(data)
         file.seek(0)
-        file.write(header(masks, sums))
+        file.write(header(masks, sums, structure))
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads the masks of a file to the CPU, in the order in which they were saved.
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
+    """Reads the masks of a file to the CPU, in the order in which they were saved; the structure.
 
     Raises:
         LapTypeError: path is not a path.
@@ -66,7 +71,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         LapValueError: the file is damaged or does not contain masks.
     """
     with BitMasks(path) as file:
-        return {name: file.mask(name) for name in file.shapes}
+        return {name: file.mask(name) for name in file.shapes}, file.structure
 
 
 class BitMasks:
@@ -74,6 +79,7 @@ class BitMasks:
 
     Attributes:
         shapes: the shape of each layer by name, in the order in which the masks were saved.
+        structure: that of the masks, or None.
 
     Raises:
         ValueError: the file is damaged or does not contain masks.
@@ -93,6 +99,7 @@ class BitMasks:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _checked(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.structure: str | None = None
         self._unchecked: dict[str, str] = {}  # name -> checksum
 
     def __enter__(self) -> BitMasks:
@@ -114,7 +121,9 @@ class BitMasks:
             self._file: Any = package.safe_open(self.path, framework="pt").__enter__()
         except package.SafetensorError as error:
             raise _not_masks(self.path, str(error)) from None
-        self.shapes, self._unchecked = _tables(self.path, self._file.metadata() or {})
+        metadata = self._file.metadata() or {}
+        self.shapes, self._unchecked = _tables(self.path, metadata)
+        self.structure = _structure(self.path, metadata)
         if set(self._file.keys()) != set(self.shapes):
             raise _not_masks(self.path, "its tensors are not those its metadata lists")
         return self
@@ -150,7 +159,7 @@ class BitMasks:
             raise _not_masks(self.path, f"the bits of {name!r} do not fit its shape {list(shape)}")
         if name in self._unchecked:
             chunks = (_bytes(stored[begin : begin + CHUNK]) for begin in range(0, size, CHUNK))
-            if checksum(name, shape, chunks) != self._unchecked[name]:
+            if checksum(name, shape, chunks, self.structure) != self._unchecked[name]:
                 raise _not_masks(
                     self.path,
                     f"the mask of {name!r} does not match its checksum",
@@ -213,31 +222,43 @@ def _not_masks(path: Path, problem: str, cure: str = "") -> LapValueError:
     return LapValueError(_WRITTEN, f"{str(path)!r}: {problem}", cure)
 
 
-def checksum(name: str, shape: Iterable[int], chunks: Iterable[bytes | bytearray]) -> str:
+def checksum(
+    name: str,
+    shape: Iterable[int],
+    chunks: Iterable[bytes | bytearray],
+    structure: str | None = None,
+) -> str:
     """Hashes a layer's name, its shape and the packed bits of its mask.
 
     Args:
         name: of the layer.
         shape: of its weight.
         chunks: the packed bits, in any number of parts.
+        structure: of the masks; without one, the checksum is that of files that know none.
 
     Example:
         >>> checksum("fc", (2, 3), [b"%"]) == checksum("fc", (2, 3), [b"", b"%"])
         True
     """
-    digest = blake2b(json.dumps([name, list(shape)]).encode(), digest_size=16)
+    facts = [name, list(shape), *([] if structure is None else [structure])]
+    digest = blake2b(json.dumps(facts).encode(), digest_size=16)
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def header(masks: Mapping[str, Tensor], checksums: Mapping[str, str] | None = None) -> bytes:
+def header(
+    masks: Mapping[str, Tensor],
+    checksums: Mapping[str, str] | None = None,
+    structure: str | None = None,
+) -> bytes:
     """Makes the header of a file of masks.
 
     Args:
         masks: only their shapes matter.
         checksums: of the layers, in the same order. With None, zeros take their place: the header
             is as long as it will be.
+        structure: of the masks, or None.
     """
     sizes = {name: (mask.numel() + 7) // 8 for name, mask in masks.items()}
     metadata = {
@@ -246,6 +267,8 @@ def header(masks: Mapping[str, Tensor], checksums: Mapping[str, str] | None = No
         "layers": _json({name: list(mask.shape) for name, mask in masks.items()}),
         "checksums": _json(dict.fromkeys(masks, "0" * 32) if checksums is None else checksums),
     }
+    if structure is not None:
+        metadata["structure"] = structure
     longest = max(map(len, metadata.values()))
     if longest > _LONGEST:
         raise LapValueError(
@@ -286,6 +309,21 @@ def _tables(
     ):
         raise _not_masks(path, "its metadata is damaged")
     return {name: tuple(shape) for name, shape in shapes.items()}, sums
+
+
+def _structure(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """Reads the structure of the masks; None where a file has none, as older ones."""
+    text = metadata.get("structure")
+    if text is None:
+        return None
+    try:
+        known = len(text) <= LONGEST_STRUCTURE and spelled(text) == text
+    except LapValueError:
+        known = False
+    if not known:
+        got = f"its structure is {text[:20]!r}, which this lap_ext does not know"
+        raise _not_masks(path, got)
+    return text
 
 
 def _is_shape(shape: object) -> bool:

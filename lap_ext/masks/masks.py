@@ -24,6 +24,7 @@ from lap_ext.masks import file
 from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import Target, find, find_pruned, owners, revived, zero_
 from lap_ext.ops.memory import is_plain
+from lap_ext.structures import StructureLike, spelled
 
 
 class Masks(Mapping[str, Tensor]):
@@ -38,10 +39,12 @@ class Masks(Mapping[str, Tensor]):
     Args:
         masks: a bool tensor for each layer name, in which True marks a kept weight. The tensors
             are not copied.
+        structure: what was removed together, as in `lap_ext.prune`; saved with the masks, but not
+            checked against them. None is that of masks, if these are `Masks`, and else none.
 
     Raises:
         TypeError: a mask is not a dense bool tensor, or a name is not a string.
-        ValueError: a mask is on the meta device.
+        ValueError: a mask is on the meta device, or there is no such structure.
 
     Example:
         >>> import torch, lap_ext
@@ -62,18 +65,24 @@ class Masks(Mapping[str, Tensor]):
         Masks(1 layer, 1 of 2 weights kept, sparsity 0.5)
     """
 
+    _structure: str | None = None
+
     @calling("Masks")
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], structure: StructureLike | None = None) -> None:
         if not isinstance(masks, Mapping):
             raise LapTypeError("a mapping of layer name -> bool tensor", type(masks).__name__)
         for name, mask in masks.items():
             _check_mask(name, mask)
         self._masks: Mapping[str, Tensor] = dict(masks)
+        if structure is not None:
+            self._structure = spelled(structure)
+        elif isinstance(masks, Masks):
+            self._structure = masks.structure
 
     @classmethod
-    def reading(cls, masks: Mapping[str, Tensor]) -> Masks:
+    def reading(cls, masks: Mapping[str, Tensor], structure: StructureLike | None = None) -> Masks:
         """Makes masks of a mapping that reads each mask from a file whenever it is asked for."""
-        stored = cls({})
+        stored = cls({}, structure)
         stored._masks = masks
         return stored
 
@@ -87,7 +96,10 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same layers, in any order, and keep the same weights."""
+        """Whether both have the same layers, in any order, and keep the same weights.
+
+        What was removed together does not matter.
+        """
         if not isinstance(other, Masks):
             return NotImplemented
         return self.keys() == other.keys() and all(
@@ -98,10 +110,25 @@ class Masks(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         layers = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
+        structure = f", structure {self.structure}" if self.structure else ""
         return (
             f"Masks({layers}, {self.kept} of {self.total} weights kept, "
-            f"sparsity {self.sparsity:.4g})"
+            f"sparsity {self.sparsity:.4g}{structure})"
         )
+
+    @property
+    def structure(self) -> str | None:
+        """What was removed together: "2:4", "16x16", "row", "groups"; None for single weights.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(8, 2))
+            >>> lap_ext.prune(net, torch.ones(1, 8), structure="2:4").masks
+            Masks(1 layer, 8 of 16 weights kept, sparsity 0.5, structure 2:4)
+            >>> lap_ext.prune(net, torch.ones(1, 8), 0.5, structure="row").masks.structure
+            'row'
+        """
+        return self._structure
 
     @property
     def kept(self) -> int:
@@ -131,7 +158,7 @@ class Masks(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str | int) -> Masks:
         """Moves the masks to a device; masks that are already there are not copied."""
-        return Masks({name: mask.to(device) for name, mask in self.items()})
+        return Masks({name: mask.to(device) for name, mask in self.items()}, self.structure)
 
     @calling("Masks.apply")
     def apply(self, model: Module) -> None:
@@ -289,7 +316,7 @@ class Masks(Mapping[str, Tensor]):
             ...     lap_ext.Masks.load(f"{directory}/masks.safetensors") == masks
             True
         """
-        file.save(path, self)
+        file.save(path, self, self.structure)
 
     @classmethod
     @calling("Masks.load")
@@ -318,12 +345,13 @@ class Masks(Mapping[str, Tensor]):
             >>> model[0].weight[0, 1].item()
             0.0
         """
-        masks = cls(file.load(path))
+        masks = cls(*file.load(path))
         if model is None:
             return masks
         targets = find(model, masks, write=False)
         return cls(
-            {t.name: t.mask if t.weight.is_meta else t.mask.to(t.weight.device) for t in targets}
+            {t.name: t.mask if t.weight.is_meta else t.mask.to(t.weight.device) for t in targets},
+            masks.structure,
         )
 
     @calling("Masks.to_torch_prune")

@@ -13,7 +13,8 @@ from typing import SupportsIndex
 from torch import Tensor
 
 from lap_ext.errors import calling
-from lap_ext.ops import check, schema, torch_args
+from lap_ext.ops import check, schema, selection, torch_args
+from lap_ext.structures import Aggregate, StructureLike
 
 
 @calling("score_from_norms")
@@ -67,6 +68,8 @@ def mask_from_norms(
     *,
     sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | None = None,
     groups: int = 1,
     transposed: bool = False,
@@ -82,6 +85,8 @@ def mask_from_norms(
         out_norm: norms [O], with the same choices as in_norm.
         sparsity: fraction of all weights of w to remove, 0 to 1.
         keep: number of weights to keep, given instead of sparsity.
+        structure: what is removed together, as in `lap_ext.mask`.
+        aggregate: what a unit is worth, "energy" or "mean" ("exact" needs the neighbors).
         mask: bool tensor with the shape of w; True marks the weights that may be kept.
         groups: number of groups of w.
         transposed: whether w is the weight of a transposed convolution.
@@ -100,12 +105,15 @@ def mask_from_norms(
         >>> lap_ext.mask_from_norms(w, torch.tensor([1., 10.]), None, keep=2)
         tensor([[False,  True],
                 [False,  True]])
+        >>> lap_ext.mask_from_norms(w, torch.tensor([10., 1.]), None, structure="1:2")
+        tensor([[ True, False],
+                [ True, False]])
     """
     w = torch_args.weight(w, groups, transposed)
-    count = check.keep_count(sparsity, keep, w.numel())
+    chosen = selection.choice(structure, aggregate, sparsity, keep, w.numel())
     eligible = torch_args.eligible("mask", mask, "w", w)
     norms = torch_args.given_norms(w, in_norm, out_norm, groups, transposed)
-    return schema.call(schema.mask, w, *norms, count, eligible, groups, transposed, check_finite)
+    return selection.mask(w, norms, chosen, eligible, groups, transposed, check_finite)
 
 
 @calling("prune_from_norms_")
@@ -116,6 +124,8 @@ def prune_from_norms_(
     *,
     sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | None = None,
     groups: int = 1,
     transposed: bool = False,
@@ -129,6 +139,8 @@ def prune_from_norms_(
         out_norm: norms [O], with the same choices as in_norm.
         sparsity: fraction of all weights of w to remove, 0 to 1.
         keep: number of weights to keep, given instead of sparsity.
+        structure: what is removed together, as in `lap_ext.mask`.
+        aggregate: what a unit is worth, "energy" or "mean" ("exact" needs the neighbors).
         mask: bool tensor with the shape of w; True marks the weights that may be kept.
         groups: number of groups of w.
         transposed: whether w is the weight of a transposed convolution.
@@ -148,14 +160,16 @@ def prune_from_norms_(
         >>> w
         tensor([[ 0., -2.],
                 [ 0.,  4.]])
+        >>> kept = lap_ext.prune_from_norms_(w, None, None, keep=2, structure="row")
+        >>> w
+        tensor([[0., 0.],
+                [0., 4.]])
     """
     target = torch_args.weight(w, groups, transposed)
     torch_args.writable(target)
-    count = check.keep_count(sparsity, keep, w.numel())
+    chosen = selection.choice(structure, aggregate, sparsity, keep, w.numel())
     eligible = torch_args.eligible("mask", mask, "w", target)
     norms = torch_args.given_norms(target, in_norm, out_norm, groups, transposed)
-    kept = schema.call(
-        schema.prune_, target, *norms, count, eligible, groups, transposed, check_finite
-    )
+    kept = selection.prune_(target, norms, chosen, eligible, groups, transposed, check_finite)
     torch_args.mark_changed(w)
     return kept

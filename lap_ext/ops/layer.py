@@ -22,9 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lap_ext.errors import LapTypeError, LapValueError, calling
-from lap_ext.ops import check, schema, torch_args
+from lap_ext.ops import check, schema, selection, torch_args
 from lap_ext.ops.neighbors import Neighbor
 from lap_ext.ops.reference.common import require_batch_norm
+from lap_ext.structures import Aggregate, StructureLike
 
 Neighbors: TypeAlias = Tensor | Neighbor | Sequence[Tensor | Neighbor | None] | None
 
@@ -93,6 +94,8 @@ def mask(
     *,
     sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | None = None,
     groups: int = 1,
     transposed: bool = False,
@@ -104,7 +107,9 @@ def mask(
 
     Of two equal scores, the one with the lower flat (C-order) index ranks first. The ranking stays
     exact even where a product of norms is too small or too large for float32. No score is stored,
-    and w is read once.
+    and w is read once. With a structure, the weights of a unit go together, as in
+    `lap_ext.structures`: of N:M patterns N of every M are kept, of other units as many of the best
+    as have at most `keep` weights.
 
     Args:
         w_prev: weight of the layer before, [I, P, *K], as in `score`.
@@ -115,6 +120,11 @@ def mask(
             Decimal("0.9").
         keep: number of weights to keep, given instead of sparsity. If it exceeds w.numel(), all
             weights are kept.
+        structure: what is removed together: "N:M" (such as "2:4", without sparsity and keep),
+            "ROWSxCOLUMNS" (such as "16x16"), "row", "column" or an object of `lap_ext.structures`.
+            None stands for single weights.
+        aggregate: what a unit is worth: the "energy" or the "mean" of its scores, or "exact", how
+            much w_next * w * w_prev changes when the unit goes.
         mask: bool tensor with the shape of w; True marks the weights that may be kept. Weights
             marked False never return. If fewer than keep are True, all of those are kept.
         groups: number of groups of w.
@@ -127,8 +137,8 @@ def mask(
 
     Raises:
         ValueError: as for `score`; or sparsity is outside [0, 1], keep is negative, both or neither
-            of them is given, mask has another shape, or float64 scores span more than float64's
-            range.
+            of them is given, w does not fit the structure, mask has another shape, or float64
+            scores span more than float64's range.
         TypeError: a weight is not a floating-point tensor, mask is not bool, or keep is not an
             integer.
 
@@ -138,13 +148,20 @@ def mask(
         >>> lap_ext.mask(None, w, None, sparsity=0.5)    # 3 of 6; of the three twos the first two
         tensor([[False,  True,  True],
                 [ True, False, False]])
+        >>> lap_ext.mask(None, w, None, structure="1:3")
+        tensor([[False, False,  True],
+                [ True, False, False]])
+        >>> lap_ext.mask(None, w, None, sparsity=0.5, structure="row")  # 1 + 4 + 9 and 4 + 0 + 4
+        tensor([[ True,  True,  True],
+                [False, False, False]])
     """
     w = torch_args.weight(w, groups, transposed)
-    count = check.keep_count(sparsity, keep, w.numel())
+    options = structure, aggregate, sparsity, keep
+    chosen = selection.choice(*options, w.numel(), exact=True)
     eligible = torch_args.eligible("mask", mask, "w", w)
     norms = torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
-    options = (count, eligible, groups, transposed, check_finite)
-    return schema.call(schema.mask, w, *norms, *options)
+    kinds = groups, transposed, check_finite
+    return selection.mask(w, norms, chosen, eligible, *kinds, (w_prev, w_next))
 
 
 @calling("prune_")
@@ -155,6 +172,8 @@ def prune_(
     *,
     sparsity: check.Number | None = None,
     keep: SupportsIndex | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | None = None,
     groups: int = 1,
     transposed: bool = False,
@@ -169,6 +188,8 @@ def prune_(
         w_next: weight of the layer after, [N, O, *K], as in `score`.
         sparsity: fraction of all weights of w to remove, 0 to 1, as in `mask`.
         keep: number of weights to keep, given instead of sparsity.
+        structure: what is removed together, as in `mask`.
+        aggregate: what a unit is worth, as in `mask`.
         mask: bool tensor with the shape of w; True marks the weights that may be kept.
         groups: number of groups of w.
         transposed: whether w is the weight of a transposed convolution.
@@ -188,14 +209,19 @@ def prune_(
         >>> w
         tensor([[ 0., -2.,  3.],
                 [ 0.,  0.,  0.]])
+        >>> kept = lap_ext.prune_(None, w, None, keep=2, structure="column")
+        >>> w
+        tensor([[0., 0., 3.],
+                [0., 0., 0.]])
     """
     target = torch_args.weight(w, groups, transposed)
     torch_args.writable(target)
-    count = check.keep_count(sparsity, keep, w.numel())
+    options = structure, aggregate, sparsity, keep
+    chosen = selection.choice(*options, w.numel(), exact=True)
     eligible = torch_args.eligible("mask", mask, "w", target)
     norms = torch_args.norms(w_prev, target, w_next, groups, transposed, check_finite)
-    options = (count, eligible, groups, transposed, check_finite)
-    kept = schema.call(schema.prune_, target, *norms, *options)
+    kinds = groups, transposed, check_finite
+    kept = selection.prune_(target, norms, chosen, eligible, *kinds, (w_prev, w_next))
     torch_args.mark_changed(w)
     return kept
 

@@ -112,8 +112,16 @@ def norm_of(side: Side, neighbors: Any, backend: Backend) -> Any:
     """
     if neighbors is None:
         return backend.ones(side.channels)
+    squared_norms: list[Any] = []
+    for name, neighbor in listed(side, neighbors):
+        squared_norms += _squared_norms(side, name, neighbor, backend)
+    return backend.norm(squared_norms)
+
+
+def listed(side: Side, neighbors: Any) -> list[tuple[str, Neighbor]]:
+    """Lists one neighbor or more, each with the name that errors call it by."""
     if not isinstance(neighbors, (list, tuple)):
-        return backend.norm(_squared_norms(side, side.name, _as_neighbor(neighbors), backend))
+        return [(side.name, _as_neighbor(neighbors))]
     if len(neighbors) == 0:
         raise LapValueError(
             "{argument} to name one neighbor or more",
@@ -121,12 +129,7 @@ def norm_of(side: Side, neighbors: Any, backend: Backend) -> Any:
             "Pass None for a layer without one.",
             argument=side.name,
         )
-    squared_norms: list[Any] = []
-    for position, item in enumerate(neighbors):
-        squared_norms += _squared_norms(
-            side, f"{side.name}[{position}]", _as_neighbor(item), backend
-        )
-    return backend.norm(squared_norms)
+    return [(f"{side.name}[{n}]", _as_neighbor(item)) for n, item in enumerate(neighbors)]
 
 
 def needs_check(neighbors: Any) -> bool:
@@ -146,17 +149,29 @@ def _squared_norms(side: Side, name: str, neighbor: Neighbor, backend: Backend) 
     if neighbor.weight is None:
         return [_scaled(side, name, backend.ones(n), neighbor.scale, (n,), backend)]
     backend.check_weight(name, neighbor.weight)
-    c = _channels(side, name, neighbor)
+    per, times = meeting(side, name, neighbor)
+    if per > 1:
+        return _from_fine(side, name, neighbor, per, backend)
+    squared_norm = _reduce(side, name, neighbor, neighbor.weight, backend)
+    if times > 1:
+        return [_from_coarse(side, name, squared_norm, neighbor.scale, times, backend)]
+    return [_scaled(side, name, squared_norm, neighbor.scale, (n,), backend)]
+
+
+def meeting(side: Side, name: str, neighbor: Neighbor) -> tuple[int, int]:
+    """Counts the neighbor's channels that meet one of w, and those of w that meet one of its.
+
+    One of them is above 1 where a flatten joins a convolution and a linear weight.
+    """
+    c, n = _channels(side, name, neighbor), side.channels
     w_is_linear = len(side.w_shape) == 2
     is_linear = len(neighbor.weight.shape) == 2
     if c == n:
-        squared_norm = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return [_scaled(side, name, squared_norm, neighbor.scale, (n,), backend)]
+        return 1, 1
     if c > n > 0 and c % n == 0 and is_linear and not w_is_linear and neighbor.groups == 1:
-        return _from_fine(side, name, neighbor, c // n, backend)
+        return c // n, 1
     if n > c > 0 and n % c == 0 and w_is_linear and not is_linear:
-        squared_norm = _reduce(side, name, neighbor, neighbor.weight, backend)
-        return [_from_coarse(side, name, squared_norm, neighbor.scale, n // c, backend)]
+        return 1, n // c
     raise _no_meeting(side, name, neighbor, c)
 
 

@@ -14,7 +14,8 @@ from typing import Any, SupportsIndex, overload
 from torch import Tensor
 
 from lap_ext.errors import calling
-from lap_ext.ops import check, schema, torch_args
+from lap_ext.ops import check, schema, selection, torch_args
+from lap_ext.structures import Aggregate, StructureLike
 
 
 @overload
@@ -23,6 +24,8 @@ def topk_mask(
     *,
     keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | None = None,
     check_finite: bool = True,
 ) -> Tensor: ...
@@ -32,6 +35,8 @@ def topk_mask(
     *,
     keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Sequence[Tensor] | None = None,
     check_finite: bool = True,
 ) -> list[Tensor]: ...
@@ -41,6 +46,8 @@ def topk_mask(
     *,
     keep: SupportsIndex | None = None,
     sparsity: check.Number | None = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
     mask: Tensor | Sequence[Tensor] | None = None,
     check_finite: bool = True,
 ) -> Tensor | list[Tensor]:
@@ -48,7 +55,9 @@ def topk_mask(
 
         keep = floor((1 - sparsity) * n + 1/2)      n: number of all scores
 
-    The pure-PyTorch fallback temporarily stores one integer key per score.
+    With a structure, the scores of a unit go together, as in `lap_ext.structures`; the units of all
+    tensors are ranked together, and an N:M pattern holds in each. The pure-PyTorch fallback
+    temporarily stores one integer key per score.
 
     Args:
         scores: float32, float64, float16 or bfloat16 tensor with any shape and strides. Scores may
@@ -56,6 +65,9 @@ def topk_mask(
             one device; they are ranked together.
         keep: number of scores to keep over all tensors. If it exceeds their number, all are kept.
         sparsity: fraction of all scores to drop, 0 to 1, given instead of keep.
+        structure: what is dropped together, as in `lap_ext.mask`. A vector counts as one row. The
+            scores of units and of transposable patterns must be >= 0, for they are added.
+        aggregate: what a unit is worth, "energy" or "mean" ("exact" needs weights).
         mask: bool tensor with the shape of scores (a list for a list); True marks the scores that
             may be kept.
         check_finite: whether to raise an error on NaN. If False, a NaN ranks by its bits.
@@ -66,7 +78,8 @@ def topk_mask(
 
     Raises:
         ValueError: a score is NaN; sparsity is outside [0, 1] or keep is negative; both or neither
-            of them is given; a mask has another shape; tensors are on different devices.
+            of them is given; scores do not fit the structure; a mask has another shape; tensors are
+            on different devices.
         TypeError: scores are not floating-point tensors, or have different dtypes.
 
     Example:
@@ -75,13 +88,17 @@ def topk_mask(
         tensor([ True, False,  True, False])
         >>> lap_ext.topk_mask([torch.tensor([1., 5.]), torch.tensor([4.])], sparsity=0.5)
         [tensor([False,  True]), tensor([True])]
+        >>> lap_ext.topk_mask(torch.tensor([-3., -1., 5., 4.]), structure="1:2")
+        tensor([False,  True,  True, False])
     """
     single, checked = _scores(scores)
-    count = check.keep_count(sparsity, keep, sum(x.numel() for x in checked))
+    count = sum(x.numel() for x in checked)
+    chosen = selection.choice(structure, aggregate, sparsity, keep, count)
     masks = _masks(mask, single, checked)
     if not checked:
         return []
-    kept = schema.call(schema.topk_mask, checked, count, masks, check_finite)
+    names = ["scores"] if single else [f"scores[{t}]" for t in range(len(checked))]
+    kept = selection.of_scores(checked, names, chosen, masks, check_finite)
     return kept[0] if single else kept
 
 

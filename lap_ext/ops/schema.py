@@ -210,6 +210,21 @@ def _(weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 # row_norm says so, as in global_mask.
 
 
+# Operators, so that no compiler sees values that it does not know, or rounds in another way.
+@_define("scaled(Tensor[] tensors) -> Tensor[]", reference.scaled)
+def _(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
+
+
+@_define(
+    "wide_score(Tensor w, Tensor row_norm, Tensor col_norm, int groups, bool check_finite) -> "
+    "Tensor",
+    reference.wide_score,
+)
+def _(w: Tensor, *_: object) -> Tensor:
+    return w.new_empty(w.shape, dtype=torch.float64)
+
+
 @_define(
     "nm_mask(Tensor w, Tensor row_norm, Tensor col_norm, int groups, int keep, int of, bool rows, "
     "Tensor? mask, bool check_finite) -> Tensor",
@@ -262,6 +277,8 @@ threshold_mask = torch.ops.lap_ext.threshold_mask.default
 random_scores_ = torch.ops.lap_ext.random_scores_.default
 masked_zero_ = torch.ops.lap_ext.masked_zero_.default
 nonzero_mask = torch.ops.lap_ext.nonzero_mask.default
+scaled = torch.ops.lap_ext.scaled.default
+wide_score = torch.ops.lap_ext.wide_score.default
 nm_mask = torch.ops.lap_ext.nm_mask.default
 transposable_mask = torch.ops.lap_ext.transposable_mask.default
 block_sums_ = torch.ops.lap_ext.block_sums_.default

@@ -16,6 +16,7 @@ from lap_ext._text import some
 from lap_ext.topology import Layer, Topology
 
 EMBEDDING, TIED, HEAD, ZERO = "embedding", "tied to an embedding", "output head", "all zero"
+_BY_DEFAULT = {EMBEDDING, TIED, HEAD, ZERO}
 _LISTED = 5  # of many layers, a line lists the first ones
 
 
@@ -56,11 +57,20 @@ def _is_head(layer: Layer, entries: set[int]) -> bool:
 def sentence(left_dense: Mapping[str, str]) -> str:
     """Says which layers were left dense, why, and how to include them; empty if there are none.
 
+    Those that a structure does not fit cannot be included.
+
     Example:
         >>> sentence({"a": "embedding", "head": "output head"})
         "Left dense: 'a' (embedding), 'head' (output head). Name them with layers to prune them."
+        >>> sentence({"conv1": "2:4: 4 does not divide its 3 inputs"})
+        "The structure does not fit: 'conv1' (2:4: 4 does not divide its 3 inputs)."
     """
-    if not left_dense:
-        return ""
-    names = some((f"{name!r} ({why})" for name, why in left_dense.items()), _LISTED)
-    return f"Left dense: {names}. Name them with layers to prune them."
+    by_default = [f"{x!r} ({why})" for x, why in left_dense.items() if why in _BY_DEFAULT]
+    others = [f"{x!r} ({why})" for x, why in left_dense.items() if why not in _BY_DEFAULT]
+    sentences = []
+    if by_default:
+        names = some(by_default, _LISTED)
+        sentences.append(f"Left dense: {names}. Name them with layers to prune them.")
+    if others:
+        sentences.append(f"The structure does not fit: {some(others, _LISTED)}.")
+    return " ".join(sentences)

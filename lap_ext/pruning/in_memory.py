@@ -13,7 +13,8 @@ from lap_ext.allocation import Sparsity
 from lap_ext.masks import Masks
 from lap_ext.places import Memory
 from lap_ext.progress import Progress
-from lap_ext.pruning import pipeline
+from lap_ext.pruning import pipeline, structured
+from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import Plan, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
 from lap_ext.topology import Layer
@@ -21,7 +22,7 @@ from lap_ext.topology import Layer
 
 def run(
     plan: Plan,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None,
     masks: Mapping[str, Tensor] | None,
     data: Any,
     on_progress: Callable[[Progress], Any] | None,
@@ -37,13 +38,16 @@ def run(
     nonzero = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
     if masks is not None:
         may = {layer.name: _may(layer, given) for layer in task.layers}
-        if plan.options.scope == "global":
+        if plan.options.structure is not None:
+            kept = _filled_structure(task, kept, may)
+        elif plan.options.scope == "global":
             kept = _filled(kept, may, task.budget.total)
         else:
             for name, mask in kept.items():
                 kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
-    rows = [row_of(layer, kept[layer.name], nonzero[layer.name]) for layer in task.layers]
-    return result_of(plan, Masks(kept), rows, task.left_dense)
+    rows = [row_of(x, kept[x.name], nonzero[x.name], plan.options.structure) for x in task.layers]
+    structure = task.pattern or plan.options.structure
+    return result_of(plan, Masks(kept, structure), rows, task.left_dense)
 
 
 def result_of(
@@ -72,6 +76,23 @@ def _filled(kept: Mapping[str, Tensor], may: Mapping[str, Tensor], keep: int) ->
         free = (may[name] & ~mask).flatten().nonzero().flatten()[:missing]
         filled[name] = mask.flatten().index_fill(0, free, True).reshape(mask.shape)
         missing -= free.numel()
+    return filled
+
+
+def _filled_structure(
+    task: Task, kept: Mapping[str, Tensor], may: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Keeps zero weights too, as far as the structure has room for them."""
+    layers, pattern, budget = task.layers, task.pattern, task.budget
+    if pattern is not None:
+        pairs = ((x, kept[x.name], may[x.name]) for x in layers)
+        return {x.name: structured.filled_pattern(x, pattern, *masks) for x, *masks in pairs}
+    least = {x.name: pipeline.least(task, x) for x in layers}
+    together = task.scoring.plan.options.scope == "global"
+    groups = [(layers, budget.total)] if together else [([x], budget.keeps[x.name]) for x in layers]
+    filled: dict[str, Tensor] = {}
+    for group, keep in groups:
+        filled |= structured.filled_units(task.scoring, group, kept, may, keep, least)
     return filled
 
 

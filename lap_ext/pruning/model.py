@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lap_ext._text import layer_name
-from lap_ext.allocation import Sparsity
+from lap_ext.allocation import Sparsity, check_given
 from lap_ext.computed import references, sources, value
 from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, LapValueError, calling
@@ -43,6 +43,7 @@ from lap_ext.pruning import pipeline
 from lap_ext.pruning.in_memory import run
 from lap_ext.pruning.plan import checked_masks, options_of, plan_of, topology_of
 from lap_ext.pruning.result import PruneResult
+from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Topology
 
 
@@ -126,10 +127,14 @@ def scores(
 def prune(
     model: nn.Module,
     example_inputs: Inputs | None,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
     topology: Topology | None = None,
     criterion: CriterionLike = "lookahead",
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
     scope: Scope = "layer",
     normalize: Normalize = "auto",
     order: Order = "parallel",
@@ -160,11 +165,24 @@ def prune(
         sparsity: the fraction of the weights to remove; or a dict from name pattern to fraction
             (the first match counts, and layers without a match stay dense), whose keys may also be
             modules, types and parameters, as in exclude; or an allocation such as
-            `lap_ext.erk(0.9)`.
+            `lap_ext.erk(0.9)`. None for an N:M structure, which itself says how many are kept.
         topology: the result of an earlier `trace` of this model, instead of example_inputs.
         criterion: "lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random" or
             another name in `lap_ext.criteria`, an instance of one of its classes, or a function of
             a layer.
+        structure: what is removed together, from `lap_ext.structures` or as a text: "2:4" keeps 2
+            of every 4 consecutive inputs; "16x16" removes blocks of 16 outputs by 16 inputs; "row"
+            and "column" remove outputs and inputs of a layer. None removes single weights. Units
+            (blocks, rows, columns, groups) count with all of their weights, zero or not; the best
+            ones are kept as long as their weights fit, so that the sparsity may be a little higher
+            than asked for. Criteria that rank within output channels rank units of the full layer.
+        aggregate: what a unit is worth, given the scores s of its weights: "energy" is
+            sqrt(sum of s^2); "mean" is the mean of s, for units of different size; "exact" is
+            ||W_next (W * unit) W_prev||_F, how much the linear neighborhood changes when the unit
+            goes, for the criteria "lookahead", "lookforward", "lookback" and "magnitude".
+        multiple_of: each layer keeps a multiple of so many units, or all; rounded down.
+        strict: whether a layer that a structure does not fit (4 does not divide its inputs) is an
+            error. Otherwise it stays dense, with a warning, in `result.left_dense`.
         scope: "layer" ranks the weights of each layer separately; "global" ranks the weights of all
             layers together, in one exact ranking. Of equal scores, the one in the earlier layer, or
             at the lower index in the same layer, ranks higher.
@@ -184,7 +202,8 @@ def prune(
         exclude: layers not to prune, in the same forms, as in exclude=[nn.Embedding, model.head].
         min_keep: the number (an integer) or the fraction (a float) of weights that every layer
             keeps at least. With scope="global", the other layers keep fewer. None is no floor, with
-            a warning if a layer keeps nothing, and an error if sparsity is 1.
+            a warning if a layer keeps nothing, and an error if sparsity is 1. Units are rounded up
+            to it, and None is one unit of each layer, even where the sparsity leaves room for less.
         batch_norm: "edge" counts a batch norm as a scale on the edge on which it lies; "fold" also
             counts the batch norm after a consumer, as if it were folded into that consumer's
             weight; "ignore" counts none.
@@ -223,6 +242,9 @@ def prune(
         [('0', 36, 72), ('2', 9, 18)]
         >>> int((net[0].weight != 0).sum())
         36
+        >>> result = lap_ext.prune(net, torch.randn(1, 8), 0.5, structure="row", masks={})
+        >>> [(row.name, row.units) for row in result.layers]     # of 9 and 2 rows
+        [('0', (4, 9)), ('2', (1, 2))]
     """
     options = options_of(
         criterion,
@@ -235,7 +257,12 @@ def prune(
         layers=layers,
         exclude=exclude,
         min_keep=min_keep,
+        structure=structure,
+        aggregate=aggregate,
+        multiple_of=multiple_of,
+        strict=strict,
     )
+    check_given(sparsity, options.structure)
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
     result = run(plan_of(traced, options), sparsity, masks, data, on_progress)
     if min_keep is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,13 @@ from lap_ext.ops import check
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Place
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning import selection
+from lap_ext.pruning import selection, structured
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.patterns import by_name
-from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity
+from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity, pattern_at
 from lap_ext.pruning.scoring import Scoring
 from lap_ext.pruning.selection import Selection
+from lap_ext.structures import NM
 from lap_ext.topology import Layer
 
 
@@ -44,6 +45,7 @@ class Task:
         budget: how many weights are kept.
         live: how many weights of each layer may be kept; where that was not counted, all.
         left_dense: layers that stay dense by default -> the reason.
+        pattern: the pattern of all layers, or None.
     """
 
     scoring: Scoring
@@ -51,12 +53,13 @@ class Task:
     budget: allocation.Budget
     live: Mapping[str, int]
     left_dense: dict[str, str]
+    pattern: NM | None = None
 
 
 def begin(
     plan: Plan,
     place: Place,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None,
     data: Any,
     on_progress: Callable[[Progress], Any] | None,
     *,
@@ -67,13 +70,18 @@ def begin(
     Args:
         plan: the layers and options.
         place: where the weights live.
-        sparsity: as in `prune`.
+        sparsity: as in `prune`. A pattern of its own sparsity may be given a lower one, which it
+            reaches in part.
         data: as in `prune`.
         on_progress: as in `prune`.
         zero_layers: names of layers that are pruned like others even where they are all zero; None
             means all.
     """
     options = plan.options
+    pattern = pattern_at(options.structure, sparsity)
+    if sparsity is None:
+        assert pattern is not None  # check_given
+        sparsity = pattern.sparsity
     allocated = allocation.of(by_name(plan.topology, sparsity))
     shapes = {layer.name: layer.shape for layer in plan.layers}
     check_sparsity(allocated, shapes, plan.left_dense, options.min_keep)
@@ -92,7 +100,8 @@ def begin(
         floors = {x.name: min(budget.floors[x.name], live[x.name]) for x in layers}
         allocation.check_floors(floors, budget.total)
         budget = allocation.Budget(budget.keeps, budget.total, floors)
-    return Task(scoring, layers, budget, live, plan.left_dense | dict.fromkeys(zero, ZERO))
+    left_dense = plan.left_dense | dict.fromkeys(zero, ZERO)
+    return Task(scoring, layers, budget, live, left_dense, pattern)
 
 
 def scoring_of(
@@ -144,8 +153,12 @@ def _live_counts(scoring: Scoring) -> dict[str, int]:
     options, place = scoring.plan.options, scoring.place
     floored = options.scope == "global" and bool(options.min_keep)
     exact = place.held or floored or options.rounds > 1
+    by_units = options.structure is not None and not isinstance(options.structure, NM)
     live = {}
     for layer in scoring.plan.layers:
+        if by_units and exact:
+            live[layer.name] = structured.live_weights(scoring, layer)
+            continue
         count = 0
         for chunk in place.chunks(layer):
             mask = place.live(chunk)
@@ -184,8 +197,7 @@ def _round(task: Task, number: int) -> None:
     scoring.measure(_name(number))
     step = scoring.step("rank", task.layers)
     for layer in reversed(task.layers) if order == "backward" else task.layers:
-        keep = _target(task, number, [layer], task.budget.keeps[layer.name])
-        how = selection.of_layer(scoring, layer, keep, _name(number))
+        how = _of_layer(task, number, layer)
         selection.store(scoring, layer, how, step)
         scoring.forget([layer])
 
@@ -194,15 +206,32 @@ def _selected(task: Task, number: int) -> dict[str, Selection]:
     """Selects in one round with the norms that all layers have before it."""
     scoring, layers, budget, name = task.scoring, task.layers, task.budget, _name(number)
     scoring.measure(name)
-    if scoring.plan.options.scope == "global":
-        keep = _target(task, number, layers, budget.total)
+    if scoring.plan.options.scope == "layer":
+        return {layer.name: _of_layer(task, number, layer) for layer in layers}
+    keep = _target(task, number, layers, budget.total)
+    if scoring.plan.options.structure is None:
         return selection.of_all(scoring, layers, keep, budget.floors, name)
-    return {
-        layer.name: selection.of_layer(
-            scoring, layer, _target(task, number, [layer], budget.keeps[layer.name]), name
-        )
-        for layer in layers
-    }
+    every = {layer.name: least(task, layer) for layer in layers}
+    return {**structured.of_all(scoring, layers, keep, every, name)}
+
+
+def _of_layer(task: Task, number: int, layer: Layer) -> Selection:
+    """Selects in one round in a layer that is ranked by itself."""
+    options = task.scoring.plan.options
+    if task.pattern is not None:
+        dropped = (task.pattern.of - task.pattern.keep) * number // options.rounds
+        pattern = replace(task.pattern, keep=task.pattern.of - dropped)
+        return structured.of_pattern(task.scoring, layer, pattern)
+    keep = _target(task, number, [layer], task.budget.keeps[layer.name])
+    if options.structure is not None:
+        return structured.of_layer(task.scoring, layer, keep, least(task, layer))
+    return selection.of_layer(task.scoring, layer, keep, _name(number))
+
+
+def least(task: Task, layer: Layer) -> int:
+    """Returns how many weights a layer keeps at least, in whole units; by default, one unit."""
+    default = task.scoring.plan.options.min_keep is None
+    return max(task.budget.floors[layer.name], int(default))
 
 
 def _name(number: int) -> str:

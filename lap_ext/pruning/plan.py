@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
 
-from lap_ext import criteria
+from lap_ext import criteria, structures
 from lap_ext._text import matches, some
-from lap_ext.allocation import Allocation, floors
-from lap_ext.criteria import Criterion, CriterionLike
+from lap_ext.allocation import Allocation, Sparsity, floors
+from lap_ext.criteria import Criterion, CriterionLike, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.options import (
@@ -36,7 +38,9 @@ from lap_ext.options import (
 )
 from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
+from lap_ext.pruning.matrices import fitting
 from lap_ext.pruning.patterns import all_matching, checked
+from lap_ext.structures import NM, Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
 
 _LISTED = 5  # of many layers, errors list the first ones
@@ -50,7 +54,7 @@ class Options:
         criterion: scores the weights; it receives its data later.
         scope, normalize, order, rounds, batch_norm, residual, layers, exclude: as in `prune`;
             normalize is resolved, never "auto".
-        min_keep: as in `prune`.
+        min_keep, structure, aggregate, multiple_of, strict: as in `prune`.
     """
 
     criterion: Criterion
@@ -63,6 +67,10 @@ class Options:
     layers: Patterns | None = None
     exclude: Patterns = ()
     min_keep: MinKeep = None
+    structure: Structure | None = None
+    aggregate: Aggregate = "energy"
+    multiple_of: int = 1
+    strict: bool = False
 
     @property
     def raw(self) -> bool:
@@ -76,6 +84,7 @@ class Options:
         one_of("residual", self.residual, RESIDUALS)
         positive("rounds", self.rounds)
         floors(self.min_keep, {})  # checks it
+        _check_structure(self)
         if self.scope == "global" and self.order != "parallel":
             raise LapValueError(
                 '{order="parallel"} with {scope="global"} (one ranking needs all scores at once)',
@@ -106,6 +115,72 @@ class Plan:
         return self.options.criterion
 
 
+def _check_structure(options: Options) -> None:
+    """Checks the options that belong to structures."""
+    structure = options.structure
+    structures.check_aggregate(options.aggregate)
+    positive("multiple_of", options.multiple_of)
+    if not isinstance(options.strict, bool):
+        raise LapTypeError(
+            "{argument} to be a bool", type(options.strict).__name__, argument="strict"
+        )
+    others = {
+        "aggregate": options.aggregate != "energy",
+        "multiple_of": options.multiple_of > 1,
+        "strict": options.strict,
+    }
+    if structure is None:
+        for name in (name for name, given in others.items() if given):
+            raise LapValueError(
+                f"{{structure=}} with {{{name}=}}, which is about what is removed together",
+                "none",
+            )
+        return
+    if options.aggregate == "exact":
+        exact.counted(options.criterion)
+    if not isinstance(structure, NM):
+        return
+    others = {
+        "scope": options.scope == "global",
+        "min_keep": options.min_keep is not None,
+        "multiple_of": options.multiple_of > 1,
+        "aggregate": options.aggregate == "exact",
+    }
+    for name in (name for name, given in others.items() if given):
+        raise LapValueError(
+            f"no {{{name}=}} with {{structure={structure.spelled!r}}}, which keeps "
+            f"{structure.keep} of every {structure.of} weights in every layer",
+            repr(getattr(options, name)),
+        )
+
+
+def pattern_at(structure: Structure | None, sparsity: Sparsity | None) -> NM | None:
+    """Returns a pattern as it is at a sparsity, None being its own; None for other structures.
+
+    Of every m weights, floor(sparsity * m) are removed.
+
+    Example:
+        >>> pattern_at(NM(2, 4), None).keep, pattern_at(NM(2, 4), 0.3).keep
+        (2, 3)
+    """
+    if not isinstance(structure, NM):
+        return None
+    if sparsity is None:
+        return structure
+    if isinstance(sparsity, (Mapping, Allocation)):
+        dropped = -1
+    else:
+        dropped = math.floor(Fraction(repr(float(sparsity))) * structure.of)
+    if not 0 <= dropped <= structure.of - structure.keep:
+        raise LapValueError(
+            f"a {{argument}} of at most {structure.sparsity:g}, which {structure.spelled} itself "
+            "has in every layer",
+            "one for each layer" if dropped == -1 else sparsity,
+            argument="sparsity",
+        )
+    return replace(structure, keep=structure.of - dropped)
+
+
 def options_of(
     criterion: CriterionLike,
     *,
@@ -118,6 +193,10 @@ def options_of(
     layers: Patterns | None = None,
     exclude: Patterns = (),
     min_keep: MinKeep = None,
+    structure: StructureLike | None = None,
+    aggregate: Aggregate = "energy",
+    multiple_of: int = 1,
+    strict: bool = False,
 ) -> Options:
     """Checks the options that `prune` documents."""
     return Options(
@@ -131,12 +210,16 @@ def options_of(
         layers=None if layers is None else checked(layers, "layers"),
         exclude=checked(exclude, "exclude"),
         min_keep=min_keep,
+        structure=None if structure is None else structures.of(structure),
+        aggregate=aggregate,
+        multiple_of=multiple_of,
+        strict=strict,
     )
 
 
 def plan_of(topology: Topology, options: Options) -> Plan:
     """Chooses the layers to prune according to the options."""
-    layers, left_dense = chosen(topology, options.layers, options.exclude)
+    layers, left_dense = chosen(topology, options)
     for layer in layers:
         readable(layer)
     return Plan(topology, layers, options, left_dense)
@@ -167,28 +250,26 @@ def topology_of(
     return topology.bind(model)
 
 
-def chosen(
-    topology: Topology, layers: Patterns | None, exclude: Patterns
-) -> tuple[list[Layer], dict[str, str]]:
-    """Chooses the layers that match a pattern in layers and no pattern in exclude.
-
-    Args:
-        topology: the topology of the model.
-        layers: patterns of the layers to take; None means all but embeddings and output heads.
-        exclude: patterns of the layers to leave out.
+def chosen(topology: Topology, options: Options) -> tuple[list[Layer], dict[str, str]]:
+    """Chooses the layers that options name and that their structure fits.
 
     Returns:
         The layers, and those that stay dense by default -> the reason.
 
     Raises:
-        LapValueError: a pattern matches no layer.
+        LapValueError: a pattern of names matches no layer, or the structure does not fit.
     """
-    excluded = all_matching(topology, exclude, "exclude")
-    left_dense = dense_by_default(topology) if layers is None else {}
+    excluded = all_matching(topology, options.exclude, "exclude")
+    every = options.layers is None
+    left_dense = dense_by_default(topology) if every else {}
     left_dense = {name: why for name, why in left_dense.items() if name not in excluded}
-    names = set(topology.layers) if layers is None else all_matching(topology, layers, "layers")
+    names = set(topology.layers)
+    if options.layers is not None:
+        names = all_matching(topology, options.layers, "layers")
     names -= excluded | left_dense.keys()
-    return [layer for name, layer in topology.layers.items() if name in names], left_dense
+    layers = [layer for name, layer in topology.layers.items() if name in names]
+    layers, others = fitting(layers, options.structure, options.strict)
+    return layers, left_dense | others
 
 
 def check_prunable(layers: Iterable[Layer]) -> None:

@@ -53,6 +53,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import options_of, plan_of, topology_of
 from lap_ext.pruning.pruner_state import LISTED, Pruning, Schedule
 from lap_ext.pruning.result import PruneResult, row_of
+from lap_ext.structures import Aggregate, StructureLike
 from lap_ext.topology import Layer, Topology
 from lap_ext.topology.accepted import peeled
 
@@ -85,6 +86,11 @@ class Pruner:
             moments are not changed.
         topology: as in `prune`.
         criterion: as in `prune`.
+        structure: as in `prune`. On the way to an N:M pattern, floor(sparsity * M) of every M
+            weights are removed, so that the schedule ends at the sparsity 1 - N / M.
+        aggregate: as in `prune`.
+        multiple_of: as in `prune`.
+        strict: as in `prune`.
         scope: as in `prune`.
         normalize: as in `prune`.
         order: as in `prune`.
@@ -147,6 +153,10 @@ class Pruner:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         topology: Topology | None = None,
         criterion: CriterionLike = "lookahead",
+        structure: StructureLike | None = None,
+        aggregate: Aggregate = "energy",
+        multiple_of: int = 1,
+        strict: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -179,6 +189,10 @@ class Pruner:
             layers=layers,
             exclude=exclude,
             min_keep=min_keep,
+            structure=structure,
+            aggregate=aggregate,
+            multiple_of=multiple_of,
+            strict=strict,
         )
         self.topology = topology_of(
             self._model, example_inputs, topology, neighbors, on_unsupported
@@ -268,9 +282,10 @@ class Pruner:
 
         Returns:
             A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
-            weight, as uint8; "layers" maps the name of every layer of the model to its shape;
-            "options" are those that decide a pruning; "prunings" lists [step, sparsity] of every
-            pruning so far. torch.load reads the saved dict with weights_only=True.
+            weight, as uint8; "structure" is that of the masks, or None; "layers" maps the name of
+            every layer of the model to its shape; "options" are those that decide a pruning;
+            "prunings" lists [step, sparsity] of every pruning so far. torch.load reads the saved
+            dict with weights_only=True.
 
         Example:
             >>> import io, torch
@@ -294,6 +309,7 @@ class Pruner:
         return {
             "step": self._step,
             "masks": {name: pack(mask) for name, mask in self.masks.items()},
+            "structure": self.masks.structure,
             "layers": self._shapes(),
             "options": pruner_state.options_of(self._plan),
             "prunings": [list(pruning) for pruning in self._prunings],
@@ -326,7 +342,8 @@ class Pruner:
         expected = pruner_state.prunings_of(self._sparsity, step, prunings or [])
         if prunings is not None:
             pruner_state.check_prunings(prunings, expected, step)
-        self._use(masks, self._plan.left_dense | self._zero_layers(masks))
+        left_dense = self._plan.left_dense | self._zero_layers(masks)
+        self._use(Masks(masks, state.get("structure")), left_dense)
         self._step, self._prunings = step, expected
 
     def remove(self) -> None:
@@ -358,7 +375,8 @@ class Pruner:
         }
         given = None if not current else current | self._zeros_of_others(current)
         result = run(self._plan, sparsity, given, self._data, self._on_progress)
-        self._use({**current, **_broadcast(result.masks, self._group)}, result.left_dense)
+        masks = {**current, **_broadcast(result.masks, self._group)}
+        self._use(Masks(masks, result.structure), result.left_dense)
 
     def _zeros_of_others(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks zeros of layers that no pruning has masked yet, as the first pruning does."""
@@ -370,9 +388,10 @@ class Pruner:
         others = (x for x in self._plan.layers if masks and x.name not in masks)
         return {x.name: ZERO for x in others if not bool(x.weight.any())}
 
-    def _use(self, masks: Mapping[str, Tensor], left_dense: Mapping[str, str]) -> None:
+    def _use(self, masks: Masks, left_dense: Mapping[str, str]) -> None:
         """Replaces the masks: applies the new ones and keeps them with the optimizers."""
-        new = Masks({name: masks[name].to(weight.device) for name, weight in self._weights(masks)})
+        placed = {name: masks[name].to(weight.device) for name, weight in self._weights(masks)}
+        new = Masks(placed, masks.structure)
         if self._optimizers:
             before, self._handle = self._handle, new.keep(self._model, self._optimizers)
             if before is not None:
@@ -383,7 +402,8 @@ class Pruner:
         self.masks = new
         empty = self.result.empty_layers if self.result else ()
         every = ((self.topology.layers[name], mask) for name, mask in new.items())
-        rows = [row_of(x, mask, int(x.effective.count_nonzero())) for x, mask in every]
+        structure = self._plan.options.structure
+        rows = [row_of(x, mask, int(x.effective.count_nonzero()), structure) for x, mask in every]
         self.result = result_of(self._plan, new, rows, left_dense) if rows else None
         if self.result and self._plan.options.min_keep is None:
             self.result.warn_if_empty(known=empty)

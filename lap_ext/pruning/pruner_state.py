@@ -3,6 +3,7 @@
 
     step       how often Pruner.step was called
     masks      layer name -> one bit per weight
+    structure  of the masks, or None
     layers     name of every layer of the model -> its shape
     options    what decides a pruning besides the schedule
     prunings   [step, sparsity] of every pruning so far
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from hashlib import blake2b
 from typing import Any, TypeAlias
 
 import torch
@@ -28,12 +30,14 @@ from lap_ext.criteria import Criterion
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import unpack
 from lap_ext.pruning.plan import Plan
+from lap_ext.structures import Groups
 
 Schedule: TypeAlias = Callable[[int], Sparsity | None]
 Pruning: TypeAlias = list[Any]  # [step, sparsity as described]
 
 SCANNED = 10_000_000  # steps that a schedule is asked about at most: seconds
 LISTED = 10  # of many differences, errors list the first ones
+_LATER = {"structure": None, "aggregate": "energy", "multiple_of": 1}  # options of older states
 _CLOSE = 1e-9  # of two sparsities: a power may differ in its last bit on another machine
 
 
@@ -43,8 +47,26 @@ def options_of(plan: Plan) -> dict[str, Any]:
     return {
         "criterion": _described_criterion(plan.criterion),
         **{name: getattr(plan.options, name) for name in names},
+        "structure": _described_structure(plan),
+        "aggregate": plan.options.aggregate,
+        "multiple_of": plan.options.multiple_of,
         "layers": [layer.name for layer in plan.layers],
     }
+
+
+def _described_structure(plan: Plan) -> str | None:
+    """Describes a structure by its text, and the groups that a user gives by a checksum."""
+    structure = plan.options.structure
+    if not isinstance(structure, Groups):
+        return None if structure is None else structure.spelled
+    digest = blake2b(digest_size=16)
+    for layer in plan.layers:
+        numbers = structure.numbers(layer.name, layer.shape)
+        data = bytearray(numbers.nbytes)
+        if data:
+            torch.frombuffer(data, dtype=numbers.dtype).copy_(numbers)
+        digest.update(data)
+    return f"{structure.spelled} {digest.hexdigest()}"
 
 
 def _described_criterion(criterion: Criterion) -> str:
@@ -165,6 +187,7 @@ def _prunings(given: list[Any] | None, step: int) -> list[Pruning] | None:
 
 def check_options(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raises unless a state has the options of this pruner."""
+    theirs = {**_LATER, **theirs}
     differing = [
         f"{name}: {_shown(theirs.get(name))} in the state, {_shown(mine.get(name))} here"
         for name in {**mine, **theirs}

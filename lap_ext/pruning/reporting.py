@@ -36,6 +36,10 @@ class Pruned(Protocol):
     def criterion(self) -> str:
         """The name of the criterion."""
 
+    @property
+    def units(self) -> Mapping[str, tuple[int, int]]:
+        """Layer name -> how many units of the structure are kept, and how many there are."""
+
 
 def write_report(
     path: str | os.PathLike[str],
@@ -109,16 +113,18 @@ def model_facts(
         >>> facts.kept, facts.mass, facts.bytes_before       # 9 / 10
         (1, 0.9, 8)
     """
+    masks, units = result.masks, result.units
 
     def weights(layer: Layer) -> LayerWeights:
         def chunks(_most: int) -> Iterator[Chunk]:  # all are in memory already
-            yield layer.effective, result.masks[layer.name], scores.get(layer.name)
+            yield layer.effective, masks[layer.name], scores.get(layer.name)
 
-        return layer_weights(layer, layer.weight.element_size(), 1, chunks)
+        size = layer.weight.element_size()
+        return layer_weights(layer, size, 1, chunks, units=units.get(layer.name))
 
-    facts = facts_of(title, result.criterion, options, topology)
+    facts = facts_of(title, result.criterion, options, topology, masks.structure)
     facts.bytes_before = facts.bytes_after = model_bytes(topology.model)
-    layers = [topology.layers[name] for name in result.masks]
+    layers = [topology.layers[name] for name in masks]
     step = Step(on_progress, _STEP, sum(layer.weight.nbytes for layer in layers))
     return gather(facts, map(weights, layers), step.read)
 
@@ -140,6 +146,7 @@ def facts_of(
     criterion: str,
     options: Mapping[str, str] | None,
     topology: Topology,
+    structure: str | None = None,
 ) -> Facts:
     """Gathers what is known before a weight is measured."""
     return Facts(
@@ -152,6 +159,7 @@ def facts_of(
         version=__version__,
         torch=torch.__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        structure=structure,
     )
 
 
@@ -161,6 +169,7 @@ def layer_weights(
     copies: int,
     chunks: Callable[[int], Iterator[Chunk]],
     scores: Histogram | None = None,
+    units: tuple[int, int] | None = None,
 ) -> LayerWeights:
     """Describes a layer and how its weights are read."""
     facts = LayerFacts(
@@ -170,6 +179,7 @@ def layer_weights(
         some(neighbors(layer.prev), MOST_NEIGHBORS),
         some(neighbors(layer.next), MOST_NEIGHBORS),
         scores=scores,
+        units=units,
     )
     names = (edge.name for edge in layer.prev if edge.kind == "layer")
     facts.producers = tuple(dict.fromkeys(names))

@@ -17,10 +17,12 @@ from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.pruning.dense import sentence
+from lap_ext.pruning.structured import units_kept
+from lap_ext.structures import Structure
 from lap_ext.topology import Layer, PrunedBy, Topology
 
 Original: TypeAlias = Module | Topology | str | os.PathLike[str]  # what a report is about
-_COUNTS = (3, 4, 5)  # columns of numbers
+_COUNTS = (3, 4, 5, 6)  # columns of numbers
 _LISTED = 5  # of many layers, a line lists the first ones
 
 
@@ -36,6 +38,8 @@ class LayerResult:
         pruned_by: how the others are zero: "zeros", they are zero in the parameter; "mask", a mask
             multiplies the weight that the module computes (a parametrization, weight or spectral
             norm).
+        units: how many units of the structure are kept, and how many there are; None for single
+            weights and patterns.
     """
 
     name: str
@@ -45,6 +49,7 @@ class LayerResult:
     total: int
     nonzero: int
     pruned_by: PrunedBy = "zeros"
+    units: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -61,7 +66,7 @@ class PruneResult:
         layers: one row per layer, in the order of the network.
         criterion: the name of the criterion.
         left_dense: layers that were left dense by default -> the reason ("embedding", "tied to an
-            embedding", "output head" or "all zero").
+            embedding", "output head", "all zero" or why the structure does not fit).
         parameters: the number of all parameters of the model.
         unreached: names of weights that the example inputs do not reach: they stay dense.
 
@@ -79,6 +84,16 @@ class PruneResult:
     left_dense: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     parameters: int = field(kw_only=True)
     unreached: Sequence[str] = field(default=(), kw_only=True)
+
+    @property
+    def structure(self) -> str | None:
+        """What was removed together, as in `Masks.structure`; None for single weights."""
+        return self.masks.structure
+
+    @property
+    def units(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> how many units of the structure are kept, and how many there are."""
+        return {row.name: row.units for row in self.layers if row.units is not None}
 
     @property
     def kept(self) -> int:
@@ -174,12 +189,17 @@ class PruneResult:
 
     def _rows(self) -> list[Sequence[str]]:
         """Builds the table: a header, one row per layer, the totals."""
-        rows: list[Sequence[str]] = [("layer", "kind", "shape", "kept", "total", "sparsity")]
+        units = self.units
+        head = ("layer", "kind", "shape", "kept", "total", "sparsity")
+        rows: list[Sequence[str]] = [(*head, "units") if units else head]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
-            counts = f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"
+            counts = [f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"]
+            counts += [_of(*units[row.name]) if row.name in units else ""] if units else []
             rows.append((row.name, row.kind, shape, *counts))
-        rows.append(("all", "", "", f"{self.kept:,}", f"{self.total:,}", f"{self.sparsity:.2%}"))
+        every = [f"{self.kept:,}", f"{self.total:,}", f"{self.sparsity:.2%}"]
+        every += [_of(*map(sum, zip(*units.values(), strict=True)))] if units else []
+        rows.append(("all", "", "", *every))
         return rows
 
     def __repr__(self) -> str:
@@ -191,15 +211,16 @@ class PruneResult:
     def to_json(self) -> str:
         """Returns the table as JSON: the fields of the result, and a list of layers."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in self.layers]
-        facts = {"criterion": self.criterion, "sparsity": self.sparsity}
-        counts = {"kept": self.kept, "nonzero": self.nonzero, "total": self.total}
+        names = {"criterion": self.criterion, "structure": self.structure}
+        counts = {"sparsity": self.sparsity, "kept": self.kept, "nonzero": self.nonzero}
+        counts["total"] = self.total
         outside = {
             "parameters": self.parameters,
             "empty_layers": self.empty_layers,
             "left_dense": dict(self.left_dense),
             "unreached": list(self.unreached),
         }
-        return json.dumps(facts | counts | outside | {"layers": rows}, indent=2)
+        return json.dumps(names | counts | outside | {"layers": rows}, indent=2)
 
     @calling("PruneResult.report")
     def report(
@@ -248,8 +269,15 @@ class PruneResult:
         return plots.layers(self.layers)
 
 
-def row_of(layer: Layer, mask: Tensor, nonzero: int) -> LayerResult:
+def _of(kept: int, total: int) -> str:
+    return f"{kept:,} of {total:,}"
+
+
+def row_of(
+    layer: Layer, mask: Tensor, nonzero: int, structure: Structure | None = None
+) -> LayerResult:
     """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
     kept = int(mask.count_nonzero())
     counts = kept, mask.numel(), nonzero
-    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by)
+    units = units_kept(structure, layer, mask)
+    return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by, units)

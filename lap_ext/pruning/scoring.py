@@ -29,6 +29,7 @@ from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
 from lap_ext.errors import LapError, LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
+from lap_ext.ops.partition import Scored
 from lap_ext.ops.reference.common import (
     exact_sqrt,
     outer,
@@ -122,6 +123,41 @@ class Scorer:
         if not every:
             every = [torch.empty(0, dtype=score_dtype(weight.dtype), device=weight.device)]
         return (every[0] if len(every) == 1 else torch.cat(every)).reshape(weight.shape)
+
+    def rows(self, chunk: Chunk, shape: Sequence[int]) -> Iterator[Scored]:
+        """Gives the rows of a chunk, each of a shape, for operators that score them themselves."""
+        weight = self.values(chunk)
+        first = chunk.first // max(torch.Size(shape).numel(), 1)
+        if stores_scores(self.criterion, self.layer):
+            scores = self.of_values(chunk, weight)
+            yield Scored.of_scores(scores.reshape(-1, *shape), first)
+        elif not self._parts:
+            block = weight.reshape(-1, *shape)
+            ones = torch.ones(max(block.shape[:2]), dtype=torch.float64, device=weight.device)
+            yield Scored(block, ones[: block.shape[0]], ones[: block.shape[1]], 1, first)
+        else:
+            for part, rows, cols in self._parts:
+                for x in row_ranges(part, chunk):
+                    block = rows_of(chunk, weight, part, x)
+                    norms = self._norms_of(block, part, rows, cols, x)
+                    yield Scored(block, *norms, x.groups, x.top)
+
+    def _norms_of(
+        self, block: Tensor, part: Part, rows: Tensor | None, cols: Tensor | None, x: RowRange
+    ) -> tuple[Tensor, Tensor]:
+        """Cuts the norms of a range of rows, on the device of the block; None: ones."""
+        count, width = block.shape[:2]
+        ones = torch.ones(max(count, x.groups * width), dtype=torch.float64, device=block.device)
+        if rows is None:
+            rows = ones[:count]
+        else:
+            start = 0 if part.rows is None else part.rows[0]
+            rows = rows[x.top - start : x.bottom - start]
+        if cols is None:
+            cols = ones[: x.groups * width]
+        elif part.groups > 1:
+            cols = cols[x.group * width : (x.group + x.groups) * width]
+        return rows.to(block.device).contiguous(), cols.to(block.device).contiguous()
 
     def mask(self, chunk: Chunk, keep: int, live: Tensor | None) -> Tensor:
         """Selects the best keep weights of a full layer among the live ones."""
@@ -222,6 +258,7 @@ class Scoring:
         raw: whether layers whose scores are all 0 are ranked by them, and not by magnitude.
         dead: names of layers whose scores are all 0.
         sizes: the norms of scores that they are divided by (normalize="norm"), once known.
+        units: layer name -> how many of its units are kept, and how many there are, once known.
     """
 
     plan: Plan
@@ -230,6 +267,7 @@ class Scoring:
     raw: bool
     dead: dict[str, None] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
+    units: dict[str, tuple[int, int]] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
     _values: dict[str, Tensor] = field(default_factory=dict)
 

@@ -27,9 +27,10 @@ from lap_ext.ops import check, schema
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Chunk
 from lap_ext.progress import Step
-from lap_ext.pruning import channels, normalization, shares
+from lap_ext.pruning import channels, normalization, shares, structured
 from lap_ext.pruning.exact_sum import ExactSum
 from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scores
+from lap_ext.pruning.structured import BestUnits, KeptUnits, Pattern, Structured
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
 from lap_ext.topology import Layer
 
@@ -78,7 +79,7 @@ class Rows:
     counts: Tensor
 
 
-Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows
+Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows | Structured
 
 
 def masked(
@@ -94,6 +95,9 @@ def masked(
             continue
         if isinstance(selection, Given):
             yield chunk, selection.mask
+            continue
+        if isinstance(selection, (Pattern, BestUnits, KeptUnits)):
+            yield chunk, structured.mask(scoring, layer, selection, chunk)
             continue
         how = selection.how if not isinstance(selection, Rows) else "plain"
         scorer = scorer or scoring.scorer(layer, how)
@@ -134,6 +138,8 @@ def is_full(scoring: Scoring, layer: Layer, selection: Selection) -> bool:
     """Says whether a layer must be one chunk to be masked."""
     if isinstance(selection, Stored):
         return False
+    if isinstance(selection, (Pattern, BestUnits, KeptUnits)):
+        return structured.is_full(scoring, layer, selection)
     return isinstance(selection, (Given, AtOnce)) or scoring.criterion(layer).needs_full
 
 
@@ -167,6 +173,8 @@ def of_layer(
 
 def beside(scoring: Scoring, layer: Layer) -> int:
     """Returns the bytes per weight beside a full layer that is masked at once."""
+    if scoring.plan.options.structure is not None:
+        return structured.beside(scoring, layer)
     criterion = scoring.criterion(layer)
     fused = not (scoring.by_row(layer) or criterion.replaces or stores_scores(criterion, layer))
     return 1 if fused else BESIDE

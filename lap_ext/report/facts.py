@@ -147,6 +147,9 @@ class LayerFacts:
     weights: Histogram = field(default_factory=Histogram)
     scores: Histogram | None = None
     producers: tuple[str, ...] = ()  # names of the layers that feed it
+    units: tuple[int, int] | None = (
+        None  # of a structure: how many are kept, and how many there are
+    )
 
     @property
     def empty(self) -> bool:
@@ -201,6 +204,7 @@ class Facts:
     command: str = ""  # the command line that pruned, if there was one
     seconds: float | None = None  # that the pruning took
     load: Sequence[str] = ()  # lines of Python that load the result
+    structure: str | None = None  # what was removed together; None: single weights
 
     @property
     def empty_layers(self) -> list[str]:
@@ -238,9 +242,10 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Converts the figures to a dict for JSON, without the distributions."""
         counts = "rows dead_rows columns dead_columns"
-        names = f"name kind shape kept total sparsity mass overlap {counts}".split()
+        names = f"name kind shape kept total units sparsity mass overlap {counts}".split()
         rows = [{name: getattr(layer, name) for name in names} for layer in self.layers]
-        return {"mass": self.mass, "empty_layers": self.empty_layers, "layers": rows}
+        facts = {"structure": self.structure, "mass": self.mass}
+        return {**facts, "empty_layers": self.empty_layers, "layers": rows}
 
 
 class Measure:

@@ -84,13 +84,17 @@ def _header(facts: Facts) -> str:
         ("dead channels", f"{dead_rows + dead_columns:,}",
          f"{dead_rows:,} rows, {dead_columns:,} columns"),
     ]  # fmt: skip
+    structure = ""
+    if facts.structure is not None:
+        structure = f", structure <code>{in_html(facts.structure)}</code>"
     tiles = "".join(
         f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
         for name, value, note in cards
     )
     return (
         f"<header><h1>Pruning of {in_html(facts.title)}</h1>"
-        f'<p class="quiet">Criterion <code>{in_html(facts.criterion)}</code></p>{_alarm(facts)}'
+        f'<p class="quiet">Criterion <code>{in_html(facts.criterion)}</code>{structure}</p>'
+        f"{_alarm(facts)}"
         f'<dl class="cards">{tiles}</dl></header>'
     )
 

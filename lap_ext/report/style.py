@@ -69,6 +69,7 @@ table.plain { min-width: 420px; }
 .layers-0 { width: 220px; } .layers-1 { width: 98px; } .layers-2 { width: 98px; }
 .layers-3 { width: 86px; } .layers-4 { width: 98px; } .layers-5 { width: 108px; }
 .layers-6 { width: 108px; } .layers-7 { width: 112px; } .layers-8 { width: 92px; }
+.layers-9 { width: 112px; }
 .pair-0 { width: 220px; }
 table.sortable th:first-child {
   position: sticky; left: 0; background: var(--card); border-right: 1px solid var(--line);

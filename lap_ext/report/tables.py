@@ -20,27 +20,32 @@ _EVEN = 5e-4  # sparsities that differ by less than this beyond rounding are the
 def layers(facts: Facts) -> str:
     """Writes the table of layers: what was removed, and what varies between them."""
     even = _even(facts.layers)
+    units = [layer.units for layer in facts.layers if layer.units is not None]
     head = "layer|sparsity|kept mass|#dead channels|overlap|#kept|#weights|#shape|kind"
-    rows = [_layer(layer, even) for layer in facts.layers]
+    head += "|#units kept" if units else ""
+    rows = [_layer(layer, even, bool(units)) for layer in facts.layers]
     dead = sum(layer.dead for layer in facts.layers)
+    kept_units = sum(kept for kept, _ in units), sum(total for _, total in units)
     foot = (
         f'<tfoot><tr><th scope="row">all</th>{_barred(facts.sparsity, "" if even else "pruned")}'
         f"{_barred(facts.mass, 'mass')}{_count(dead)}<td></td>{_count(facts.kept)}"
-        f"{_count(facts.total)}<td></td><td></td></tr></tfoot>"
+        f"{_count(facts.total)}<td></td><td></td>{_units(kept_units) if units else ''}"
+        "</tr></tfoot>"
     )
+    counted = " Units are what the structure removes together." if units else ""
     same = " It is the same in every layer." if even and len(facts.layers) > 1 else ""
     return (
         '<h2 id="layers">Layers</h2><p class="quiet">Sparsity is the share of weights removed.'
         f"{same} Kept mass is the share of the layer's sum of squares that is left; overlap the "
         "share of the kept weights that magnitude would have kept as well; a dead channel is a row "
-        "or column of the weight that is all zero.</p>"
+        f"or column of the weight that is all zero.{counted}</p>"
         '<p id="tools" hidden><label>Show layers with <input id="wanted" type="search" '
         'placeholder="attention, empty, ..."></label> <output id="count"></output></p>'
         + table("Layers", head.split("|"), rows, foot, kind="layers")
     )
 
 
-def _layer(layer: LayerFacts, even: bool) -> str:
+def _layer(layer: LayerFacts, even: bool, with_units: bool) -> str:
     mark = ' <strong class="badge">empty</strong>' if layer.empty else ""
     overlap = layer.overlap
     return (
@@ -50,8 +55,16 @@ def _layer(layer: LayerFacts, even: bool) -> str:
         + ('<td data-value="-1">-</td>' if overlap is None else _barred(overlap, "kept"))
         + f"{_count(layer.kept)}{_count(layer.total)}"
         f'<td class="num" data-value="{layer.total}">{" × ".join(map(str, layer.shape))}</td>'
-        f"<td>{_wrapped(layer.kind)}</td></tr>"
+        f"<td>{_wrapped(layer.kind)}</td>{_units(layer.units) if with_units else ''}</tr>"
     )
+
+
+def _units(units: tuple[int, int] | None) -> str:
+    """Writes the cell of the units of a structure that are kept."""
+    if units is None:
+        return '<td data-value="-1">-</td>'
+    kept, total = units
+    return f'<td class="num" data-value="{kept}">{kept:,} of {total:,}</td>'
 
 
 def _even(rows: Sequence[LayerFacts]) -> bool:

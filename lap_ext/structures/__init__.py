@@ -23,24 +23,42 @@ number. A unit without a weight that may be kept has no rank.
 from __future__ import annotations
 
 import re
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import NM as NM
+from lap_ext.structures.base import Aggregate as Aggregate
+from lap_ext.structures.base import Axis
 from lap_ext.structures.base import Block as Block
 from lap_ext.structures.base import Column as Column
 from lap_ext.structures.base import Partition as Partition
 from lap_ext.structures.base import Row as Row
 from lap_ext.structures.base import Structure as Structure
-from lap_ext.structures.groups import Groups as Groups
+from lap_ext.structures.base import check_aggregate as check_aggregate
 from lap_ext.structures.matrix import Grid as Grid
 from lap_ext.structures.matrix import Matrix as Matrix
+
+if TYPE_CHECKING:
+    from lap_ext.structures.groups import Groups as Groups
 
 StructureLike: TypeAlias = "Structure | str"
 
 __all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
 
+LONGEST = 100  # letters of a text: more than any structure has
+
+
+def __getattr__(name: str) -> object:
+    """Loads the groups, which need torch, when they are asked for."""
+    if name == "Groups":
+        from lap_ext.structures.groups import Groups
+
+        return Groups
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _PATTERN = re.compile(r"(\d{1,9}):(\d{1,9})(?:/(\w+))?")
+_AXES: dict[str, Axis] = {"in": "in", "out": "out", "flat": "flat"}
 _BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")
 
 
@@ -70,15 +88,31 @@ NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row()
         return Block(int(match[1]), int(match[2]))
     if match := _PATTERN.fullmatch(structure):
         keep, group, how = int(match[1]), int(match[2]), match[3]
-        if how is None:
-            return NM(keep, group)
-        if how == "in" or how == "out" or how == "flat":  # noqa: PLR1714 (mypy)
-            return NM(keep, group, how)
         if how == "transposable":
             return NM(keep, group, transposable=True)
+        if how is None or how in _AXES:
+            return NM(keep, group, _AXES[how or "in"])
     raise LapValueError(
         "{argument} to be 'N:M' (such as '2:4', '2:4/out', '2:4/flat' or '2:4/transposable'), "
         "'ROWSxCOLUMNS' (such as '16x16'), 'row' or 'column'",
         repr(structure),
         argument="structure",
     )
+
+
+def spelled(structure: StructureLike) -> str:
+    """Returns the text that files of masks hold for a structure.
+
+    Args:
+        structure: one, or such a text.
+
+    Raises:
+        TypeError, ValueError: as in `of`.
+
+    Example:
+        >>> from lap_ext.structures import Groups
+        >>> spelled(NM(2, 4)), spelled("16x16"), spelled(Groups([[0, 2], [1]]))
+        ('2:4', '16x16', 'groups')
+    """
+    text = structure.spelled if isinstance(structure, Structure) else structure
+    return text if text == "groups" else of(text).spelled  # the partition itself is not in it

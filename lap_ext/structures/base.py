@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.matrix import Grid, Matrix
 
+Aggregate: TypeAlias = Literal["energy", "mean", "exact"]  # how the worth of a unit is made
 Axis: TypeAlias = Literal["in", "out", "flat"]
 Along: TypeAlias = Literal["rows", "cols", "flat"]
 _AXES = ("in", "out", "flat")
@@ -46,9 +47,9 @@ class NM(Structure):
             position (what TensorRT, ASP and ModelOpt read); "out", the output channels of one input
             at one kernel position; "flat", the order in memory of a contiguous weight.
         transposable: whether the pattern holds along inputs and along outputs at once, in tiles of
-            `of` by `of`, so that a transposed product is sparse, too. The kept squared scores of a
-            tile are as large as any such pattern has them for 2:4, and at least half as large for
-            others (in tests 97 % or more).
+            `of` by `of`, so that a transposed product is sparse, too. For 2:4, the sum of the kept
+            squared scores of a tile is the largest of all 90 patterns. For others it is nearly so:
+            in tests 97 % of the largest on average, 85 % at the least.
 
     Raises:
         TypeError: keep or of is not an integer.
@@ -223,6 +224,16 @@ class Column(Partition):
         if matrix.transposed:
             return Grid.of(matrix, 1, matrix.cols)
         return Grid.of(matrix, matrix.height, 1)
+
+
+def check_aggregate(aggregate: object, *, exact: bool = True) -> None:
+    """Raises unless an aggregate is known; exact: the neighbors of the weights are known."""
+    known = [x for x in get_args(Aggregate) if exact or x != "exact"]
+    if aggregate not in known:
+        choices = ", ".join(map(repr, known[:-1]))
+        raise LapValueError(
+            f"{{argument}} to be {choices} or {known[-1]!r}", repr(aggregate), argument="aggregate"
+        )
 
 
 def _integer(name: str, value: object) -> None:

@@ -15,6 +15,7 @@ from lap_ext.structures.base import Structure
 
 # The number of each weight's group, in the weight's shape; or the flat indices of each group.
 Assignment: TypeAlias = Tensor | Sequence[Any]
+_EXPECTED = "a tensor of group numbers, or a list of groups, each a list of flat indices"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,8 @@ class Groups(Structure):
             )
         if isinstance(given, Tensor):
             return _checked(given, shape)
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise LapTypeError(_EXPECTED, type(given).__name__)
         return _of_lists(given, shape)
 
 
@@ -118,15 +121,25 @@ def _checked(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat
 
 
+def _indices(members: Any, number: int) -> Tensor:
+    """Returns the flat indices of a group, int64 on the CPU."""
+    try:
+        index = torch.as_tensor(members)
+    except (RuntimeError, TypeError, ValueError) as error:  # words, lists of unequal length
+        raise LapTypeError(_EXPECTED, f"{type(members).__name__} as group {number}") from error
+    if index.dim() == 0:
+        raise LapTypeError(_EXPECTED, f"{type(members).__name__} as group {number}")
+    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+        raise LapTypeError("groups of integer flat indices", str(index.dtype))
+    return index.cpu().long().flatten()
+
+
 def _of_lists(groups: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
     """Numbers the weights by the lists that hold their flat indices."""
     count = torch.Size(shape).numel()
     numbers = torch.full((count,), -1, dtype=torch.int64)
     for number, members in enumerate(groups):
-        index = torch.as_tensor(members)
-        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
-            raise LapTypeError("groups of integer flat indices", str(index.dtype))
-        index = index.cpu().long().flatten()
+        index = _indices(members, number)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
             raise LapValueError(
                 f"flat indices from 0 to {count - 1} in group {number}",

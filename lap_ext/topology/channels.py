@@ -116,6 +116,17 @@ class ChannelEdges:
         factor = self.scale.value(tensors, known)[self.entry].square()
         return factor if self.weight is None else factor * self.weight
 
+    def sign(
+        self, tensors: Mapping[str, Tensor], known: dict[int, Any], batch_norm: bool = True
+    ) -> Tensor | None:
+        """Returns 1 or -1 for each edge, the sign of its scale, float64 [n]; None means ones."""
+        if self.scale is None or self.entry is None:
+            return None
+        if self.scale.kind == "batch_norm" and not batch_norm:
+            return None
+        negative = self.scale.value(tensors, known)[self.entry] < 0
+        return torch.where(negative, -1.0, 1.0).double() if bool(negative.any()) else None
+
 
 @dataclass(frozen=True)
 class ChannelGroup:

@@ -63,8 +63,12 @@ class Graph:
 
     def channel(self, group: ChannelGroup, ids: Tensor) -> Tensor:
         """Returns a source's channels as its layer numbers them."""
-        role = self._by_output.get(group.first)
+        role = self.source(group)
         return ids - group.first + (0 if role is None else role.part.first[1])
+
+    def source(self, group: ChannelGroup) -> Role | None:
+        """Returns the role whose outputs are a group's channels, or None."""
+        return self._by_output.get(group.first)
 
     def read_by(self, index: int) -> list[Role]:
         """Lists the roles that read a group's channels or channels that are computed from them."""

@@ -172,6 +172,7 @@ def test_verify_finds_what_was_changed(run: Run, checkpoints: Path, pruned: Path
         "findings",
         "tensors",
         "masks",
+        "structure",
         "files",
         "unpruned",
         "kept",

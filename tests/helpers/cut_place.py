@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext import structures
 from lap_ext.places import Chunk, readable
 from lap_ext.places.place import row_length
 from lap_ext.pruning import pipeline, selection
+from lap_ext.pruning.matrices import rows_together
 from lap_ext.pruning.plan import options_of, plan_of
+from lap_ext.structures import Structure
 from lap_ext.topology import Layer, Topology
 from tests.helpers.checkpoints import bits
 
@@ -57,6 +60,8 @@ class Cut:
         capacity: how many keys of a ranking may be held.
         sampled: for each layer the rows of a sample, over and over; None for no sample.
         masks: layer name -> mask of the weights that may be kept.
+        structure: what the place is made for: chunks end between the rows that a pattern must see
+            at once, counted from where a slice begins.
     """
 
     held = False
@@ -72,8 +77,11 @@ class Cut:
         capacity: int = 1000,
         sampled: Cuts | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        structure: str | Structure | None = None,
     ) -> None:
         self.topology, self.pieces = topology, pieces
+        made_for = None if structure is None else structures.of(structure)
+        self._together = rows_together(list(topology.layers.values()), made_for)
         self.sampled = 0 if sampled is None else 2
         self.masks = dict(masks or {})
         self._cuts, self._slices, self._rows = cuts, slices, sampled
@@ -104,11 +112,18 @@ class Cut:
         return sorted(layers, key=lambda layer: layer.name, reverse=True)
 
     def chunks(self, layer: Layer, whole: bool = False) -> Iterator[Chunk]:
-        begins = [0] if whole else {0, *self._cuts(layer), *self._slices(layer)}
+        begins = [0] if whole else self._begins(layer)
         if whole and not self._fits:
             raise AssertionError(f"{layer.name} does not fit")
         bounds = list(pairwise(self._flat(layer, begins)))
         return self._given(layer, bounds or [(0, 0)] * whole)
+
+    def _begins(self, layer: Layer) -> set[int]:
+        """Finds the rows where chunks begin."""
+        slices, count = {0, *self._slices(layer)}, self._together.get(layer.name, 1)
+        first = [max(x for x in slices if x <= cut) for cut in self._cuts(layer)]
+        cuts = zip(first, self._cuts(layer), strict=True)
+        return slices | {begin + (cut - begin) // count * count for begin, cut in cuts}
 
     def _given(self, layer: Layer, bounds: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
         """Gives chunks, and overwrites those that are not valid any longer."""

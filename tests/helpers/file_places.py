@@ -20,6 +20,7 @@ from lap_ext.checkpoint.weights import Files
 from lap_ext.places import readable
 from lap_ext.places.place import row_length
 from lap_ext.pruning.plan import options_of
+from lap_ext.structures import StructureLike
 from lap_ext.topology import Topology
 from tests.helpers.cut_place import Cuts
 
@@ -31,6 +32,7 @@ def files_of(
     memory: int | str = "4GB",
     slices: Cuts = lambda _: [0],
     criterion: str = "lookahead",
+    structure: StructureLike | None = None,
 ) -> Iterator[Files]:
     """Writes the layers of a model in memory, stored in slices of rows, and opens their place."""
     source = directory / "weights"
@@ -53,9 +55,9 @@ def files_of(
         name: [tuple(Slice(entries[x], begin) for x, begin in parts)]
         for name, parts in copies.items()
     }
-    structure = Structure(topology, stored)
-    options = options_of(criterion, layers="*")
-    _, place = plan_of(structure, opened, options, parsed(memory))
+    network = Structure(topology, stored)
+    options = options_of(criterion, layers="*", structure=structure)
+    _, place = plan_of(network, opened, options, parsed(memory))
     shapes = {name: layer.shape for name, layer in topology.layers.items()}
     with working(directory / "out", {}, False) as work:
         place.use(work, shapes)
@@ -65,10 +67,12 @@ def files_of(
             place.close()
 
 
-def least_memory(topology: Topology, directory: Path, slices: Cuts) -> int:
+def least_memory(
+    topology: Topology, directory: Path, slices: Cuts, structure: StructureLike | None = None
+) -> int:
     """Reads the smallest budget from the error of one that is too small."""
     with pytest.raises(ValueError, match=r"memory of [\d,]+ bytes or more") as caught:
-        with files_of(topology, directory, 1, slices):
+        with files_of(topology, directory, 1, slices, structure=structure):
             pass
     match = re.search(r"memory of ([\d,]+) bytes", str(caught.value))
     assert match

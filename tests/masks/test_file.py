@@ -68,6 +68,22 @@ def test_the_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == data
 
 
+@pytest.mark.parametrize("structure", ["2:4", "1:8/flat", "16x3", "row", "column", "groups"])
+def test_the_structure_is_in_the_file(structure: str, tmp_path: Path) -> None:
+    masks = Masks({"fc": BITS}, structure)
+    masks.save(tmp_path / "m")
+    text = json.dumps(["fc", [2, 3], structure]).encode()
+    with safetensors.safe_open(tmp_path / "m", framework="pt") as reader:
+        facts = reader.metadata()
+    assert facts["structure"] == structure and facts["format"] == "2"
+    sums = {"fc": hashlib.blake2b(text + bytes([0b100101]), digest_size=16).hexdigest()}
+    assert json.loads(facts["checksums"]) == sums
+    loaded = Masks.load(tmp_path / "m")
+    assert loaded == masks and loaded.structure == structure
+    model = nn.ModuleDict({"fc": nn.Linear(3, 2)})
+    assert Masks.load(tmp_path / "m", model).structure == structure
+
+
 def test_the_safetensors_package_reads_it(tmp_path: Path) -> None:
     masks = cases.random_masks(cases.net())
     masks.save(tmp_path / "m")

@@ -102,6 +102,26 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         container({"__metadata__": metadata({"a": [1]}, checksums='{"a": 1}')}),
         DAMAGED,
     ),
+    "structure unknown": (
+        container({"__metadata__": metadata({}, structure="2:4:8")}),
+        "its structure is '2:4:8', which this lap_ext does not know",
+    ),
+    "structure spelled otherwise": (
+        container({"__metadata__": metadata({}, structure="02:4")}),
+        "its structure is '02:4'",
+    ),
+    "structure of no masks": (
+        container({"__metadata__": metadata({}, structure="4:2")}),
+        "its structure is '4:2'",
+    ),
+    "structure empty": (
+        container({"__metadata__": metadata({}, structure="")}),
+        "its structure is ''",
+    ),
+    "structure long": (
+        container({"__metadata__": metadata({}, structure="2" * 10**6)}),
+        "its structure is '22222222222222222222'",
+    ),
     "no such tensor": (container({"__metadata__": metadata({"a": [1]})}), LISTS),
     "one tensor more": (
         container(
@@ -188,9 +208,10 @@ def test_every_truncation(tmp_path: Path) -> None:
         Masks.load(tmp_path / "long")
 
 
-def test_every_flipped_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("structure", [None, "2:4"])
+def test_every_flipped_bit(structure: str | None, tmp_path: Path) -> None:
     """Each is an error, or the same masks (in the version's text): never other masks."""
-    masks = Masks({"fc": BITS, "b": torch.ones(9, dtype=torch.bool)})
+    masks = Masks({"fc": BITS, "b": torch.ones(9, dtype=torch.bool)}, structure)
     masks.save(tmp_path / "m")
     data = bytearray((tmp_path / "m").read_bytes())
     version = data.index(lap_ext.__version__.encode(), data.index(b"lap_ext"))
@@ -206,6 +227,7 @@ def test_every_flipped_bit(tmp_path: Path) -> None:
                 assert "expected a file written by" in str(error)
             else:
                 assert loaded == masks and list(loaded) == list(masks) and at in same, (at, bit)
+                assert loaded.structure == structure
 
 
 def damaged(path: Path) -> None:

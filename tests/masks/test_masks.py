@@ -7,6 +7,8 @@ test_training.py and test_wrappers.py. torch's own pruning: test_torch_prune.py.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lap_ext
 from lap_ext.masks import Masks
 from tests.helpers import masked_network as cases
 from tests.helpers.parameters import each_dtype
@@ -66,6 +69,26 @@ def test_equality() -> None:
         hash(masks)
 
 
+def test_the_structure_stays_with_the_masks_and_with_nothing_made_of_them() -> None:
+    masks = Masks({"fc": torch.tensor([[True, False]])}, "1:2")
+    assert masks.structure == masks.to("cpu").structure == Masks(masks).structure == "1:2"
+    assert copy.deepcopy(masks).structure == pickle.loads(pickle.dumps(masks)).structure == "1:2"
+    assert repr(masks) == "Masks(1 layer, 1 of 2 weights kept, sparsity 0.5, structure 1:2)"
+    assert masks == Masks(dict(masks)) and Masks(dict(masks)).structure is None
+    assert Masks({}, lap_ext.structures.Block(4, 2)).structure == "4x2"
+    assert Masks({}, lap_ext.structures.Groups([[0]])).structure == "groups"
+    assert Masks({}, "groups").structure == "groups"
+
+
+def test_torch_prune_and_keep_take_masks_with_a_structure_as_any_others() -> None:
+    layer = nn.Linear(4, 1)
+    masks = Masks({"weight": torch.tensor([[True, False, False, True]])}, "2:4")
+    masks.to_torch_prune(layer)
+    masks.remove(layer)
+    with masks.keep(layer, torch.optim.SGD(layer.parameters(), lr=1.0)):
+        assert masks.check(layer) == {}
+
+
 def test_the_mapping_is_its_own() -> None:
     given = {"a": flags("#.")}
     masks = Masks(given)
@@ -83,6 +106,8 @@ def test_to(device: str) -> None:
 
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Masks([("a", flags("#"))]), TypeError, "expected a mapping of layer name -> bool"),
+    (lambda: Masks({}, "4:2x"), ValueError, "expected structure to be 'N:M'"),
+    (lambda: Masks({}, 3), TypeError, "expected structure to be a text such as"),
     (lambda: Masks({3: flags("#")}), TypeError, "expected layer names to be strings, got 3."),
     (lambda: Masks({"a": np.ones(2, bool)}), TypeError, "got ndarray. Use torch.from_numpy."),
     (lambda: Masks({"a": None}), TypeError, "expected 'a' to be a bool tensor, got NoneType."),

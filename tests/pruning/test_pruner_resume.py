@@ -378,9 +378,11 @@ def test_the_state_is_small_plain_and_its_own() -> None:
     layers = {"conv": [4, 1, 3, 3], "fc1": [8, 64], "fc2": [3, 8]}
     options = {"criterion": "lookahead", "scope": "layer", "normalize": "none",
                "order": "parallel", "rounds": 1, "batch_norm": "edge", "residual": "sum",
-               "min_keep": None, "layers": ["conv", "fc1", "fc2"]}  # fmt: skip
+               "min_keep": None, "structure": None, "aggregate": "energy", "multiple_of": 1,
+               "layers": ["conv", "fc1", "fc2"]}  # fmt: skip
     assert run.pruner.state_dict() == {
-        "step": 0, "masks": {}, "layers": layers, "options": options, "prunings": []
+        "step": 0, "masks": {}, "structure": None,
+        "layers": layers, "options": options, "prunings": [],
     }  # fmt: skip
     run.train(0, 2)
     state = run.pruner.state_dict()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.options import Normalize, Scope
+from lap_ext.options import Aggregate, Normalize, Scope
 
 
 def network() -> nn.Sequential:
@@ -32,6 +32,17 @@ def program() -> None:
     kept: Tensor = lap_ext.mask_from_norms(first, *norms, sparsity=0.5)
     one: Tensor = lap_ext.topk_mask(score, keep=10)
     several: list[Tensor] = lap_ext.topk_mask([score, score], sparsity=0.5)
+
+    # what is removed together
+    blocks: lap_ext.structures.Structure = lap_ext.structures.Block(4, 4)
+    groups = lap_ext.structures.Groups([list(range(64)), list(range(64, 128))])
+    aggregate: Aggregate = "mean"
+    kept = lap_ext.mask(None, first, last, structure="2:4")
+    kept = lap_ext.mask(None, first, last, sparsity=0.5, structure="row", aggregate="exact")
+    kept = lap_ext.mask_from_norms(first, *norms, keep=64, structure=blocks, aggregate=aggregate)
+    kept = lap_ext.prune_(None, first.detach().clone(), last, keep=64, structure=groups)
+    one = lap_ext.topk_mask(score, structure=lap_ext.structures.NM(2, 4, axis="out"))
+    several = lap_ext.topk_mask([score, score], keep=99, structure=blocks)
 
     # a model, with every kind of option
     topology: lap_ext.Topology = lap_ext.trace(model, {"input": x}, on_unsupported="cut")
@@ -106,4 +117,9 @@ def rejected() -> None:
     lap_ext.trace(model, x, kwargs={})  # type: ignore[call-arg]
     lap_ext.Pruner(model, x, lap_ext.one_shot(0.5), scope="all")  # type: ignore[arg-type]
     lap_ext.checkpoint.prune("a", "b", 0.5, scope="all")  # type: ignore[arg-type]
+    lap_ext.mask(None, x, None, structure=4)  # type: ignore[arg-type]
+    lap_ext.mask(None, x, None, keep=1, structure="row", aggregate="sum")  # type: ignore[arg-type]
+    lap_ext.topk_mask(x, structure="row", mask=[x > 0])  # type: ignore[call-overload]
+    lap_ext.structures.NM(2, 4, axis="rows")  # type: ignore[arg-type]
+    lap_ext.structures.Block(4)  # type: ignore[call-arg]
     lap_ext.paper([0.5], 2)  # type: ignore[attr-defined]

@@ -17,7 +17,9 @@ from lap_ext.ops.reference.norms import col_squared_norms as col_squared_norms
 from lap_ext.ops.reference.norms import norm as norm
 from lap_ext.ops.reference.norms import row_squared_norms as row_squared_norms
 from lap_ext.ops.reference.norms import squared_norms as squared_norms
+from lap_ext.ops.reference.scale import scaled as scaled
 from lap_ext.ops.reference.score import score as score
+from lap_ext.ops.reference.score import wide_score as wide_score
 from lap_ext.ops.reference.select import kth_largest as kth_largest
 from lap_ext.ops.reference.select import mask as mask
 from lap_ext.ops.reference.select import prune_ as prune_
@@ -48,4 +50,5 @@ __all__ = [
     "threshold_mask",
     "topk_mask",
     "transposable_mask",
+    "wide_score",
 ]

@@ -8,6 +8,7 @@ drops out of every comparison.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,5 +46,23 @@ def scaled_to_one(norm: Tensor) -> tuple[Tensor, float]:
     """
     low, high = extremes(norm)
     exponent = math.frexp(high)[1]
-    half = -exponent // 2
-    return norm * 2.0**half * 2.0 ** (-exponent - half), math.ldexp(low, -exponent)
+    return _times(norm, -exponent), math.ldexp(low, -exponent)
+
+
+def scaled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Multiplies float64 tensors by the one power of two that brings the largest into [0.5, 1)."""
+    exponent = math.frexp(max(map(_largest, tensors), default=0.0))[1]
+    return [_times(x, -exponent) for x in tensors]
+
+
+def _largest(x: Tensor) -> float:
+    """Returns the largest finite size of an entry, or 0."""
+    size = x.abs()
+    size = size[size < torch.inf]
+    return float(size.max()) if size.numel() else 0.0
+
+
+def _times(x: Tensor, exponent: int) -> Tensor:
+    """Multiplies by a power of two, which may be outside float64's range."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)

@@ -43,6 +43,18 @@ def score(
     return _unbounded_score(w, rows, cols, groups, dtype)
 
 
+def wide_score(w: Tensor, rows: Tensor, cols: Tensor, groups: int, check_finite: bool) -> Tensor:
+    """Computes the same scores of w [R, C, *K] in float64, whose exponents no product leaves.
+
+    rows [R] and cols [groups * C] are norms of at most 1.
+    """
+    if check_finite:
+        require_valid(w, cols, rows)
+    dtype = score_dtype(w.dtype)
+    norms = rounded(outer(rounded(rows, dtype), rounded(cols, dtype), w, groups), dtype)
+    return rounded((w.double().abs() * norms).contiguous(), dtype)
+
+
 def _unbounded_score(
     w: Tensor, rows: Tensor, cols: Tensor, groups: int, dtype: torch.dtype
 ) -> Tensor:

@@ -85,9 +85,9 @@ def transposable_mask(
     """Keeps two of four along rows and along columns of every tile of 4 rows by 4 columns of w.
 
     Of the 90 patterns, the one with the largest sum is taken: of squared scores, or of scores. What
-    mask does not name counts 0 and is not kept. A pattern's sum adds, in float64, the two kept
-    entries of each row, then the rows, in order. Of equal sums, the pattern that comes first in
-    `patterns` is taken.
+    mask does not name counts 0 and is not kept; with a mask, only the patterns count that keep the
+    most of what it names. A pattern's sum adds, in float64, the two kept entries of each row, then
+    the rows, in order. Of equal sums, the pattern that comes first in `patterns` is taken.
     """
     mask = require_weight(w, row_norm, col_norm, groups, mask, check_finite)
     require_tiles(w.shape[0] // groups, w.shape[1])
@@ -104,6 +104,9 @@ def transposable_mask(
         total = torch.zeros(tiles.shape[0], len(choices), dtype=torch.float64, device=w.device)
         for row, pair in enumerate(choices.unbind(1)):
             total += sums[:, row, pair]
+        if mask is not None:
+            named = _kept_of(tiles_of(mask[top:bottom], TILE), choices)
+            total[named < named.amax(1, keepdim=True)] = -1.0
         found = choices[total.argmax(dim=1)]  # the first of equal ones
         marks = torch.zeros(tiles.shape, dtype=torch.bool, device=w.device)
         for number, columns in enumerate(pairs):
@@ -111,6 +114,12 @@ def transposable_mask(
                 marks[:, :, column] |= found == number
         kept[top:bottom] = untiled(marks, scores.shape, TILE)
     return kept if mask is None else kept & mask
+
+
+def _kept_of(tiles: Tensor, choices: Tensor) -> Tensor:
+    """Counts what each pattern keeps of bool tiles [n, 4, 4], int64 [n, 90]."""
+    counts = torch.stack([tiles[:, :, a].long() + tiles[:, :, b] for a, b in _pairs()], dim=-1)
+    return torch.stack([counts[:, row, pair] for row, pair in enumerate(choices.unbind(1))]).sum(0)
 
 
 def tiles_of(x: Tensor, size: int) -> Tensor:

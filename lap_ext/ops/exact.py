@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: MIT
+"""Measures how much the linear neighborhood of a weight changes when a whole unit of it goes.
+
+    worth^2 = ||W_next (W * unit) W_prev||_F^2
+            = sum over e, e' of the unit at one kernel position of w_e w_e' A[o, o'] B[i, i']
+
+    A = sum over consumers of (W_n D)^T (W_n D)       D: the scale of each channel in between
+    B = sum over producers of (D W_p) (D W_p)^T
+
+A is the Gram matrix of the consumers' columns, B that of the producers' rows; without a consumer or
+a producer they are identities. Different kernel positions of W, and the taps of its neighbors,
+count as different inputs and outputs, as in the norms: diag(A) = out_norm^2, diag(B) = in_norm^2.
+For a row, worth^2 = A[o, o] * ||W[o] W_prev||^2; for a column, B[i, i] * ||W_next W[:, i]||^2; for
+a block, tr(A_RR W_RC B_CC W_RC^T). A unit of one weight has the weight's score.
+
+Only the blocks of A and B that a unit needs are computed, or W_RC W_prev instead of them if that is
+less work. Everything is float64, by matrix products: close to the definition, but not the same bits
+on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lap_ext.ops import check
+from lap_ext.ops.neighbors import Neighbor, Side, listed, meeting, side_of
+from lap_ext.ops.reference.common import exact_sqrt, require_finite
+from lap_ext.ops.torch_args import TorchBackend
+from lap_ext.structures import Grid, Matrix
+
+_BATCH = 1 << 22  # float64 numbers in one tensor at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """One neighbor's part of a Gram matrix over the channels of a weight's inputs or outputs.
+
+        row[c] = scale[c] * matrix[of[c]]
+        gram[c, c'] = <row[c], row[c']> if apart[c] == apart[c'], else 0
+
+    Attributes:
+        matrix: float [n, J]: a neighbor's weight, one row per channel that it shares.
+        of: int64 [channels]; None: row c of the matrix is that of channel c.
+        scale: float64 [channels]; None: ones.
+        apart: int64 [channels], numbers of what never meets (groups, positions); None: all meet.
+
+    Example:
+        >>> Factor(torch.tensor([[3., 4.]]), torch.tensor([0, 0]), torch.tensor([1., -2.])).gram()
+        tensor([[ 25., -50.],
+                [-50., 100.]], dtype=torch.float64)
+    """
+
+    matrix: Tensor
+    of: Tensor | None = None
+    scale: Tensor | None = None
+    apart: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.matrix.shape[0] if self.of is None else self.of.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The length of a row."""
+        return self.matrix.shape[1]
+
+    def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Returns the rows of channels, float64 [*index, columns]; zeros where the index is -1."""
+        there = index.clamp(min=0)
+        of = there if self.of is None else self.of[there]
+        rows = self.matrix[:, columns][of].to(torch.float64)
+        factor = (index >= 0).to(torch.float64)
+        return rows * (factor if self.scale is None else factor * self.scale[there])[..., None]
+
+    def to(self, device: torch.device) -> Factor:
+        """Returns the factor on a device."""
+        of, scale, apart = (
+            None if x is None else x.to(device) for x in (self.of, self.scale, self.apart)
+        )
+        return Factor(self.matrix.to(device), of, scale, apart)
+
+    def placed(self, first: int, channels: int) -> Factor:
+        """Returns the factor as one of more channels: own ones from first on, zero rows elsewhere.
+
+        Example:
+            >>> Factor(torch.tensor([[3., 4.]])).placed(1, 3).gram()
+            tensor([[ 0.,  0.,  0.],
+                    [ 0., 25.,  0.],
+                    [ 0.,  0.,  0.]], dtype=torch.float64)
+        """
+        own = torch.arange(self.channels, device=self.matrix.device)
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(channels).index_copy_(0, own + first, x)
+
+        scale = torch.ones_like(own, dtype=torch.float64) if self.scale is None else self.scale
+        return Factor(
+            self.matrix,
+            spread(own if self.of is None else self.of),
+            spread(scale),
+            None if self.apart is None else spread(self.apart),
+        )
+
+    def gram(self) -> Tensor:
+        """Computes the matrix of all channels, float64 [channels, channels]."""
+        rows = self.rows(torch.arange(self.channels, device=self.matrix.device))
+        gram = rows @ rows.mT
+        return gram if self.apart is None else gram * (self.apart[:, None] == self.apart)
+
+
+# Producers: factors, or matrices [in_channels, J]. Consumers: factors, or [J, out_channels].
+Factors: TypeAlias = Sequence[Tensor | Factor] | None
+
+
+def block_distortions(
+    w: Tensor,
+    grid: Grid,
+    producers: Factors,
+    consumers: Factors,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Computes the worth of every unit of a grid, ||W_next (W * unit) W_prev||_F.
+
+    Args:
+        w: weight in the shape of the grid's matrix, [R, C, *K].
+        grid: the units.
+        producers: what feeds w's input channels; None for an identity.
+        consumers: what reads w's output channels; None for an identity.
+        mask: bool, like w; weights marked False count as 0.
+
+    Returns:
+        Worths, float64 in the grid's shape, on w's device.
+
+    Example:
+        >>> from lap_ext.structures import Row
+        >>> w, w_prev = torch.tensor([[-1., 4.], [1., -1.]]), torch.tensor([[1., 0.], [1., 1.]])
+        >>> block_distortions(w, Row().grid(Matrix.of(w.shape)), [w_prev], None)
+        tensor([[5.],
+                [1.]], dtype=torch.float64)
+    """
+    matrix, (height, width) = grid.matrix, grid.block
+    rows = _blocks(matrix.groups, matrix.height, height).to(w.device)
+    cols = _blocks(matrix.groups, matrix.cols, width).to(w.device)
+    sides = _sides(matrix, producers, consumers)
+    squared = _squared(_Weights.seen(w, matrix, mask), rows, cols, *sides)
+    return exact_sqrt(squared.clamp(min=0).reshape(grid.shape))
+
+
+def group_distortions(
+    w: Tensor,
+    numbers: Tensor,
+    matrix: Matrix,
+    producers: Factors,
+    consumers: Factors,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Computes the worth of every group of weights, ||W_next (W * group) W_prev||_F.
+
+    Args:
+        w: weight in the shape of the matrix, [R, C, *K].
+        numbers: the number of each weight's group, int64, flat or like w.
+        matrix: how w is seen.
+        producers: as in `block_distortions`.
+        consumers: as in `block_distortions`.
+        mask: bool, like w; weights marked False count as 0.
+
+    Returns:
+        Worths, float64 [the largest number + 1], on w's device; 0 where a number has no weight.
+
+    Example:
+        >>> w, w_prev = torch.tensor([[-1., 4., 2.]]), torch.tensor([[1., 0.], [1., 1.], [0., 1.]])
+        >>> numbers = torch.tensor([[0, 0, 1]])
+        >>> group_distortions(w, numbers, Matrix.of(w.shape), [w_prev], None)
+        tensor([5., 2.], dtype=torch.float64)
+    """
+    numbers = numbers.flatten().to(w.device)
+    count = int(numbers.max()) + 1 if numbers.numel() else 0
+    squared = torch.zeros(count, dtype=torch.float64, device=w.device)
+    sides = _sides(matrix, producers, consumers)
+    weights = _Weights.seen(w, matrix, mask, numbers)
+    index = torch.arange(numbers.numel(), device=w.device) // matrix.window
+    row, col = index // matrix.cols, index % matrix.cols
+    rows = _Members.of(numbers, row, count)
+    cols = _Members.of(numbers, row // matrix.height * matrix.cols + col, count)
+    shapes = torch.stack([rows.count, cols.count], dim=1)
+    for r, c in torch.unique(shapes[rows.count > 0], dim=0).tolist():
+        alike = ((shapes[:, 0] == r) & (shapes[:, 1] == c)).nonzero().flatten()
+        for units in alike.split(max(_BATCH // (r * c * matrix.window + r * r + c * c), 1)):
+            given = rows.padded(units, r)[:, None], cols.padded(units, c)[:, None]
+            within = replace(weights, units=units)
+            squared[units] = _squared(within, *given, *sides).flatten()
+    return exact_sqrt(squared.clamp(min=0))
+
+
+def neighbor_matrices(
+    w_prev: Any,
+    w: Tensor,
+    w_next: Any,
+    groups: int,
+    transposed: bool,
+    check_finite: bool = True,
+) -> tuple[list[Factor] | None, list[Factor] | None]:
+    """Makes (producers, consumers) of the neighbors that `lap_ext.mask` takes.
+
+    Across a flatten, position k of a channel meets position k of the others.
+
+    Args:
+        w_prev: None, a weight, a Neighbor, or a list of these.
+        w: weight [O, I / groups, *K], or [I, O / groups, *K] if transposed.
+        w_next: with the same choices as w_prev.
+        groups: number of groups of w.
+        transposed: whether w is the weight of a transposed convolution.
+        check_finite: whether to raise an error if a neighbor's weight is inf or NaN.
+    """
+    backend = TorchBackend(w, check_finite)
+
+    def factors(name: str, neighbors: Any) -> list[Factor] | None:
+        if neighbors is None:
+            return None
+        side = side_of(name, tuple(w.shape), groups, transposed)
+        found = [_factors_of(side, *each, backend) for each in listed(side, neighbors)]
+        return [factor for some in found for factor in some]
+
+    return factors("w_prev", w_prev), factors("w_next", w_next)
+
+
+def by_channel(weight: Tensor, groups: int, rows: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns a weight as one row per channel, and each channel's group (None: there is one).
+
+    Args:
+        weight: [R, C, *K].
+        groups: of its rows.
+        rows: whether the channels are its rows, else its columns.
+
+    Example:
+        >>> by_channel(torch.tensor([[1., 2.], [3., 4.]]), groups=2, rows=False)
+        (tensor([[1.],
+                [2.],
+                [3.],
+                [4.]]), tensor([0, 0, 1, 1]))
+    """
+    r, c = weight.shape[:2]
+    if rows:
+        matrix, per_group = weight.reshape(r, -1), r // groups
+    else:
+        cut = weight.reshape(groups, r // groups, c, -1).permute(0, 2, 1, 3)
+        matrix, per_group = cut.reshape(groups * c, -1), c
+    if groups == 1:
+        return matrix, None
+    return matrix, torch.arange(groups, device=weight.device).repeat_interleave(per_group)
+
+
+def factors_of_pairs(
+    matrix: Tensor,
+    group: Tensor | None,
+    here: Tensor,
+    there: Tensor,
+    scale: Tensor | None,
+    channels: int,
+) -> list[Factor]:
+    """Makes factors of a neighbor's weight and the pairs of channels that meet.
+
+    Where a channel meets several of the neighbor's, or one of the neighbor's meets several (across
+    a flatten, in grouped attention), the k-th of a channel meets the k-th of the others only.
+
+    Args:
+        matrix: the neighbor's weight, [its channels, J], as `by_channel` gives it.
+        group: of the neighbor's channels, which do not meet those of other groups; None: one.
+        here: int64 [n], channel of w in each pair.
+        there: int64 [n], channel of the neighbor in each pair.
+        scale: signed factor of each pair, float64 [n]; None: ones.
+        channels: of w on this side.
+    """
+    device = matrix.device
+    here, there = here.to(device), there.to(device)
+    scale = torch.ones(here.shape, dtype=torch.float64) if scale is None else scale
+    turn, copy = _turns(here), _turns(there)
+    parts = copy if group is None else copy * (int(group.max()) + 1) + group[there]
+    result = []
+    for k in range(int(turn.max()) + 1 if turn.numel() else 0):
+        now = turn == k
+        at = here[now]
+        of = torch.zeros(channels, dtype=torch.int64, device=device).index_copy_(0, at, there[now])
+        apart = torch.zeros_like(of).index_copy_(0, at, parts[now])
+        factor = torch.zeros(channels, dtype=torch.float64, device=device)
+        factor.index_copy_(0, at, scale.to(device)[now])
+        result.append(Factor(matrix, of, factor, apart if bool(apart.any()) else None))
+    return result
+
+
+def unit_factor(scale: Tensor) -> Factor:
+    """Makes the factor of inputs or outputs of their own, one for each channel, times a scale."""
+    channels = torch.arange(scale.shape[0], device=scale.device)
+    one = torch.ones(1, 1, dtype=torch.float64, device=scale.device)
+    return Factor(one, torch.zeros_like(channels), scale, channels)
+
+
+def _factors_of(side: Side, name: str, neighbor: Neighbor, backend: TorchBackend) -> list[Factor]:
+    """Makes the factors of one neighbor, after the checks that its norms would make."""
+    n, scale = side.channels, neighbor.scale
+    device = backend.w.device
+    if neighbor.weight is not None:
+        backend.check_weight(name, neighbor.weight)
+        per, times = meeting(side, name, neighbor)
+    else:
+        per, times = 1, 1
+    fine = torch.arange(n * per, device=device)
+    here, there = fine // per, fine // times
+    if scale is not None:
+        scale = backend.as_float64(scale, f"{name}.scale")
+        sizes = {n: here, n * per // times: there}
+        check.vector(f"{name}.scale", tuple(scale.shape), sorted(sizes), "shared channel")
+        scale = scale[sizes[scale.shape[0]]]
+    if neighbor.weight is None:
+        return [unit_factor(backend.ones(n) if scale is None else scale)]
+    weight = neighbor.weight.detach()
+    if backend.check_finite:
+        require_finite(weight, name)
+    matrix, group = by_channel(weight, neighbor.groups, side.producer != neighbor.transposed)
+    return factors_of_pairs(matrix, group, here, there, scale, n)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The different rows, or columns, of each unit, unit after unit.
+
+    Attributes:
+        ids: int64 [n].
+        count: int64 [units], how many each has.
+        first: int64 [units], where those of each begin.
+    """
+
+    ids: Tensor
+    count: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, numbers: Tensor, ids: Tensor, units: int) -> _Members:
+        """Gathers the ids that occur in each unit."""
+        base = int(ids.max()) + 1 if ids.numel() else 1
+        keys = torch.unique(numbers * base + ids)
+        count = torch.bincount(keys // base, minlength=units)
+        return cls(keys % base, count, count.cumsum(0) - count)
+
+    def padded(self, units: Tensor, size: int) -> Tensor:
+        """Returns the ids of units that have so many, [units, size]."""
+        return self.ids[self.first[units, None] + torch.arange(size, device=units.device)]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of units, by their rows and columns.
+
+    Attributes:
+        w: [R * C, window].
+        matrix: how it is seen.
+        mask: like w; None: all count.
+        numbers: of each weight's unit, like w; None: rows and columns say it.
+        units: where there are numbers, the unit that each group of rows and columns is of.
+    """
+
+    w: Tensor
+    matrix: Matrix
+    mask: Tensor | None
+    numbers: Tensor | None = None
+    units: Tensor | None = None
+
+    @classmethod
+    def seen(
+        cls, w: Tensor, matrix: Matrix, mask: Tensor | None, numbers: Tensor | None = None
+    ) -> _Weights:
+        """Sees tensors in the matrix's shape, row by row and column by column."""
+        flat = (matrix.rows * matrix.cols, matrix.window)
+        mask, numbers = (None if x is None else x.reshape(flat) for x in (mask, numbers))
+        return cls(w.detach().reshape(flat), matrix, mask, numbers)
+
+    def of(self, rows: Tensor, cols: Tensor, groups: slice) -> Tensor:
+        """Returns weights in float64, [g, a, r, b, c, window], 0 where there is none.
+
+        rows: [g, a, r] of the matrix, -1 for none. cols: [g, b, c], channels, -1 for none.
+        """
+        rows, cols = rows[:, :, :, None, None], cols[:, None, None]
+        matrix = self.matrix
+        there = (rows >= 0) & (cols >= 0)
+        there = there & (rows // max(matrix.height, 1) == cols // max(matrix.cols, 1))
+        index = torch.where(there, rows * matrix.cols + cols % max(matrix.cols, 1), 0)
+        values = self.w[index].to(torch.float64)
+        counts = there[..., None]
+        if self.mask is not None:
+            counts = counts & self.mask[index]
+        if self.numbers is not None and self.units is not None:
+            counts = counts & (self.numbers[index] == self.units[groups].view(-1, *[1] * 5))
+        return values.masked_fill_(~counts, 0.0)
+
+
+def _blocks(groups: int, size: int, step: int) -> Tensor:
+    """Cuts the channels of every group into blocks, [groups, blocks, step]; -1 behind the last."""
+    blocks = -(-size // step)
+    index = torch.arange(blocks * step).reshape(1, blocks, step)
+    first = torch.arange(groups).reshape(-1, 1, 1) * size
+    return torch.where(index < size, index + first, -1)
+
+
+def _sides(
+    matrix: Matrix, producers: Factors, consumers: Factors
+) -> tuple[Sequence[Factor] | None, Sequence[Factor] | None]:
+    """Returns the factors of (rows, columns)."""
+
+    def factors(given: Factors, outputs: bool) -> Sequence[Factor] | None:
+        if given is None:
+            return None
+        return [
+            x if isinstance(x, Factor) else Factor((x.mT if outputs else x).detach()) for x in given
+        ]
+
+    into, out = factors(producers, False), factors(consumers, True)
+    return (into, out) if matrix.transposed else (out, into)
+
+
+def _squared(
+    weights: _Weights,
+    rows: Tensor,
+    cols: Tensor,
+    row_factors: Sequence[Factor] | None,
+    col_factors: Sequence[Factor] | None,
+) -> Tensor:
+    """Computes the squared worth of units of rows [g, a, r] and columns [g, b, c]: [g, a, b].
+
+    Channels of one unit that never meet add their squares: they are cut apart.
+    """
+    g, a, b = *rows.shape[:2], cols.shape[1]
+    total = torch.zeros(g, a * b, dtype=torch.float64, device=rows.device)
+    for row_side in _together(row_factors):
+        cut_rows, row_unit = _cut(rows, row_side)
+        for col_side in _together(col_factors):
+            cut_cols, col_unit = _cut(cols, col_side)
+            part = _Pair(weights, cut_rows, cut_cols, row_side, col_side).squared()
+            unit = row_unit[:, :, None] * b + col_unit[:, None]
+            total.scatter_add_(1, unit.flatten(1), part.flatten(1))
+    return total.reshape(g, a, b)
+
+
+def _together(factors: Sequence[Factor] | None) -> list[Sequence[Factor] | None]:
+    """Gathers factors whose Gram matrices have the same zeros."""
+    if factors is None:
+        return [None]
+    found: list[list[Factor]] = []
+    for factor in factors:
+        for alike in found:
+            one, other = alike[0].apart, factor.apart
+            if one is other or (one is not None and other is not None and torch.equal(one, other)):
+                alike.append(factor)
+                break
+        else:
+            found.append([factor])
+    return list(found)
+
+
+def _cut(index: Tensor, factors: Sequence[Factor] | None) -> tuple[Tensor, Tensor]:
+    """Cuts blocks of channels [g, n, m] where channels do not meet.
+
+    Returns blocks [g, n', m'] and the number of the block that each is of, [g, n'].
+    """
+    g, n, m = index.shape
+    apart = None if not factors else factors[0].apart
+    if apart is None or index.numel() == 0:
+        return index, torch.arange(n, device=index.device).expand(g, n)
+    there = (index >= 0).flatten().nonzero().flatten()
+    channel, block = index.flatten()[there], there // m
+    label = apart[channel]
+    keys, order = (block * (int(label.max()) + 1) + label).sort(stable=True)
+    _, piece, size = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    first = size.cumsum(0) - size
+    of_block = block[order][first]  # of each piece
+    in_group = torch.bincount(of_block // n, minlength=g)
+    slot = torch.arange(len(size), device=index.device)
+    slot -= (in_group.cumsum(0) - in_group)[of_block // n]
+    most, longest = int(in_group.max()), int(size.max())
+    blocks = index.new_full((g, most, longest), -1)
+    at = torch.arange(len(piece), device=index.device) - first[piece]
+    blocks[(of_block // n)[piece], slot[piece], at] = channel[order]
+    numbers = index.new_zeros(g, most)
+    numbers[of_block // n, slot] = of_block % n
+    return blocks, numbers
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Blocks of rows [g, a, r] and columns [g, b, c] with factors whose channels all meet."""
+
+    weights: _Weights
+    rows: Tensor
+    cols: Tensor
+    row_factors: Sequence[Factor] | None
+    col_factors: Sequence[Factor] | None
+
+    def squared(self) -> Tensor:
+        """Computes [g, a, b] in the way that is the least work."""
+        (g, a, r), (_, b, c) = self.rows.shape, self.cols.shape
+        count = g * a * r * b * c * self.weights.matrix.window
+        row_width, col_width = _width(self.row_factors), _width(self.col_factors)
+        row_gram, col_gram = g * a * r * r * row_width, g * b * c * c * col_width
+        work = {self._by_grams: row_gram + col_gram + count * (r + c)}
+        if self.col_factors is not None and (r == 1 or self.row_factors is None):
+            work[self._by_columns] = row_gram + count * col_width
+        if self.row_factors is not None and (c == 1 or self.col_factors is None):
+            work[self._by_rows] = col_gram + count * row_width
+        return min(work, key=lambda way: work[way])()
+
+    def _by_grams(self) -> Tensor:
+        """Sums (A w) * (w B) over each block."""
+        row_gram, col_gram = _gram(self.row_factors, self.rows), _gram(self.col_factors, self.cols)
+
+        def block(w: Tensor, g: slice, a: slice, b: slice) -> Tensor:
+            left, right = w, w
+            if row_gram is not None:
+                left = torch.einsum("garbck,gars->gasbck", w, row_gram[g, a])
+            if col_gram is not None:
+                right = torch.einsum("garbck,gbcd->garbdk", w, col_gram[g, b])
+            return (left * right).sum((2, 4, 5))
+
+        return self._blocks(block)
+
+    def _by_columns(self) -> Tensor:
+        """Sums a * (w P)^2 over each block, where a is a number for each row."""
+        weight = _gram(self.row_factors, self.rows)
+        factors = self.col_factors or ()
+
+        def block(w: Tensor, g: slice, a: slice, b: slice) -> Tensor:
+            norms = _products(w, factors, self.cols[g, b])
+            return (norms if weight is None else norms * weight[g, a]).sum(2)
+
+        return self._blocks(block)
+
+    def _by_rows(self) -> Tensor:
+        """Sums b * (N w)^2 over each block, where b is a number for each column."""
+        weight = _gram(self.col_factors, self.cols)
+        factors = self.row_factors or ()
+
+        def block(w: Tensor, g: slice, a: slice, b: slice) -> Tensor:
+            norms = _products(w.permute(0, 3, 4, 1, 2, 5), factors, self.rows[g, a])
+            return (norms if weight is None else norms * weight[g, b]).sum(2).mT
+
+        return self._blocks(block)
+
+    def _blocks(self, block: Callable[[Tensor, slice, slice, slice], Tensor]) -> Tensor:
+        """Computes blocks, some at a time."""
+        (g, a, r), (_, b, c) = self.rows.shape, self.cols.shape
+        result = torch.zeros(g, a, b, dtype=torch.float64, device=self.rows.device)
+        for some in _batches((g, a, b), r * c * self.weights.matrix.window):
+            groups, down, across = some
+            w = self.weights.of(self.rows[groups, down], self.cols[groups, across], groups)
+            result[some] = block(w, *some)
+        return result
+
+
+def _width(factors: Sequence[Factor] | None) -> int:
+    return 0 if factors is None else sum(factor.width for factor in factors)
+
+
+def _batches(sizes: tuple[int, int, int], each: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts [g, a, b] into parts of at most _BATCH numbers, so many for each entry."""
+    left = max(_BATCH // max(each, 1), 1)
+    steps = []
+    for size in reversed(sizes):
+        step = max(min(size, left), 1)
+        left = max(left // step, 1)
+        steps.append([slice(x, x + step) for x in range(0, size, step)])
+    for b in steps[0]:
+        for a in steps[1]:
+            for g in steps[2]:
+                yield g, a, b
+
+
+def _columns(factor: Factor, each: int) -> Iterator[slice]:
+    """Cuts the columns of a factor so that at most _BATCH numbers are computed at a time."""
+    step = max(_BATCH // max(each, 1), 1)
+    for first in range(0, factor.width, step):
+        yield slice(first, first + step)
+
+
+def _gram(factors: Sequence[Factor] | None, index: Tensor) -> Tensor | None:
+    """Computes the blocks [g, n, m, m] of a Gram matrix for channels [g, n, m]; None: identity."""
+    if factors is None:
+        return None
+    g, n, m = index.shape
+    gram = torch.zeros(g, n, m, m, dtype=torch.float64, device=index.device)
+    for some in _batches((g, n, 1), m * m):
+        for factor in factors:
+            for columns in _columns(factor, index[some[:2]].numel()):
+                rows = factor.rows(index[some[:2]], columns)
+                gram[some[:2]] += rows @ rows.mT
+    return gram
+
+
+def _products(w: Tensor, factors: Sequence[Factor], index: Tensor) -> Tensor:
+    """Sums the squares of w [g, a, r, b, c, k] times the rows of channels [g, b, c]: [g, a, r, b].
+
+    The sum is over the kernel positions and the columns of the factors.
+    """
+    norms = w.new_zeros(w.shape[:4])
+    for factor in factors:
+        for columns in _columns(factor, max(norms.numel() * w.shape[5], index.numel())):
+            product = torch.einsum("garbck,gbcj->garbkj", w, factor.rows(index, columns))
+            norms += product.square_().sum((4, 5))
+    return norms
+
+
+def _turns(x: Tensor) -> Tensor:
+    """Counts the equal entries before each one.
+
+    Example:
+        >>> _turns(torch.tensor([5, 3, 5, 5]))
+        tensor([0, 0, 1, 2])
+    """
+    values, order = x.sort(stable=True)
+    _, count = torch.unique_consecutive(values, return_counts=True)
+    first = (count.cumsum(0) - count).repeat_interleave(count)
+    turns = torch.empty_like(x)
+    turns[order] = torch.arange(x.numel(), device=x.device) - first
+    return turns
