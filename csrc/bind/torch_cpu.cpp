@@ -115,10 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(lap_ext, CPU, m) {
   m.impl("random_scores_", TORCH_BOX(&ChunkOperators::random_scores_));
   m.impl("masked_zero_", TORCH_BOX(&ChunkOperators::masked_zero_));
   m.impl("nonzero_mask", TORCH_BOX(&ChunkOperators::nonzero_mask));
-  m.impl("nm_mask", TORCH_BOX(&StructureOperators::nm_mask));
-  m.impl("transposable_mask", TORCH_BOX(&StructureOperators::transposable_mask));
-  m.impl("block_sums_", TORCH_BOX(&StructureOperators::block_sums_));
-  m.impl("block_mask", TORCH_BOX(&StructureOperators::block_mask));
+  bind::implement_structures<StructureOperators>(m);
 }
 
 // The parts of this thread's last failure, 0 to 4 (check.h).

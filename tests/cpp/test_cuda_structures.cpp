@@ -277,7 +277,7 @@ void in_all_conditions(DType dtype, const Layout& l, const Check& check) {
   near.row_norm[l.rows / 2] = 0;
   near.col_norm[0] = 0;
   check(Case(near, tied(n, 8)));
-  check(Case(layer(dtype, l, -59, -50), cases::spread(n, 9, -30, -5)));
+  check(Case(layer(dtype, l, -59, -50), cases::spread(n, 9, -45, -25)));
   const double far = dtype == DType::f64 ? 60 : 140;
   check(Case(layer(dtype, l, -far, far), cases::normal(n, 10)));
 }

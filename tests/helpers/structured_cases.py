@@ -11,6 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lap_ext.ops import schema
+from tests.helpers.parameters import DTYPES
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,6 +57,11 @@ def nm_mask(kernels: ModuleType, x: Case, keep: int, of: int, rows: bool) -> Ten
     return found
 
 
+def transposable_mask(kernels: ModuleType, x: Case, squared: bool) -> Tensor:
+    found: Tensor = kernels.transposable_mask(*x.weight, squared, x.mask, x.finite)
+    return found
+
+
 def blocks(
     kernels: ModuleType,
     x: Case,
@@ -79,6 +87,8 @@ def every_operator(kernels: ModuleType, x: Case) -> list[Tensor]:
         nm_mask(kernels, x, 2, 4, True),
         nm_mask(kernels, x, 1, 2, False),
         nm_mask(kernels, x, 3, 4, True),
+        transposable_mask(kernels, x, True),
+        transposable_mask(kernels, x, False),
         *blocks(kernels, x, (4, 16), True),
         *blocks(kernels, x, (3, 5), False),
     ]
@@ -107,6 +117,7 @@ HOSTILE: dict[str, Callable[[Case], Case]] = {
     "some_overflow": lambda x: _rows(replace(x, w=one_of_seven(x.w, 6e4)), 2.0**112),
     "wide_norms": lambda x: _rows(x, torch.logspace(-99, 99, len(x.rows)).double()),
     "endless_norms": lambda x: _rows(replace(x, cols=one_of_seven(x.cols * 1e300, 0.0)), 1e300),
+    "largest": lambda x: replace(x, w=x.w.sign() * torch.finfo(x.w.dtype).max),
     "infinite": lambda x: replace(x, w=one_of_seven(x.w, math.inf)),
     "minus_infinite": lambda x: replace(x, w=one_of_seven(x.w, -math.inf)),
     "nan": lambda x: replace(x, w=one_of_seven(x.w, math.nan)),
@@ -121,3 +132,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda x: x[:1].expand(x.shape),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
 }
+
+
+def results() -> list[Tensor]:
+    """What the operators give for hostile weights of every dtype, without NaNs, which differ."""
+    found = []
+    for dtype in DTYPES:
+        for change in HOSTILE.values():
+            for x in variants(change(case((16, 200), dtype))):
+                found += every_operator(schema, x)
+    return [x.nan_to_num(-1.0) if x.is_floating_point() else x for x in found]

@@ -30,8 +30,11 @@ def test_threads_runs_and_layouts(kind: str) -> None:
 CODE = """
 import torch, lap_ext
 from tests.helpers.digest import digest, everything, layer
+from tests.helpers.structured_cases import results
 torch.manual_seed(0)
 print(digest(everything(*layer("leading_bits", 100))))
+torch.set_num_threads(1)
+print(digest(results()))
 print(lap_ext.info().isa)
 """
 

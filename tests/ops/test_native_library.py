@@ -37,6 +37,7 @@ OPS = [
     "masked_zero_",
     "nonzero_mask",
     "nm_mask",
+    "transposable_mask",
     "block_sums_",
     "block_mask",
 ]

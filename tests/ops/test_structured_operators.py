@@ -14,8 +14,7 @@ from torch import Tensor
 from lap_ext.errors import LapValueError
 from lap_ext.ops import reference, schema
 from tests.helpers import structured_cases as cases
-from tests.helpers.parameters import each_dtype, each_threads, needs_native
-from tests.helpers.processes import run_python
+from tests.helpers.parameters import each_dtype, each_threads
 from tests.helpers.structured_cases import Case, case, variants
 
 
@@ -84,6 +83,42 @@ def test_nm_mask_is_its_definition(rows: bool) -> None:
         best = sorted(live, key=lambda m, k=k: -score(m[0], m[1], k))[:2]  # type: ignore[misc]
         expected[r, c, k] = (r, c) in best
     assert torch.equal(got, expected)
+
+
+# --- transposable ---------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape, groups", [((4, 4), 1), ((8, 140), 1), ((12, 1000), 1), ((24, 8, 3, 3), 3)]
+)
+@pytest.mark.parametrize("squared", [False, True])
+def test_transposable_mask(
+    squared: bool, shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    for x in variants(case(shape, dtype, groups)):
+        agree(cases.transposable_mask, x, squared)
+        ties = replace(x, w=torch.randint(-1, 2, shape).to(dtype), cols=torch.ones_like(x.cols))
+        agree(cases.transposable_mask, ties, squared)
+
+
+def test_transposable_mask_is_its_definition() -> None:
+    x = case((8, 8, 2), groups=2)
+    w, mask = torch.randint(-3, 4, x.w.shape), torch.rand(x.w.shape) < 0.9
+    outs, ins = torch.randint(0, 3, x.rows.shape), torch.randint(0, 3, x.cols.shape)
+    given = Case(w.float(), outs.double(), ins.double(), 2, mask)
+    (got,) = agree(cases.transposable_mask, given, True)
+    scores = w.abs() * outs.view(8, 1, 1) * ins.view(2, 8).repeat_interleave(4, 0).unsqueeze(-1)
+    values = scores.square() * mask
+    lines = [line for line in itertools.product((0, 1), repeat=4) if sum(line) == 2]
+    lines.sort(reverse=True)  # lower columns first
+    patterns = [torch.tensor(p) for p in itertools.product(lines, repeat=4)]
+    patterns = [p for p in patterns if p.sum(0).tolist() == [2] * 4]
+    for r, c, k in itertools.product((0, 4), (0, 4), (0, 1)):
+        tile = values[r : r + 4, c : c + 4, k]
+        best = max(patterns, key=lambda p, tile=tile: int((tile * p).sum()))  # type: ignore[misc]
+        expected = best.bool() & mask[r : r + 4, c : c + 4, k]
+        assert torch.equal(got[r : r + 4, c : c + 4, k], expected)
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -203,39 +238,6 @@ def test_nothing_to_keep(shape: tuple[int, ...]) -> None:
             assert kept.shape == shape and bool((sums == 1).all())
 
 
-CODE = """
-import torch, lap_ext
-from lap_ext.ops import schema
-from tests.helpers import structured_cases as cases
-from tests.helpers.digest import digest
-torch.manual_seed(0)
-torch.set_num_threads(1)
-for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for name, change in cases.HOSTILE.items():
-        x = change(cases.case((16, 200), dtype))
-        found = []
-        for y in cases.variants(x):
-            found += cases.every_operator(schema, y)
-        print(digest([y.nan_to_num(-1.0) if y.is_floating_point() else y for y in found]))
-print(lap_ext.info().isa)
-"""
-
-
-@needs_native
-def test_simd_levels() -> None:
-    """Each level that this CPU supports, and the fallback."""
-    results = {}
-    for level in ("baseline", "v3", "v4"):
-        result = run_python(CODE, LAP_EXT_ISA=level)
-        if result.returncode != 0:
-            assert level != "baseline" and "supported by this CPU" in result.stderr, result.stderr
-            continue
-        *results[level], used = result.stdout.split()
-        assert used == level
-    *results["fallback"], used = run_python(CODE, LAP_EXT_NATIVE="0").stdout.split()
-    assert used == "None" and len(set(map(tuple, results.values()))) == 1, results
-
-
 # --- errors ---------------------------------------------------------------------------------------
 
 W, ROWS, COLS = torch.ones(4, 8), torch.ones(4).double(), torch.ones(8).double()
@@ -261,6 +263,11 @@ WRONG: list[tuple[str, tuple[Any, ...]]] = [
     ("nm_mask", (W, ROWS * torch.nan, COLS, 1, 2, 4, False, None, True)),
     ("nm_mask", (W, ROWS, -COLS, 1, 2, 4, True, None, True)),
     ("nm_mask", (NAN, NONE, NONE, 1, 2, 4, True, None, True)),
+    ("transposable_mask", (W[:3], ROWS[:3], COLS, 1, True, None, True)),
+    ("transposable_mask", (W[:, :6], ROWS, COLS[:6], 1, True, None, True)),
+    ("transposable_mask", (W, NONE, NONE, 2, True, None, True)),
+    ("transposable_mask", (W, ROWS, COLS, 1, True, SMALL, True)),
+    ("transposable_mask", (NAN, ROWS, COLS, 1, True, None, True)),
     ("block_sums_", (SUMS, W, ROWS, COLS, 1, (2, 4, 1), 0, 4, True, None, True)),
     ("block_sums_", (SUMS, W, ROWS, COLS, 1, (0, 4), 0, 4, True, None, True)),
     ("block_sums_", (SUMS, W, ROWS, COLS, 1, (2, -4), 0, 4, True, None, True)),
