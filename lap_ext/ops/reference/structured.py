@@ -106,7 +106,7 @@ def transposable_mask(
             total += sums[:, row, pair]
         if mask is not None:
             named = _kept_of(tiles_of(mask[top:bottom], TILE), choices)
-            total[named < named.amax(1, keepdim=True)] = -1.0
+            total[named < named.amax(1, keepdim=True)] = -torch.inf
         found = choices[total.argmax(dim=1)]  # the first of equal ones
         marks = torch.zeros(tiles.shape, dtype=torch.bool, device=w.device)
         for number, columns in enumerate(pairs):
