@@ -109,9 +109,12 @@ struct Structures {
   // mask[j] = whether keys[j] is among the best two of its four; 4 divides n
   void (*two_of_four)(const int32_t* keys, int64_t n, uint8_t* mask);
 
-  // patterns[j] = the number of the pattern with the largest sum in tile j, whose 16 values are at
-  // lines[i * step + j]. Lines and patterns are as long as the next multiple of kTilesPadded.
-  void (*best_patterns)(const double* lines, int64_t step, int64_t n, uint8_t* patterns);
+  // patterns[j] = the number of the best pattern in tile j, whose 16 values are at
+  // lines[i * step + j]: those that keep the most of what is 1 at the same places of named (null:
+  // all), of these the one with the largest sum. Lines and patterns are as long as the next
+  // multiple of kTilesPadded.
+  void (*best_patterns)(
+      const double* lines, const double* named, int64_t step, int64_t n, uint8_t* patterns);
 
   // Sum of at most kSegment values in the order of math/sums.h.
   double (*sum_segment)(const double* values, int64_t n);

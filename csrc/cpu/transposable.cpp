@@ -17,6 +17,7 @@ constexpr int64_t kWidth = 512;              // columns at a time: all buffers f
 struct Buffers {
   std::vector<double> values;     // [4, n]
   std::vector<double> lines;      // [16, tiles, padded]
+  std::vector<double> named;      // the same: 1 for what is eligible, 0 else
   std::vector<uint8_t> patterns;  // [tiles, padded]
 };
 
@@ -45,14 +46,16 @@ class Masker {
     b.lines.resize(kTileSide * kTileSide * step);
     b.patterns.resize(step);
     keys_.values({begin, row_size, kTileSide, n}, squared_, &workers_[worker], b.values.data());
+    const uint8_t* eligible = keys_.source().eligible;
+    if (eligible != nullptr) b.named.resize(b.lines.size());
     for (int64_t row = 0; row < kTileSide; ++row) {
-      const double* values = b.values.data() + row * n;
-      double* lines = b.lines.data() + kTileSide * row * step;
-      for_each_entry(tiles, [&](int64_t entry, int64_t column, int64_t tile) {
-        lines[column * step + tile] = values[entry];
-      });
+      line_up(b.values.data() + row * n, tiles, b.lines.data() + kTileSide * row * step, step);
+      if (eligible == nullptr) continue;
+      const uint8_t* may = eligible + begin + row * row_size;
+      line_up(may, tiles, b.named.data() + kTileSide * row * step, step);
     }
-    kernels().structures.best_patterns(b.lines.data(), step, tiles, b.patterns.data());
+    const double* named = eligible == nullptr ? nullptr : b.named.data();
+    kernels().structures.best_patterns(b.lines.data(), named, step, tiles, b.patterns.data());
     for (int64_t row = 0; row < kTileSide; ++row) {
       uint8_t* mask = keys_.source().mask + begin + row * row_size;
       write_row(row, b.patterns.data(), tiles, mask);
@@ -77,6 +80,14 @@ class Masker {
         for (int64_t k = 0; k < window; ++k) visit(entry + k, c, first + k);
       }
     }
+  }
+
+  // Brings the values, or bytes that say yes or no, of a row of tiles into lines.
+  template <typename T>
+  void line_up(const T* row, int64_t tiles, double* lines, int64_t step) const {
+    for_each_entry(tiles, [&](int64_t entry, int64_t column, int64_t tile) {
+      lines[column * step + tile] = sizeof(T) == 1 ? double(row[entry] != 0) : double(row[entry]);
+    });
   }
 
   void write_row(int64_t row, const uint8_t* patterns, int64_t tiles, uint8_t* mask) const {

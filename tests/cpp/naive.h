@@ -114,8 +114,10 @@ inline std::vector<uint8_t> nm_mask(const std::vector<double>& scores,
   return out;
 }
 
-// Two of four along rows and columns of every tile, by trying all ways to fill 16 places.
+// Two of four along rows and columns of every tile, by trying all ways to fill 16 places: the one
+// that keeps the most of what counts, of these the largest sum.
 inline std::vector<uint8_t> transposable_mask(const std::vector<double>& values,
+                                              const std::vector<uint8_t>& counts,
                                               const lap::Layout& layout) {
   std::vector<uint8_t> out(values.size());
   const auto at = [&](int64_t corner, int place) {
@@ -142,14 +144,18 @@ inline std::vector<uint8_t> transposable_mask(const std::vector<double>& values,
     if (p / layout.row_size() % 4 != 0 || p / layout.window % layout.cols % 4 != 0) continue;
     const std::vector<int>* best = nullptr;
     double largest = 0;
+    int most = 0;
     for (const std::vector<int>& places : patterns) {
+      int named = 0;
+      for (const int place : places) named += counts[at(p, place)];
       double sum = 0;
       for (int i = 0; i < 8; i += 2) sum += values[at(p, places[i])] + values[at(p, places[i + 1])];
-      if (best != nullptr && !(sum > largest)) continue;
+      if (best != nullptr && (named < most || (named == most && !(sum > largest)))) continue;
       best = &places;
       largest = sum;
+      most = named;
     }
-    for (const int place : *best) out[at(p, place)] = 1;
+    for (const int place : *best) out[at(p, place)] = counts[at(p, place)];
   }
   return out;
 }

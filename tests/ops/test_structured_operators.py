@@ -115,9 +115,9 @@ def test_transposable_mask_is_its_definition() -> None:
     patterns = [torch.tensor(p) for p in itertools.product(lines, repeat=4)]
     patterns = [p for p in patterns if p.sum(0).tolist() == [2] * 4]
     for r, c, k in itertools.product((0, 4), (0, 4), (0, 1)):
-        tile = values[r : r + 4, c : c + 4, k]
-        best = max(patterns, key=lambda p, tile=tile: int((tile * p).sum()))  # type: ignore[misc]
-        expected = best.bool() & mask[r : r + 4, c : c + 4, k]
+        tile, named = values[r : r + 4, c : c + 4, k], mask[r : r + 4, c : c + 4, k]
+        worth = [(int((named * p).sum()), int((tile * p).sum())) for p in patterns]
+        expected = patterns[worth.index(max(worth))].bool() & named
         assert torch.equal(got[r : r + 4, c : c + 4, k], expected)
 
 

@@ -104,10 +104,11 @@ def transposable_mask(
         total = torch.zeros(tiles.shape[0], len(choices), dtype=torch.float64, device=w.device)
         for row, pair in enumerate(choices.unbind(1)):
             total += sums[:, row, pair]
+        keys = ordered_keys(total, without_nan=False)
         if mask is not None:
             named = _kept_of(tiles_of(mask[top:bottom], TILE), choices)
-            total[named < named.amax(1, keepdim=True)] = -torch.inf
-        found = choices[total.argmax(dim=1)]  # the first of equal ones
+            keys[named < named.amax(1, keepdim=True)] = never(keys.dtype)
+        found = choices[keys.argmax(dim=1)]  # the first of equal ones
         marks = torch.zeros(tiles.shape, dtype=torch.bool, device=w.device)
         for number, columns in enumerate(pairs):
             for column in columns:
