@@ -93,6 +93,12 @@ CASES = {
         ),
         (1, 4, 1, 1),
     ),
+    "batch norms at the ends": Case(
+        lambda: Net(
+            lambda m, x: m.o(m.b(m.a(m.n(x)))), n=bn(4), a=conv(5), b=conv(3, 5), o=bn(3),
+        ),
+        (1, 4, 1, 1),
+    ),
     "batch norm before a part": Case(
         lambda: Net(
             lambda m, x: m.b(torch.cat([m.n((y := m.a(x))[:, :2]), y[:, 2:]], 1)),
