@@ -31,6 +31,7 @@ from lap_ext.criteria.base import Criterion
 from lap_ext.criteria.context import Network, scaled
 from lap_ext.criteria.weights import Lookahead, Lookback, Lookforward
 from lap_ext.errors import LapValueError, in_layer
+from lap_ext.ops import check
 from lap_ext.ops.exact import (
     Factor,
     block_distortions,
@@ -80,7 +81,7 @@ def worths(
 
     Raises:
         ValueError: the criterion defines no neighborhood, the neighbors do not fit into the memory
-            of the place, or a weight of theirs is not finite.
+            of the place, a weight of theirs is not finite, or squares leave float64's range.
     """
     before, after = counted(criterion)
     if not network.place.held:  # what it has given is valid until the neighbors are read
@@ -95,6 +96,9 @@ def worths(
         worth = _measured(weight, units, role.part, sides, mask).square()
         squared = worth if squared is None else squared + worth
     assert squared is not None  # a layer has a role
+    if network.check_finite and not bool(squared.isfinite().all()):
+        with in_layer(layer.name):
+            raise check.lost_norm("w")
     return exact_sqrt(squared)
 
 

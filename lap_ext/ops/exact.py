@@ -399,6 +399,10 @@ class _Weights:
         return values.masked_fill_(~counts, 0.0)
 
 
+# Squared worths [g, a, b] of weights [g, a, r, b, c, window], which are these parts of all blocks.
+_Block: TypeAlias = Callable[[Tensor, slice, slice, slice], Tensor]
+
+
 def _blocks(groups: int, size: int, step: int) -> Tensor:
     """Cuts the channels of every group into blocks, [groups, blocks, step]; -1 behind the last."""
     blocks = -(-size // step)
@@ -434,16 +438,14 @@ def _squared(
 
     Channels of one unit that never meet add their squares: they are cut apart.
     """
-    g, a, b = *rows.shape[:2], cols.shape[1]
-    total = torch.zeros(g, a * b, dtype=torch.float64, device=rows.device)
+    shape = (*rows.shape[:2], cols.shape[1])
+    total = torch.zeros(shape, dtype=torch.float64, device=rows.device)
     for row_side in _together(row_factors):
-        cut_rows, row_unit = _cut(rows, row_side)
+        cut_rows = _cut(rows, row_side)
         for col_side in _together(col_factors):
-            cut_cols, col_unit = _cut(cols, col_side)
-            part = _Pair(weights, cut_rows, cut_cols, row_side, col_side).squared()
-            unit = row_unit[:, :, None] * b + col_unit[:, None]
-            total.scatter_add_(1, unit.flatten(1), part.flatten(1))
-    return total.reshape(g, a, b)
+            cut_cols = _cut(cols, col_side)
+            _Pair(weights, *cut_rows, row_side, *cut_cols, col_side).add_to(total)
+    return total
 
 
 def _together(factors: Sequence[Factor] | None) -> list[Sequence[Factor] | None]:
@@ -492,16 +494,21 @@ def _cut(index: Tensor, factors: Sequence[Factor] | None) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class _Pair:
-    """Blocks of rows [g, a, r] and columns [g, b, c] with factors whose channels all meet."""
+    """Blocks of rows [g, a, r] and columns [g, b, c] with factors whose channels all meet.
+
+    row_unit [g, a] and col_unit [g, b] say which unit each is of.
+    """
 
     weights: _Weights
     rows: Tensor
-    cols: Tensor
+    row_unit: Tensor
     row_factors: Sequence[Factor] | None
+    cols: Tensor
+    col_unit: Tensor
     col_factors: Sequence[Factor] | None
 
-    def squared(self) -> Tensor:
-        """Computes [g, a, b] in the way that is the least work."""
+    def add_to(self, total: Tensor) -> None:
+        """Adds the squared worths to those of the units [g, *, *], by the way of least work."""
         (g, a, r), (_, b, c) = self.rows.shape, self.cols.shape
         count = g * a * r * b * c * self.weights.matrix.window
         row_width, col_width = _width(self.row_factors), _width(self.col_factors)
@@ -511,9 +518,15 @@ class _Pair:
             work[self._by_columns] = row_gram + count * col_width
         if self.row_factors is not None and (c == 1 or self.col_factors is None):
             work[self._by_rows] = col_gram + count * row_width
-        return min(work, key=lambda way: work[way])()
+        block = min(work, key=lambda way: work[way])()
+        for some in _batches((g, a, b), r * c * self.weights.matrix.window):
+            groups, down, across = some
+            w = self.weights.of(self.rows[groups, down], self.cols[groups, across], groups)
+            unit = self.row_unit[groups, down, None] * total.shape[2]
+            unit = unit + self.col_unit[groups, None, across]
+            total[groups].flatten(1).scatter_add_(1, unit.flatten(1), block(w, *some).flatten(1))
 
-    def _by_grams(self) -> Tensor:
+    def _by_grams(self) -> _Block:
         """Sums (A w) * (w B) over each block."""
         row_gram, col_gram = _gram(self.row_factors, self.rows), _gram(self.col_factors, self.cols)
 
@@ -525,9 +538,9 @@ class _Pair:
                 right = torch.einsum("garbck,gbcd->garbdk", w, col_gram[g, b])
             return (left * right).sum((2, 4, 5))
 
-        return self._blocks(block)
+        return block
 
-    def _by_columns(self) -> Tensor:
+    def _by_columns(self) -> _Block:
         """Sums a * (w P)^2 over each block, where a is a number for each row."""
         weight = _gram(self.row_factors, self.rows)
         factors = self.col_factors or ()
@@ -536,9 +549,9 @@ class _Pair:
             norms = _products(w, factors, self.cols[g, b])
             return (norms if weight is None else norms * weight[g, a]).sum(2)
 
-        return self._blocks(block)
+        return block
 
-    def _by_rows(self) -> Tensor:
+    def _by_rows(self) -> _Block:
         """Sums b * (N w)^2 over each block, where b is a number for each column."""
         weight = _gram(self.col_factors, self.cols)
         factors = self.row_factors or ()
@@ -547,17 +560,7 @@ class _Pair:
             norms = _products(w.permute(0, 3, 4, 1, 2, 5), factors, self.rows[g, a])
             return (norms if weight is None else norms * weight[g, b]).sum(2).mT
 
-        return self._blocks(block)
-
-    def _blocks(self, block: Callable[[Tensor, slice, slice, slice], Tensor]) -> Tensor:
-        """Computes blocks, some at a time."""
-        (g, a, r), (_, b, c) = self.rows.shape, self.cols.shape
-        result = torch.zeros(g, a, b, dtype=torch.float64, device=self.rows.device)
-        for some in _batches((g, a, b), r * c * self.weights.matrix.window):
-            groups, down, across = some
-            w = self.weights.of(self.rows[groups, down], self.cols[groups, across], groups)
-            result[some] = block(w, *some)
-        return result
+        return block
 
 
 def _width(factors: Sequence[Factor] | None) -> int:

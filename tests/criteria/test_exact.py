@@ -93,6 +93,12 @@ CASES = {
         ),
         (1, 4, 1, 1),
     ),
+    "batch norms at the ends": Case(
+        lambda: Net(
+            lambda m, x: m.o(m.b(m.a(m.n(x)))), n=bn(4), a=conv(5), b=conv(3, 5), o=bn(3),
+        ),
+        (1, 4, 1, 1),
+    ),
     "batch norm before a part": Case(
         lambda: Net(
             lambda m, x: m.b(torch.cat([m.n((y := m.a(x))[:, :2]), y[:, 2:]], 1)),
@@ -236,7 +242,7 @@ def test_groups_against_the_network_without_them(name: str) -> None:
     ("criterion", "before", "after"),
     [(criteria.Lookback(), True, False), (criteria.Lookforward(), False, True)],
 )
-@pytest.mark.parametrize("name", ["residual", "grouped"])
+@pytest.mark.parametrize("name", ["residual", "grouped", "packed"])
 def test_one_side(name: str, criterion: criteria.Criterion, before: bool, after: bool) -> None:
     torch.manual_seed(5)
     case = CASES[name]
@@ -307,6 +313,20 @@ def diagonals_are_norms(net: Network) -> None:
 def test_the_diagonals_are_the_norms(name: str, batch_norm: str) -> None:
     model = randomized(CASES[name].build())
     diagonals_are_norms(network(model, CASES[name].shape, batch_norm=batch_norm))
+
+
+def test_channels_of_constants_count_one() -> None:
+    """As in the norms; and all of them where nothing else feeds a layer."""
+    two = torch.ones(1, 2, dtype=torch.float64)
+    rule = lambda m, x: m.c(torch.cat([m.a(x), two], 1)) + m.b(two)  # noqa: E731
+    model = Net(rule, a=linear(), b=linear(3, 2), c=linear(3, 6)).double()
+    net = network(model, (1, 4))
+    diagonals_are_norms(net)
+    diagonals_are_norms(network(model, (1, 4), chain=["a", "c", "b"]))  # 0 where no edge leads
+    for name, ones in (("c", 2), ("b", 2)):
+        (role,) = net.topology.layers[name].roles
+        factors, _ = exact.neighborhood(net, criteria.Lookahead(), role)
+        assert gram(factors)[-ones:, -ones:].equal(torch.eye(2, dtype=torch.float64))
 
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
@@ -469,3 +489,12 @@ def test_neighbors_must_be_finite() -> None:
                 exact.worths(net, *options)
         else:
             assert not exact.worths(net, *options).isfinite().all()
+
+
+def test_squares_must_be_numbers() -> None:
+    model = randomized(CASES["chain"].build())
+    model[2].weight.data.fill_(1e200)
+    net = network(model, (1, 4))
+    layer = net.topology.layers["2"]
+    with pytest.raises(ValueError, match=r"within float64's range from layer '2'"):
+        exact.worths(net, criteria.Lookahead(), layer, layer.weight, grid_of(layer, Row()))
