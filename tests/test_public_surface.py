@@ -36,7 +36,7 @@ DECIDING = {  # option -> its type, wherever a public function has it
     "batch_norm": options.BatchNorm,
     "residual": options.Residual,
     "on_unsupported": options.OnUnsupported,
-    "aggregate": options.Aggregate,
+    "aggregate": lap_ext.structures.Aggregate,
 }
 
 
