@@ -36,7 +36,7 @@ DECIDING = {  # option -> its type, wherever a public function has it
     "batch_norm": options.BatchNorm,
     "residual": options.Residual,
     "on_unsupported": options.OnUnsupported,
-    "aggregate": options.Aggregate,
+    "aggregate": lap_ext.structures.Aggregate,
 }
 
 
@@ -113,7 +113,8 @@ def test_options_are_explicit_and_literal(name: str, function: Any) -> None:
     annotations = inspect.unwrap(function).__annotations__
     for option, kind in DECIDING.items():
         if option in annotations:
-            spelled = next(x for x in vars(options) if getattr(options, x) is kind)
+            rooms = vars(options) | vars(lap_ext.structures)
+            spelled = next(x for x, value in rooms.items() if value is kind)
             assert annotations[option] in (spelled, f"options.{spelled}"), f"{name}({option}=)"
             default = signature.parameters[option].default
             assert default is inspect.Parameter.empty or default in typing.get_args(kind)
@@ -145,6 +146,7 @@ def shared_signatures() -> dict[str, Any]:
     from lap_ext.adapters._callback import TrainingCallback
 
     layered = {"scope", "order", "rounds", "min_keep"}  # how scores are ranked
+    layered |= {"structure", "aggregate", "multiple_of", "strict"}
     files = {"topology", "residual", "data", "neighbors"}  # see checkpoint.prune
     return {
         "scores": (lap_ext.scores, layered),

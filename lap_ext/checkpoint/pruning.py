@@ -200,8 +200,7 @@ def prune(
         if work.notice:
             warn(work.notice)
         shapes = {x.name: x.shape for x in task.layers}
-        how = None if options.structure is None else options.structure.spelled
-        masks = MaskFile(work.files, shapes, structure=how) if save_masks else None
+        masks = MaskFile(work.files, shapes, structure=options.structure) if save_masks else None
         place.use(work, shapes)
         try:
             shown = pipeline.before_rounds(task, data) if count_scores else None

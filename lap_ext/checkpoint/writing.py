@@ -22,6 +22,7 @@ from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.state import on_disk
 from lap_ext.masks.file import CHUNK as HASHED
 from lap_ext.masks.file import checksum, header, pack, unpack
+from lap_ext.structures import StructureLike, spelled
 
 _CHECKED = 1 << 20  # weights of a mask whose checksum is computed at a time
 _PACKED = 1 << 15  # words at a time: they stay in the cache, and torch uses one thread
@@ -69,14 +70,14 @@ class MaskFile:
         directory: Path,
         shapes: Mapping[str, tuple[int, ...]],
         file: str = MASKS,
-        structure: str | None = None,
+        structure: StructureLike | None = None,
     ) -> None:
         self.path = directory / file
-        self._structure = structure
+        self._structure = None if structure is None else spelled(structure)
         self._empty = {
             name: torch.empty(s, dtype=torch.bool, device="meta") for name, s in shapes.items()
         }
-        self._head = header(self._empty, structure=structure)
+        self._head = header(self._empty, structure=self._structure)
         self._begin, begin = {}, len(self._head)
         for name, mask in self._empty.items():
             self._begin[name] = begin

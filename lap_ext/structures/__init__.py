@@ -23,6 +23,7 @@ number. A unit without a weight that may be kept has no rank.
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING, TypeAlias
 
 from lap_ext.errors import LapTypeError, LapValueError
@@ -51,9 +52,7 @@ LONGEST = 100  # letters of a text: more than any structure has
 def __getattr__(name: str) -> object:
     """Loads the groups, which need torch, when they are asked for."""
     if name == "Groups":
-        from lap_ext.structures.groups import Groups
-
-        return Groups
+        return vars(import_module("lap_ext.structures.groups"))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
