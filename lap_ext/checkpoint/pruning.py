@@ -212,16 +212,21 @@ def prune(
         if statistics != _statistics(data):
             raise inside.changed(os.fspath(data or ""))
         work.finish(target.resolve())
-    unpruned = files.unpruned()
-    if unpruned:
-        warn(
-            f"These files may hold the weights too and are copied unpruned: {', '.join(unpruned)}",
-        )
+    _warn_of_unpruned(files)
     task.scoring.warn_of_dead()
     result = result_of(task, target, rows, save_masks, scores)
     if min_keep is None:
         result.warn_if_empty()
     return result
+
+
+def _warn_of_unpruned(files: Checkpoint) -> None:
+    """Warns of files that may hold the weights in another form."""
+    unpruned = files.unpruned()
+    if unpruned:
+        warn(
+            f"These files may hold the weights too and are copied unpruned: {', '.join(unpruned)}",
+        )
 
 
 def _statistics(data: object) -> list[Any] | None:
@@ -233,7 +238,9 @@ def _statistics(data: object) -> list[Any] | None:
 
 def _described(task: Task, network: Structure, files: Checkpoint) -> dict[str, Any]:
     """Describes what decides the result: only a run that is described alike is resumed."""
-    options, budget = task.scoring.plan.options, task.budget
+    options, budget, floors = task.scoring.plan.options, task.budget, task.budget.floors
+    if options.structure is not None:
+        floors = {layer.name: pipeline.least(task, layer) for layer in task.layers}
     return {
         "lap_ext": lap_ext.__version__,
         "path": str(files.path.resolve()),
@@ -245,7 +252,7 @@ def _described(task: Task, network: Structure, files: Checkpoint) -> dict[str, A
         "rounds": options.rounds,
         "batch_norm": options.batch_norm,
         "keep": budget.total if options.scope == "global" else None,
-        "floors": budget.floors,
+        "floors": floors,
         "structure": identity.structure_of(options.structure, task.layers),
         "aggregate": options.aggregate,
         "multiple_of": options.multiple_of,
