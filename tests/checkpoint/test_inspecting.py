@@ -57,7 +57,8 @@ def test_rows(dense: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
 def test_for_json(dense: Path) -> None:
     told = inspect(dense).to_dict()
-    assert list(told) == ["bytes", "weights", "zeros", "layers", "others", "stops"]
+    assert list(told) == ["bytes", "structure", "weights", "zeros", "layers", "others", "stops"]
+    assert told["structure"] is None
     assert told["layers"][2] == {
         "name": "5",
         "kind": "linear",

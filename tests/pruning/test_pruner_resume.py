@@ -411,7 +411,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"masks and layers\), got \{'fc1': 'Tensor'",
     ),
     "nothing": (lambda: None, TypeError, "got NoneType"),
-    "masks alone": (lambda: changed(masks=ONES), TypeError, "'masks': 'Tensor', 'layers': 'dict'"),
+    "masks alone": (
+        lambda: changed(masks=ONES),
+        TypeError,
+        "'masks': 'Tensor', 'structure': 'NoneType', 'layers': 'dict'",
+    ),
     "layers": (lambda: changed(layers=[36]), TypeError, "'layers': 'list'"),
     "no step": (lambda: changed(step=None), ValueError, "got None"),
     "negative": (lambda: changed(step=-1), ValueError, "whole number >= 0, got -1"),
