@@ -22,6 +22,7 @@ from tests.helpers.checkpoints import least_memory as least_of
 from tests.helpers.cut_place import Cut, Cuts, masks_of
 from tests.helpers.file_places import files_of, least_memory
 from tests.helpers.interrupted import SHARDS, WORK, contents, facts, interrupt
+from tests.helpers.one_trace import one_trace
 from tests.helpers.place_nets import CASES, model_of, topology_of
 
 pytestmark = [
@@ -155,11 +156,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("structure", RUNS)
-def test_a_run_that_is_stopped_goes_on(structure: str, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_goes_on(
+    structure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of rounds and of shards: every file, and the units of the table, are the same.
 
     The least budget holds rows of a few weights; it grows until the worth of all units fits.
     """
+    one_trace(monkeypatch)
     source = write(tmp_path / "dense", network().state_dict(), SHARDS)
     how = {"sparsity": 0.6, "structure": structure, **RUNS[structure]}
     budget = "4GB" if "scope" in how and "rounds" not in how else _budget(source, how)

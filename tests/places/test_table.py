@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint
-from lap_ext.checkpoint import pruning
 from lap_ext.checkpoint.weights import Files
 from lap_ext.criteria import Criterion, Norms, Wanda, WeightGradient
 from lap_ext.criteria.context import Network
@@ -31,6 +30,7 @@ from lap_ext.topology.roles import Role
 from tests.helpers import pruning_oracle
 from tests.helpers.checkpoints import least_memory, write
 from tests.helpers.cut_place import Cut, every_row, masks_of, ragged
+from tests.helpers.one_trace import one_trace
 from tests.helpers.place_nets import CASES, MIXED, model_of, state_of, topology_of, traced
 
 SPARSITY = 0.4
@@ -154,15 +154,8 @@ Directories = Callable[[str, str], Directory]
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Directories]:
     """Writes each model once, and traces it once for all calls of checkpoint.prune."""
     made: dict[tuple[str, str], Directory] = {}
-    structures: dict[Path, Any] = {}
     statistics: dict[str, dict[str, Path]] = {}
-    structure_of = pruning.structure_of
     root = tmp_path_factory.mktemp("models")
-
-    def known(files: Any, *how: Any) -> Any:
-        if files.path not in structures:
-            structures[files.path] = structure_of(files, *how)
-        return structures[files.path]
 
     def make(net: str, kind: str) -> Directory:
         if net not in statistics:
@@ -175,7 +168,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Directorie
         return made[net, kind]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning, "structure_of", known)
+        one_trace(patch)
         yield make
 
 

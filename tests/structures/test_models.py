@@ -16,6 +16,7 @@ import lap_ext
 from lap_ext import checkpoint
 from tests import zoo
 from tests.helpers.checkpoints import bits, saved, write
+from tests.helpers.one_trace import one_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not fit some layers:UserWarning")
 
@@ -37,6 +38,11 @@ def written(directory: Path) -> dict[str, Tensor]:
         for path in directory.glob("model*.safetensors")
         for name, x in load_file(path).items()
     }
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_trace(monkeypatch)
 
 
 @pytest.mark.parametrize("name", PLAIN)
