@@ -359,6 +359,16 @@ def test_paths_that_meet_keep_the_sign_of_their_sum() -> None:
         torch.testing.assert_close(got, rows @ rows.T)
 
 
+def test_signs_along_a_path_multiply() -> None:
+    model = Net(lambda m, x: m.b(m.a(x) * m.s * m.t), a=linear(), b=linear())
+    model.s = nn.Parameter(torch.tensor([2.0, -1.0, 3.0, -4.0], dtype=torch.float64))
+    model.t = nn.Parameter(torch.tensor([-3.0, -2.0, 1.0, 4.0], dtype=torch.float64))
+    net = network(model.double(), (1, 4))
+    rows = model.a.weight.detach() * (model.s * model.t).detach()[:, None]
+    got = gram(exact.neighborhood(net, criteria.Lookahead(), net.topology.roles[1])[0])
+    torch.testing.assert_close(got, rows @ rows.T)
+
+
 def test_heads_of_a_group_are_read_one_by_one() -> None:
     """Two heads of v, each read by two of o: its first by the first of the other, and so on."""
     model, args, kwargs = ENTRIES["decoder_gqa"].make()

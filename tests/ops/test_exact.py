@@ -259,6 +259,31 @@ def test_worked_by_hand() -> None:
     assert exact.block_distortions(w, grid, [prev], [following]).flatten().tolist() == [12.0]
 
 
+def test_what_cancels_but_for_rounding_is_a_number() -> None:
+    """Rows that the consumer adds up to nothing: sums of products may come out below 0."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        following, prev = random(3, 6), random(30, 30)
+        w = torch.linalg.svd(following).Vh[-1:].T @ random(1, 30)
+        grid, numbers = Block(6, 30).grid(Matrix.of(w.shape)), torch.zeros(w.shape).long()
+        block = exact.block_distortions(w, grid, [prev], [following])
+        group = exact.group_distortions(w, numbers, grid.matrix, [prev], [following])
+        for worth in (float(block), float(group)):
+            assert 0 <= worth < 1e-5
+
+
+def test_units_that_are_cut_apart_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three units at once, which need more room after they are cut: one at a time."""
+    monkeypatch.setattr(exact, "_BATCH", 3 * (2 * 8 + 1 + 2 * 2))
+    w, prev = random(1, 6, 8), neighbor(6, 2, groups=3)
+    numbers = torch.tensor([0, 0, 1, 2, 1, 2])[None, :, None].expand(w.shape)
+    sides = exact.neighbor_matrices(prev, w, None, 1, False)
+    got = exact.group_distortions(w, numbers, Matrix.of(w.shape), *sides)
+    definition = Definition(w, prev, None)
+    expected = [definition.of(numbers == number) for number in range(3)]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
 def test_masked_weights_count_nothing() -> None:
     torch.manual_seed(1)
     w, prev, following, mask = (
