@@ -225,12 +225,16 @@ def filled_units(
         live += _weights_of(part, alive)
         parts.append(part)
         ranked.append(Ranked(alive.double(), part.sizes, able, least[layer.name]))
-    if live > keep:
-        return {layer.name: kept[layer.name] for layer in layers}
-    every = units.best_of_all(ranked, keep, scoring.plan.options.multiple_of)
+    multiple_of = scoring.plan.options.multiple_of
+    every = [units.best(x, 0, multiple_of) for x in ranked]
+    if live <= keep:
+        every = units.best_of_all(ranked, keep, multiple_of)
     result = {}
     for layer, part, which in zip(layers, parts, every, strict=True):
         allowed = may[layer.name]
+        if live > keep and bool(kept[layer.name].any()):  # all that it may keep beside zeros
+            result[layer.name] = kept[layer.name]
+            continue
         full = part.mask(which.to(allowed.device), tuple(matrix_of(layer).shape))
         result[layer.name] = full.reshape(allowed.shape) & allowed
     return result
