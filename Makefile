@@ -120,10 +120,11 @@ $(TORCH_STAMP): $(STAMPS)/venv
 	$(PIP) '$(strip $(TORCH))'
 	@rm -f $(STAMPS)/torch-* && touch $@
 
-# The package in place (so that tests run against the checkout) with the extra named by the stamp: demo, test, bench, dev
+# The package in place (so that tests run against the checkout) with the extra named by the stamp: demo, test, bench, or
+# dev, which is all of them
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/tools $(TORCH_STAMP) $(NATIVE_SOURCES)
 	LAP_EXT_BUILD=require $(PIP) --no-build-isolation --editable '.[$(@F)]'
-	@touch $@
+	@touch $@ $(if $(filter dev,$(@F)),$(addprefix $(STAMPS)/,demo test bench))
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info lap_ext/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
