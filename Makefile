@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP_SOURCES = $(shell find csrc tests/cpp -type f ! -name doctest.h)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml lap_ext/__init__.py
 
-.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu gpu-prepare dev check abi format clean
+.PHONY: help demo test test-py test-cpp asan tsan fuzz bench gpu gpu-prepare tools dev check abi format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip in one environment; the compilers use MAX_JOBS
 
@@ -56,6 +56,8 @@ gpu-prepare: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks.gpu.prepare $(GPU_ARGS)
 
 dev: $(STAMPS)/dev
+
+tools: $(STAMPS)/tools
 
 # --- C++ without Python or torch: cmake and ninja come from pip, so they need not be installed ---------------------------
 CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -S .
