@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A checkpoint directory to prune."""
+"""A checkpoint directory to prune; models that are traced once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lap_ext.checkpoint import structure
 from tests.helpers.checkpoints import network, write
+from tests.helpers.traced_once import traced_once
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of one structure are traced once: what is stored and read is what differs."""
+    monkeypatch.setattr(structure, "trace", traced_once)
 
 
 @pytest.fixture
