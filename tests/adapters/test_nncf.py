@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
-from tests.helpers.processes import run_python
 
 pytest.importorskip("nncf", reason="the framework of this adapter")
 
@@ -364,19 +363,3 @@ def test_a_forward_of_the_users_own() -> None:
     masks = adapter.masks(net)
     expected = lap_ext.prune(plain, EXAMPLE, 0.6, masks=masks, apply=False).masks
     assert adapter.prune_(net, EXAMPLE, 0.6).masks == expected
-
-
-@pytest.mark.parametrize(
-    ("module", "text"),
-    [
-        ("None", "expected the nncf package (3 or later), got none that can be imported"),
-        ("Old", "expected an nncf with nncf.prune (3 or later; made with 3.4.0), got nncf 2.9"),
-    ],
-)
-def test_without_its_framework(module: str, text: str) -> None:
-    code = (
-        "import sys, types; Old = types.ModuleType('nncf'); Old.__version__ = '2.9'; "
-        f"sys.modules['nncf'] = {module}; import lap_ext.adapters.nncf"
-    )
-    run = run_python(code)
-    assert run.returncode == 1 and text in run.stderr.splitlines()[-1]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lap_ext
-from tests.helpers.processes import run_python
 
 pytest.importorskip("torch_pruning", reason="the framework of this adapter")
 
@@ -378,24 +377,3 @@ def test_refused(act: Callable[[], Any], error: type[Exception], text: str) -> N
     with pytest.raises(error) as caught:
         act()
     assert text in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("module", "text"),
-    [
-        (
-            "None",
-            "expected the torch-pruning package (1.6 or later), got none that can be imported",
-        ),
-        ("Old", "expected torch-pruning 1.6 or later (it has BasePruner), got an older one."),
-    ],
-)
-def test_without_its_framework(module: str, text: str) -> None:
-    code = (
-        "import sys, types; Old = types.ModuleType('torch_pruning'); Old.__path__ = []; "
-        "Old.pruner = types.ModuleType('torch_pruning.pruner'); Old.pruner.function = None; "
-        "sys.modules['torch_pruning.pruner'] = Old.pruner; "
-        f"sys.modules['torch_pruning'] = {module}; import lap_ext.adapters.torch_pruning"
-    )
-    run = run_python(code)
-    assert run.returncode == 1 and text in run.stderr.splitlines()[-1]
