@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint, criteria
+from lap_ext.checkpoint import structure
 from lap_ext.criteria.context import Network
 from lap_ext.options import NORMALIZATIONS
 from lap_ext.places import Chunk
 from lap_ext.topology import Topology
 from tests.helpers.checkpoints import change, least_memory, prune, write
+from tests.helpers.traced_once import traced_once
 
 INPUTS = torch.ones(2, 6)
 DATA = [(torch.rand(5, 6), torch.tensor([0, 1, 2, 3, 0]))]
@@ -110,8 +112,11 @@ def test_scores_in_memory(criterion: str, weight: Tensor) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("criterion", [*sorted(criteria.REGISTRY), *OWN])
-def test_from_files(criterion: str, scope: str, tmp_path: Path) -> None:
+def test_from_files(
+    criterion: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the least memory and with plenty; sparsities that rank nothing, too."""
+    monkeypatch.setattr(structure, "trace", traced_once)
     net = damaged()
     source = write(tmp_path / "dense", net.state_dict())
     mine: dict[str, Any] = {"model": net, "example_inputs": INPUTS}

@@ -2,8 +2,9 @@
 """Traces that are made once a process: hundreds of runs on checkpoints prune a few small models.
 
 Only models whose whole structure can be written down are known again: stacks of torch's own modules
-without buffers or hooks, and transformers' models, which their config determines. Errors are not
-kept, and a trace still sees every other model.
+without hooks, and without buffers but the statistics of batch norms, which a checkpoint's files
+give; and transformers' models, which their config determines. Errors are not kept, and every other
+model is traced each time.
 """
 
 from __future__ import annotations
@@ -40,16 +41,18 @@ def _structure(model: nn.Module) -> Any:
     if home.startswith("transformers.models."):
         return home, model, model.config.to_json_string(), model.config._attn_implementation
     own = all(type(x).__module__.startswith("torch.nn.modules.") for x in modules)
-    return model if own and not list(model.buffers()) else None
+    others = [x for x in modules if not isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    return model if own and not any(x._buffers for x in others) else None
 
 
 def _tensors(model: nn.Module) -> list[Any]:
-    """Names and kinds of parameters, which of them are one, and the mode of each module."""
+    """Names and kinds of tensors, which of them are one, and the mode of each module."""
     named = list(model.named_parameters(remove_duplicate=False))
+    named += model.named_buffers(remove_duplicate=False)
     first = {id(x): name for name, x in reversed(named)}
     tensors = [(name, first[id(x)], _kind(x)) for name, x in named]
     return [*tensors, *(x.training for x in model.modules())]
 
 
 def _kind(x: Tensor) -> Any:
-    return tuple(x.shape), x.dtype, x.stride()
+    return type(x), tuple(x.shape), x.dtype, x.stride()
