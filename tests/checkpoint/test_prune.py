@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -139,17 +140,21 @@ def test_a_slow_disk(
 NAMES = ["hf_llama_sdpa", "hf_qwen2", "hf_gpt2_sdpa", "hf_bert_mlm", "hf_gemma", "hf_t5_gated"]
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers(name: str, scope: str, tmp_path: Path) -> None:
+def test_transformers(name: str, tmp_path: Path) -> None:
     """Llama, tied Qwen, GPT-2 ([I, O] weights), BERT, Gemma (a scale that is in no file), T5."""
     model, inputs = saved(name, tmp_path / "dense")
-    source, out = tmp_path / "dense", tmp_path / "out"
+    source, dense = tmp_path / "dense", copy.deepcopy(model.state_dict())
     assert len(list(source.glob("*.safetensors"))) > 1
-    few = least_memory(lambda few: checkpoint.prune(source, out, 0.7, scope=scope, memory=few))
-    got = checkpoint.prune(source, out, 0.7, scope=scope, memory=few)
-    want = lap_ext.prune(model, inputs, 0.7, scope=scope)
-    check_same(out, got, model, want)
+    topology = lap_ext.trace(model, inputs)
+    for scope in ("layer", "global"):
+        out, how = tmp_path / scope, {"scope": scope}
+        few = least_memory(lambda few, out=out, how=how: checkpoint.prune(
+            source, out, 0.7, memory=few, **how))  # fmt: skip
+        got = checkpoint.prune(source, out, 0.7, memory=few, **how)
+        model.load_state_dict(dense)
+        want = lap_ext.prune(model, None, 0.7, topology=topology, **how)
+        check_same(out, got, model, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -159,17 +164,20 @@ def test_half_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
     check_same(tmp_path / "out", got, model, lap_ext.prune(model, inputs, 0.7))
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_experts_that_are_stored_one_by_one(scope: str, tmp_path: Path) -> None:
+def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
     """transformers joins the gate and up projections of all experts into one parameter."""
     model, inputs = saved("hf_qwen3_moe", tmp_path / "dense")
-    source, out = tmp_path / "dense", tmp_path / "out"
+    source, dense = tmp_path / "dense", copy.deepcopy(model.state_dict())
     names = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     assert "model.layers.0.mlp.experts.2.gate_proj.weight" in names
-    got = checkpoint.prune(source, out, 0.7, scope=scope)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in got.masks
     model.set_experts_implementation("batched_mm")  # as the zoo has it: eager does not export
-    check_same(out, got, model, lap_ext.prune(model, inputs, 0.7, scope=scope))
+    topology = lap_ext.trace(model, inputs)
+    for scope in ("layer", "global"):
+        got = checkpoint.prune(source, tmp_path / scope, 0.7, scope=scope)
+        assert "model.layers.0.mlp.experts.gate_up_proj" in got.masks
+        model.load_state_dict(dense)
+        want = lap_ext.prune(model, None, 0.7, scope=scope, topology=topology)
+        check_same(tmp_path / scope, got, model, want)
 
 
 @pytest.mark.parametrize("memory", ["4GB", "least"])
