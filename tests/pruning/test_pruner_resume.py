@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -141,6 +141,7 @@ def test_resumes_bit_for_bit(name: str, schedule: str, norm: bool) -> None:
     assert whole.pruner.sparsity > half, "it has pruned in both halves"
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     stop=st.integers(0, STEPS),
     order=st.permutations(["model", "optimizer", "pruner"]),
