@@ -74,7 +74,7 @@ def blocks(
     height = height or x.w.shape[0] // x.groups
     last = first + x.w.shape[0] - 1
     down = last // height * -(-height // block[0]) + last % height // block[0] + 1
-    sums = torch.full((down, -(-x.w.shape[1] // block[1])), 0.3, dtype=torch.float64)
+    sums = torch.zeros(down, -(-x.w.shape[1] // block[1]), dtype=torch.float64)
     kernels.block_sums_(sums, *x.weight, block, first, height, squared, x.mask, x.finite)
     kept = sums > sums.nanmedian()
     return [sums, kernels.block_mask(kept, list(x.w.shape), block, first, height, x.mask)]
@@ -110,6 +110,7 @@ HOSTILE: dict[str, Callable[[Case], Case]] = {
     "signed_zeros": lambda x: replace(x, w=x.w * 0.0),
     "few_values": lambda x: replace(x, w=x.w.sign(), cols=torch.ones_like(x.cols)),
     "subnormal_weights": lambda x: replace(x, w=x.w * (torch.finfo(x.w.dtype).tiny / 8)),
+    "smallest_weights": lambda x: replace(x, w=x.w * (torch.finfo(x.w.dtype).tiny * 2.0**-14)),
     "subnormal_scores": lambda x: _rows(replace(x, w=x.w * 2.0**-10), 2.0**-116),
     "vanishing_scores": lambda x: _rows(replace(x, cols=x.cols * 2.0**-100), 2.0**-100),
     "some_vanish": lambda x: _rows(replace(x, w=one_of_seven(x.w, 2.0**-140)), 2.0**-20),
