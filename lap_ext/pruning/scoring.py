@@ -32,9 +32,7 @@ from lap_ext.ops import from_norms, ranking, schema, torch_args
 from lap_ext.ops.partition import Scored
 from lap_ext.ops.reference.common import (
     exact_sqrt,
-    outer,
     require_finite,
-    rounded,
     score_dtype,
 )
 from lap_ext.ops.reference.scale import scaled_to_one
@@ -447,6 +445,5 @@ def _wide(block: Tensor, rows: Tensor | None, cols: Tensor | None, groups: int) 
     ones = torch.ones(1, dtype=torch.float64, device=block.device)
     rows = ones.expand(block.shape[0]) if rows is None else rows
     cols = ones.expand(groups * block.shape[1]) if cols is None else cols
-    rows, cols = (rounded(x.contiguous(), torch.float32) for x in (rows, cols))
-    norms = rounded(outer(rows, cols, block, groups), torch.float32)
-    return rounded(block.double().abs() * norms, torch.float32)
+    norms = rows.contiguous(), cols.contiguous()
+    return schema.call(schema.wide_score, block, *norms, groups, False)

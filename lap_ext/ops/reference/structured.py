@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lap_ext.errors import calling
-from lap_ext.ops.reference.common import outer, rounded, score_dtype
 from lap_ext.ops.reference.key import never, ordered_keys
 from lap_ext.ops.reference.norms import row_sums
+from lap_ext.ops.reference.score import wide_score
 from lap_ext.ops.reference.structure_checks import (
     fitting,
     require_block,
@@ -250,11 +250,4 @@ def _scores(
                 yield top, bottom, block
                 continue
             norms = row_norm[top:bottom], col_norm[number * cols : (number + 1) * cols]
-            yield top, bottom, _wide(block, *norms)
-
-
-def _wide(w: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Computes |w| * (row norm * column norm) in float64, each product rounded to w's precision."""
-    dtype = score_dtype(w.dtype)
-    norms = rounded(outer(rounded(rows, dtype), rounded(cols, dtype), w, 1), dtype)
-    return rounded(w.double().abs() * norms, dtype)
+            yield top, bottom, wide_score(block, *norms, 1, False)
