@@ -195,7 +195,8 @@ class _Run:
                 values = [flat[x] * live[x] for x in tile]
                 if self.options.aggregate == "energy":
                     values = [x * x for x in values]
-                kept[[tile[x] for x in _best_tile(values, keep, of)]] = True
+                best = _best_tile(values, [live[x] for x in tile], keep, of)
+                kept[[tile[x] for x in best]] = True
             return kept.reshape(scores.shape)
         for line in self._lines(name, of, how):
             able = sorted((x for x in line if live[x]), key=lambda x: (-flat[x], x))
@@ -299,8 +300,7 @@ class _Run:
             return {name: self._filled_lines(name) for name in names}
         live = {name: self.may[name] & (self.weights[name] != 0) for name in names}
         keep = self._budget(names)
-        if sum(self._weighs(x, live[x]) for x in names) > keep:
-            return {name: self.live[name] for name in names}
+        fits = sum(self._weighs(x, live[x]) for x in names) <= keep
         ranked = []
         for name in names:
             may, own = self.may[name].flatten().tolist(), live[name].flatten().tolist()
@@ -312,8 +312,12 @@ class _Run:
             ranked.append(
                 _Ranked([able[n] for n in order], [worth[n] for n in order], sizes, least)
             )
-        kept = self._joined(names, _best(ranked, keep, self.options.multiple_of))
-        return {name: x & self.may[name] for name, x in kept.items()}
+        kept = self._joined(names, _best(ranked, keep if fits else 0, self.options.multiple_of))
+        filled = {name: x & self.may[name] for name, x in kept.items()}
+        if fits:
+            return filled
+        # a layer that has nothing else keeps its least
+        return {x: self.live[x] if self.live[x].any() else filled[x] for x in names}
 
     def _filled_lines(self, name: str) -> Tensor:
         assert self.pattern
@@ -397,9 +401,14 @@ def _pattern(structure: str | Numbers) -> tuple[int, int, str] | None:
     return keep, of, how or "in"
 
 
-def _best_tile(values: Sequence[float], keep: int, of: int) -> list[int]:
-    """Finds the best of all patterns with keep in each row and column of a tile of rows."""
+def _best_tile(values: Sequence[float], live: Sequence[bool], keep: int, of: int) -> list[int]:
+    """Finds the best of all patterns with keep in each row and column of a tile of rows.
+
+    Of those that keep the most live weights, the one with the largest sum.
+    """
     patterns = _tile_patterns(keep, of)
+    counts = [sum(live[x] for x in pattern) for pattern in patterns]
+    patterns = [x for x, count in zip(patterns, counts, strict=True) if count == max(counts)]
     sums = [math.fsum(values[x] for x in pattern) for pattern in patterns]
     best = max(sums)
     ties = [x for x in sums if x != best and best - x <= GAP * best]

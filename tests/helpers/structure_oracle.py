@@ -134,7 +134,10 @@ def transposable_patterns() -> list[tuple[tuple[int, int], ...]]:
 def transposable(
     scores: Sequence[Any], layer: Layer, live: Sequence[bool], squared: bool = True
 ) -> list[bool]:
-    """Keeps 2:4 along rows and columns of the matrix, by the first of the best of 90 patterns."""
+    """Keeps 2:4 along rows and columns of the matrix, by the first of the best of 90 patterns.
+
+    First counts how many live scores a pattern keeps, then their sum.
+    """
     (rows, cols), window = layer.shape[:2], math.prod(layer.shape[2:])
     mask, choices = [False] * len(scores), transposable_patterns()
     for top, left, position in product(range(0, rows, 4), range(0, cols, 4), range(window)):
@@ -144,7 +147,15 @@ def transposable(
         ]
         counted = [[scores[i] if live[i] else 0 for i in row] for row in tile]
         values = [[x * x if squared else x for x in row] for row in counted]
-        best = max(choices, key=lambda c: sum(v[a] + v[b] for v, (a, b) in zip(values, c)))  # noqa: B905
+        may = [[bool(live[i]) for i in row] for row in tile]
+
+        def rank(choice: Any, may: Any = may, values: Any = values) -> tuple[int, Any]:
+            count, total = (
+                sum(v[a] + v[b] for v, (a, b) in zip(x, choice, strict=True)) for x in (may, values)
+            )
+            return count, total
+
+        best = max(choices, key=rank)
         for row, pair in zip(tile, best, strict=True):
             for col in pair:
                 mask[row[col]] = bool(live[row[col]])

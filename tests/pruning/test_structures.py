@@ -267,7 +267,7 @@ def numbered(number: int) -> structures.Groups:
 
 ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "sparsity": (0.5, {"structure": "2:4"}, "no sparsity with structure='2:4', which itself says"),
-    "no_sparsity": (None, {"structure": "row"}, "sparsity, the fraction to remove, got None"),
+    "no_sparsity": (None, {"structure": "row"}, "sparsity, the fraction to remove, got none"),
     "global": (None, {"structure": "2:4", "scope": "global"}, "no scope= with structure='2:4'"),
     "min_keep": (None, {"structure": "2:4", "min_keep": 4}, "no min_keep= with structure='2:4'"),
     "multiple": (None, {"structure": "2:4", "multiple_of": 2}, "no multiple_of= with structure="),
