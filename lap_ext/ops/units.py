@@ -12,7 +12,7 @@ fit: the first that does not fit ends the ranking. A unit that is not live has n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ def best_of_all(
     Each weight keeps its `least` first, even where keep is less; with floors, that is an error.
     With multiple_of, so many units of a weight are ranked together: by the least worth of them.
     """
+    if alike(every) and multiple_of == 1:
+        return _best_alike(every, keep, floors)
     orders = [_order(units) for units in every]
     sizes, worths, forced, bundles = [], [], [], []
     for units, order in zip(every, orders, strict=True):
@@ -117,13 +119,7 @@ def best_of_all(
         sizes.append(upto.diff())
         worths.append(units.worth[order[(counts - 1).to(order.device)]].cpu())
     needed = sum(int(size[:n].sum()) for size, n in zip(sizes, forced, strict=True))
-    if floors and needed > keep:
-        raise LapValueError(
-            f"a {{argument}} that the sparsity leaves room for (it keeps {keep:,} weights)",
-            f"one that needs {needed:,} in whole units of {len(every)} layers",
-            "Lower one of them.",
-            argument="min_keep",
-        )
+    _require_floors(needed, keep, len(every), floors)
     free = [worth[n:] for worth, n in zip(worths, forced, strict=True)]
     taken = _prefix(free, [size[n:] for size, n in zip(sizes, forced, strict=True)], keep - needed)
     result = []
@@ -133,6 +129,42 @@ def best_of_all(
         number = first + more
         result.append(_first(units, order, int(counts[number - 1]) if number else 0))
     return result
+
+
+def alike(every: Sequence[Ranked]) -> bool:
+    """Says whether all units have one size: then nothing is sorted."""
+    sizes = [units.sizes for units in every]
+    return bool(sizes) and all(isinstance(x, int) and x == sizes[0] for x in sizes)
+
+
+def _best_alike(every: Sequence[Ranked], keep: int, floors: bool) -> list[Tensor]:
+    """Marks the best units of several weights whose units have one size."""
+    assert isinstance(every[0].sizes, int)
+    size = max(every[0].sizes, 1)
+    forced = [
+        best(replace(units, least=0), size * min(-(-units.least // size), units.count))
+        for units in every
+    ]
+    taken = sum(int(x.count_nonzero()) for x in forced)
+    _require_floors(size * taken, keep, len(every), floors)
+    free = [
+        ~first if units.live is None else units.live & ~first
+        for units, first in zip(every, forced, strict=True)
+    ]
+    worths, masks = [units.worth.cpu() for units in every], [x.cpu() for x in free]
+    more = schema.call(schema.topk_mask, worths, max(keep // size - taken, 0), masks, True)
+    return [first | x.to(first.device) for first, x in zip(forced, more, strict=True)]
+
+
+def _require_floors(needed: int, keep: int, layers: int, floors: bool) -> None:
+    """Raises if floors are given that need more than is kept."""
+    if floors and needed > keep:
+        raise LapValueError(
+            f"a {{argument}} that the sparsity leaves room for (it keeps {keep:,} weights)",
+            f"one that needs {needed:,} in whole units of {layers} layers",
+            "Lower one of them.",
+            argument="min_keep",
+        )
 
 
 def _prefix(worths: Sequence[Tensor], sizes: Sequence[Tensor], keep: int) -> list[int]:

@@ -29,7 +29,7 @@ from lap_ext.criteria import Criterion
 from lap_ext.criteria.context import Network, in_chunk
 from lap_ext.errors import LapError, LapValueError, callback, in_layer, warn
 from lap_ext.ops import from_norms, ranking, schema, torch_args
-from lap_ext.ops.partition import Scored
+from lap_ext.ops.partition import Scored, Units
 from lap_ext.ops.reference.common import (
     exact_sqrt,
     require_finite,
@@ -257,6 +257,7 @@ class Scoring:
         dead: names of layers whose scores are all 0.
         sizes: the norms of scores that they are divided by (normalize="norm"), once known.
         units: layer name -> how many of its units are kept, and how many there are, once known.
+        parts: (layer name, device) -> the units of the last layer that was cut.
     """
 
     plan: Plan
@@ -266,6 +267,7 @@ class Scoring:
     dead: dict[str, None] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: dict[tuple[str, str], Units] = field(default_factory=dict)
     _criteria: dict[str, Criterion] = field(default_factory=dict)
     _values: dict[str, Tensor] = field(default_factory=dict)
 

@@ -33,7 +33,8 @@ from lap_ext.pruning.scoring import BESIDE, Scorer, Scoring, stores_scores
 from lap_ext.structures import NM, Groups, Partition, Structure
 from lap_ext.topology import Layer
 
-_UNITS = 3  # so many units take the memory of one key that may be held
+# so many units take the memory that a key may take; where units differ in size, they are sorted
+_UNITS, _SORTED = 3, 1
 _PER_UNIT = 24  # bytes of the sums, counts and worth of a unit
 
 
@@ -269,7 +270,11 @@ def units_of(scoring: Scoring, layer: Layer, device: torch.device | None = None)
     assert isinstance(structure, (Partition, Groups))
     if device is None:
         device = layer.weight.device if scoring.place.held else torch.device("cpu")
-    return _cut(structure, layer, device)
+    key = layer.name, str(device)
+    if key not in scoring.parts:
+        scoring.parts.clear()  # the chunks of a layer come one after the other
+        scoring.parts[key] = _cut(structure, layer, device)
+    return scoring.parts[key]
 
 
 def _cut(structure: Partition | Groups, layer: Layer, device: torch.device) -> Units:
@@ -281,8 +286,14 @@ def _require_room(scoring: Scoring, layers: Sequence[Layer]) -> None:
     """Raises unless the worth of the units of layers may be held."""
     if scoring.place.held:
         return
-    count = sum(units_of(scoring, layer).count for layer in layers)
-    if count > _UNITS * scoring.place.capacity(count):
+    count, sizes = 0, set()
+    for layer in layers:
+        part = units_of(scoring, layer)
+        count += part.count
+        sizes.add(part.sizes if isinstance(part.sizes, int) else 0)
+    one_size = len(sizes) == 1 and 0 not in sizes
+    sorts = not (one_size and scoring.plan.options.multiple_of == 1)
+    if count > (_SORTED if sorts else _UNITS) * scoring.place.capacity(count):
         raise LapValueError(
             "room for the worth of all units in {argument}",
             f"{count:,} units of {len(layers)} layers",
