@@ -95,7 +95,7 @@ def prune(
         out: the directory to write; it must be empty or not exist yet.
         sparsity: as in `lap_ext.prune`.
         structure: as in `lap_ext.prune`. The worth of all units that are ranked together must fit
-            into memory. The numbers of `Groups`, 8 bytes for each weight of a layer, are yours.
+            into memory. The numbers of `Groups`, 8 bytes per weight of a layer, do not count in it.
         aggregate: as in `lap_ext.prune`; "exact" reads the neighbors of each layer, which must fit
             into memory with it.
         multiple_of: as in `lap_ext.prune`.
