@@ -5,9 +5,10 @@
 
 Models in their true sizes with random weights: a ResNet-50 (float32), a ViT-B/16 (float32) and a
 Llama-shaped decoder of 1.1 G weights (bfloat16). The trace is made before. First the masks of each
-structure are compared with a plain definition on every layer: which weights of a group of four, or
-which units, have the highest worth. Then all calls are made in turns in one process; the ratio is
-that of the seconds to those of single weights with the same criterion in the same turn.
+structure are compared with a plain definition on every layer of small models of the same kinds:
+which weights of a group of four, or which units, have the highest worth. Then all calls are made in
+turns in one process; the ratio is that of the seconds to those of single weights with the same
+criterion in the same turn.
 """
 
 from __future__ import annotations

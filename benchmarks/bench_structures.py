@@ -14,6 +14,7 @@ The baselines get the scores ready, which we make from the weights.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -55,6 +56,13 @@ def weight_norm_groups(scores: Tensor, keep: int, of: int) -> Tensor:
     sparsifier = WeightNormSparsifier(sparse_block_shape=(1, of), zeros_per_block=of - keep)
     mask = sparsifier._make_block_mask(scores, (1, of), of - keep)
     return mask[: scores.shape[0], : scores.shape[1]]
+
+
+def model_optimizer(scores: Tensor, keep: int, of: int) -> Tensor:
+    """Calls ModelOpt's own function, where it is installed."""
+    magnitude = importlib.import_module("modelopt.torch.sparsity.weight_sparsity.magnitude")
+    mask: Tensor = magnitude.create_asp_mask(scores, f"{keep}:{of} sparsity")
+    return mask.bool()
 
 
 def best_permutation(scores: Tensor, keep: int, of: int) -> Tensor:
@@ -129,6 +137,8 @@ def nm(layer: Layer, keep: int, of: int) -> tuple[Call, list[Contest]]:
     check = same_sums(layer.scores, (-1, of), (1,))
     rivals = {"topk of groups": topk_of_groups, "WeightNormSparsifier": weight_norm_groups}
     rivals |= {"best of all patterns": best_permutation} if of <= 4 else {}
+    if (keep, of) == (2, 4) and importlib.util.find_spec("modelopt"):
+        rivals["ModelOpt create_asp_mask"] = model_optimizer
     contests = [
         Contest(name, partial(rival, layer.scores, keep, of), check, SLOW_PAIRS)
         for name, rival in rivals.items()
@@ -150,13 +160,28 @@ def blocks(layer: Layer, block: tuple[int, int]) -> tuple[Call, list[Contest]]:
         (kept,) = schema.topk_mask([sums], keep, [], True)
         return schema.block_mask(kept, [rows, cols], block, 0, rows, None)
 
-    check = same_sums(layer.scores.square(), (1, -1), (1,))
+    worth = layer.scores.double().square().view(*_cut(rows, cols, block)).sum((1, 3))
+
+    def check(mine: Tensor, theirs: Tensor) -> None:
+        for mask in (mine, theirs):
+            counts = mask.view(*_cut(rows, cols, block)).sum((1, 3))
+            whole = (counts == 0) | (counts == block[0] * block[1])
+            checks.require(bool(whole.all()), "a block is kept in part")
+            checks.require(int((counts > 0).sum()) == keep, "another number of blocks is kept")
+            least, most = worth[counts > 0].min(), worth[counts == 0].max()
+            near = float(least) >= float(most) * (1 - checks.TOLERANCE)
+            checks.require(near, "blocks of less worth are kept")
+
     rivals = {"topk of sums": topk_of_blocks, "WeightNormSparsifier": weight_norm_blocks}
     contests = [
         Contest(name, partial(rival, layer.scores, block, keep), check, SLOW_PAIRS)
         for name, rival in rivals.items()
     ]
     return ours, contests
+
+
+def _cut(rows: int, cols: int, block: tuple[int, int]) -> tuple[int, int, int, int]:
+    return rows // block[0], block[0], cols // block[1], block[1]
 
 
 def measure(bench: Bench, layer: Layer, structure: str, turns: int) -> None:

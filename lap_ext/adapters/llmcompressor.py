@@ -38,6 +38,7 @@ does not, because it changes pruned weights too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, cast
@@ -178,7 +179,9 @@ class LookaheadModifier(Modifier):
                 argument="mask_structure",
             )
         pattern = NM(int(of) - int(pruned), int(of))
-        if self.sparsity not in (None, pattern.sparsity):
+        given = self.sparsity
+        alike = isinstance(given, float | int) and math.isclose(given, pattern.sparsity)
+        if given is not None and not alike:
             raise LapValueError(
                 f"{{argument}} {pattern.sparsity:g} or none with mask_structure "
                 f"{self.mask_structure!r}, which itself says how many are pruned",

@@ -268,7 +268,8 @@ def _chosen(options: Any) -> dict[str, Any]:
     ranking = ("sparsity", "criterion", "scope", "order", "rounds", "normalize", "min_keep")
     chosen = {name: getattr(options, name) for name in (*ranking, "batch_norm", "layers")}
     chosen |= {"exclude": options.exclude, "statistics": options.data and str(options.data)}
-    chosen["structure"] = options.structure
+    structure = options.structure
+    chosen["structure"] = None if structure is None else structures.spelled(structure)
     others = () if options.structure is None else _OF_STRUCTURES
     return chosen | {name: getattr(options, name) for name in others}
 

@@ -278,7 +278,8 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
         "column, inputs (default: single weights)")
     _add_choice(command, "--aggregate", ("energy", "mean", "exact"),
                 "what a block, row or column is worth: the root of the sum of squared scores, "
-                "their mean, or how much the linear neighborhood changes without it")
+                "their mean, or the norm of what the linear neighborhood loses with it (lookahead, "
+                "lookback, lookforward, magnitude)")
     add("--multiple-of", type=_count, default=1, metavar="N",
         help="keep a multiple of so many blocks, rows or columns in every layer (default: 1)")
     add("--strict", action="store_true",

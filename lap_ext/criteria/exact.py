@@ -19,6 +19,7 @@ their squares. Otherwise all channels of a neighbor meet, also those of differen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,7 @@ from lap_ext.ops.exact import (
     unit_factor,
 )
 from lap_ext.ops.reference.common import exact_sqrt, require_finite
+from lap_ext.ops.reference.scale import times_power
 from lap_ext.structures import Grid, Matrix
 from lap_ext.topology import Layer
 from lap_ext.topology.roles import Part, Role
@@ -86,20 +88,28 @@ def worths(
     before, after = counted(criterion)
     if not network.place.held:  # what it has given is valid until the neighbors are read
         weight, mask = weight.clone(), None if mask is None else mask.clone()
-    if not (before or after):
-        part = replace(layer.roles[0].part, rows=None, cols=None)
-        return _measured(weight, units, part, (None, None), mask)
-    squared: Tensor | None = None
-    for role in layer.roles:
-        with in_layer(layer.name):
-            sides = neighborhood(network, criterion, role)
-        worth = _measured(weight, units, role.part, sides, mask).square()
-        squared = worth if squared is None else squared + worth
-    assert squared is not None  # a layer has a role
-    if network.check_finite and not bool(squared.isfinite().all()):
-        with in_layer(layer.name):
+    with in_layer(layer.name):
+        if network.check_finite:
+            require_finite(weight, "w")
+        exponent = 0
+        if weight.dtype == torch.float64 and weight.numel():  # its squares may leave the range
+            exponent = math.frexp(float(weight.abs().max()))[1]
+            weight = times_power(weight, -exponent)
+        if not (before or after):
+            part = replace(layer.roles[0].part, rows=None, cols=None)
+            found = _measured(weight, units, part, (None, None), mask)
+        else:
+            squared: Tensor | None = None
+            for role in layer.roles:
+                sides = neighborhood(network, criterion, role)
+                worth = _measured(weight, units, role.part, sides, mask).square()
+                squared = worth if squared is None else squared + worth
+            assert squared is not None  # a layer has a role
+            found = exact_sqrt(squared)
+        found = times_power(found, exponent)
+        if network.check_finite and not bool(found.isfinite().all()):
             raise check.lost_norm("w")
-    return exact_sqrt(squared)
+        return found
 
 
 def neighborhood(network: Network, criterion: Criterion, role: Role) -> tuple[_Side, _Side]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lap_ext.ops import schema
+from lap_ext.ops.reference.select import require_numbers
 from lap_ext.ops.units import sizes_of
 from lap_ext.structures import Aggregate, Grid, Groups, Matrix, Partition
 
@@ -45,6 +46,8 @@ class Scored:
     def scores(self, check_finite: bool = True) -> Tensor:
         """Computes the scores, in float64 if from norms: no underflow decides."""
         if not self.rows.numel():
+            if check_finite and self.x.is_floating_point():
+                require_numbers([self.x])
             return self.x
         norms = self.rows, self.cols, self.groups
         return schema.call(schema.wide_score, self.x, *norms, check_finite)
@@ -128,10 +131,9 @@ class GroupUnits:
     """The groups of a user's partition; sums are on the CPU, where their order is fixed."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
-        self.sizes: Tensor | int = torch.bincount(numbers)
+        _, self.numbers = torch.unique(numbers, return_inverse=True)  # none without weights
+        self.sizes: Tensor | int = torch.bincount(self.numbers)
         self.count, self.device = self.sizes.numel(), numbers.device
-        self._used = self.sizes > 0
 
     def zeros(self) -> Tensor:
         """Makes sums to add to."""
@@ -157,10 +159,8 @@ class GroupUnits:
         return self.numbers[first * length : (first + shape[0]) * length]
 
     def live(self, counts: Tensor | None) -> Tensor | None:
-        """Marks the groups that have a weight in the mask; a number may have none at all."""
-        if counts is not None:
-            return counts > 0
-        return None if bool(self._used.all()) else self._used
+        """Marks the groups that have a weight in the mask."""
+        return None if counts is None else counts > 0
 
     def mask(self, kept: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
         """Masks the weights of groups."""

@@ -70,8 +70,12 @@ def choice(
                     f"{{argument}}={value}",
                     argument=name,
                 )
-        if known.transposable:
-            structures.check_aggregate(aggregate, exact=False)
+        if aggregate == "exact":
+            raise LapValueError(
+                f"no {{argument}}='exact' with {known.spelled}, which ranks single weights",
+                "{argument}='exact'",
+                argument="aggregate",
+            )
         return Choice(0, known, aggregate)
     if not isinstance(known, (Partition, Groups)):
         raise LapTypeError(

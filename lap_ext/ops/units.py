@@ -70,8 +70,8 @@ def worth_of(sums: Tensor, sizes: Tensor | int, aggregate: Aggregate) -> Tensor:
 def best(units: Ranked, keep: int, multiple_of: int = 1) -> Tensor:
     """Marks the best units with at most keep weights, bool [n].
 
-    Their number is a multiple of multiple_of, or that of all units; it is rounded down, but for
-    `least` up.
+    Their number is a multiple of multiple_of, or that of all units (of all that are live, where
+    these are fewer); it is rounded down, but for `least` up.
 
     Example:
         >>> units = Ranked(torch.tensor([1., 3., 2., 3.], dtype=torch.float64), 5)
@@ -181,7 +181,7 @@ def _prefix(worths: Sequence[Tensor], sizes: Sequence[Tensor], keep: int) -> lis
 def _bundles(units: Ranked, live: int, multiple_of: int) -> Tensor:
     """Lists the numbers of units that a weight may keep, rising from the least above 0."""
     counts = torch.arange(live // multiple_of).add(1).mul(multiple_of)
-    if live % multiple_of and live == units.worth.numel():
+    if live % multiple_of and (live == units.worth.numel() or live < multiple_of):
         counts = torch.cat([counts, torch.tensor([live])])
     return counts
 
@@ -193,7 +193,8 @@ def _rounded(count: int, least: int, units: Ranked, multiple_of: int) -> int:
         return every
     up = -(-least // multiple_of) * multiple_of
     if up > live:
-        up = every if live == every else live // multiple_of * multiple_of
+        up = live // multiple_of * multiple_of
+        up = live if live == every or not up else up
     return max(count // multiple_of * multiple_of, up)
 
 

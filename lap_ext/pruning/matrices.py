@@ -34,18 +34,18 @@ def rows_together(layers: Sequence[Layer], structure: Structure | None) -> dict[
 
 
 def fitting(
-    layers: Sequence[Layer], structure: Structure | None, strict: bool
+    layers: Sequence[Layer], structure: Structure | None, strict: bool, known: Sequence[str]
 ) -> tuple[list[Layer], dict[str, str]]:
     """Splits layers into those that can have a structure, and the others -> the reason.
 
-    Warns of the others.
+    Warns of the others. known: the names of all layers of the model.
 
     Raises:
         LapValueError: there are others and strict is set, or there are only others; a dict of
-            groups names a layer that is not pruned.
+            groups names a layer that there is not.
     """
     if isinstance(structure, Groups):
-        structure.check_names([layer.name for layer in layers])
+        structure.check_names(known)
         others = {x.name: NO_GROUPS for x in layers if structure.given(x.name, x.shape) is None}
     elif isinstance(structure, NM):
         reasons = {layer.name: structure.misfit(matrix_of(layer)) for layer in layers}
@@ -54,6 +54,8 @@ def fitting(
         others = {}
     fit = [layer for layer in layers if layer.name not in others]
     misfits = [f"{name!r} ({why})" for name, why in others.items() if why != NO_GROUPS]
+    if layers and not fit and not misfits:
+        raise LapValueError("groups for one of the layers at least", "none", argument="structure")
     if misfits and (strict or not fit):
         raise LapValueError(
             f"layers that {structure} fits",

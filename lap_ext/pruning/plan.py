@@ -17,6 +17,7 @@ from lap_ext.allocation import Allocation, Sparsity, floors
 from lap_ext.criteria import Criterion, CriterionLike, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
+from lap_ext.ops.check import keep_count
 from lap_ext.options import (
     BATCH_NORMS,
     ON_UNSUPPORTED,
@@ -43,6 +44,7 @@ from lap_ext.pruning.patterns import all_matching, checked
 from lap_ext.structures import NM, Aggregate, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
 
+_CLOSE = 1e-9  # of a number of weights
 _LISTED = 5  # of many layers, errors list the first ones
 
 
@@ -170,7 +172,11 @@ def pattern_at(structure: Structure | None, sparsity: Sparsity | None) -> NM | N
     if isinstance(sparsity, (Mapping, Allocation)):
         dropped = -1
     else:
-        dropped = math.floor(Fraction(repr(float(sparsity))) * structure.of)
+        keep_count(sparsity, None, 1)  # checks it
+        wanted = Fraction(repr(float(sparsity))) * structure.of
+        whole = round(wanted)  # 2/3 is a little less than two thirds
+        dropped = whole if abs(wanted - whole) < _CLOSE else math.floor(wanted)
+        dropped = dropped if sparsity <= structure.sparsity + _CLOSE else structure.of
     if not 0 <= dropped <= structure.of - structure.keep:
         raise LapValueError(
             f"a {{argument}} of at most {structure.sparsity:g}, which {structure.spelled} itself "
@@ -268,7 +274,7 @@ def chosen(topology: Topology, options: Options) -> tuple[list[Layer], dict[str,
         names = all_matching(topology, options.layers, "layers")
     names -= excluded | left_dense.keys()
     layers = [layer for name, layer in topology.layers.items() if name in names]
-    layers, others = fitting(layers, options.structure, options.strict)
+    layers, others = fitting(layers, options.structure, options.strict, list(topology.layers))
     return layers, left_dense | others
 
 

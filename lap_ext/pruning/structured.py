@@ -27,6 +27,7 @@ from lap_ext.ops.partition import GridUnits, GroupUnits, Scored, Units
 from lap_ext.ops.structured import pattern_mask
 from lap_ext.ops.units import Ranked
 from lap_ext.places import Chunk
+from lap_ext.progress import Step
 from lap_ext.pruning import normalization
 from lap_ext.pruning.matrices import matrix_of
 from lap_ext.pruning.scoring import BESIDE, Scorer, Scoring, stores_scores
@@ -90,11 +91,13 @@ def of_pattern(scoring: Scoring, layer: Layer, pattern: NM) -> Pattern:
 
 def of_layer(scoring: Scoring, layer: Layer, keep: int, least: int) -> Structured:
     """Selects the best units of a layer with at most keep weights, and at least so many."""
+    if 0 in layer.shape:
+        return KeptUnits(_noted(scoring, layer, _none(scoring, layer)))
     exactly = scoring.plan.options.aggregate == "exact"  # before a neighbor gets its mask
     if not exactly and scoring.place.fits(layer, beside(scoring, layer)):
         return BestUnits(keep, least)
     _require_room(scoring, [layer])
-    ranked = _all_ranked(scoring, layer, least)
+    ranked = _all_ranked(scoring, layer, least, scoring.step("rank", [layer]))
     return KeptUnits(_noted(scoring, layer, _best(scoring, ranked, keep)))
 
 
@@ -113,9 +116,9 @@ def of_all(
 
     def find() -> dict[str, str]:
         _require_room(scoring, layers)
-        ranked = []
+        ranked, step = [], scoring.step("rank", layers)
         for layer in layers:
-            own = _all_ranked(scoring, layer, least[layer.name])
+            own = _all_ranked(scoring, layer, least[layer.name], step)
             with in_layer(layer.name):
                 how = scoring.plan.options.normalize
                 worth = normalization.normalized(own.worth, how, own.live)
@@ -125,8 +128,9 @@ def of_all(
         every = units.best_of_all(ranked, keep, options.multiple_of, floors=floors)
         return {x.name: _text_of(kept) for x, kept in zip(layers, every, strict=True)}
 
+    empty, layers = [x for x in layers if 0 in x.shape], [x for x in layers if 0 not in x.shape]
     noted = scoring.place.noted(f"{name} units", find)
-    result = {}
+    result = {x.name: KeptUnits(_noted(scoring, x, _none(scoring, x))) for x in empty}
     for layer in layers:
         kept = _of_text(noted[layer.name], units_of(scoring, layer).count)
         result[layer.name] = KeptUnits(_noted(scoring, layer, kept))
@@ -135,6 +139,8 @@ def of_all(
 
 def mask(scoring: Scoring, layer: Layer, selection: Structured, chunk: Chunk) -> Tensor:
     """Masks a chunk of a layer, in its shape."""
+    if not chunk.weight.numel():
+        return torch.ones_like(chunk.weight, dtype=torch.bool)
     live = scoring.place.live(chunk)
     with in_chunk(chunk):
         if isinstance(selection, Pattern):
@@ -173,7 +179,7 @@ def beside(scoring: Scoring, layer: Layer) -> int:
     matrix = matrix_of(layer)
     if isinstance(structure, Partition):
         count = structure.grid(matrix).count
-        return 2 + -(-_PER_UNIT * count // max(matrix.numel, 1))
+        return 6 + -(-_PER_UNIT * count // max(matrix.numel, 1))  # 4: a mask in float32
     flat = isinstance(structure, NM) and structure.along(matrix) == "flat"
     whole = isinstance(structure, NM) and structure.transposable
     return BESIDE if isinstance(structure, Groups) or flat or whole else 2
@@ -181,6 +187,8 @@ def beside(scoring: Scoring, layer: Layer) -> int:
 
 def live_weights(scoring: Scoring, layer: Layer) -> int:
     """Counts the weights of the units of a layer that may be kept."""
+    if 0 in layer.shape:
+        return 0
     part = units_of(scoring, layer)
     alive = _Alive(part, layer)
     for chunk in scoring.place.chunks(layer):
@@ -193,10 +201,11 @@ def live_weights(scoring: Scoring, layer: Layer) -> int:
 
 def filled_pattern(layer: Layer, pattern: NM, kept: Tensor, may: Tensor) -> Tensor:
     """Keeps zero weights too: the first that may be kept, where a group has room for them."""
-    if pattern.transposable:
-        return kept
     matrix, shape = matrix_of(layer), kept.shape
     scores = Scored.of_scores(kept.reshape(matrix.shape).float())
+    if pattern.transposable:  # what is kept counts more than all zeros together
+        full = pattern_mask(scores, matrix, pattern, None).reshape(shape)
+        return full & may if bool((full & kept == kept).all()) else kept
     return pattern_mask(scores, matrix, pattern, may.reshape(matrix.shape)).reshape(shape)
 
 
@@ -231,12 +240,12 @@ def filled_units(
     if live <= keep:
         every = units.best_of_all(ranked, keep, multiple_of)
     result = {}
-    for layer, part, which in zip(layers, parts, every, strict=True):
+    for layer, part, filling in zip(layers, parts, every, strict=True):
         allowed = may[layer.name]
-        if live > keep and bool(kept[layer.name].any()):  # all that it may keep beside zeros
-            result[layer.name] = kept[layer.name]
-            continue
-        full = part.mask(which.to(allowed.device), tuple(matrix_of(layer).shape))
+        chosen = _with_any(part, layer, kept[layer.name])
+        if live <= keep or not bool(chosen.any()):
+            chosen = filling
+        full = part.mask(chosen.to(allowed.device), tuple(matrix_of(layer).shape))
         result[layer.name] = full.reshape(allowed.shape) & allowed
     return result
 
@@ -244,6 +253,8 @@ def filled_units(
 def _with_any(part: Units, layer: Layer, mask: Tensor) -> Tensor:
     """Marks the units that have a weight in a mask."""
     counts = part.zeros()
+    if not mask.numel():
+        return counts > 0
     shape = matrix_of(layer).shape
     part.add(counts, Scored.of_scores(mask.reshape(shape).float()), None, "mean")
     return counts > 0
@@ -351,13 +362,16 @@ def _scorer(scoring: Scoring, layer: Layer) -> Scorer:
     return scoring.scorer(layer, "plain" if raw or stored else "scaled")
 
 
-def _all_ranked(scoring: Scoring, layer: Layer, least: int) -> Ranked:
+def _all_ranked(scoring: Scoring, layer: Layer, least: int, step: Step) -> Ranked:
     """Reads a layer and ranks its units."""
     _require_whole(scoring, layer)
-    step = scoring.step("rank", [layer])
-    whole = scoring.plan.options.aggregate == "exact"
-    chunks = scoring.place.chunks(layer, True) if whole else scoring.chunks(layer, step)
-    return _ranked(scoring, layer, units_of(scoring, layer), least, chunks)
+    if scoring.plan.options.aggregate != "exact":
+        chunks = scoring.chunks(layer, step)
+        return _ranked(scoring, layer, units_of(scoring, layer), least, chunks)
+    whole = scoring.place.chunks(layer, True)
+    ranked = _ranked(scoring, layer, units_of(scoring, layer), least, whole)
+    step.read(layer.name, scoring.place.bytes(layer))
+    return ranked
 
 
 def _ranked(
@@ -387,7 +401,8 @@ def _distortions(
     shape = part.grid if isinstance(part, GridUnits) else part.numbers
     criterion = scoring.criterion(layer)
     found = exact.worths(scoring.network, criterion, layer, chunk.weight, shape, live).flatten()
-    return torch.cat([found, found.new_zeros(part.count - found.numel())])
+    found = torch.cat([found, found.new_zeros(part.count - found.numel())])
+    return found.to(part.zeros().device)
 
 
 def _require_whole(scoring: Scoring, layer: Layer) -> None:
@@ -440,6 +455,11 @@ def _noted(scoring: Scoring, layer: Layer, kept: Tensor) -> Tensor:
     """Notes how many units of a layer are kept, for the result."""
     scoring.units[layer.name] = int(kept.count_nonzero()), kept.numel()
     return kept
+
+
+def _none(scoring: Scoring, layer: Layer) -> Tensor:
+    """Keeps none of the units of a layer without weights."""
+    return torch.zeros(units_of(scoring, layer).count, dtype=torch.bool)
 
 
 def _text_of(kept: Tensor) -> str:

@@ -16,8 +16,9 @@ The worth of a unit (a block, row, column or group) is that of its weights' scor
                           when the unit goes
 
 `keep` and `sparsity` count weights, and a unit counts with all of its own, zero or not. The units
-with the highest worth are kept as long as their weights fit; of equal worth, the one with the lower
-number. A unit without a weight that may be kept has no rank.
+with the highest worth are kept as long as their weights fit: the first that does not fit ends the
+ranking, also where smaller ones of less worth would fit. Of equal worth, the one with the lower
+number is kept. A unit without a weight that may be kept has no rank.
 """
 
 from __future__ import annotations
@@ -73,12 +74,13 @@ def of(structure: StructureLike) -> Structure:
         (NM(keep=2, of=4, axis='in', transposable=False), \
 NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row())
     """
-    if isinstance(structure, Structure):
+    if isinstance(structure, Structure) and type(structure).__module__.startswith(__name__):
         return structure
     if not isinstance(structure, str):
         raise LapTypeError(
             "{argument} to be a text such as '2:4', or an object of lap_ext.structures",
             type(structure).__name__,
+            "Give units of your own to Groups." if isinstance(structure, Structure) else "",
             argument="structure",
         )
     if structure in ("row", "column"):

@@ -18,6 +18,7 @@ from lap_ext.structures.matrix import Grid, Matrix
 Aggregate: TypeAlias = Literal["energy", "mean", "exact"]  # how the worth of a unit is made
 Axis: TypeAlias = Literal["in", "out", "flat"]
 Along: TypeAlias = Literal["rows", "cols", "flat"]
+_MOST = 1_000_000_000  # no dimension is so long
 _AXES = ("in", "out", "flat")
 
 
@@ -45,11 +46,12 @@ class NM(Structure):
         of: of how many.
         axis: which weights are consecutive: "in", the input channels of one output at one kernel
             position (what TensorRT, ASP and ModelOpt read); "out", the output channels of one input
-            at one kernel position; "flat", the order in memory of a contiguous weight.
+            at one kernel position; "flat", the order in memory of a contiguous weight (the scores
+            of a convolution are stored then).
         transposable: whether the pattern holds along inputs and along outputs at once, in tiles of
             `of` by `of`, so that a transposed product is sparse, too. For 2:4, the sum of the kept
-            squared scores of a tile is the largest of all 90 patterns. For others it is nearly so:
-            in tests 97 % of the largest on average, 85 % at the least.
+            squared scores of a tile is the largest of all 90 patterns. For others it is nearly so
+            (in tests 97 % of the largest on average, 85 % at the least), and scores are stored.
 
     Raises:
         TypeError: keep or of is not an integer.
@@ -96,7 +98,7 @@ class NM(Structure):
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that it removes."""
-        return 1.0 - self.keep / self.of
+        return (self.of - self.keep) / self.of
 
     def along(self, matrix: Matrix) -> Along:
         """Says along what of a matrix the weights of a group lie."""
@@ -239,3 +241,5 @@ def check_aggregate(aggregate: object, *, exact: bool = True) -> None:
 def _integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise LapTypeError("{argument} to be an integer", type(value).__name__, argument=name)
+    if value >= _MOST:
+        raise LapValueError(f"{{argument}} < {_MOST:,}", value, argument=name)

@@ -28,7 +28,8 @@ class Groups(Structure):
         assignment: an integer tensor of the weight's shape that holds the number of each weight's
             group, from 0 on; or a list of groups, each the flat (C-order) indices of its weights.
             For a model: a dict from layer name to one of these (other layers stay dense), or a
-            function of the layer's name and shape that returns one of them (None: stays dense).
+            function of the layer's name and shape that returns one of them (None: stays dense). It
+            is asked more than once, and must give the same each time.
 
     Raises:
         TypeError: assignment is none of these.

@@ -46,13 +46,13 @@ def scaled_to_one(norm: Tensor) -> tuple[Tensor, float]:
     """
     low, high = extremes(norm)
     exponent = math.frexp(high)[1]
-    return _times(norm, -exponent), math.ldexp(low, -exponent)
+    return times_power(norm, -exponent), math.ldexp(low, -exponent)
 
 
 def scaled(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Multiplies float64 tensors by the one power of two that brings the largest into [0.5, 1)."""
     exponent = math.frexp(max(map(_largest, tensors), default=0.0))[1]
-    return [_times(x, -exponent) for x in tensors]
+    return [times_power(x, -exponent) for x in tensors]
 
 
 def _largest(x: Tensor) -> float:
@@ -62,7 +62,7 @@ def _largest(x: Tensor) -> float:
     return float(size.max()) if size.numel() else 0.0
 
 
-def _times(x: Tensor, exponent: int) -> Tensor:
+def times_power(x: Tensor, exponent: int) -> Tensor:
     """Multiplies by a power of two, which may be outside float64's range."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)
