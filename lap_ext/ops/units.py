@@ -189,8 +189,8 @@ def _bundles(units: Ranked, live: int, multiple_of: int) -> Tensor:
 def _rounded(count: int, least: int, units: Ranked, multiple_of: int) -> int:
     """Rounds a number of units down to one that may be kept, but least up to one."""
     live, every = units.count, units.worth.numel()
-    if max(count, least) == every:
-        return every
+    if max(count, least) == live and (live == every or live < multiple_of):
+        return live
     up = -(-least // multiple_of) * multiple_of
     if up > live:
         up = live // multiple_of * multiple_of

@@ -316,15 +316,29 @@ class _Run:
         filled = {name: x & self.may[name] for name, x in kept.items()}
         if fits:
             return filled
-        # a layer that has nothing else keeps its least
-        return {x: self.live[x] if self.live[x].any() else filled[x] for x in names}
+        # zeros of kept units are kept; a layer that has nothing else keeps its least
+        extended = {x: self._extended(x, self.live[x]) & self.may[x] for x in names}
+        return {x: extended[x] if self.live[x].any() else filled[x] for x in names}
+
+    def _extended(self, name: str, kept: Tensor) -> Tensor:
+        """Marks all weights of the units that have a kept one."""
+        flat, full = kept.flatten(), torch.zeros(kept.numel(), dtype=torch.bool)
+        for unit in self.units[name]:
+            full[unit] = bool(flat[unit].any())
+        return full.reshape(kept.shape)
 
     def _filled_lines(self, name: str) -> Tensor:
         assert self.pattern
         keep, of, how = self.pattern
         kept = self.live[name].flatten().clone()
         may = self.may[name].flatten().tolist()
-        for line in self._lines(name, of, how) if how != "transposable" else ():
+        if how == "transposable":
+            for tile in self._tiles(name, of):
+                held = [float(kept[x]) for x in tile]
+                for x in _best_tile(held, [True] * len(tile), keep, of):
+                    kept[tile[x]] |= may[tile[x]]
+            return kept.reshape(self.weights[name].shape)
+        for line in self._lines(name, of, how):
             room = keep - int(kept[line].sum())
             free = [x for x in line if may[x] and not kept[x]]
             kept[free[:room]] = True
@@ -344,9 +358,10 @@ class _Ranked(NamedTuple):
         return sum(self.sizes[x] for x in self.order[:count])
 
     def allowed(self, multiple_of: int) -> list[int]:
-        """Lists how many units may be kept."""
-        every = range(len(self.order) + 1)
-        return [n for n in every if n % multiple_of == 0 or n == len(self.sizes)]
+        """Lists how many units may be kept: multiples, or all; or all live ones, if too few."""
+        live = len(self.order)
+        every = {len(self.sizes), live} if live < multiple_of else {len(self.sizes)}
+        return [n for n in range(live + 1) if n % multiple_of == 0 or n in every]
 
     def needed(self, multiple_of: int) -> int:
         """Finds how many units have the least number of weights, or are all that may be kept."""

@@ -35,9 +35,10 @@ class Plain:
         return sum(self.sizes[i] for i in self.order()[:count])
 
     def allowed(self, multiple_of: int) -> list[int]:
-        """How many units may be kept: multiples, or all units."""
+        """How many units may be kept: multiples, or all; or all that are live, if too few."""
         live = len(self.order())
-        return [c for c in range(live + 1) if c % multiple_of == 0 or c == len(self.worth)]
+        every = {len(self.worth), live} if live < multiple_of else {len(self.worth)}
+        return [c for c in range(live + 1) if c % multiple_of == 0 or c in every]
 
     def floor(self, multiple_of: int) -> int:
         """The fewest units that have the least weights; as many as may be where none do."""
