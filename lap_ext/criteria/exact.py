@@ -86,6 +86,7 @@ def worths(
             of the place, a weight of theirs is not finite, or squares leave float64's range.
     """
     before, after = counted(criterion)
+    weight = weight.detach()
     if not network.place.held:  # what it has given is valid until the neighbors are read
         weight, mask = weight.clone(), None if mask is None else mask.clone()
     with in_layer(layer.name):

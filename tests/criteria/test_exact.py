@@ -501,9 +501,20 @@ def test_neighbors_must_be_finite() -> None:
             assert not exact.worths(net, *options).isfinite().all()
 
 
+def test_squares_of_a_weight_may_leave_the_range() -> None:
+    model = randomized(CASES["chain"].build())
+    net = network(model, (1, 4))
+    layer = net.topology.layers["2"]
+    for power in (-600, 600):
+        plain = exact.worths(net, criteria.Lookahead(), layer, layer.weight, grid_of(layer, Row()))
+        large = layer.weight.detach() * 2.0**power
+        got = exact.worths(net, criteria.Lookahead(), layer, large, grid_of(layer, Row()))
+        assert torch.equal(got, plain * 2.0**power) and bool(plain.any())
+
+
 def test_squares_must_be_numbers() -> None:
     model = randomized(CASES["chain"].build())
-    model[2].weight.data.fill_(1e200)
+    model[0].weight.data.fill_(1e200)
     net = network(model, (1, 4))
     layer = net.topology.layers["2"]
     with pytest.raises(ValueError, match=r"within float64's range from layer '2'"):

@@ -591,7 +591,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "mask: expected aggregate to be 'energy', 'mean' or 'exact', got 'sum'.",
     ),
-    (masking(ONES, structure="2:4/transposable", aggregate="exact"), ValueError, EXACT),
+    (
+        masking(ONES, structure="2:4/transposable", aggregate="exact"),
+        ValueError,
+        "expected no aggregate='exact' with 2:4/transposable, which ranks single weights",
+    ),
     (
         lambda: lap_ext.mask_from_norms(
             ONES, None, None, keep=3, structure="row", aggregate="exact"
@@ -607,7 +611,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "got int.",
     ),
     (masking(ONES, keep=3, structure="rows"), ValueError, "got 'rows'."),
-    (masking(ONES, keep=3, structure=Own()), TypeError, "one of lap_ext.structures, got Own."),
+    (masking(ONES, keep=3, structure=Own()), TypeError, "got Own. Give units of your own to Groups."),
     *(
         (masking(torch.ones(2, 2), keep=3, structure=Groups(groups)), ValueError, text)
         for groups, text in (

@@ -26,7 +26,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "16x16": {"sparsity": 0.5},
     "4x4": {"sparsity": 0.6},
 }
-SMALL = "100KB"  # most layers do not fit beside their scores
+SMALL = "130KB"  # most layers do not fit beside their scores
 PLAIN = ["resnet_basic", "resnext", "mobilenet_v1", "vit_mha"]
 TRANSFORMERS = ["hf_gpt2_eager", "hf_llama_eager", "hf_mixtral_batched_mm"]
 

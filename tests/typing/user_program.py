@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lap_ext
-from lap_ext.options import Aggregate, Normalize, Scope
+from lap_ext.options import Normalize, Scope
+from lap_ext.structures import Aggregate
 
 
 def network() -> nn.Sequential:
