@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lap_ext
-from benchmarks import big_models, machine
+from benchmarks import big_models, cases, machine
 from lap_ext.pruning.matrices import matrix_of
 
 SPARSITY = 0.5
@@ -52,6 +52,16 @@ MODELS = {
 }
 
 
+def made(label: str, quick: bool) -> lap_ext.Topology:
+    """Makes a model none of whose weights is zero, and traces it."""
+    torch.manual_seed(cases.SEED)
+    model, example = MODELS[label](quick)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.masked_fill_(parameter == 0, 1e-3)
+    return lap_ext.trace(model, example)
+
+
 def pruned(topology: lap_ext.Topology, structure: str, criterion: str) -> lap_ext.PruneResult:
     """Makes the masks of all layers that the structure fits."""
     kind = None if structure == SINGLE else structure
@@ -64,7 +74,6 @@ def pruned(topology: lap_ext.Topology, structure: str, criterion: str) -> lap_ex
         structure=kind,
         criterion=criterion,
         apply=False,
-        masks={},
     )
 
 
@@ -114,14 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     console = Console(width=110)
-    for label, make in MODELS.items():
-        model, example = make(args.quick)
-        small, small_example = make(True)
-        small_topology = lap_ext.trace(small, small_example)
+    for label in MODELS:
+        small = made(label, quick=True)
         for structure in STRUCTURES:
             for criterion in CRITERIA:
-                check(small_topology, structure, criterion)
-        topology = lap_ext.trace(model, example)
+                check(small, structure, criterion)
+        topology = made(label, args.quick)
         seconds: dict[tuple[str, str], list[float]] = {}
         for turn in range(args.turns + 1):
             for criterion in CRITERIA:
@@ -144,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             )
         console.print(_table(label, rows))
-        del model, topology
+        del topology
     results = {
         "machine": machine.describe(torch.device("cpu")) | {"threads": args.threads},
         "sparsity": SPARSITY,

@@ -46,10 +46,10 @@ class Ranked:
 
 def sizes_of(grid: Grid) -> Tensor | int:
     """Counts the weights of each unit of a grid, int64 [n], or returns the number of all."""
-    heights, widths, window = grid.heights(), grid.widths(), grid.matrix.window
-    if len({*heights}) <= 1 and len({*widths}) <= 1 and grid.count:
-        return heights[0] * widths[0] * window
-    sizes = torch.tensor(heights).view(-1, 1) * torch.tensor(widths).view(1, -1)
+    (rows, cols), matrix, window = grid.block, grid.matrix, grid.matrix.window
+    if grid.count and matrix.height % rows == 0 == matrix.cols % cols:
+        return rows * cols * window
+    sizes = torch.tensor(grid.heights()).view(-1, 1) * torch.tensor(grid.widths()).view(1, -1)
     return sizes.flatten().to(torch.int64) * window
 
 

@@ -45,8 +45,12 @@ def run(
         else:
             for name, mask in kept.items():
                 kept |= _filled({name: mask}, {name: may[name]}, task.budget.keeps[name])
-    rows = [row_of(x, kept[x.name], nonzero[x.name], plan.options.structure) for x in task.layers]
-    structure = task.pattern or plan.options.structure
+    structure = plan.options.structure
+    known = {} if masks is not None else task.scoring.units  # zeros may be kept beside those
+    rows = [
+        row_of(x, kept[x.name], nonzero[x.name], structure, known.get(x.name)) for x in task.layers
+    ]
+    structure = task.pattern or structure
     return result_of(plan, Masks(kept, structure), rows, task.left_dense)
 
 

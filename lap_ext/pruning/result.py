@@ -274,10 +274,17 @@ def _of(kept: int, total: int) -> str:
 
 
 def row_of(
-    layer: Layer, mask: Tensor, nonzero: int, structure: Structure | None = None
+    layer: Layer,
+    mask: Tensor,
+    nonzero: int,
+    structure: Structure | None = None,
+    units: tuple[int, int] | None = None,
 ) -> LayerResult:
-    """Makes the row of a layer from its mask and the number of kept weights that are not zero."""
+    """Makes the row of a layer from its mask and the number of kept weights that are not zero.
+
+    units: how many are kept, and all; None: they are counted.
+    """
     kept = int(mask.count_nonzero())
     counts = kept, mask.numel(), nonzero
-    units = units_kept(structure, layer, mask)
+    units = units or units_kept(structure, layer, mask)
     return LayerResult(layer.name, layer.kind, layer.shape, *counts, layer.pruned_by, units)
