@@ -611,7 +611,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "got int.",
     ),
     (masking(ONES, keep=3, structure="rows"), ValueError, "got 'rows'."),
-    (masking(ONES, keep=3, structure=Own()), TypeError, "got Own. Give units of your own to Groups."),
+    (
+        masking(ONES, keep=3, structure=Own()),
+        TypeError,
+        "got Own. Give units of your own to Groups.",
+    ),
     *(
         (masking(torch.ones(2, 2), keep=3, structure=Groups(groups)), ValueError, text)
         for groups, text in (
