@@ -71,7 +71,7 @@ def check(got: dict[str, Tensor], want: Any) -> None:
 row_sets = st.sets(st.integers(0, 25), max_size=12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.sampled_from(sorted(CASES)),
     st.sampled_from([*PATTERNS, *PARTITIONS]),
