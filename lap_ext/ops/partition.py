@@ -8,7 +8,7 @@ come.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,41 +53,15 @@ class Scored:
         return schema.call(schema.wide_score, self.x, *norms, check_finite)
 
 
-class Units(Protocol):
-    """The units of a weight; kept ones are marked in a bool tensor [count].
+class GridUnits:
+    """The blocks of a grid.
 
     Attributes:
-        sizes: how many weights each has, int64 [count], or one number for all.
-        count: how many there are.
-        device: where their sums are.
+        grid: cuts the weight.
+        device: where sums are.
+        sizes: how many weights each block has, int64 [count], or one number for all.
+        count: how many blocks there are.
     """
-
-    sizes: Tensor | int
-    count: int
-    device: torch.device
-
-    def zeros(self) -> Tensor:
-        """Makes sums to add to, float64 [count]."""
-
-    def add(
-        self,
-        sums: Tensor,
-        scored: Scored,
-        mask: Tensor | None,
-        aggregate: Aggregate,
-        check_finite: bool = True,
-    ) -> None:
-        """Adds the scores (or their squares, for "energy") of rows, among those in mask."""
-
-    def live(self, counts: Tensor | None) -> Tensor | None:
-        """Marks the units that may be kept, from sums of a mask; None for all."""
-
-    def mask(self, kept: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
-        """Masks rows first, first + 1, ... of the weight, in shape [r, C, *K]."""
-
-
-class GridUnits:
-    """The blocks of a grid."""
 
     def __init__(self, grid: Grid, device: torch.device) -> None:
         self.grid, self.device = grid, device
@@ -114,10 +88,6 @@ class GridUnits:
         view = sums.view(self.grid.shape)
         schema.call(schema.block_sums_, view, scored.x, *norms, *where, *options)
 
-    def live(self, counts: Tensor | None) -> Tensor | None:
-        """Marks the blocks that have a weight in the mask."""
-        return None if counts is None else counts > 0
-
     def mask(self, kept: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
         """Masks the weights of blocks."""
         if 0 in shape:
@@ -128,7 +98,10 @@ class GridUnits:
 
 
 class GroupUnits:
-    """The groups of a user's partition; sums are on the CPU, where their order is fixed."""
+    """The groups of a user's partition, with what `GridUnits` has; sums are on the CPU.
+
+    There, their order is fixed. numbers: of each weight's group, flat, without gaps.
+    """
 
     def __init__(self, numbers: Tensor) -> None:
         _, self.numbers = torch.unique(numbers, return_inverse=True)  # none without weights
@@ -158,13 +131,12 @@ class GroupUnits:
         length = torch.Size(shape[1:]).numel()
         return self.numbers[first * length : (first + shape[0]) * length]
 
-    def live(self, counts: Tensor | None) -> Tensor | None:
-        """Marks the groups that have a weight in the mask."""
-        return None if counts is None else counts > 0
-
     def mask(self, kept: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
         """Masks the weights of groups."""
         return kept[self._numbers(shape, first)].view(shape)
+
+
+Units: TypeAlias = GridUnits | GroupUnits
 
 
 def units_of(

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lap_ext import structures
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check, exact, schema, structured
-from lap_ext.ops.partition import Scored, units_of
+from lap_ext.ops.partition import GroupUnits, Scored, units_of
 from lap_ext.ops.reference.common import require_finite, rows_and_cols
 from lap_ext.structures import (
     NM,
@@ -149,11 +149,10 @@ def _exact_mask(
     part = units_of(structure, matrix, tuple(w.shape), w.device)
     kinds = matrix.groups, matrix.transposed, check_finite
     sides = exact.neighbor_matrices(neighbors[0], w, neighbors[1], *kinds)
-    if isinstance(structure, Groups):
-        numbers = structure.numbers(None, tuple(w.shape))
-        worth = exact.group_distortions(w, numbers, matrix, *sides, mask)
+    if isinstance(part, GroupUnits):
+        worth = exact.group_distortions(w, part.numbers, matrix, *sides, mask)
     else:
-        worth = exact.block_distortions(w, structure.grid(matrix), *sides, mask).flatten()
+        worth = exact.block_distortions(w, part.grid, *sides, mask).flatten()
     if check_finite and not bool(worth.isfinite().all()):
         raise LapValueError(
             "squared worths within float64's range",

@@ -82,7 +82,7 @@ def unit_masks(
 ) -> list[Tensor]:
     """Keeps the units with the highest worth, in one ranking; masks are like the weights."""
     ranked = [
-        units.Ranked(worth.to(part.device), part.sizes, part.live(_counts(part, mask)))
+        units.Ranked(worth.to(part.device), part.sizes, _live(part, mask))
         for part, worth, mask in zip(cut, worths, masks, strict=True)
     ]
     kept = [units.best(ranked[0], keep)] if len(cut) == 1 else units.best_of_all(ranked, keep)
@@ -93,13 +93,13 @@ def unit_masks(
     return result
 
 
-def _counts(part: partition.Units, mask: Tensor | None) -> Tensor | None:
-    """Counts the weights of each unit that a mask names."""
+def _live(part: partition.Units, mask: Tensor | None) -> Tensor | None:
+    """Marks the units that have a weight that a mask names; None: all."""
     if mask is None:
         return None
     counts = part.zeros()
     part.add(counts, Scored.of_scores(mask.to(torch.float32)), None, "mean")
-    return counts
+    return counts > 0
 
 
 def require_fit(pattern: NM, matrix: Matrix) -> None:

@@ -23,7 +23,7 @@ from lap_ext.criteria.context import in_chunk
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.masks import pack, unpack
 from lap_ext.ops import partition, units
-from lap_ext.ops.partition import GridUnits, GroupUnits, Scored, Units
+from lap_ext.ops.partition import GridUnits, Scored, Units
 from lap_ext.ops.structured import pattern_mask
 from lap_ext.ops.units import Ranked
 from lap_ext.places import Chunk
@@ -397,7 +397,6 @@ def _distortions(
     scoring: Scoring, layer: Layer, part: Units, chunk: Chunk, live: Tensor | None
 ) -> Tensor:
     """Computes how much the neighborhood of a full layer changes when each of its units goes."""
-    assert isinstance(part, GridUnits | GroupUnits)
     shape = part.grid if isinstance(part, GridUnits) else part.numbers
     criterion = scoring.criterion(layer)
     found = exact.worths(scoring.network, criterion, layer, chunk.weight, shape, live).flatten()
@@ -441,10 +440,11 @@ class _Alive:
 
     def units(self) -> Tensor | None:
         """Marks the units; None: all."""
-        if self._counts is not None:
-            for first, count in self._full:
-                self._count(torch.ones(count, *self._shape, device=self._counts.device), first)
-        return self._part.live(self._counts)
+        if self._counts is None:
+            return None
+        for first, count in self._full:
+            self._count(torch.ones(count, *self._shape, device=self._counts.device), first)
+        return self._counts > 0
 
 
 def _best(scoring: Scoring, ranked: Ranked, keep: int) -> Tensor:

@@ -143,3 +143,12 @@ def results() -> list[Tensor]:
             for x in variants(change(case((16, 200), dtype))):
                 found += every_operator(schema, x)
     return [x.nan_to_num(-1.0) if x.is_floating_point() else x for x in found]
+
+
+def same_bits(got: Tensor, right: Tensor) -> None:
+    """Both are alike, and contiguous; all NaNs count as one."""
+    assert got.dtype == right.dtype and got.shape == right.shape and got.is_contiguous()
+    both = got, right
+    if got.dtype != torch.bool:
+        both = tuple(x.masked_fill(x.isnan(), torch.nan).view(torch.int64) for x in both)
+    assert torch.equal(*both)

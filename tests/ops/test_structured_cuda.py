@@ -15,7 +15,7 @@ from lap_ext.errors import LapValueError
 from lap_ext.ops import reference, schema
 from tests.helpers import structured_cases as cases
 from tests.helpers.parameters import each_dtype, needs_cuda
-from tests.helpers.structured_cases import Case, case, variants
+from tests.helpers.structured_cases import Case, case, same_bits, variants
 
 pytestmark = needs_cuda
 
@@ -64,17 +64,11 @@ OPERATORS = ("nm_mask", "transposable_mask", "block_sums_", "block_mask")
 CUDA: Any = SimpleNamespace(**{op: on_device(op) for op in OPERATORS})
 
 
-def bits(x: Tensor) -> Tensor:
-    """The bits of numbers, all NaNs alike."""
-    return x if x.dtype == torch.bool else x.masked_fill(x.isnan(), torch.nan).view(torch.int64)
-
-
 def agree(op: Any, x: Case, *args: Any) -> None:
     found, expected = op(CUDA, x, *args), op(reference, x, *args)
     pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
     for got, right in pairs:
-        assert got.dtype == right.dtype and got.shape == right.shape and got.is_contiguous()
-        assert torch.equal(*(bits(y) for y in (got, right)))
+        same_bits(got, right)
 
 
 def tiles(kernels: Any, x: Case) -> Tensor:

@@ -15,12 +15,7 @@ from lap_ext.errors import LapValueError
 from lap_ext.ops import reference, schema
 from tests.helpers import structured_cases as cases
 from tests.helpers.parameters import each_dtype, each_threads
-from tests.helpers.structured_cases import Case, case, variants
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of numbers, all NaNs alike."""
-    return x if x.dtype == torch.bool else x.masked_fill(x.isnan(), torch.nan).view(torch.int64)
+from tests.helpers.structured_cases import Case, case, same_bits, variants
 
 
 def agree(op: Any, x: Case, *args: Any) -> list[Tensor]:
@@ -28,8 +23,7 @@ def agree(op: Any, x: Case, *args: Any) -> list[Tensor]:
     found, expected = op(schema, x, *args), op(reference, x, *args)
     pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
     for got, right in pairs:
-        assert got.dtype == right.dtype and got.shape == right.shape and got.is_contiguous()
-        assert torch.equal(*(bits(y) for y in (got, right)))
+        same_bits(got, right)
     return [found] if isinstance(found, Tensor) else found
 
 

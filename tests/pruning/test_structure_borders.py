@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lap_ext
 from lap_ext import checkpoint
+from lap_ext.ops.transposable import transposable
 from lap_ext.pruning.plan import pattern_at
 from lap_ext.structures import NM, Block, Groups
 
@@ -53,6 +54,15 @@ def test_infinite_scores_have_a_transposable_pattern(seed: int) -> None:
             assert all(most) and (live is not None or int(mask.sum()) == keep * of)
 
 
+def test_a_tile_does_not_depend_on_others() -> None:
+    """Files give them in chunks."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([1e300, 1e-24, 1.0], dtype=torch.float64)
+    tiles = torch.rand(3, 8, 8).double() * sizes[:, None, None]
+    alone = [transposable(tile, 3) for tile in tiles.split(1)]
+    assert torch.equal(transposable(tiles, 3), torch.cat(alone))
+
+
 def test_patterns_among_those_of_an_earlier_round_are_full() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 32))
@@ -76,7 +86,7 @@ def test_layers_without_weights(options: dict[str, Any]) -> None:
 def test_too_few_units_for_a_multiple_are_all_kept() -> None:
     net = nn.Sequential(nn.Linear(4, 5, bias=False))
     net[0].weight.data[:3] = 0
-    result = lap_ext.prune(net, torch.ones(1, 4), 0.2, structure="row", multiple_of=4)
+    result = lap_ext.prune(net, torch.ones(1, 4), 0.8, structure="row", multiple_of=4)
     assert result.layers[0].units == (2, 5)
     result = lap_ext.prune(net, torch.ones(1, 4), 0.9, structure="row", multiple_of=4, min_keep=0)
     assert result.layers[0].units == (0, 5)
@@ -110,6 +120,14 @@ def test_numbers_without_weights_are_no_groups() -> None:
     groups = Groups({"0": torch.tensor([[0, 0, 5, 5], [7, 7, 7, 7]])})
     result = lap_ext.prune(net, torch.ones(1, 4).double(), 0.5, structure=groups, multiple_of=3)
     assert result.layers[0].units == (3, 3)  # one bundle at least: all
+
+
+def test_numbers_without_weights_have_no_exact_worth() -> None:
+    w, w_prev = torch.tensor([[1.0, 1.0, 3.0, -3.0]]), torch.ones(4, 2)
+    for numbers in ([[0, 0, 1, 1]], [[0, 0, 3, 3]]):
+        groups = Groups(torch.tensor(numbers))
+        kept = lap_ext.mask(w_prev, w, None, keep=2, structure=groups, aggregate="exact")
+        assert kept.tolist() == [[True, True, False, False]]
 
 
 # --- exact ----------------------------------------------------------------------------------------
