@@ -33,12 +33,11 @@ from lap_ext.criteria.context import Network, scaled
 from lap_ext.criteria.weights import Lookahead, Lookback, Lookforward
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.ops import check
-from lap_ext.ops.exact import (
+from lap_ext.ops.exact import block_distortions, group_distortions
+from lap_ext.ops.factors import (
     Factor,
-    block_distortions,
     by_channel,
     factors_of_pairs,
-    group_distortions,
     neighbor_matrices,
     unit_factor,
 )

@@ -157,7 +157,7 @@ def mask(
     """
     w = torch_args.weight(w, groups, transposed)
     options = structure, aggregate, sparsity, keep
-    chosen = selection.choice(*options, w.numel(), exact=True)
+    chosen = selection.choice(*options, w.numel(), with_neighbors=True)
     eligible = torch_args.eligible("mask", mask, "w", w)
     norms = torch_args.norms(w_prev, w, w_next, groups, transposed, check_finite)
     kinds = groups, transposed, check_finite
@@ -217,7 +217,7 @@ def prune_(
     target = torch_args.weight(w, groups, transposed)
     torch_args.writable(target)
     options = structure, aggregate, sparsity, keep
-    chosen = selection.choice(*options, w.numel(), exact=True)
+    chosen = selection.choice(*options, w.numel(), with_neighbors=True)
     eligible = torch_args.eligible("mask", mask, "w", target)
     norms = torch_args.norms(w_prev, target, w_next, groups, transposed, check_finite)
     kinds = groups, transposed, check_finite

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lap_ext import structures
 from lap_ext.errors import LapTypeError, LapValueError
-from lap_ext.ops import check, exact, schema, structured
+from lap_ext.ops import check, exact, factors, schema, structured
 from lap_ext.ops.partition import GroupUnits, Scored, units_of
 from lap_ext.ops.reference.common import require_finite, rows_and_cols
 from lap_ext.structures import (
@@ -49,10 +49,10 @@ def choice(
     keep: SupportsIndex | None,
     n: int,
     *,
-    exact: bool = False,
+    with_neighbors: bool = False,
 ) -> Choice:
-    """Checks the options of a selection among n weights; exact: the neighbors are known."""
-    structures.check_aggregate(aggregate, exact=exact)
+    """Checks the options of a selection among n weights, whose neighbors may be known."""
+    structures.check_aggregate(aggregate, exact=with_neighbors)
     if structure is None:
         if aggregate != "energy":
             raise LapValueError(
@@ -148,7 +148,7 @@ def _exact_mask(
         require_finite(w, "w")
     part = units_of(structure, matrix, tuple(w.shape), w.device)
     kinds = matrix.groups, matrix.transposed, check_finite
-    sides = exact.neighbor_matrices(neighbors[0], w, neighbors[1], *kinds)
+    sides = factors.neighbor_matrices(neighbors[0], w, neighbors[1], *kinds)
     if isinstance(part, GroupUnits):
         worth = exact.group_distortions(w, part.numbers, matrix, *sides, mask)
     else:

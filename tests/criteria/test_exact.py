@@ -18,7 +18,7 @@ import lap_ext
 from lap_ext import criteria
 from lap_ext.criteria import exact
 from lap_ext.criteria.context import Network
-from lap_ext.ops.exact import Factor
+from lap_ext.ops.factors import Factor
 from lap_ext.places.memory import Memory
 from lap_ext.structures import Block, Column, Grid, Matrix, Partition, Row
 from lap_ext.topology import Layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lap_ext
-from lap_ext.ops import exact
+from lap_ext.ops import exact, factors
 from lap_ext.structures import Block, Column, Grid, Matrix, Row
 
 RTOL = 1e-9  # of a worth, the root of a sum that may cancel
@@ -177,7 +177,7 @@ def test_blocks_change_the_product_as_defined(
     monkeypatch.setattr(exact, "_BATCH", batch)
     shape, groups, transposed, prev, following = CASES[name]()
     w = random(*shape)
-    sides = exact.neighbor_matrices(prev, w, following, groups, transposed)
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
     definition = Definition(w, prev, following, groups, transposed)
     for structure in STRUCTURES:
         grid = structure.grid(Matrix.of(shape, groups, transposed))
@@ -202,7 +202,7 @@ def test_groups_change_the_product_as_defined(
     numbers = torch.randint(5, shape)
     numbers[numbers == 2] = 3
     numbers.view(-1)[0] = 5  # alone
-    sides = exact.neighbor_matrices(prev, w, following, groups, transposed)
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
     matrix = Matrix.of(shape, groups, transposed)
     got = exact.group_distortions(w, numbers, matrix, *sides)
     definition = Definition(w, prev, following, groups, transposed)
@@ -215,7 +215,7 @@ def test_groups_change_the_product_as_defined(
 def test_a_grid_is_groups(name: str) -> None:
     shape, groups, transposed, prev, following = CASES[name]()
     w = random(*shape)
-    sides = exact.neighbor_matrices(prev, w, following, groups, transposed)
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
     matrix = Matrix.of(shape, groups, transposed)
     grid = Block(4, 3).grid(matrix)
     numbers = sum(number * unit.long() for number, unit in enumerate(units(grid)))
@@ -230,7 +230,7 @@ def test_units_of_one_weight_have_its_score(name: str) -> None:
         shape = (*shape[:2], *[1] * (len(shape) - 2))
     w = random(*shape)
     score = lap_ext.score(prev, w, following, groups=groups, transposed=transposed)
-    sides = exact.neighbor_matrices(prev, w, following, groups, transposed)
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
     grid = Block(1, 1).grid(Matrix.of(shape, groups, transposed))
     got = exact.block_distortions(w, grid, *sides)
     torch.testing.assert_close(got, score.reshape(got.shape), rtol=1e-13, atol=0)
@@ -240,10 +240,10 @@ def test_units_of_one_weight_have_its_score(name: str) -> None:
 def test_the_diagonals_are_the_norms(name: str) -> None:
     shape, groups, transposed, prev, following = CASES[name]()
     w = random(*shape)
-    sides = exact.neighbor_matrices(prev, w, following, groups, transposed)
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
     norms = lap_ext.neighbor_norms(prev, w, following, groups=groups, transposed=transposed)
-    for factors, norm in zip(sides, norms, strict=True):
-        gram = sum(x.gram() for x in factors) if factors else torch.eye(len(norm)).double()
+    for side, norm in zip(sides, norms, strict=True):
+        gram = sum(x.gram() for x in side) if side else torch.eye(len(norm)).double()
         torch.testing.assert_close(gram.diagonal().sqrt(), norm, rtol=1e-13, atol=0)
 
 
@@ -277,7 +277,7 @@ def test_units_that_are_cut_apart_differently(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(exact, "_BATCH", 3 * (2 * 8 + 1 + 2 * 2))
     w, prev = random(1, 6, 8), neighbor(6, 2, groups=3)
     numbers = torch.tensor([0, 0, 1, 2, 1, 2])[None, :, None].expand(w.shape)
-    sides = exact.neighbor_matrices(prev, w, None, 1, False)
+    sides = factors.neighbor_matrices(prev, w, None, 1, False)
     got = exact.group_distortions(w, numbers, Matrix.of(w.shape), *sides)
     definition = Definition(w, prev, None)
     expected = [definition.of(numbers == number) for number in range(3)]
@@ -314,7 +314,7 @@ def test_low_precision_and_strides() -> None:
 def test_nothing(shape: tuple[int, ...]) -> None:
     w, matrix = torch.zeros(shape), Matrix.of(shape)
     grid = Row().grid(matrix)
-    sides = exact.neighbor_matrices(None, w, lap_ext.IDENTITY, 1, False)
+    sides = factors.neighbor_matrices(None, w, lap_ext.IDENTITY, 1, False)
     assert exact.block_distortions(w, grid, *sides).shape == grid.shape
     assert (
         exact.group_distortions(
@@ -334,7 +334,7 @@ def test_neighbors_are_checked() -> None:
         (torch.full((5, 2), torch.inf), None, "finite"),
     ):
         with pytest.raises(ValueError, match=text):
-            exact.neighbor_matrices(prev, w, following, 1, False)
+            factors.neighbor_matrices(prev, w, following, 1, False)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
