@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lap_ext.topology.work import Product
+
 
 class Vector(NamedTuple):
     """Entries of a parameter or buffer that belong to channels: of a bias, a norm, a class token.
@@ -84,6 +86,7 @@ class Facts:
         balanced: sets of channels that must stay equal in number.
         heads: the heads of attentions.
         statistics: channels of kind "reduce" that scale what they are computed from.
+        products: multiply-adds of products without a layer's weight (work.py).
     """
 
     vectors: list[Vector] = field(default_factory=list)
@@ -91,3 +94,4 @@ class Facts:
     balanced: list[Balanced] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)
     statistics: list[Tensor] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
