@@ -25,7 +25,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lap_ext._text import some
 from lap_ext.computed import sources
+from lap_ext.errors import LapValueError
 from lap_ext.topology.channels import Step
 from lap_ext.topology.export import first_names
 from lap_ext.topology.roles import Part, Role
@@ -69,12 +71,14 @@ class Counter:
     """
 
     def __init__(self, topology: Topology) -> None:
-        self._params, self._flops = _params(topology), _flops(topology)
+        self._topology, self._params = topology, _params(topology)
+        self._flops = None if topology.graph.facts.uncounted else _flops(topology)
 
     def remove(self, ids: Tensor) -> None:
         """Removes channels, int64 [n]; those that are gone already change nothing."""
         self._params.remove(ids)
-        self._flops.remove(ids)
+        if self._flops is not None:
+            self._flops.remove(ids)
 
     @property
     def params(self) -> int:
@@ -83,8 +87,9 @@ class Counter:
 
     @property
     def flops(self) -> int:
-        """The number of FLOPs that are left."""
-        return self._flops.total
+        """The number of FLOPs that are left; an error where the values of inputs decide it."""
+        tally = _flops(self._topology) if self._flops is None else self._flops
+        return tally.total
 
 
 class _Cells:
@@ -187,6 +192,13 @@ class _Tally:
 
 
 def _flops(topology: Topology) -> _Tally:
+    """Raises where the data decides how many rows are multiplied."""
+    if topology.graph.facts.uncounted:
+        raise LapValueError(
+            "a model whose FLOPs follow from the shapes of its inputs",
+            f"{some(topology.graph.facts.uncounted, 3)}, of as many rows as the data selects",
+            "Give a budget of parameters: allocation.params.",
+        )
     cells = _Cells()
     for role in topology.roles:
         part, (rows, cols) = role.part, _lines(role)

@@ -125,6 +125,9 @@ class Tracer:
         result = self._sized(call) if call.sized_by_data else self._result(call)
         if known == (len(self.roles), len(self.facts.products)):
             self.facts.products += products_of(call)
+        counted = any(role.positions for role in self.roles[known[0] :])
+        if call.sized_by_data and (counted or self.facts.products[known[1] :]):
+            self.facts.uncounted.append(described(call))
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])
