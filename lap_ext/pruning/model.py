@@ -26,6 +26,7 @@ from lap_ext.options import (
     BYS,
     BatchNorm,
     By,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -135,6 +136,8 @@ def prune(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     scope: Scope = "layer",
     normalize: Normalize = "auto",
     order: Order = "parallel",
@@ -261,6 +264,8 @@ def prune(
         aggregate=aggregate,
         multiple_of=multiple_of,
         strict=strict,
+        cost=cost,
+        uniform=uniform,
     )
     check_given(sparsity, options.structure)
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)
