@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lap_ext import allocation
-from lap_ext._text import matches, some
+from lap_ext._text import layer_name, matches, some
 from lap_ext.allocation import Allocation, Sparsity, Target
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import pack, unpack
@@ -60,7 +60,7 @@ class Units:
     def vector_masks(self) -> dict[str, Tensor]:
         """Masks the biases, norms and the like, by layer name."""
         masks = self.groups.vector_masks(self.removed)
-        return {name.removesuffix(".weight"): mask for name, mask in masks.items()}
+        return {layer_name(name): mask for name, mask in masks.items()}
 
 
 def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
@@ -75,7 +75,7 @@ def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
             "See lap_ext.structures.groups(topology, structure).fixed.",
         )
     if isinstance(sparsity, Target):
-        if sparsity.counts == "flops" and groups.structure == "expert":
+        if sparsity.counted == "flops" and groups.structure == "expert":
             raise LapValueError(
                 "params(...) for experts: a token uses as many of them as before",
                 "flops(...)",
@@ -144,7 +144,7 @@ def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None
         if options.cost is not None and together:
             cost = cost_of(scoring, units.groups)
             key = partial(_density, cost)
-        what = "FLOPs" if sparsity.counts == "flops" else "parameters"
+        what = "FLOPs" if sparsity.counted == "flops" else "parameters"
         pools.choose_count(choice, limit, key, counter.left, counter.remove_groups, what)
         return
     if isinstance(sparsity, Mapping):
@@ -213,7 +213,7 @@ class _Counted:
     """A count of the model while groups go."""
 
     def __init__(self, scoring: Scoring, groups: CoupledGroups, target: Target) -> None:
-        self._counts = target.counts
+        self._counted = target.counted
         self._ids: list[Tensor] | None = None
         if groups.ids is None:  # experts: their parameters do not overlap
             self._own = member_counts(groups)
@@ -227,7 +227,7 @@ class _Counted:
         """Returns what is left."""
         if self._ids is None:
             return self._left
-        return self._counter.flops if self._counts == "flops" else self._counter.params
+        return self._counter.flops if self._counted == "flops" else self._counter.params
 
     def remove_groups(self, numbers: Tensor) -> None:
         """Takes groups out of the count."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lap_ext import criteria, structures
-from lap_ext._text import matches, some
+from lap_ext._text import layer_name, matches, some
 from lap_ext.allocation import Allocation, Sparsity, floors
 from lap_ext.criteria import Criterion, CriterionLike, UnitCriterion, exact
 from lap_ext.errors import LapTypeError, LapValueError
@@ -386,6 +386,13 @@ def check_sparsity(
             )
 
 
+def _vectors(topology: Topology) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's parameters that are no layers, by the names of masks."""
+    known = {layer.parameter for layer in topology.layers.values()}
+    parameters = topology.model.named_parameters()
+    return {layer_name(name): tuple(x.shape) for name, x in parameters if name not in known}
+
+
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Checks that the masks of an earlier pruning fit the model's layers."""
     if masks is not None and not isinstance(masks, Mapping):
@@ -395,7 +402,12 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
             argument="masks",
         )
     given = dict(masks or {})
+    vectors = _vectors(topology)
     for name, mask in given.items():
+        if name in vectors:  # of units across layers
+            check.mask_like(f"masks[{name!r}]", str(mask.dtype), tuple(mask.shape), "parameter",
+                            vectors[name])  # fmt: skip
+            continue
         if name not in topology.layers:
             raise LapValueError(
                 "masks of the model's layers",
