@@ -46,7 +46,7 @@ class Units:
     """
 
     groups: CoupledGroups
-    sparsity: Sparsity | Target
+    sparsity: float | Mapping[str, float] | Target
     removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def families(self) -> list[FamilyResult]:
@@ -95,9 +95,13 @@ def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
             raise LapTypeError(
                 f"one number as {{argument}} with {{{other}}}", "a dict", argument="sparsity"
             )
-        return Units(groups, allocation.of(by_name(plan.topology, sparsity)).sparsity)
+        named = by_name(plan.topology, sparsity)
+        allocation.of(named)  # checks it
+        assert isinstance(named, Mapping)
+        return Units(groups, {name: float(x) for name, x in named.items()})
     keep_count(sparsity, None, 0)  # checks it
-    return Units(groups, sparsity)
+    assert sparsity is not None
+    return Units(groups, float(sparsity))
 
 
 def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
@@ -152,7 +156,7 @@ def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None
         _check_used(choice.pools, sparsity)
         pools.choose_fraction(choice, own, together=False)
         return
-    fraction = float(sparsity) * share
+    fraction = sparsity * share
     if options.cost is None:
         own = dict.fromkeys((pool.name for pool in choice.pools), fraction)
         pools.choose_fraction(choice, own, together)

@@ -35,7 +35,8 @@ class KeptAxes:
             first, count = chunk.first // length, chunk.weight.numel() // length
             at = torch.arange(first, first + count)
             kept = rows[at].unsqueeze(1) & cols[at // (x.shape[0] // x.groups)]
-            mask = kept.unsqueeze(-1).expand(*kept.shape, window).reshape(chunk.weight.shape)
+            spread = kept.unsqueeze(-1).expand(*kept.shape, window)
+            mask = spread.reshape(chunk.weight.shape).contiguous()
             result = mask if result is None else result & mask
         assert result is not None
         return result.to(chunk.weight.device)

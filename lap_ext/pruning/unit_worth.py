@@ -64,23 +64,27 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
 
 def member_counts(groups: CoupledGroups) -> Tensor:
     """Counts the weights of each group, each once, without biases and norms; int64 [n]."""
-    counts = torch.zeros(len(groups) + 1, dtype=torch.int64)  # the last one: index -1
+    counts = torch.zeros(len(groups) + 1, dtype=torch.int64)  # the first one: of none
+
+    def add(index: Tensor, numbers: Tensor) -> None:
+        counts.index_add_(0, index.flatten() + 1, numbers.flatten())
+
     for parameter in dict.fromkeys(x.parameter for x in groups.weights):
         x = _merged([view for view in groups.weights if view.parameter == parameter])
-        assert x is not None
+        if x is None:
+            continue
         window = groups.numel(parameter) // max(1, x.shape[0] * x.shape[1])
         height = x.shape[0] // x.groups
-        counts.index_add_(0, x.rows, torch.full_like(x.rows, x.shape[1] * window))
-        cols = x.cols.flatten()
-        counts.index_add_(0, cols, torch.full_like(cols, height * window))
+        add(x.rows, torch.full_like(x.rows, x.shape[1] * window))
+        add(x.cols, torch.full_like(x.cols, height * window))
         for block, rows in enumerate(x.rows.reshape(x.groups, height)):
             both = _in_both(rows, x.cols[block])
-            counts.index_add_(0, rows, -both.sum(1) * window)
-    return counts[:-1]
+            add(rows, -both.sum(1) * window)
+    return counts[1:]
 
 
 class _Sums:
-    """Sums over the weights of each group; the last entry is of none."""
+    """Sums over the weights of each group; the first entry is of none."""
 
     def __init__(self, groups: CoupledGroups) -> None:
         self._scores = torch.zeros(len(groups) + 1, dtype=torch.float64)
@@ -89,20 +93,20 @@ class _Sums:
     @property
     def scores(self) -> Tensor:
         """Of scores, or of their squares."""
-        return self._scores[:-1].clamp(min=0)
+        return self._scores[1:].clamp(min=0)
 
     @property
     def alive(self) -> Tensor:
         """Counts the weights that may be kept; some twice."""
-        return self._alive[:-1]
+        return self._alive[1:]
 
     def add(self, index: Tensor, values: Tensor) -> None:
         """Adds scores to groups."""
-        self._scores.index_add_(0, index.flatten(), values.flatten().cpu().double())
+        self._scores.index_add_(0, index.flatten() + 1, values.flatten().cpu().double())
 
     def count(self, index: Tensor, values: Tensor) -> None:
         """Adds numbers of weights to groups."""
-        self._alive.index_add_(0, index.flatten(), values.flatten().cpu().double())
+        self._alive.index_add_(0, index.flatten() + 1, values.flatten().cpu().double())
 
 
 def _merged(views: list[Assigned]) -> Assigned | None:
@@ -195,7 +199,8 @@ def _take_back(
         values = values.square() if aggregate == "energy" else values
         if which is not None:
             values = values * which[part].cpu()
-        sums.add(rows, -(values.sum(-1) * both).sum(1))
+        values = values.reshape(*both.shape, -1).sum(-1)
+        sums.add(rows, -(values * both).sum(1))
 
 
 def _norms(scored: Scored, part: slice, block: int, x: Assigned) -> tuple[Tensor, Tensor]:

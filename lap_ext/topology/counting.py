@@ -93,6 +93,10 @@ class Counter:
         if self._flops is not None:
             self._flops.remove(ids)
 
+    def flops_without(self, ids: Tensor) -> int:
+        """Returns the number of FLOPs that would be left without some more channels."""
+        return self._flops.without(ids)
+
     @property
     def params(self) -> int:
         """The number of parameters that are left."""
@@ -190,18 +194,38 @@ class _Tally:
 
     def remove(self, ids: Tensor) -> None:
         """Removes channels."""
-        ids = torch.unique(ids[ids < self._gone.numel()])
-        ids = ids[~self._gone[ids]]
+        ids, lines, sides = self._touched(ids)
         self._gone[ids] = True
-        lines = self._lines.to[self._lines.found(ids)[1]]
         self._channels.index_add_(0, lines, torch.full_like(lines, -1))
-        lines = torch.unique(lines)
-        sides = self._side[lines[self._channels[lines] == 0]]
         self._alive.index_add_(0, sides, torch.full_like(sides, -1))
-        cells = torch.unique(sides // 2)
-        areas = self._alive[2 * cells] * self._alive[2 * cells + 1]
+        cells, areas = self._cells_of(sides)
         self._sum += int(((areas - self._areas[cells]) * self._each[cells]).sum())
         self._areas[cells] = areas
+
+    def without(self, ids: Tensor) -> int:
+        """Returns what would be left without channels."""
+        _, _, sides = self._touched(ids)
+        self._alive.index_add_(0, sides, torch.full_like(sides, -1))
+        cells, areas = self._cells_of(sides)
+        self._alive.index_add_(0, sides, torch.ones_like(sides))
+        before, self._areas[cells] = self._areas[cells], areas
+        kept, self._sum = self._sum, self._sum + int(((areas - before) * self._each[cells]).sum())
+        total = self.total
+        self._areas[cells], self._sum = before, kept
+        return total
+
+    def _touched(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Finds (channels that are not gone, their lines, sides of the lines that go with them)."""
+        ids = torch.unique(ids[ids < self._gone.numel()])
+        ids = ids[~self._gone[ids]]
+        lines = self._lines.to[self._lines.found(ids)[1]]
+        own, counts = torch.unique(lines, return_counts=True)
+        return ids, lines, self._side[own[self._channels[own] == counts]]
+
+    def _cells_of(self, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Finds the cells of sides, and their areas."""
+        cells = torch.unique(sides // 2)
+        return cells, self._alive[2 * cells] * self._alive[2 * cells + 1]
 
 
 def _flops(topology: Topology) -> _Tally:
