@@ -198,7 +198,7 @@ def _take_back(
         values = values.cpu().double()
         values = values.square() if aggregate == "energy" else values
         if which is not None:
-            values = values * which[part].cpu()
+            values = values * which[part].cpu().reshape(values.shape)
         values = values.reshape(*both.shape, -1).sum(-1)
         sums.add(rows, -(values * both).sum(1))
 
