@@ -87,7 +87,7 @@ def contracted(first: Lettered, second: Lettered, out: str) -> list[Product]:
 
     What only one of them has, and the result does not, is summed before.
     """
-    (x, a), (y, b) = first, second
+    a, b = first[1], second[1]
     if not any(c in b and c not in out for c in a):
         return []
     size = {c: n for v, letters in (first, second) for c, n in zip(letters, v.shape, strict=True)}
