@@ -395,7 +395,9 @@ def test_computed_weight(wrap: Callable[[nn.Module], nn.Module], left: int) -> N
 # ---- one after the other -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet_basic", "decoder_gqa", "moe_einsum", "gru"])
+@pytest.mark.parametrize(
+    "name", ["resnet_basic", "decoder_gqa", "moe_einsum", "gru", "hf_mixtral_grouped_mm"]
+)
 def test_counter(name: str) -> None:
     """In any order, and in steps of any size, it counts what is left from the start."""
     topology = traced(name)
@@ -404,7 +406,9 @@ def test_counter(name: str) -> None:
     while order.numel():
         step, order = order.split([min(5, order.numel()), max(order.numel() - 5, 0)])
         gone[step] = True
+        ahead = counter.params_without(step), counter.flops_without(step)
         counter.remove(torch.cat([step, step[:2]]))
+        assert ahead == (counter.params, counter.flops)
         if order.numel() % 7 == 0:
             assert counter.params == counting.params(topology, gone)
             assert counter.flops == counting.flops(topology, gone)
