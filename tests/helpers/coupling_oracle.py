@@ -233,11 +233,11 @@ class Thinned:
         for side, zero, expected in (("consumers", made, read), ("producers", read, made)):
             if not read and side == "producers":
                 continue
-            for name, idle in self.idle(self.changed([zero])).items():
-                nothing = torch.zeros_like(idle)
+            for name, found in self.idle(self.changed([zero])).items():
+                nothing = torch.zeros_like(found)
                 counted = self._live[name] & ~zero.get(name, nothing)
                 wanted = expected.get(name, nothing) & counted
-                idle = idle & counted
+                idle = found & counted
                 for text, wrong in (("missing", idle & ~wanted), ("too much", wanted & ~idle)):
                     if bool(wrong.any()):
                         at = wrong.nonzero()[0].tolist()
