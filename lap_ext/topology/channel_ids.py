@@ -53,14 +53,14 @@ def reshaped(ids: Tensor, shape: Shape, new_shape: Shape) -> Tensor:
         return none(len(new_shape))
     sizes: list[int] = []  # of the ids: 1 where a group does not change
     result: list[int] = []
-    for old, new in _matched(list(shape), list(new_shape)):
+    for old, new in matched(list(shape), list(new_shape)):
         changing = any(ids.shape[dim] > 1 for dim in old)
         sizes += [shape[dim] if changing else 1 for dim in old]
         result += [new_shape[dim] if changing else 1 for dim in new]
     return compressed(ids.expand(sizes).reshape(result))
 
 
-def _matched(shape: list[int], new_shape: list[int]) -> list[tuple[list[int], list[int]]]:
+def matched(shape: list[int], new_shape: list[int]) -> list[tuple[list[int], list[int]]]:
     """Matches the smallest groups of adjacent dimensions of both shapes with equal products."""
     groups: list[tuple[list[int], list[int]]] = []
     old = new = 0

@@ -85,6 +85,7 @@ class ChannelEdges:
     scale: Scale | None = None
     entry: Tensor | None = None  # int64 [n]: entry of the flattened scale
     weight: Tensor | None = None  # float64 [n]; None: 1
+    broadcast: bool = False  # whether a parent is one for several children, of size 1 there
 
     def __repr__(self) -> str:
         return f"ChannelEdges({self.child.numel()})"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lap_ext.topology.channels import ChannelEdges, ChannelGroup, Channels
+from lap_ext.topology.facts import Facts
 from lap_ext.topology.roles import Role
 
 
@@ -21,6 +22,7 @@ class Graph:
         roles: the uses of the weights, in the order of the network.
         couplings: pairs of channels that are each other's neighbors (q and k of an attention).
         ends: channels that leave the network, and the name of the end through which they leave.
+        facts: what removal must respect beside the channels (facts.py).
         children: index of a group -> (index, edges) of the groups that are computed from it.
         readers: index of a group -> the roles that read it.
         coupled: index of a group -> (its channels, the channels that they are coupled with).
@@ -34,11 +36,13 @@ class Graph:
         roles: list[Role],
         couplings: list[tuple[Tensor, Tensor]],
         ends: list[tuple[Tensor, str]],
+        facts: Facts,
     ) -> None:
         self.channels = channels
         self.roles = roles
         self.couplings = couplings
         self.ends = ends
+        self.facts = facts
         self.children: dict[int, list[tuple[int, ChannelEdges]]] = {}
         for index, group in enumerate(channels.groups):
             for edges in group.edges:

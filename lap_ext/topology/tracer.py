@@ -31,6 +31,7 @@ from lap_ext.topology.call import (
 from lap_ext.topology.channels import ChannelGroup, Channels
 from lap_ext.topology.effective import computes_weight, view_of, without_models
 from lap_ext.topology.export import INLINED
+from lap_ext.topology.facts import Facts
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Value, WeightView, plain
@@ -81,6 +82,8 @@ class Tracer:
         self.states: dict[str, list[tuple[ChannelGroup, set[bytes]]]] = {}
         self.skipped: list[int] = []  # groups after operations that only the user's layers feed
         self.constants: dict[str, Tensor] = {}  # buffers whose values the channels depend on
+        self.facts = Facts()
+        self.logits: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # products of queries and keys
 
     def run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         """Returns the results of a graph for what is known of its placeholders."""

@@ -115,7 +115,7 @@ def trace(
     outputs = tracer.run(program.graph_module, inputs)
     for value in _tensors(outputs):
         tracer.end(value, "output")
-    graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends)
+    graph = Graph(tracer.channels, tracer.roles, tracer.couplings, tracer.ends, tracer.facts)
     topology = Topology(
         model, graph, neighbors or {}, tracer.stops, tracer.constants, _unreached(model, program)
     )

@@ -13,10 +13,11 @@ otherwise  where the channel of one operand does not change along the contracted
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
+from lap_ext.topology.noting import heads, logits_before
 from lap_ext.topology.rules.joins import joined, weights_of_positions
 from lap_ext.topology.rules.mixing import mixed, projected
 from lap_ext.topology.rules.states import read
@@ -49,6 +50,7 @@ def product(
         weights = weights_of_positions(t, a, b)
         if weights is a:
             t.end(a, "attention")
+            _note_heads(t, call, left, right)
             return b.passed(call.name, shape, mixed(t.channels, call.name, right, [rank - 2]))
         if weights is b:
             t.end(b, "attention")
@@ -57,7 +59,10 @@ def product(
             if left.shape[-2] > 1 or right.shape[-1] > 1:  # they are channels, not logits
                 return _read(t, call, left, right, shape)
             _couple(t, left, right)
+            t.logits[call.node] = left, right.mT
             return plain(shape)
+    if b.has_channels and a.static is None and not changes_b:
+        _note_heads(t, call, left, right)
     for x, other, ids, dim, flipped in (
         (a, b, left, rank - 1, False),
         (b, a, right, rank - 2, True),
@@ -72,6 +77,20 @@ def product(
         summed = mixed(t.channels, call.name, ids, [dim])
         terms.append(Value(shape, summed, trail=x.trail))
     return joined(t, call, terms, shape)
+
+
+def _note_heads(t: Tracer, call: Call, weights: Tensor, value: Tensor) -> None:
+    """Notes the heads of an attention that is written out, at the product with its values."""
+    node = next((x for x in call.node.all_input_nodes if _is_first(call, x)), None)
+    logits = None if node is None else logits_before(node, t.logits)
+    if logits is not None:
+        bias = weights if bool((weights != 0).any()) else None
+        heads(t, call, *logits, value, bias)
+
+
+def _is_first(call: Call, node: fx.Node) -> bool:
+    """Whether a node is the first operand of a product."""
+    return next((x for x in call.node.args if isinstance(x, fx.Node)), None) is node
 
 
 def _read(
@@ -101,8 +120,11 @@ def _attention(t: Tracer, call: Call) -> Result:
     else:  # one of them is a constant, such as a learned query
         t.end(query, "attention")
         t.end(key, "attention")
+    bias = None
     if isinstance(call.get("attn_mask"), Value):
         t.end(call["attn_mask"], "attention")
+        bias = call["attn_mask"].ids
+    heads(t, call, query.ids, key.ids, value.ids, bias)
     ids = mixed(t.channels, call.name, value.ids, [len(value.shape) - 2])
     result = value.passed(call.name, call.shape, ids)
     result = result if value.has_channels else plain(call.shape)

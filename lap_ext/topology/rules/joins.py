@@ -21,6 +21,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import ChannelEdges
+from lap_ext.topology.noting import belong, together
 from lap_ext.topology.rules.pairs import paired, turned
 from lap_ext.topology.static import Scale
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -45,6 +46,11 @@ def _unary(t: Tracer, call: Call) -> Result:
         return plain(call.shape)
     if call.name == "cumsum" and x.ids.shape[call["dim"]] > 1:
         return t.unknown(call)
+    if call.name in {"log_softmax", "_log_softmax"}:
+        together(t, call, x.ids, [call["dim"]])
+    for weight in call.values[1:]:  # of a PReLU
+        if len(weight.shape) == 1 and len(x.shape) > 1 and weight.static is not None:
+            belong(t, weight, x.ids.movedim(1, -1), adds=False)
     result = x.passed(call.name, call.shape, x.ids)
     return [result, plain(call.shape)] if call.name == "native_dropout" else result
 
@@ -191,9 +197,8 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
 def _where_live(edges: ChannelEdges, live: Tensor) -> ChannelEdges:
     entry = None if edges.entry is None else edges.entry[live]
     weight = None if edges.weight is None else edges.weight[live]
-    return ChannelEdges(
-        edges.child[live], edges.parent[live], edges.trail, edges.scale, entry, weight
-    )
+    return replace(edges, child=edges.child[live], parent=edges.parent[live], entry=entry,
+                   weight=weight)
 
 
 def scaled(
@@ -234,7 +239,9 @@ def scaled(
         edges = ChannelEdges(child, parents[child], x.trail, scale, rows.flatten(), weight)
         kind = scale.kind if scale.kind == "batch_norm" else "scale"
         group = t.channels.add(n, kind, call.name, [_where_live(edges, live[child])])
-    return Value(shape, torch.where(live, group.ids, 0)[child_of])
+    scaled_ids = torch.where(live, group.ids, 0)[child_of]
+    belong(t, factor, scaled_ids, adds=False)
+    return Value(shape, scaled_ids)
 
 
 def _entries_of(entries: Tensor, steady: list[int], child_of: Tensor, n: int) -> Tensor:
@@ -253,23 +260,41 @@ def joined(
     """Joins the channels of all values, element by element; shape: if it is not the call's."""
     shape = call.shape if shape is None else shape
     result: Value | None = None
+    real: tuple[int, ...] = ()  # the size of what has been joined so far
     for x in values:
         if not x.has_channels:
             continue
         wide = x.passed(call.name, shape, channel_ids.broadcast(x.ids, len(shape)))
-        result = wide if result is None else _join(t, call, result, wide)
+        if result is None:
+            result, real = wide, x.shape
+            continue
+        ones = [_stretched(own, other.ids) for own, other in ((real, wide), (x.shape, result))]
+        result = _join(t, call, result, wide, (ones[0], ones[1]))
+        real = tuple(torch.broadcast_shapes(real, x.shape))
+    for x in values if result is not None else ():
+        if not x.has_channels:
+            belong(t, x, result.ids, adds=True)
     return result or plain(shape)
 
 
-def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
+def _stretched(shape: tuple[int, ...], other: Tensor) -> bool:
+    """Whether a tensor of this shape is repeated where the channels of another one change."""
+    sizes = [1] * (other.dim() - len(shape)) + list(shape)
+    return any(n == 1 < m for n, m in zip(sizes, other.shape, strict=True))
+
+
+def _join(t: Tracer, call: Call, a: Value, b: Value, stretched: tuple[bool, bool]) -> Value:
+    """Joins two values; stretched: whether each is repeated along channels of the other."""
     left, right, pair = channel_ids.unique_pairs(a.ids, b.ids)
     channels = t.channels
     root_a, root_b = channels.root(left), channels.root(right)
     same = root_a == root_b
     nothing_a = (left == 0) | channels.of_kind(left, "zero")
     nothing_b = (right == 0) | channels.of_kind(right, "zero")
-    only_a = nothing_b | channels.is_parent(left, root_b)
-    only_b = nothing_a | channels.is_parent(right, root_a)
+    measured_b = channels.is_parent(left, root_b)
+    measured_a = channels.is_parent(right, root_a)
+    t.facts.statistics += [root_b[measured_b], root_a[measured_a]]
+    only_a, only_b = nothing_b | measured_b, nothing_a | measured_a
     ids = torch.where(only_a, left, torch.where(only_b, right, torch.where(same, root_a, -1)))
     new = ids == -1
     trail = merged(a.trail, b.trail)
@@ -277,8 +302,8 @@ def _join(t: Tracer, call: Call, a: Value, b: Value) -> Value:
         n = int(new.sum())
         half = _rotary(t, left[new], right[new])
         edges = [
-            ChannelEdges(torch.arange(n), side[new], x.trail, weight=half)
-            for side, x in ((left, a), (right, b))
+            ChannelEdges(torch.arange(n), side[new], x.trail, weight=half, broadcast=one)
+            for side, x, one in ((left, a, stretched[0]), (right, b, stretched[1]))
         ]
         group = channels.add(n, "join", call.name, edges)
         ids[new] = group.ids

@@ -18,6 +18,7 @@ from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channel_ids import unique_pairs
 from lap_ext.topology.channels import ChannelEdges
+from lap_ext.topology.noting import together
 from lap_ext.topology.rules.joins import joined
 from lap_ext.topology.rules.mixing import mixed, sets_along
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -83,6 +84,7 @@ def _softmax(t: Tracer, call: Call) -> Result:
     rank, dim = x.ids.dim(), call["dim"]
     matrix = rank > 1 and dim % rank == rank - 1 and min(x.ids.shape[-2:]) > 1
     if rank and not matrix and (x.ids.shape[dim] > 1 or _is_choice(t, x.ids)):
+        together(t, call, x.ids, [dim])
         return x.passed(call.name, call.shape, x.ids)
     parents = torch.unique(x.ids[x.ids != 0])
     edges = ChannelEdges(torch.arange(parents.numel()), parents, x.trail)

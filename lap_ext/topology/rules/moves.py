@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call, mapped
+from lap_ext.topology.noting import belong, parts, split
 from lap_ext.topology.rules.mixing import mixed
 from lap_ext.topology.rules.routing import picked
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -25,7 +26,9 @@ _FLOAT_ONLY = {"pixel_shuffle", "pixel_unshuffle", "im2col", "channel_shuffle", 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
 def _reshape(t: Tracer, call: Call) -> Result:
     x = call.values[0]
-    return x.passed(call.name, call.shape, channel_ids.reshaped(x.ids, x.shape, call.shape))
+    ids = channel_ids.reshaped(x.ids, x.shape, call.shape)
+    split(t, call, x, ids, call.shape)
+    return x.passed(call.name, call.shape, ids)
 
 
 @rule(
@@ -72,6 +75,8 @@ def _split(t: Tracer, call: Call) -> Result:
     if call.name != "unbind" and x.ids.dim() and x.ids.shape[dim] == 1:  # whatever the sizes are
         return [x.passed(call.name, shape, x.ids) for shape in call.shapes]
     moved = _applied(call, call.args, call.kwargs)
+    if call.name in {"chunk", "unsafe_chunk"}:
+        parts(t, call, list(moved), dim % len(x.shape))
     return [
         x.passed(call.name, shape, channel_ids.compressed(ids))
         for ids, shape in zip(moved, call.shapes, strict=True)
@@ -95,6 +100,9 @@ def _cat(t: Tracer, call: Call) -> Result:
     if call.name in {"cat", "concat", "concatenate"}:
         through = _through(values, dim)
         if through is not None:
+            for x in values:
+                if not x.has_channels:  # a class token
+                    belong(t, x, through.ids, adds=True)
             return through.passed(call.name, call.shape, through.ids)
     expanded = [_expanded(x) for x in values]
     if call.name in {"cat", "concat", "concatenate"}:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import ChannelEdges, Trail
+from lap_ext.topology.noting import belong
 from lap_ext.topology.roles import Part
 from lap_ext.topology.rules.routing import role_of
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -33,6 +34,7 @@ def _recurrent(t: Tracer, call: Call) -> Result:
     weights = [p for p in call["params"] if len(p.shape) == 2]
     if any(w.view is None for w in weights):
         return t.unknown(call)
+    biases = [p for p in call["params"] if len(p.shape) == 1]
     per_cell = len(weights) // (layers * directions)
     starts = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     inputs = channel_ids.pairs_along(x.ids, 2, x.shape[2])
@@ -44,7 +46,10 @@ def _recurrent(t: Tracer, call: Call) -> Result:
             cell = layer * directions + direction
             own = weights[cell * per_cell : (cell + 1) * per_cell]
             trail = x.trail if layer == 0 else ()
+            first = len(t.roles)
             state, inner = _cell(t, call, own, inputs, trail, starts, cell)
+            for role, bias in zip(t.roles[first : first + 2], biases[2 * cell :], strict=False):
+                belong(t, bias, role.out.ids, adds=True)
             sides.append(state)
             finals[0].append(state)
             finals[1].append(inner)
@@ -73,6 +78,8 @@ def _step(t: Tracer, call: Call) -> Result:
         for w, given in zip(weights, (inputs, reads[0]), strict=True)
     ]
     roles[0].trail = x.trail
+    for role, bias in zip(roles, ("b_ih", "b_hh"), strict=True):
+        belong(t, call.get(bias), role.out.ids, adds=True)
 
     def state(first: int, end: int, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
         child = torch.arange(first, end) % hidden  # rows of the gates

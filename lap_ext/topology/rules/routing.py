@@ -18,6 +18,7 @@ from lap_ext._text import layer_name
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call, node_key
 from lap_ext.topology.channels import ChannelEdges
+from lap_ext.topology.noting import belong
 from lap_ext.topology.roles import Part, Role
 from lap_ext.topology.tracer import Tracer
 from lap_ext.topology.value import Value, plain
@@ -44,7 +45,10 @@ def weigh(
         shape[dim] = size
     else:
         shape[dim[0]], shape[dim[1]] = part.groups, size // part.groups
-    return Value(call.shape, out.ids.reshape(shape))
+    result = Value(call.shape, out.ids.reshape(shape))
+    if isinstance(dim, int):
+        belong(t, call.get("bias"), result.ids.movedim(dim, -1), adds=True)
+    return result
 
 
 def role_of(
@@ -174,7 +178,11 @@ def _copied(
     def again(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[used].repeat(experts)
 
-    copy = ChannelEdges(
-        child, parents.flatten(), edges.trail, edges.scale, again(edges.entry), again(edges.weight)
+    copy = replace(
+        edges,
+        child=child,
+        parent=parents.flatten(),
+        entry=again(edges.entry),
+        weight=again(edges.weight),
     )
     return copy, bool((parents == edges.parent[used]).all())
