@@ -7,6 +7,8 @@
     "row"       Row(): output channels
     "column"    Column(): input channels
                 Groups(assignment): any partition that you give
+    "channel"   Coupled("channel"): channels through all layers that share them; also "head",
+                "expert" and "unit" (see `groups`)
 
 The worth of a unit (a block, row, column or group) is that of its weights' scores s:
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import NM as NM
@@ -37,15 +39,19 @@ from lap_ext.structures.base import Partition as Partition
 from lap_ext.structures.base import Row as Row
 from lap_ext.structures.base import Structure as Structure
 from lap_ext.structures.base import check_aggregate as check_aggregate
+from lap_ext.structures.coupled import KINDS as KINDS
+from lap_ext.structures.coupled import Coupled as Coupled
+from lap_ext.structures.coupled import Kind as Kind
+from lap_ext.structures.coupled import groups as groups
 from lap_ext.structures.matrix import Grid as Grid
 from lap_ext.structures.matrix import Matrix as Matrix
 
 if TYPE_CHECKING:
-    from lap_ext.structures.groups import Groups as Groups
+    from lap_ext.structures.given import Groups as Groups
 
 StructureLike: TypeAlias = "Structure | str"
 
-__all__ = ["NM", "Block", "Column", "Groups", "Row", "Structure", "of"]
+__all__ = ["NM", "Block", "Column", "Coupled", "Groups", "Row", "Structure", "groups", "of"]
 
 LONGEST = 100  # letters of a text: more than any structure has
 
@@ -53,7 +59,7 @@ LONGEST = 100  # letters of a text: more than any structure has
 def __getattr__(name: str) -> object:
     """Loads the groups, which need torch, when they are asked for."""
     if name == "Groups":
-        return vars(import_module("lap_ext.structures.groups"))[name]
+        return vars(import_module("lap_ext.structures.given"))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -85,6 +91,8 @@ NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row()
         )
     if structure in ("row", "column"):
         return Row() if structure == "row" else Column()
+    if structure in KINDS:
+        return Coupled(cast("Kind", structure))
     if match := _BLOCK.fullmatch(structure):
         return Block(int(match[1]), int(match[2]))
     if match := _PATTERN.fullmatch(structure):
@@ -95,7 +103,7 @@ NM(keep=2, of=4, axis='out', transposable=False), Block(rows=16, cols=16), Row()
             return NM(keep, group, _AXES[how or "in"])
     raise LapValueError(
         "{argument} to be 'N:M' (such as '2:4', '2:4/out', '2:4/flat' or '2:4/transposable'), "
-        "'ROWSxCOLUMNS' (such as '16x16'), 'row' or 'column'",
+        "'ROWSxCOLUMNS' (such as '16x16'), 'row', 'column', 'channel', 'head', 'expert' or 'unit'",
         repr(structure),
         argument="structure",
     )

@@ -84,6 +84,7 @@ class Facts:
         balanced: sets of channels that must stay equal in number.
         heads: the heads of attentions.
         statistics: channels of kind "reduce" that scale what they are computed from.
+        choices: channels among which a top-k chooses, of each top-k.
     """
 
     vectors: list[Vector] = field(default_factory=list)
@@ -91,3 +92,4 @@ class Facts:
     balanced: list[Balanced] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)
     statistics: list[Tensor] = field(default_factory=list)
+    choices: list[Tensor] = field(default_factory=list)

@@ -41,8 +41,8 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
         return
     rank = max(ids.dim(), len(value.shape))
     ids = channel_ids.broadcast(ids, rank)
-    for name, entries, zeroed in _entries(t, value):
-        entries = channel_ids.broadcast(entries, rank)
+    for name, shown, zeroed in _entries(t, value):
+        entries = channel_ids.broadcast(shown, rank)
         for dim in range(rank):  # what does not change along a dimension is looked at once
             if entries.shape[dim] > 1 and entries.stride(dim) == 0:
                 entries = entries.narrow(dim, 0, 1)
@@ -144,8 +144,9 @@ def heads(
     Args:
         t: the tracer.
         call: the operation.
-        query, key, value: ids [..., heads, positions, channels] or such with batches and heads in
-            one dimension.
+        query: ids [..., heads, positions, channels]; batches and heads may be one dimension.
+        key: ids, like query.
+        value: ids, like query.
         bias: ids [..., heads, positions, positions] that are added to the logits.
     """
     sides = [x for x in (query, key, value, bias) if x is not None]
@@ -168,9 +169,9 @@ def _by_head(ids: Tensor, count: int) -> Tensor:
     return moved.expand(count, -1)
 
 
-def logits_before(node: fx.Node, known: dict[fx.Node, tuple[Tensor, Tensor]]) -> (
-    tuple[Tensor, Tensor] | None
-):
+def logits_before(
+    node: fx.Node, known: dict[fx.Node, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor] | None:
     """Finds the product of queries and keys that attention weights are computed from.
 
     Args:

@@ -10,10 +10,14 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from lap_ext._text import did_you_mean
 from lap_ext.computed import is_computed, sources, value_of
 from lap_ext.errors import LapValueError, calling
+from lap_ext.options import one_of
+from lap_ext.structures import KINDS, Coupled, Kind
 from lap_ext.topology import edges, render
 from lap_ext.topology.accepted import unwrapped
+from lap_ext.topology.coupling import CoupledGroups, explained, groups_of
 from lap_ext.topology.edges import Edge
 from lap_ext.topology.effective import same
 from lap_ext.topology.export import first_names, named_tensors
@@ -285,6 +289,43 @@ class Topology:
     def walker(self) -> Walker:
         """Returns a walker through the graph, with the model's weights as they are now."""
         return Walker(self.graph, self.tensors())
+
+    @calling("Topology.groups")
+    def groups(self, structure: Kind | Coupled = "channel") -> CoupledGroups:
+        """Finds what can only be removed together; see `lap_ext.structures.groups`."""
+        kind = structure.kind if isinstance(structure, Coupled) else structure
+        one_of("structure", kind, KINDS)
+        return groups_of(self, kind)
+
+    @calling("Topology.explain")
+    def explain(self, layer: str, structure: Kind | Coupled = "channel") -> str:
+        """Says what goes with the output channels of a layer, and which cannot go and why.
+
+        Args:
+            layer: its name.
+            structure: as in `lap_ext.structures.groups`.
+
+        Raises:
+            ValueError: there is no such layer or structure.
+
+        Example:
+            >>> import torch, lap_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 3))
+            >>> topology = lap_ext.trace(net, torch.ones(1, 4))
+            >>> print(topology.explain("0"))
+            0: 2 output channels
+              2 can be removed, each with
+                1 row of 0.weight
+                1 column of 1.weight
+                1 entry of 0.bias
+            >>> print(topology.explain("1"))
+            1: 3 output channels
+              3 cannot be removed: an output of the model
+        """
+        if layer not in self.layers:
+            hint = did_you_mean(layer, self.layers)
+            raise LapValueError("the name of a layer of the model", repr(layer), hint)
+        return explained(self.groups(structure), layer)
 
     def __str__(self) -> str:
         return render.table(self._rows(), self._notes())

@@ -197,8 +197,9 @@ def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
 def _where_live(edges: ChannelEdges, live: Tensor) -> ChannelEdges:
     entry = None if edges.entry is None else edges.entry[live]
     weight = None if edges.weight is None else edges.weight[live]
-    return replace(edges, child=edges.child[live], parent=edges.parent[live], entry=entry,
-                   weight=weight)
+    return replace(
+        edges, child=edges.child[live], parent=edges.parent[live], entry=entry, weight=weight
+    )
 
 
 def scaled(
@@ -271,10 +272,12 @@ def joined(
         ones = [_stretched(own, other.ids) for own, other in ((real, wide), (x.shape, result))]
         result = _join(t, call, result, wide, (ones[0], ones[1]))
         real = tuple(torch.broadcast_shapes(real, x.shape))
-    for x in values if result is not None else ():
+    if result is None:
+        return plain(shape)
+    for x in values:
         if not x.has_channels:
             belong(t, x, result.ids, adds=True)
-    return result or plain(shape)
+    return result
 
 
 def _stretched(shape: tuple[int, ...], other: Tensor) -> bool:

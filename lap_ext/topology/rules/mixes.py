@@ -152,6 +152,7 @@ def _ranked(t: Tracer, call: Call) -> Result:
         ids = mixed(t.channels, call.name, ids, [dim % ids.dim()])
         choice = len(t.channels.groups) - 1
         t.choices[choice] = x.ids, dim % ids.dim()
+        t.facts.choices.append(torch.unique(x.ids[x.ids != 0]))
         chosen = replace(chosen, choice=choice)
     if len(call.shape) < ids.dim():
         ids = ids.squeeze(dim)
