@@ -205,31 +205,35 @@ class Thinned:
         }
 
     # ---- what must hold --------------------------------------------------------------------------
-    def faults(self, members: Sequence[Any]) -> list[str]:
-        """What of the three runs does not hold, a text each.
+    def faults(self, *units: Sequence[Any]) -> list[str]:
+        """What of the three runs does not hold when these units go, a text each.
 
         A unit that nothing reads is a pair, q and k of an attention: each of its rows may then have
         any values alone.
         """
-        made, read = self.sides(members)
-        zero = self.run(self.changed([made, read]))
-        result = [] if made else ["nothing makes it"]
-        runs = [("producers", made), ("consumers", read)] if read else self._alone(made)
+        sides = [self.sides(members) for members in units]
+        every = [masks for pair in sides for masks in pair]
+        zero = self.run(self.changed(every))
+        runs = [("producers", [made for made, read in sides if read])]
+        runs += [("consumers", [read for _, read in sides])]
+        if len(units) == 1 and not sides[0][1]:
+            runs = self._alone(units[0])
+        result = []
         for side, filled in runs:
-            other = self.run(self.changed([made, read], [filled]))
+            other = self.run(self.changed(every, filled))
             error = float((other - zero).abs().max() / (1 + zero.abs().max()))
             if not error <= TOLERANCE:
                 result.append(f"{side}: the output changes by {error:.1e}")
         return result
 
-    def _alone(self, made: Masks) -> list[tuple[str, Masks]]:
-        """Each row of each parameter by itself."""
+    def _alone(self, members: Sequence[Any]) -> list[tuple[str, list[Masks]]]:
+        """Each row of each weight by itself."""
         runs = []
-        for name, mask in made.items():
-            for row in mask.flatten(1).any(1).nonzero().flatten() if mask.dim() > 1 else ():
-                own = torch.zeros_like(mask)
-                own[row] = mask[row]
-                runs.append((f"row {int(row)} of {name}", {name: own}))
+        for part in members:
+            of_columns = part.rows is None
+            for index in part.cols if of_columns else part.rows:
+                own = Part(part.parameter, *([None, [index]] if of_columns else [[index], None]))
+                runs.append((f"{part.parameter}[{index}]", [self.sides([own])[0]]))
         return runs
 
     def matters(self, members: Sequence[Any]) -> bool:
