@@ -55,7 +55,7 @@ TORCH_FREE = [
     *("allocation", "allocation.budget", "allocation.layerwise", "allocation.notation"),
     *("cli.output", "cli.parser"),
     *("ops", "ops.check", "ops.missing", "ops.neighbors", "ops.numpy_args"),
-    *("structures.base", "structures.matrix"),
+    *("structures.base", "structures.coupled", "structures.matrix"),
 ]
 
 EVERYWHERE = {"torch", "numpy", "safetensors", "lap_ext"}

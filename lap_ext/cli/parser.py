@@ -83,7 +83,8 @@ examples:
   lap-ext bench ./llama --sparsity 0.5
 """
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
-WITH_DATA = ("lookahead_act", "obd", "obd_lookahead", "wanda", "weight_gradient")
+WITH_DATA = ("lookahead_act", "minitron", "obd", "obd_lookahead", "reap", "wanda",
+             "weight_gradient")  # fmt: skip
 _ELSEWHERE = {"model": "a factory (package.module:factory)", "example_inputs": "--input"}
 _QUOTES = "'\""
 _SHELLS = ("bash", "zsh", "fish", "tcsh")

@@ -5,7 +5,8 @@
 
 Each class defines w, in and out. Separate modules compute them: lookahead norms, statistics of
 activations, gradients. A criterion of your own is a function that takes a layer and returns scores
-with the shape of its weight; the weights with larger scores are kept first.
+with the shape of its weight; the weights with larger scores are kept first. Those in units.py score
+no weights, but whole units across layers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from lap_ext.criteria.data import LookaheadAct as LookaheadAct
 from lap_ext.criteria.data import OBDLookahead as OBDLookahead
 from lap_ext.criteria.data import Wanda as Wanda
 from lap_ext.criteria.data import WeightGradient as WeightGradient
+from lap_ext.criteria.units import REAP as REAP
+from lap_ext.criteria.units import Minitron as Minitron
+from lap_ext.criteria.units import UnitCriterion as UnitCriterion
 from lap_ext.criteria.weights import Custom as Custom
 from lap_ext.criteria.weights import Lookahead as Lookahead
 from lap_ext.criteria.weights import Lookback as Lookback
@@ -48,6 +52,8 @@ Name: TypeAlias = Literal[
     "weight_gradient",
     "obd",
     "obd_lookahead",
+    "minitron",
+    "reap",
 ]
 # A name (one of the above or a registered one), an instance, or a function of a layer.
 CriterionLike: TypeAlias = Name | str | Criterion | Callable[[Layer], Tensor]
@@ -66,6 +72,8 @@ REGISTRY: dict[str, Callable[[], Criterion]] = {
         WeightGradient,
         OBD,
         OBDLookahead,
+        Minitron,
+        REAP,
     )
 }
 
@@ -136,14 +144,15 @@ def measure(
         model: as in `lap_ext.prune`.
         example_inputs: as in `lap_ext.prune`.
         criterion: one that reads data: "wanda", "lookahead_act", "weight_gradient", "obd",
-            "obd_lookahead", or an instance of one of their classes.
+            "obd_lookahead", "minitron", "reap", or an instance of one of their classes.
         data: as in `lap_ext.prune`.
         topology: as in `lap_ext.prune`.
 
     Returns:
         Name -> statistic: "LAYER.mean_square" (wanda), "LAYER.active_fraction" (lookahead_act),
-        "LAYER.gradient" (weight_gradient) or "LAYER.hessian" (obd, obd_lookahead). A weight that is
-        used more than once has "LAYER.mean_square.1" and so on, too.
+        "LAYER.gradient" (weight_gradient), "LAYER.hessian" (obd, obd_lookahead),
+        "LAYER.absolute_mean" (minitron) or "LAYER.reap" (reap). A weight that is used more than
+        once has "LAYER.mean_square.1" and so on, too.
 
     Raises:
         ValueError: the criterion reads no data, or as in `lap_ext.prune`.

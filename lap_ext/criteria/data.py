@@ -7,7 +7,8 @@
     obd               sqrt(h / 2) |w|, which ranks like h w^2 / 2; h is the Hessian's diagonal
     obd_lookahead     lookahead with the weights sqrt(h) |w|
 
-The statistics are measured only once, on the unpruned model before the first round.
+The statistics are measured only once, on the unpruned model before the first round. Criteria of
+whole units across layers are in units.py.
 Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023
 (Wanda); Park et al., ICLR 2020 (lookahead_act, obd, obd_lookahead); Lee et al., "SNIP", 2019;
 LeCun et al., "Optimal Brain Damage", 1989.
@@ -73,7 +74,7 @@ class DataCriterion(Criterion, ABC):
             network.statistics = Statistics(self.measure(network.topology, data))
 
 
-def _of_role(network: Network, role: Role, what: str, side: int) -> Tensor:
+def of_role(network: Network, role: Role, what: str, side: int) -> Tensor:
     """Returns a statistic >= 0 of a role's input (side 0) or output channels (1), float64.
 
     One number stands for all channels; it is returned as it is.
@@ -123,7 +124,7 @@ class Wanda(DataCriterion):
 
     def norms(self, network: Network, role: Role) -> Norms:
         """Returns the root mean square of the inputs, and ones."""
-        squares = _of_role(network, role, "mean_square", 0)
+        squares = of_role(network, role, "mean_square", 0)
         return exact_sqrt(squares.expand(role.part.channels[0])), None
 
 
@@ -151,7 +152,7 @@ class LookaheadAct(DataCriterion):
         """Measures or reads how often each unit is active."""
         super().prepare(network, data)
         for index, role in enumerate(network.topology.roles):
-            active = _of_role(network, role, "active_fraction", 1)
+            active = of_role(network, role, "active_fraction", 1)
             always = not active.dim() and float(active) == 1
             network.activity[index] = None if always else active.expand(role.part.channels[1])
 

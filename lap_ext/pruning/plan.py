@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lap_ext import criteria, structures
 from lap_ext._text import matches, some
 from lap_ext.allocation import Allocation, Sparsity, floors
-from lap_ext.criteria import Criterion, CriterionLike, exact
+from lap_ext.criteria import Criterion, CriterionLike, UnitCriterion, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
 from lap_ext.ops.check import keep_count
@@ -120,6 +120,8 @@ class Plan:
 def _check_structure(options: Options) -> None:
     """Checks the options that belong to structures."""
     structure = options.structure
+    if isinstance(options.criterion, UnitCriterion):
+        options.criterion.check_structure(structure)
     structures.check_aggregate(options.aggregate)
     positive("multiple_of", options.multiple_of)
     if not isinstance(options.strict, bool):

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.structures.base import Structure
 
-if TYPE_CHECKING:
-    from lap_ext.topology import Topology
-    from lap_ext.topology.coupling import CoupledGroups
-
 Kind: TypeAlias = Literal["channel", "head", "expert", "unit"]
 KINDS: tuple[str, ...] = get_args(Kind)
+Found_co = TypeVar("Found_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,14 @@ class Coupled(Structure):
         return self.kind
 
 
-def groups(topology: Topology, structure: Kind | Coupled = "channel") -> CoupledGroups:
+class Traced(Protocol[Found_co]):
+    """A topology, as far as this room knows it."""
+
+    def groups(self, structure: Kind | Coupled) -> Found_co:
+        """Finds the groups of a structure."""
+
+
+def groups(topology: Traced[Found_co], structure: Kind | Coupled = "channel") -> Found_co:
     """Finds what of a model can only be removed together, and what cannot be removed and why.
 
     Args:
@@ -85,10 +89,8 @@ def groups(topology: Topology, structure: Kind | Coupled = "channel") -> Coupled
         >>> found.fixed
         (Fixed(layer='2', channels=3, reason='an output of the model'),)
     """
-    find = getattr(topology, "groups", None)
-    if not callable(find):
+    if not hasattr(topology, "groups"):
         raise LapTypeError(
             "{argument} to be what trace returned", type(topology).__name__, argument="topology"
         )
-    found: CoupledGroups = find(structure)
-    return found
+    return topology.groups(structure)

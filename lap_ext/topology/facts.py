@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lap_ext.topology.work import Product
+
 
 class Vector(NamedTuple):
     """Entries of a parameter or buffer that belong to channels: of a bias, a norm, a class token.
@@ -85,6 +87,7 @@ class Facts:
         heads: the heads of attentions.
         statistics: channels of kind "reduce" that scale what they are computed from.
         choices: channels among which a top-k chooses, of each top-k.
+        products: multiply-adds of products without a layer's weight (work.py).
     """
 
     vectors: list[Vector] = field(default_factory=list)
@@ -93,3 +96,4 @@ class Facts:
     heads: list[Heads] = field(default_factory=list)
     statistics: list[Tensor] = field(default_factory=list)
     choices: list[Tensor] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)

@@ -87,6 +87,8 @@ class Role:
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
     computation: Computation | None = None  # of the weight; None: it is the parameter
+    positions: int = 0  # how often the example inputs apply the matrix; 0: it is looked up
+    by_data: bool = False  # whether each position uses one group of it, which data picks
 
     def __repr__(self) -> str:
         return f"Role({self.kind} {self.layer!r}, {self.part.block})"

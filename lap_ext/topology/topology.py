@@ -18,6 +18,7 @@ from lap_ext.structures import KINDS, Coupled, Kind
 from lap_ext.topology import edges, render
 from lap_ext.topology.accepted import unwrapped
 from lap_ext.topology.coupling import CoupledGroups, explained, groups_of
+from lap_ext.topology.coupling.subject import Subject
 from lap_ext.topology.edges import Edge
 from lap_ext.topology.effective import same
 from lap_ext.topology.export import first_names, named_tensors
@@ -295,7 +296,9 @@ class Topology:
         """Finds what can only be removed together; see `lap_ext.structures.groups`."""
         kind = structure.kind if isinstance(structure, Coupled) else structure
         one_of("structure", kind, KINDS)
-        return groups_of(self, kind)
+        layers = {x.name: (x.parameter, x.kind) for x in self.layers.values()}
+        shapes = {name: tuple(x.shape) for name, x in self.tensors().items()}
+        return groups_of(Subject(self.graph, layers, shapes, self.model), kind)
 
     @calling("Topology.explain")
     def explain(self, layer: str, structure: Kind | Coupled = "channel") -> str:

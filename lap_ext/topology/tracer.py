@@ -35,6 +35,7 @@ from lap_ext.topology.facts import Facts
 from lap_ext.topology.roles import Role
 from lap_ext.topology.static import Static, names_of
 from lap_ext.topology.value import Value, WeightView, plain
+from lap_ext.topology.work import products_of
 
 # Operations after which a weight is still the same view of its parameter.
 _SAME = {"to", "_to_copy", "contiguous", "clone", "detach", "alias"}
@@ -120,7 +121,10 @@ class Tracer:
             rest = args[args.index(body) + 1 :]
             return self.run(body, [x for x in rest if isinstance(x, Value)])
         call = bind(node, args, kwargs)
+        known = len(self.roles), len(self.facts.products)
         result = self._sized(call) if call.sized_by_data else self._result(call)
+        if known == (len(self.roles), len(self.facts.products)):
+            self.facts.products += products_of(call)
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])

@@ -114,16 +114,9 @@ inline std::vector<uint8_t> nm_mask(const std::vector<double>& scores,
   return out;
 }
 
-// Two of four along rows and columns of every tile, by trying all ways to fill 16 places: the one
-// that keeps the most of what counts, of these the largest sum.
-inline std::vector<uint8_t> transposable_mask(const std::vector<double>& values,
-                                              const std::vector<uint8_t>& counts,
-                                              const lap::Layout& layout) {
-  std::vector<uint8_t> out(values.size());
-  const auto at = [&](int64_t corner, int place) {
-    return corner + place / 4 * layout.row_size() + place % 4 * layout.window;
-  };
-  // Of two patterns the first has the earlier pair in the first row that differs; (0, 1) < (0, 2).
+// All ways to fill 8 of a tile's 16 places with two in each row and column, found by trying every
+// one. Of two the first has the earlier pair in the first row that differs; (0, 1) < (0, 2).
+inline std::vector<std::vector<int>> tile_patterns() {
   std::vector<std::vector<int>> patterns;
   for (int bits = 0; bits < 1 << 16; ++bits) {
     int by_row[4] = {};
@@ -140,6 +133,18 @@ inline std::vector<uint8_t> transposable_mask(const std::vector<double>& values,
       patterns.push_back(places);
   }
   std::sort(patterns.begin(), patterns.end());
+  return patterns;
+}
+
+// The pattern of every tile that keeps the most of what counts, of these the largest sum.
+inline std::vector<uint8_t> transposable_mask(const std::vector<double>& values,
+                                              const std::vector<uint8_t>& counts,
+                                              const lap::Layout& layout) {
+  static const std::vector<std::vector<int>> patterns = tile_patterns();
+  std::vector<uint8_t> out(values.size());
+  const auto at = [&](int64_t corner, int place) {
+    return corner + place / 4 * layout.row_size() + place % 4 * layout.window;
+  };
   for (int64_t p = 0; p < layout.size(); ++p) {
     if (p / layout.row_size() % 4 != 0 || p / layout.window % layout.cols % 4 != 0) continue;
     const std::vector<int>* best = nullptr;

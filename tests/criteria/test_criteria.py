@@ -15,7 +15,7 @@ from tests.helpers import paper_formulas as cases
 
 NAMES = (
     *("magnitude", "magnitude_bn", "random", "lookahead", "lookforward", "lookback"),
-    *("lookahead_act", "wanda", "weight_gradient", "obd", "obd_lookahead"),
+    *("lookahead_act", "wanda", "weight_gradient", "obd", "obd_lookahead", "minitron", "reap"),
 )
 
 

@@ -22,6 +22,7 @@ from lap_ext.options import NORMALIZATIONS
 from lap_ext.places import Chunk
 from lap_ext.topology import Topology
 from tests.helpers.checkpoints import change, least_memory, prune, write
+from tests.helpers.criterion_names import of_weights
 from tests.helpers.traced_once import traced_once
 
 INPUTS = torch.ones(2, 6)
@@ -88,7 +89,7 @@ def scored_by(criterion: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("order", [*SCOPES, *ORDERS])
-@pytest.mark.parametrize("criterion", [*sorted(criteria.REGISTRY), *OWN])
+@pytest.mark.parametrize("criterion", [*of_weights(), *OWN])
 def test_in_memory(criterion: str, order: str, weight: Tensor) -> None:
     """Also where nothing is ranked; and nothing is changed."""
     model = traced().model
@@ -102,7 +103,7 @@ def test_in_memory(criterion: str, order: str, weight: Tensor) -> None:
             assert torch.equal(x.nan_to_num(7), before[name].nan_to_num(7))
 
 
-@pytest.mark.parametrize("criterion", [*sorted(criteria.REGISTRY), *OWN])
+@pytest.mark.parametrize("criterion", [*of_weights(), *OWN])
 def test_scores_in_memory(criterion: str, weight: Tensor) -> None:
     weight[13] = torch.nan
     for normalize in NORMALIZATIONS:
@@ -111,7 +112,7 @@ def test_scores_in_memory(criterion: str, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("criterion", [*sorted(criteria.REGISTRY), *OWN])
+@pytest.mark.parametrize("criterion", [*of_weights(), *OWN])
 def test_from_files(
     criterion: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import lap_ext
 from lap_ext import criteria
 from lap_ext.pruning.result import row_of
 from tests.helpers import paper_formulas as cases
+from tests.helpers.criterion_names import of_weights
 
 X = torch.zeros(1, 2, 4, 4)
 WITH_DATA = ("wanda", "lookahead_act", "weight_gradient", "obd", "obd_lookahead")
@@ -229,7 +230,7 @@ def test_9_a_negative_curvature_is_no_reason_to_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", sorted(criteria.REGISTRY))
+@pytest.mark.parametrize("name", of_weights())
 def test_10_scoring_changes_nothing(name: str, mode: str) -> None:
     """Not a bit of weights, buffers, gradients, flags, hooks; nor the state of random numbers."""
     if name.startswith("obd"):
@@ -385,7 +386,7 @@ def test_17_layers_of_every_kind() -> None:
         *(nn.ConvTranspose1d(6, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)),
     )
     data = [(torch.randn(3, 4, 6), torch.tensor([0, 1, 2]))]
-    for name in sorted(criteria.REGISTRY):
+    for name in of_weights():
         if name.startswith("obd"):
             continue
         given = data if name in WITH_DATA else None

@@ -2,6 +2,7 @@
 """Statistics of activations per channel, in float64, accumulated batch by batch.
 
     mean_squares       input i of a role: mean of x_i^2 over batch and positions
+    absolute_means     input i of a role: root of the sum over elements of (mean of |x_i|)^2
     active_fractions   output o of a role: the fraction > 0 after its activation function
 
 An embedding reads one-hot rows: the mean square of an entry is its frequency. Experts that
@@ -21,13 +22,17 @@ from torch.export import ExportedProgram
 
 from lap_ext.criteria.statistics.activity import Activation, activation_after
 from lap_ext.criteria.statistics.experts import Chosen, chosen_by_data, tensors_of
-from lap_ext.criteria.statistics.replay import Watches, replay
+from lap_ext.criteria.statistics.replay import Watches, elements, replay
 from lap_ext.errors import LapValueError
+from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.topology import Topology
 from lap_ext.topology.call import bind
 from lap_ext.topology.roles import Role
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+Map = Callable[[Tensor], Tensor]  # of entries, float64
 
 
 @dataclass
@@ -50,6 +55,15 @@ class _Mean:
         return mean.repeat(channels // mean.numel())
 
 
+class _SquaredMeans(_Mean):
+    """The sum over runs of the squared mean of each, per channel, float64."""
+
+    def add(self, total: Tensor, count: Tensor | int) -> None:
+        """Adds what one run has summed."""
+        squared = (total / torch.as_tensor(count).to(total.device).clamp(min=1)).square()
+        self.total, self.count = squared if self.total is None else self.total + squared, 1
+
+
 def mean_squares(topology: Topology, data: Any) -> list[Tensor]:
     """Computes the mean of x_i^2 for every role, float64 [I], on the CPU.
 
@@ -61,8 +75,31 @@ def mean_squares(topology: Topology, data: Any) -> list[Tensor]:
         ValueError: an activation is not finite; data is empty, or takes another path through the
             model than the trace.
     """
+    return _of_inputs(topology, data, _Mean, torch.square)
+
+
+def absolute_means(topology: Topology, data: Any) -> list[Tensor]:
+    """Computes a_i = sqrt(sum over elements of (mean of |x_i|)^2) for every role, float64 [I].
+
+    The mean is over all positions of an element, or, of an expert chosen by data, over those of its
+    tokens. Elements are run one by one (see `elements`), so that it does not matter how data is cut
+    into batches, nor where a model puts the dimension of the batch.
+
+    Args:
+        topology: of the model.
+        data: batches as `replay` takes them.
+
+    Raises:
+        ValueError: as in `mean_squares`.
+    """
+    sums = _of_inputs(topology, elements(topology.model, data), _SquaredMeans, torch.abs)
+    return [exact_sqrt(x) for x in sums]
+
+
+def _of_inputs(topology: Topology, data: Any, kind: type[_Mean], of: Map) -> list[Tensor]:
+    """Computes means over the inputs of every role, on the CPU, and checks that they are finite."""
     roles = topology.roles
-    means = [_Mean() for _ in roles]
+    means = [kind() for _ in roles]
     _check_no_projection(roles)
 
     def watcher(_program: ExportedProgram, nodes: list[fx.Node]) -> Watches:
@@ -72,21 +109,21 @@ def mean_squares(topology: Topology, data: Any) -> list[Tensor]:
         before = {}
         for node, indices in indices_of.items():
             chosen = Chosen(node) if chosen_by_data(roles[indices[0]]) else None
-            before[node] = _square_adder(roles, means, node, indices, chosen)
+            before[node] = _adder(roles, means, node, indices, chosen, of)
             before.update(chosen.watches() if chosen else {})
         return Watches(before)
 
     replay(topology, data, watcher)
     result = []
     for role, mean in zip(roles, means, strict=True):
-        squares = mean.value(role.part.channels[0])
-        if not bool(squares.isfinite().all()):
+        values = mean.value(role.part.channels[0])
+        if not bool(values.isfinite().all()):
             raise LapValueError(
                 "finite activations",
                 f"inf or NaN in the input of layer {role.layer!r}",
                 "Look for such values in data.",
             )
-        result.append(squares)
+        result.append(values)
     return result
 
 
@@ -131,20 +168,21 @@ def _check_no_projection(roles: list[Role]) -> None:
             )
 
 
-def _square_adder(
+def _adder(
     roles: list[Role],
     means: list[_Mean],
     node: fx.Node,
     indices: list[int],
     chosen: Chosen | None,
+    of: Map,
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-    """Makes the watch that adds the squares of the inputs of a node's roles to their means."""
+    """Makes the watch that adds a map of the inputs of a node's roles to their means."""
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bind(node, args, kwargs)
         if roles[indices[0]].kind in _RECURRENT:
             for index, x in zip(indices, _cell_inputs(call.target, call.arguments), strict=True):
-                means[index].add(*_square_sums(x, (2,)))
+                means[index].add(*_sums(of(x.double()), (2,)))
             return
         (index,) = indices
         role = roles[index]
@@ -154,20 +192,15 @@ def _square_adder(
             entries = x.flatten().long() % size
             means[index].add(torch.bincount(entries, minlength=size).double(), entries.numel())
         elif chosen is not None:
-            means[index].add(*chosen.square_sums(call, x, role))
+            means[index].add(*chosen.sums(call, x, role, of))
         else:
-            means[index].add(*_square_sums(x, role.in_dims))
+            means[index].add(*_sums(of(x.double()), role.in_dims))
 
     return read
 
 
-def _square_sums(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, int]:
-    """Returns (sum of x^2 of each channel, float64; positions); the channels lie along dims."""
-    squares = x.double().square_() if x.dtype != torch.float64 else x.square()
-    return _sums(squares, dims)
-
-
 def _sums(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Returns (sum of each channel, float64; positions); the channels lie along dims."""
     rest = [dim for dim in range(x.dim()) if dim not in dims]
     sums = x.sum(rest, dtype=torch.float64) if rest else x.double()
     order = [sorted(dims).index(dim) for dim in dims]

@@ -47,23 +47,26 @@ class Chosen:
 
         return {picks: keep_index}
 
-    def square_sums(self, call: Call, x: Tensor, role: Role) -> tuple[Tensor, Tensor]:
-        """Returns (sums of x^2, numbers of rows) by expert and channel: float64, int64 [E * I]."""
+    def sums(
+        self, call: Call, x: Tensor, role: Role, of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (sums of a map of x, numbers of rows) by expert and channel: float64, int64."""
         experts = role.part.groups
         (dim,) = role.in_dims
         rows = x.movedim(dim, -1).flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # [S, 1, I]
-        squares = rows.double().square().sum(1)
+        sums = of(rows.double()).sum(1)
         count = torch.full(rows.shape[:1], rows.shape[1], device=x.device)
-        expert = self._expert(call, rows.shape[0], experts)
+        expert = self.of_rows(call, rows.shape[0], experts)
         if expert is None:  # unknown: every expert counts all rows
-            return squares.sum(0).repeat(experts), count.sum().expand(experts * squares.shape[1])
+            return sums.sum(0).repeat(experts), count.sum().expand(experts * sums.shape[1])
         own = (expert >= 0) & (expert < experts)
-        expert, squares, count = expert[own], squares[own], count[own]
-        sums = squares.new_zeros(experts, squares.shape[1]).index_add_(0, expert, squares)
+        expert, sums, count = expert[own], sums[own], count[own]
+        totals = sums.new_zeros(experts, sums.shape[1]).index_add_(0, expert, sums)
         counts = count.new_zeros(experts).index_add_(0, expert, count)
-        return sums.flatten(), counts.repeat_interleave(squares.shape[1])
+        return totals.flatten(), counts.repeat_interleave(sums.shape[1])
 
-    def _expert(self, call: Call, rows: int, experts: int) -> Tensor | None:
+    def of_rows(self, call: Call, rows: int, experts: int) -> Tensor | None:
+        """Returns the expert of each row, int64 [S]; None where the call does not tell."""
         if self.index is not None:
             index = self.index.flatten().long()
             return index if index.numel() == rows else None

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -98,6 +99,32 @@ def batches(data: Any) -> Iterator[Any]:
         yield batch
     if empty:
         raise LapValueError("data with one batch or more", "none")
+
+
+def elements(model: nn.Module, data: Any) -> Iterator[Any]:
+    """Yields the elements of all batches, each as a batch of one.
+
+    They are the entries along dimension 0 of the tensors in a batch, if all have as many (tensors
+    of one entry, or of no dimension, belong to each). Any other batch is one element.
+
+    Example:
+        >>> first, second = elements(nn.Linear(2, 2), [torch.tensor([[1., 2.], [3., 4.]])])
+        >>> second
+        (tensor([[3., 4.]]),)
+    """
+    for batch in batches(data):
+        args, kwargs = call_of(model, batch)
+        given = kwargs or args
+        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        sizes = {x.shape[0] for x in tensors if x.dim()} - {1}
+        size = sizes.pop() if len(sizes) == 1 else 1
+        for index in range(size):
+            yield pytree.tree_map_only(Tensor, partial(_entry, index, size), given)
+
+
+def _entry(index: int, size: int, x: Tensor) -> Tensor:
+    """Cuts one entry from a tensor that has so many."""
+    return x[index : index + 1] if x.dim() and x.shape[0] == size else x
 
 
 def call_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lap_ext.topology.coupling.axes import Axes
 from lap_ext.topology.coupling.groups import Assigned, AssignedVector
+from lap_ext.topology.coupling.subject import Subject
 from lap_ext.topology.facts import Vector
-
-if TYPE_CHECKING:
-    from lap_ext.topology.topology import Topology
 
 
 def assigned(x: Axes, ids: Tensor) -> Assigned:
@@ -31,16 +27,15 @@ def _common(index: Tensor, ids: Tensor, size: int, number: Tensor) -> Tensor:
     return torch.where(low == high, low, -1)
 
 
-def vectors_of(topology: Topology, ids: Tensor) -> list[AssignedVector]:
+def vectors_of(subject: Subject, ids: Tensor) -> list[AssignedVector]:
     """Finds the groups of the entries of biases, norms and the like."""
     facts: dict[str, list[Vector]] = {}
-    for fact in topology.graph.facts.vectors:
+    for fact in subject.graph.facts.vectors:
         facts.setdefault(fact.name, []).append(fact)
-    tensors = topology.tensors()
     result = []
     for name, given in facts.items():
         index, own = torch.cat([x.entries for x in given]), torch.cat([x.ids for x in given])
-        shape = tuple(tensors[name].shape)
+        shape = subject.shapes[name]
         groups = _common(index, own, torch.Size(shape).numel(), ids)
         if bool((groups >= 0).any()):
             zeroed = all(x.zeroed for x in given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,9 @@ from lap_ext.topology.coupling.groups import (
     Family,
     Fixed,
 )
+from lap_ext.topology.coupling.subject import Subject
 from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
-
-if TYPE_CHECKING:
-    from lap_ext.topology.topology import Topology
 
 _NO_EXPERT = "it belongs to no expert"
 _NO_ROUTER = "no top-k chooses among its experts"
@@ -45,19 +42,17 @@ class _Experts:
     listed: tuple[tuple[str, ...], ...]  # parameters of each expert of a module list
 
 
-def experts_of(topology: Topology) -> CoupledGroups:
+def experts_of(subject: Subject) -> CoupledGroups:
     """Finds the experts of a model."""
-    graph, model = topology.graph, topology.model
-    tensors = topology.tensors()
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    graph, shapes = subject.graph, subject.shapes
     routers = list(_routers(graph))
     ids = torch.full((graph.channels.size,), -1)
     families: list[Family] = []
     found: dict[str, Tensor] = {}  # parameter -> the group of each entry of its first dimension
     alone: dict[str, str] = {}  # layer -> why its experts are no groups
     count = 0
-    layer_of = {x.parameter: x.name for x in topology.layers.values()}
-    for experts in _mixtures(topology, model):
+    layer_of = {parameter: name for name, (parameter, _) in subject.layers.items()}
+    for experts in _mixtures(subject):
         layers = [layer_of[x] for x in _all(experts) if x in layer_of]
         router = _nearest(routers, experts)
         if router is None:
@@ -74,19 +69,19 @@ def experts_of(topology: Topology) -> CoupledGroups:
         more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         classes = torch.zeros_like(numbers)
         families.append(Family(f"{layers[0]}{more}", tuple(layers), numbers, classes))
-    return _made(topology, families, found, ids, alone)
+    return _made(subject, families, found, ids, alone)
 
 
 def _made(
-    topology: Topology,
+    subject: Subject,
     families: Sequence[Family],
     found: dict[str, Tensor],
     ids: Tensor,
     alone: dict[str, str],
 ) -> CoupledGroups:
     weights, fixed = [], []
-    shapes = {x.parameter: x.shape for x in topology.layers.values()}
-    for x in axes_of(topology.graph.roles):
+    shapes = {parameter: subject.shapes[parameter] for parameter, _ in subject.layers.values()}
+    for x in axes_of(subject.graph.roles):
         if x.parameter in found:
             rows = _spread(found[x.parameter], x.shape[0])
             cols = torch.full((x.groups, x.shape[1]), -1)
@@ -98,11 +93,10 @@ def _made(
             if left:
                 fixed.append(Fixed(x.layer, left, alone.get(x.layer, _NO_EXPERT)))
         weights.append(own)
-    vectors = vectors_of(topology, ids)
-    tensors = topology.tensors()
+    vectors = vectors_of(subject, ids)
     for name, numbers in found.items():
         if name not in shapes:
-            shape = tuple(tensors[name].shape)
+            shape = subject.shapes[name]
             entries = _spread(numbers, torch.Size(shape).numel())
             vectors = [x for x in vectors if x.name != name]
             vectors.append(AssignedVector(name, shape, entries, True, False))
@@ -139,20 +133,19 @@ def _routers(graph: Graph) -> Iterator[Role]:
                 queue += torch.unique(graph.channels.group_index(edges.parent)).tolist()
 
 
-def _mixtures(topology: Topology, model: nn.Module) -> Iterator[_Experts]:
+def _mixtures(subject: Subject) -> Iterator[_Experts]:
     """Finds the modules that hold experts, in the network's order."""
-    layers = topology.layers
-    packed = {
-        layer.parameter.rpartition(".")[0]: layer.shape[0]
-        for layer in layers.values()
-        if len(layer.shape) == 3 and layer.kind == "linear" and layer.groups == layer.shape[0] > 1
-    }
+    packed: dict[str, int] = {}
+    for role in subject.graph.roles:
+        shape = subject.shapes[role.parameter]
+        if len(shape) == 3 and role.kind == "linear" and role.part.groups == shape[0] > 1:
+            packed[role.parameter.rpartition(".")[0]] = shape[0]
     for path, count in packed.items():
-        owned = model.get_submodule(path).named_parameters(prefix=path, recurse=False)
+        owned = subject.model.get_submodule(path).named_parameters(prefix=path, recurse=False)
         names = tuple(name for name, x in owned if x.dim() and x.shape[0] == count)
         yield _Experts(path, count, names, ())
-    known = {x.parameter for x in layers.values()}
-    for path, module in model.named_modules():
+    known = {parameter for parameter, _ in subject.layers.values()}
+    for path, module in subject.model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
         each = [_parameters(path, index, x) for index, x in enumerate(module)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from lap_ext.topology.coupling.axes import Axes
 from lap_ext.topology.coupling.coupled import Coupling, coupling_of
 from lap_ext.topology.coupling.experts import experts_of
 from lap_ext.topology.coupling.groups import CoupledGroups, Family, Fixed
-
-if TYPE_CHECKING:
-    from lap_ext.topology.topology import Topology
+from lap_ext.topology.coupling.subject import Subject
 
 _NOT_READ = "nothing reads it"
 _NOT_HEAD = "it is in no head of an attention"
@@ -24,20 +21,20 @@ _NOT_INNER = "it is no inner channel of a feed-forward block"
 _SHARED_KV = "all heads share one head of keys and values"
 
 
-def groups_of(topology: Topology, structure: str) -> CoupledGroups:
+def groups_of(subject: Subject, structure: str) -> CoupledGroups:
     """Finds the groups of a structure: "channel", "head", "expert" or "unit"."""
     if structure == "expert":
-        return experts_of(topology)
-    graph = topology.graph
+        return experts_of(subject)
+    graph = subject.graph
     heads = graph.facts.heads if structure == "head" else ()
     coupling = coupling_of(graph, [x.ids for x in heads], balance=structure == "channel")
-    why = _reasons(topology, coupling, structure)
-    return _made(topology, coupling, structure, why)
+    why = _reasons(subject, coupling, structure)
+    return _made(subject, coupling, structure, why)
 
 
-def _reasons(topology: Topology, coupling: Coupling, structure: str) -> Mapping[int, str]:
+def _reasons(subject: Subject, coupling: Coupling, structure: str) -> Mapping[int, str]:
     """Says of each component that a layer makes why it is no group; empty where it is one."""
-    graph, label = topology.graph, coupling.label
+    graph, label = subject.graph, coupling.label
     made, read = _sides(coupling)
     coupled = torch.cat(
         [torch.zeros(0, dtype=torch.int64), *(x for p in graph.couplings for x in p)]
@@ -84,9 +81,9 @@ def _sides(coupling: Coupling) -> tuple[dict[int, list[Axes]], dict[int, list[Ax
 
 
 def _made(
-    topology: Topology, coupling: Coupling, structure: str, why: Mapping[int, str]
+    subject: Subject, coupling: Coupling, structure: str, why: Mapping[int, str]
 ) -> CoupledGroups:
-    order = {name: n for n, name in enumerate(topology.layers)}
+    order = {name: n for n, name in enumerate(subject.layers)}
     producers: dict[int, set[str]] = {}
     for x in coupling.axes:
         for own in torch.unique(coupling.label[x.made[1]]).tolist():
@@ -97,7 +94,7 @@ def _made(
             domain = coupling.classes.get(own)
             key = ("d", domain[0]) if domain else (*sorted(producers[own], key=order.__getitem__),)
             members.setdefault(key, []).append(own)
-    number = torch.full((topology.graph.channels.size,), -1)
+    number = torch.full((subject.graph.channels.size,), -1)
     families, count = [], 0
     ranked = sorted(members.values(), key=lambda own: (_first(own, producers, order), own))
     for own in ranked:
@@ -111,9 +108,9 @@ def _made(
     ids = number[coupling.label]
     ids[0] = -1
     fixed = _fixed(coupling, why)
-    shapes = {x.parameter: topology.layers[x.layer].shape for x in coupling.axes}
+    shapes = {x.parameter: subject.shapes[x.parameter] for x in coupling.axes}
     weights = [assigned(x, ids) for x in coupling.axes]
-    vectors = vectors_of(topology, ids)
+    vectors = vectors_of(subject, ids)
     return CoupledGroups(structure, families, fixed, weights, vectors, shapes, ids)
 
 

@@ -23,6 +23,7 @@ from lap_ext.topology.rules.mixing import mixed, projected
 from lap_ext.topology.rules.states import read
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value, plain
+from lap_ext.topology.work import attention
 
 
 def product(
@@ -115,6 +116,7 @@ def _couple(t: Tracer, left: Tensor, right: Tensor) -> None:
 def _attention(t: Tracer, call: Call) -> Result:
     query, key, value = call["query"], call["key"], call["value"]
     key, value = (_repeated(query, x) for x in (key, value))
+    t.facts.products += attention(query, key, value)
     if query.has_channels and key.has_channels:
         _couple(t, query.ids, key.ids.transpose(-1, -2))
     else:  # one of them is a constant, such as a learned query

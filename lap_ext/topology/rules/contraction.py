@@ -21,12 +21,13 @@ from lap_ext.topology.rules.routing import role_of
 from lap_ext.topology.static import Scale, Static
 from lap_ext.topology.tracer import Result, Tracer, rule
 from lap_ext.topology.value import Value
+from lap_ext.topology.work import contracted, spelled
 
 
 @rule("einsum")
 def _einsum(t: Tracer, call: Call) -> Result:
     values = call.values
-    inputs, out = _spelled(call["equation"], [len(x.shape) for x in values])
+    inputs, out = spelled(call["equation"], [len(x.shape) for x in values])
     if any(len(set(letters)) != len(letters) for letters in (*inputs, out)):
         return t.unknown(call)
     if len(inputs) == 1:
@@ -59,25 +60,6 @@ def _tensordot(t: Tracer, call: Call) -> Result:
     return t.unknown(call) if result is None else result
 
 
-def _spelled(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Returns the letters of each operand and of the result, without "..." and with "->".
-
-    Example:
-        >>> _spelled("...i, oi", [3, 2])
-        (['abi', 'oi'], 'abo')
-    """
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if not arrow:
-        once = sorted(c for c in inputs if c.isalpha() and inputs.count(c) == 1)
-        out = ("..." if "..." in inputs else "") + "".join(once)
-    more = [rank - len(x.replace("...", "")) for x, rank in zip(operands, ranks, strict=True)]
-    most = max(more)
-    dots = "".join(c for c in ascii_letters if c not in equation)[:most]  # met from the right
-    spelled = [x.replace("...", dots[most - n :]) for x, n in zip(operands, more, strict=True)]
-    return spelled, out.replace("...", dots)
-
-
 def _contracted(
     t: Tracer, call: Call, first: tuple[Value, str], second: tuple[Value, str], out: str
 ) -> Value | None:
@@ -99,6 +81,7 @@ def _contracted(
 def _entrywise(t: Tracer, call: Call, x: Value, a: str, w: Value, b: str, out: str) -> Value | None:
     """Multiplies x by the entries of a static w that has none but its letters, and sums."""
     assert w.static is not None
+    t.facts.products += contracted((x, a), (w, b), out)
     order = sorted(b, key=a.index)
     turned = [b.index(c) for c in order]
     static = Static(w.static.trainable, None, None, torch.permute, (w.static, turned))
@@ -148,7 +131,10 @@ def _weighted(t: Tracer, call: Call, x: Value, a: str, w: Value, b: str, out: st
     axes = group + free
     in_dims = tuple(a.index(c) for c in group + into)
     out_dims = tuple(out.index(c) for c in axes)
-    outputs = role_of(t, call, w.view.parameter, part, pairs, "linear", x, in_dims, out_dims).out
+    positions = total(out) // max(part.channels[1], 1)
+    outputs = role_of(
+        t, call, w.view.parameter, part, pairs, "linear", positions, x, in_dims, out_dims
+    ).out
     ids = outputs.ids.reshape([size[c] for c in axes])
     ids = ids.permute([axes.index(c) for c in out if c in axes])
     result = tuple(size[c] for c in out)
@@ -168,6 +154,7 @@ def _product(t: Tracer, call: Call, x: Value, a: str, y: Value, b: str, out: str
         a_kept, b_kept = ("".join(c for c in letters if c not in alone) for letters in (a, b))
         x, y = _summed(t, call, x, a, a_kept), _summed(t, call, y, b, b_kept)
         return _product(t, call, x, a_kept, y, b_kept, out)
+    t.facts.products += contracted((x, a), (y, b), out)
     size = {c: n for letters, v in ((a, x), (b, y)) for c, n in zip(letters, v.shape, strict=True)}
 
     def matrix(v: Value, letters: str, first: str, second: str) -> Value:

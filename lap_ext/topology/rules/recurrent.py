@@ -9,6 +9,7 @@ One gate multiplies what another one adds: linearized at 1, both are parents, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +74,9 @@ def _step(t: Tracer, call: Call) -> Result:
     hidden = weights[1].shape[1]
     reads = [channel_ids.pairs_along(ids, ids.dim() - 1, hidden) for ids in states]
     inputs = channel_ids.pairs_along(x.ids, x.ids.dim() - 1, x.shape[-1])
+    positions = math.prod(x.shape[:-1])
     roles = [
-        role_of(t, call, w.view.parameter, Part(w.shape), given, call.name)
+        role_of(t, call, w.view.parameter, Part(w.shape), given, call.name, positions)
         for w, given in zip(weights, (inputs, reads[0]), strict=True)
     ]
     roles[0].trail = x.trail
@@ -124,11 +126,13 @@ def _cell(
     """
     nothing = (torch.zeros(0, dtype=torch.int64),) * 2
     roles = []
+    positions = math.prod(call.shape[:-1])
     for index, weight in enumerate(weights):
         assert weight.view is not None
         part = Part(weight.shape)
         given = inputs if index == 0 else nothing
-        roles.append(role_of(t, call, weight.view.parameter, part, given, call.name))
+        role = role_of(t, call, weight.view.parameter, part, given, call.name, positions)
+        roles.append(role)
     roles[0].trail = trail
     hidden = weights[1].shape[1] if len(weights) == 2 else weights[2].shape[1]
     gates = weights[0].shape[0] // hidden

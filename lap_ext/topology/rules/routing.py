@@ -8,6 +8,7 @@ result of element-wise operations on it), expert e reads the channels of expert 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +35,16 @@ def weigh(
     x: Value,
     into: tuple[int, ...],
     dim: int | tuple[int, int],
+    positions: int | None = None,
 ) -> Value:
-    """Adds a role whose channels lie along dim of the result (group and channel of the group)."""
+    """Adds a role whose channels lie along dim of the result (group and channel of the group).
+
+    positions: how often its matrix is applied; None: once for each element of an output channel.
+    """
     dims = (dim,) if isinstance(dim, int) else dim
-    out = role_of(t, call, parameter, part, inputs, kind, x, into, dims).out
+    if positions is None:
+        positions = math.prod(call.shape) // max(part.channels[1], 1)
+    out = role_of(t, call, parameter, part, inputs, kind, positions, x, into, dims).out
     size = out.size
     rank = len(call.shape)
     shape = [1] * rank
@@ -58,6 +65,7 @@ def role_of(
     part: Part,
     inputs: Any,
     kind: str,
+    positions: int,
     x: Value | None = None,
     in_dims: tuple[int, ...] = (),
     out_dims: tuple[int, ...] = (),
@@ -82,6 +90,7 @@ def role_of(
         in_dims,
         out_dims,
         computation,
+        positions,
     )
     t.roles.append(role)
     return role
@@ -116,6 +125,7 @@ def picked(t: Tracer, call: Call, w: Value, index: Value) -> Any:
         index,
         (),
         len(call.shape) - 1,
+        positions=0,
     )
 
 
@@ -128,8 +138,10 @@ def routed(
     by_expert = per_expert(t, ids, experts, by)  # [experts, n]
     inputs = (torch.arange(experts)[:, None] * into + index).flatten()
     pairs = inputs, by_expert.flatten()
-    role = role_of(t, call, parameter, part, pairs, "linear", x, (dim,), (out,))
-    size = role.out.size // experts
+    size = part.channels[1] // experts
+    positions = math.prod(call.shape) // max(size, 1)
+    role = role_of(t, call, parameter, part, pairs, "linear", positions, x, (dim,), (out,))
+    role.by_data = True
     edges = ChannelEdges(torch.arange(size).repeat(experts), role.out.ids)
     group = t.channels.add(size, "routed", role.layer, [edges])
     t.routes[len(t.channels.groups) - 1] = by

@@ -7,6 +7,7 @@ convolutions and their transposes, embeddings.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -157,7 +158,8 @@ def _convolution(t: Tracer, call: Call) -> Result:
     part = replace(part, groups=call["groups"], transposed=transposed)
     pairs = channel_ids.pairs_along(x.ids, dim, x.shape[dim])
     kind = f"conv_transpose{spatial}d" if transposed else f"conv{spatial}d"
-    return weigh(t, call, kind, w.view.parameter, part, pairs, x, (dim,), dim)
+    at = math.prod(x.shape) // max(x.shape[dim], 1) if transposed else None
+    return weigh(t, call, kind, w.view.parameter, part, pairs, x, (dim,), dim, at)
 
 
 def _kernel(view: WeightView, full: tuple[int, ...], shape: tuple[int, ...]) -> Part | None:
@@ -197,6 +199,7 @@ def _embedding(t: Tracer, call: Call) -> Result:
         indices,
         (),
         len(call.shape) - 1,
+        positions=0,
     )
     return [result, *[None] * (len(call.shapes) - 1)] if len(call.shapes) > 1 else result
 

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: MIT
+"""Counts parameters and FLOPs of a model from which channels are removed, through the graph.
+
+    parameters   of each layer: rows * columns * window, group by group, without the rows and
+                 columns all of whose channels are gone; biases and norms without the entries of
+                 such channels; other parameters in full. What is tied counts once.
+    FLOPs        2 * multiply-adds of layers (linear, convolutions, recurrent ones) and of products
+                 of activations, for the example inputs of the trace. An embedding multiplies
+                 nothing, and what is not a product of matrices (norms, activations) counts nothing.
+
+torch.utils.flop_counter counts the same, from the dense model and from one that is built thinner.
+Where data picks the experts of a position, each position uses as many of them as before, and
+expert by expert the work is as long as that of the average expert that is left.
+
+Both are sums of a * b * each over cells: of the rows and columns of one group of a layer, of the
+two channels of a product. A line (a row, a column) is gone with the last of its channels, so that
+removing a few channels changes only the cells that they touch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lap_ext.computed import sources
+from lap_ext.topology.channels import Step
+from lap_ext.topology.export import first_names
+from lap_ext.topology.roles import Part, Role
+from lap_ext.topology.topology import Topology
+
+Pairs = tuple[Tensor, Tensor]  # lines and the channels that they belong to
+
+
+def params(topology: Topology, removed: Tensor) -> int:
+    """Counts the parameters of a model without some channels.
+
+    Args:
+        topology: of the model.
+        removed: bool [channels], True for each channel that is gone, and for what is computed from
+            it alone.
+    """
+    counter = _params(topology)
+    counter.remove(removed.nonzero().flatten())
+    return counter.total
+
+
+def flops(topology: Topology, removed: Tensor) -> int:
+    """Counts the FLOPs of a model without some channels; arguments as in `params`."""
+    counter = _flops(topology)
+    counter.remove(removed.nonzero().flatten())
+    return counter.total
+
+
+class Counter:
+    """Parameters and FLOPs while channels are removed one after the other.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> topology = lap_ext.trace(net, torch.ones(1, 4))
+        >>> counter = Counter(topology)
+        >>> counter.params, counter.flops  # 32 + 8 + 16 + 2 and 2 * (32 + 16)
+        (58, 96)
+        >>> counter.remove(topology.roles[0].out.ids[:3])
+        >>> counter.params, counter.flops
+        (37, 60)
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._params, self._flops = _params(topology), _flops(topology)
+
+    def remove(self, ids: Tensor) -> None:
+        """Removes channels, int64 [n]; those that are gone already change nothing."""
+        self._params.remove(ids)
+        self._flops.remove(ids)
+
+    @property
+    def params(self) -> int:
+        """The number of parameters that are left."""
+        return self._params.total
+
+    @property
+    def flops(self) -> int:
+        """The number of FLOPs that are left."""
+        return self._flops.total
+
+
+class _Cells:
+    """Collects cells, their lines, and the channels that lines belong to."""
+
+    def __init__(self) -> None:
+        self.constant = 0
+        self.count = 0  # of cells
+        self.each: list[Tensor] = []
+        self.alive: list[Tensor] = []  # [cells, 2]: lines on either side
+        self.pools: list[tuple[int, int, int]] = []  # first cell, end, each
+        self.lines = 0
+        self.side: list[Tensor] = []  # of each line: 2 * cell, or 2 * cell + 1
+        self.at: list[Tensor] = []
+        self.of: list[Tensor] = []
+
+    def block(
+        self, shape: tuple[int, int, int], each: int, rows: Pairs, cols: Pairs, by_data: bool = False
+    ) -> None:
+        """Adds the cells of a matrix, one for each group.
+
+        Args:
+            shape: groups, rows of a group, columns of a group.
+            each: what a row and a column count.
+            rows: (row, id) pairs.
+            cols: (column, id) pairs; column c of group g is g * columns + c.
+            by_data: whether the groups share the work evenly, as long as there is one.
+        """
+        groups, height, width = shape
+        if by_data:
+            self.pools.append((self.count, self.count + groups, each))
+        self.each.append(torch.full((groups,), 0 if by_data else each))
+        self.alive.append(torch.tensor([[height, width]]).repeat(groups, 1))
+        cell = torch.arange(self.count, self.count + groups)
+        self._side(2 * cell.repeat_interleave(height), rows)
+        self._side(2 * cell.repeat_interleave(width) + 1, cols)
+        self.count += groups
+
+    def pairs(self, ids: Tensor, others: Tensor, each: Tensor) -> None:
+        """Adds a cell for each pair of channels; without id 0."""
+        n = ids.numel()
+        self.each.append(each)
+        self.alive.append(torch.ones(n, 2, dtype=torch.int64))
+        cell, index = torch.arange(self.count, self.count + n), torch.arange(n)
+        for side, own in enumerate((ids, others)):
+            self._side(2 * cell + side, (index[own != 0], own[own != 0]))
+        self.count += n
+
+    def _side(self, sides: Tensor, pairs: Pairs) -> None:
+        self.side.append(sides)
+        self.of.append(pairs[0] + self.lines)
+        self.at.append(pairs[1])
+        self.lines += sides.numel()
+
+
+class _Tally:
+    """The sum over cells while channels are removed."""
+
+    def __init__(self, cells: _Cells) -> None:
+        def joined(parts: list[Tensor], *shape: int) -> Tensor:
+            return torch.cat([torch.zeros(0, *shape, dtype=torch.int64), *parts])
+
+        self._lines = Step.of(joined(cells.at), joined(cells.of))
+        self._channels = torch.bincount(self._lines.to, minlength=cells.lines)  # left of each line
+        self._gone = torch.zeros(self._lines.low + self._lines.starts.numel(), dtype=torch.bool)
+        self._side, self._each = joined(cells.side), joined(cells.each)
+        self._alive = joined(cells.alive, 2).flatten()
+        self._areas = self._alive[::2] * self._alive[1::2]
+        self._pools = cells.pools
+        self._sum = cells.constant + int((self._areas * self._each).sum())
+
+    @property
+    def total(self) -> int:
+        """What is left."""
+        total = self._sum
+        for first, end, each in self._pools:
+            areas = self._areas[first:end]
+            total += each * int(areas.sum()) // max(int((areas > 0).sum()), 1)
+        return total
+
+    def remove(self, ids: Tensor) -> None:
+        """Removes channels."""
+        ids = torch.unique(ids[ids < self._gone.numel()])
+        ids = ids[~self._gone[ids]]
+        self._gone[ids] = True
+        lines = self._lines.to[self._lines.found(ids)[1]]
+        self._channels.index_add_(0, lines, torch.full_like(lines, -1))
+        lines = torch.unique(lines)
+        sides = self._side[lines[self._channels[lines] == 0]]
+        self._alive.index_add_(0, sides, torch.full_like(sides, -1))
+        cells = torch.unique(sides // 2)
+        areas = self._alive[2 * cells] * self._alive[2 * cells + 1]
+        self._sum += int(((areas - self._areas[cells]) * self._each[cells]).sum())
+        self._areas[cells] = areas
+
+
+def _flops(topology: Topology) -> _Tally:
+    cells = _Cells()
+    for role in topology.roles:
+        part, (rows, cols) = role.part, _lines(role)
+        height, width, *window = part.block
+        each = 2 * role.positions * math.prod(window)
+        shape = (part.groups, height // part.groups, width)
+        cells.block(shape, each, rows, cols, role.by_data)
+    for ids, others, macs in topology.graph.facts.products:
+        cells.pairs(ids, others, 2 * macs)
+    return _Tally(cells)
+
+
+def _params(topology: Topology) -> _Tally:
+    cells = _Cells()
+    first = first_names(topology.model)
+    sizes = {
+        name: parameter.shape
+        for name, parameter in topology.model.named_parameters()
+        if first[name] == name
+    }
+    cells.constant = sum(map(math.prod, sizes.values()))
+    matrices: dict[str, list[Role]] = {}
+    for role in topology.roles:
+        matrices.setdefault(role.parameter, []).append(role)
+    for name, roles in matrices.items():
+        for stored in _stored(topology, name, sizes):
+            if _are_alike(roles):
+                cells.constant -= math.prod(sizes[stored])
+                _add_matrix(cells, roles)
+    vectors: dict[str, list[Pairs]] = {}
+    for vector in topology.graph.facts.vectors:
+        if vector.name in sizes and vector.name not in matrices:
+            vectors.setdefault(vector.name, []).append((vector.entries, vector.ids))
+    for name, given in vectors.items():
+        size = math.prod(sizes[name])
+        cells.constant -= size
+        cells.block((1, size, 1), 1, _together(given), _together([]))
+    return _Tally(cells)
+
+
+def _stored(topology: Topology, name: str, known: Iterable[str]) -> list[str]:
+    """Lists the parameters that hold a weight: itself, or what it is computed from in its shape."""
+    if name in known:
+        return [name]
+    path, _, attribute = name.rpartition(".")
+    inside = f"{path}.parametrizations.{attribute}.".removeprefix(".")
+    shape = topology.layers[name.removesuffix(".weight")].shape
+    return [
+        source
+        for source in sources(topology.model)
+        if (source.startswith(inside) or source in {f"{name}_orig", f"{name}_v"})
+        and source in known
+        and tuple(topology.model.get_parameter(source).shape) == shape
+    ]
+
+
+def _are_alike(roles: list[Role]) -> bool:
+    """Whether all uses see the same matrix; a weight that is seen as several counts in full."""
+    parts = [role.part for role in roles]
+    whole = all(part.groups == 1 or part.full for part in parts)
+    return whole and len({(part.shape, part.groups) for part in parts}) == 1
+
+
+def _add_matrix(cells: _Cells, roles: list[Role]) -> None:
+    """Adds a parameter: a row or a column is gone with the channels that it has in all uses."""
+    part = roles[0].part
+    height, width, *window = part.shape
+    sides = [_lines(role) for role in roles]
+    rows, cols = [], []
+    for role, (own_rows, own_cols) in zip(roles, sides, strict=True):
+        top, left = _corner(role.part)
+        rows.append((own_rows[0] + top, own_rows[1]))
+        cols.append((own_cols[0] + left, own_cols[1]))
+    shape = (part.groups, height // part.groups, width)
+    cells.block(shape, math.prod(window), _together(rows), _together(cols))
+
+
+def _lines(role: Role) -> tuple[Pairs, Pairs]:
+    """Returns the (row, id) and (column, id) pairs of a role, counted within its block."""
+    outputs = torch.arange(role.out.size), role.out.ids
+    return (role.inputs, outputs) if role.part.transposed else (outputs, role.inputs)
+
+
+def _corner(part: Part) -> tuple[int, int]:
+    """Returns the first row and the first column of a block."""
+    return (part.rows or (0, 0))[0], (part.cols or (0, 0))[0]
+
+
+def _together(pairs: list[Pairs]) -> Pairs:
+    none = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([none, *(x for x, _ in pairs)]), torch.cat([none, *(x for _, x in pairs)])
