@@ -102,7 +102,12 @@ class _Cells:
         self.of: list[Tensor] = []
 
     def block(
-        self, shape: tuple[int, int, int], each: int, rows: Pairs, cols: Pairs, by_data: bool = False
+        self,
+        shape: tuple[int, int, int],
+        each: int,
+        rows: Pairs,
+        cols: Pairs,
+        by_data: bool = False,
     ) -> None:
         """Adds the cells of a matrix, one for each group.
 

@@ -77,9 +77,7 @@ def matrices(a: Value, b: Value) -> Product:
     if len(b_shape) == 1:
         b_ids, b_shape = b_ids.unsqueeze(1), (*b_shape, 1)
     lead = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
-    return product(
-        a_ids.unsqueeze(-1), b_ids.unsqueeze(-3), (*lead, a_shape[-2], *b_shape[-2:])
-    )
+    return product(a_ids.unsqueeze(-1), b_ids.unsqueeze(-3), (*lead, a_shape[-2], *b_shape[-2:]))
 
 
 def attention(query: Value, key: Value, value: Value) -> list[Product]:

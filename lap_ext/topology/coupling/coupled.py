@@ -77,8 +77,9 @@ def coupling_of(graph: Graph, joined: Sequence[Tensor] = (), *, balance: bool = 
     label = components.labels()
     found = Coupling(axes, label, torch.zeros_like(label), [""])
     _fix(graph, found, live, joined)
-    label = _spread(graph, found, live)
-    found.label = label
+    if balance:
+        _fix_whole(found)
+    found.label = _spread(graph, found, live)
     if balance:
         _balance(graph, found)
     return found
@@ -167,6 +168,15 @@ def _fix(graph: Graph, found: Coupling, live: Tensor, joined: Sequence[Tensor]) 
             used = live[child + group.first]
             ids = _parted(label, child[used], parent[used])
             fix(ids, f"a {group.name} over channels reads it with others")
+
+
+def _fix_whole(found: Coupling) -> None:
+    """Fixes components that take all outputs of a layer: nothing would be left of it."""
+    for x in found.axes:
+        labels = torch.unique(found.label[x.made[1]])
+        if labels.numel() == 1 < x.made[1].numel() and not found.why(int(labels)):
+            found.reasons.append(f"all channels of {x.layer!r} go together")
+            found.reason[labels] = len(found.reasons) - 1
 
 
 def _parted(label: Tensor, row: Tensor, ids: Tensor) -> Tensor:
@@ -284,7 +294,7 @@ def _classify(
             totals[number] = [a + b for a, b in zip(known, counts, strict=True)]
     for number, total in totals.items():
         if len(set(total)) > 1:
-            reason = f"{constraints[number][1]} needs equal parts"
+            reason = f"{constraints[number][1]} needs equal parts, which no choice keeps"
             if reason not in found.reasons:
                 found.reasons.append(reason)
             found.reason[torch.tensor(domain)] = found.reasons.index(reason)

@@ -168,7 +168,7 @@ def weights_of_positions(t: Tracer, a: Value, b: Value) -> Value | None:
 def by_number(t: Tracer, call: Call, x: Value, factor: float) -> Value:
     """Multiplies channels by a number."""
     if not x.has_channels:
-        return plain(call.shape)
+        return x
     if factor == 0.0:
         ids = channel_ids.broadcast(x.ids, len(call.shape))
         return x.passed(call.name, call.shape, torch.where(ids != 0, t.channels.zero(), 0))
