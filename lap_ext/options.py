@@ -22,6 +22,7 @@ BatchNorm: TypeAlias = Literal["edge", "fold", "ignore"]
 Residual: TypeAlias = Literal["sum", "chain"]
 OnUnsupported: TypeAlias = Literal["raise", "cut"]
 By: TypeAlias = Literal["layer", "parameter"]  # whose names are the keys of scores
+Cost: TypeAlias = Literal["weights", "flops"]  # of units across layers
 MinKeep: TypeAlias = int | float | None  # of each layer: a count, or a fraction
 # layers by their names (exact, or with *, ? and [abc]), or by the parts of a model that hold them
 Pattern: TypeAlias = "str | nn.Module | type[nn.Module] | Tensor"
@@ -36,6 +37,7 @@ ORDERS: tuple[str, ...] = get_args(Order)
 BATCH_NORMS: tuple[str, ...] = get_args(BatchNorm)
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 ON_UNSUPPORTED: tuple[str, ...] = get_args(OnUnsupported)
+COSTS: tuple[str, ...] = get_args(Cost)
 BYS: tuple[str, ...] = get_args(By)
 
 

@@ -53,6 +53,7 @@ SCREEN = 60  # lines
 TORCH_FREE = [
     *("", "_files", "_text", "errors", "numpy", "options", "progress", "structures"),
     *("allocation", "allocation.budget", "allocation.layerwise", "allocation.notation"),
+    "allocation.targets",
     *("cli.output", "cli.parser"),
     *("ops", "ops.check", "ops.missing", "ops.neighbors", "ops.numpy_args"),
     *("structures.base", "structures.coupled", "structures.matrix"),

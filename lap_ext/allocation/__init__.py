@@ -18,3 +18,6 @@ from lap_ext.allocation.layerwise import per_layer as per_layer
 from lap_ext.allocation.layerwise import total as total
 from lap_ext.allocation.layerwise import uniform as uniform
 from lap_ext.allocation.layerwise import uniform_plus as uniform_plus
+from lap_ext.allocation.targets import Target as Target
+from lap_ext.allocation.targets import flops as flops
+from lap_ext.allocation.targets import params as params

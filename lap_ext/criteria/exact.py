@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measures units of a traced model's weights by what their linear neighborhoods lose with them.
+"""_Measures units of a traced model's weights by what their linear neighborhoods lose with them.
 
     worth^2 = sum over the roles of the weight of ||W_next (W * unit) W_prev||_F^2
 
@@ -20,10 +20,11 @@ their squares. Otherwise all channels of a neighbor meet, also those of differen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from lap_ext.criteria.context import Network, scaled
 from lap_ext.criteria.weights import Lookahead, Lookback, Lookforward
 from lap_ext.errors import LapValueError, in_layer
 from lap_ext.ops import check
-from lap_ext.ops.exact import block_distortions, group_distortions
+from lap_ext.ops.exact import block_distortions, channel_distortions, group_distortions
 from lap_ext.ops.factors import (
     Factor,
     by_channel,
@@ -56,7 +57,9 @@ _COUNTED: dict[type[Criterion], tuple[bool, bool]] = {
     Lookahead: (True, True),
 }
 
-_Side = list[Factor] | None  # None: an identity
+_Side: TypeAlias = list[Factor] | None  # None: an identity
+_Sides: TypeAlias = tuple[_Side, _Side]  # (producers, consumers) of a role
+_Measure: TypeAlias = Callable[[Tensor, Role, _Sides, Tensor | None], Tensor]
 
 
 def worths(
@@ -84,8 +87,65 @@ def worths(
         ValueError: the criterion defines no neighborhood, the neighbors do not fit into the memory
             of the place, a weight of theirs is not finite, or squares leave float64's range.
     """
-    before, after = counted(criterion)
-    weight = weight.detach()
+    roles: Sequence[Role] = layer.roles
+    if not any(counted(criterion)):  # once, however often it is used
+        one = roles[0]
+        roles = [replace(one, part=replace(one.part, rows=None, cols=None))]
+
+    def measure(weight: Tensor, role: Role, sides: _Sides, mask: Tensor | None) -> Tensor:
+        return _measured(weight, units, role.part, sides, mask)
+
+    return _summed(network, criterion, layer, weight, mask, roles, measure)
+
+
+def channel_worths(
+    network: Network,
+    criterion: Criterion,
+    layer: Layer,
+    weight: Tensor,
+    numbers: Mapping[Role, Tensor],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Computes the worth of groups of whole output channels of a layer.
+
+    Args:
+        network: the layers, their place and how batch norms count.
+        criterion: lookahead, lookback, lookforward or magnitude.
+        layer: the layer.
+        weight: its weights, in its shape.
+        numbers: the number of each output channel's group, int64, -1 for none; for each role that
+            counts, one at least.
+        mask: bool, like weight; weights marked False count as 0.
+
+    Returns:
+        Worths, float64, one for each number up to the largest.
+
+    Raises:
+        ValueError: as for `worths`.
+    """
+    count = max(map(_count, numbers.values()))
+
+    def measure(weight: Tensor, role: Role, sides: _Sides, mask: Tensor | None) -> Tensor:
+        part = role.part
+        block, mask = part.of(weight), None if mask is None else part.of(mask)
+        matrix = Matrix(tuple(block.shape), part.groups, part.transposed)
+        found = channel_distortions(block, numbers[role], matrix, *sides, mask)
+        return torch.cat([found, found.new_zeros(count - len(found))])
+
+    return _summed(network, criterion, layer, weight, mask, list(numbers), measure)
+
+
+def _summed(
+    network: Network,
+    criterion: Criterion,
+    layer: Layer,
+    weight: Tensor,
+    mask: Tensor | None,
+    roles: Sequence[Role],
+    measure: _Measure,
+) -> Tensor:
+    """Computes the root of the sum over roles of the squares of what is measured of each."""
+    counts, weight = any(counted(criterion)), weight.detach()
     if not network.place.held:  # what it has given is valid until the neighbors are read
         weight, mask = weight.clone(), None if mask is None else mask.clone()
     with in_layer(layer.name):
@@ -95,24 +155,19 @@ def worths(
         if weight.dtype == torch.float64 and weight.numel():  # its squares may leave the range
             exponent = math.frexp(float(weight.abs().max()))[1]
             weight = times_power(weight, -exponent)
-        if not (before or after):
-            part = replace(layer.roles[0].part, rows=None, cols=None)
-            found = _measured(weight, units, part, (None, None), mask)
-        else:
-            squared: Tensor | None = None
-            for role in layer.roles:
-                sides = neighborhood(network, criterion, role)
-                worth = _measured(weight, units, role.part, sides, mask).square()
-                squared = worth if squared is None else squared + worth
-            assert squared is not None  # a layer has a role
-            found = exact_sqrt(squared)
-        found = times_power(found, exponent)
+        squared: Tensor | None = None
+        for role in roles:
+            sides = neighborhood(network, criterion, role) if counts else (None, None)
+            worth = measure(weight, role, _moved(sides, weight.device), mask).square()
+            squared = worth if squared is None else squared + worth
+        assert squared is not None  # there is a role
+        found = times_power(exact_sqrt(squared), exponent)
         if network.check_finite and not bool(found.isfinite().all()):
             raise check.lost_norm("w")
         return found
 
 
-def neighborhood(network: Network, criterion: Criterion, role: Role) -> tuple[_Side, _Side]:
+def neighborhood(network: Network, criterion: Criterion, role: Role) -> _Sides:
     """Finds the (producers, consumers) of a role, over the channels of its part of the weight.
 
     None stands for an identity.
@@ -147,7 +202,7 @@ def counted(criterion: Criterion) -> tuple[bool, bool]:
     )
 
 
-def _named(network: Network, role: Role) -> tuple[_Side, _Side]:
+def _named(network: Network, role: Role) -> _Sides:
     """Makes the factors of neighbors that the user has named."""
     prev, following = network.topology.neighbors[role.layer]
     part, layer = role.part, network.topology.layers[role.layer]
@@ -270,11 +325,10 @@ def _measured(
     weight: Tensor,
     units: Grid | Tensor,
     part: Part,
-    sides: tuple[_Side, _Side],
+    sides: _Sides,
     mask: Tensor | None,
 ) -> Tensor:
     """Computes the worths of one role of a weight."""
-    sides = _moved(sides, weight.device)
     if isinstance(units, Tensor):
         return _by_numbers(weight, units, _count(units), part, sides, mask)
     matrix = Matrix(part.shape, part.groups, part.transposed)
@@ -296,7 +350,7 @@ def _by_numbers(
     numbers: Tensor,
     count: int,
     part: Part,
-    sides: tuple[_Side, _Side],
+    sides: _Sides,
     mask: Tensor | None,
 ) -> Tensor:
     """Computes the worths of numbered groups of one role's part of a weight."""
@@ -319,7 +373,7 @@ def _numbers(grid: Grid) -> Tensor:
     return (rows[:, None] * across + cols).flatten().repeat_interleave(grid.matrix.window)
 
 
-def _placed(sides: tuple[_Side, _Side], matrix: Matrix, part: Part) -> tuple[_Side, _Side]:
+def _placed(sides: _Sides, matrix: Matrix, part: Part) -> _Sides:
     """Sees factors over a part's channels as ones over those of the full weight, with zeros."""
     rows, cols = matrix.rows, matrix.cols
     sizes = (rows, cols) if matrix.transposed else (cols, rows)
@@ -330,7 +384,7 @@ def _placed(sides: tuple[_Side, _Side], matrix: Matrix, part: Part) -> tuple[_Si
     return into, out
 
 
-def _moved(sides: tuple[_Side, _Side], device: torch.device) -> tuple[_Side, _Side]:
+def _moved(sides: _Sides, device: torch.device) -> _Sides:
     """Moves factors to the device of the weight."""
     into, out = (None if side is None else [x.to(device) for x in side] for side in sides)
     return into, out

@@ -118,6 +118,63 @@ def group_distortions(
     return exact_sqrt(squared.clamp(min=0))
 
 
+def channel_distortions(
+    w: Tensor,
+    numbers: Tensor,
+    matrix: Matrix,
+    producers: Factors,
+    consumers: Factors,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Computes the worth of every group of whole output channels, ||W_next (W * group) W_prev||_F.
+
+    Args:
+        w: weight in the shape of the matrix, [R, C, *K].
+        numbers: the number of each output channel's group, int64 [channels]; -1 for none.
+        matrix: how w is seen.
+        producers: as in `block_distortions`.
+        consumers: as in `block_distortions`.
+        mask: bool, like w; weights marked False count as 0.
+
+    Returns:
+        Worths, float64 [the largest number + 1], on w's device; 0 where a number has no channel.
+
+    Example:
+        >>> w, w_next = torch.tensor([[3., 0.], [0., 1.], [4., 0.]]), torch.tensor([[1., 2., 1.]])
+        >>> numbers = torch.tensor([0, -1, 0])
+        >>> channel_distortions(w, numbers, Matrix.of(w.shape), None, [w_next])
+        tensor([7.], dtype=torch.float64)
+    """
+    numbers = numbers.to(w.device)
+    own = (numbers >= 0).nonzero().flatten()
+    count = int(numbers.max()) + 1 if own.numel() else 0
+    squared = torch.zeros(count, dtype=torch.float64, device=w.device)
+    if not w.numel():
+        return squared
+    sides, weights = _sides(matrix, producers, consumers), _Weights.seen(w, matrix, mask)
+    outputs, inputs = matrix.height, matrix.cols  # of a group of the weight
+    if matrix.transposed:
+        outputs, inputs = inputs, outputs
+    channels = _Members.of(numbers[own], own, count)
+    parts = _Members.of(numbers[own], own // outputs, count)  # groups of the weight
+    shapes = torch.stack([channels.count, parts.count], dim=1)
+    each = torch.arange(inputs, device=w.device)
+    for n, m in torch.unique(shapes[channels.count > 0], dim=0).tolist():
+        alike = ((shapes[:, 0] == n) & (shapes[:, 1] == m)).nonzero().flatten()
+        size = n * m * inputs * matrix.window + n * n + (m * inputs) ** 2
+        step = alike.numel() if matrix.groups == 1 else max(_BATCH // size, 1)
+        for units in alike.split(step):
+            if matrix.groups == 1:  # all read the same inputs
+                made, read = channels.padded(units, n)[None], each[None, None]
+            else:
+                made = channels.padded(units, n)[:, None]
+                read = parts.padded(units, m)[:, :, None] * inputs + each
+                read = read.flatten(1)[:, None]
+            rows, cols = (read, made) if matrix.transposed else (made, read)
+            squared[units] = _squared(weights, rows, cols, *sides).flatten()
+    return exact_sqrt(squared.clamp(min=0))
+
+
 @dataclass(frozen=True)
 class _Members:
     """The different rows, or columns, of each unit, unit after unit.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from lap_ext.allocation import Sparsity
 from lap_ext.masks import Masks
-from lap_ext.places import Memory
+from lap_ext.places import Chunk, Memory
 from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline, structured
+from lap_ext.pruning.coupled import Units
+from lap_ext.pruning.kept_axes import KeptAxes
 from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import Plan, checked_masks
 from lap_ext.pruning.result import LayerResult, PruneResult, row_of
@@ -34,6 +37,8 @@ def run(
     task = pipeline.begin(plan, place, sparsity, data, on_progress, zero_layers=zero_layers)
     pipeline.select(task)
     task.scoring.warn_of_dead()
+    if task.units is not None:
+        return _coupled(plan, task, task.units, place, masks)
     kept = {layer.name: place.masks[layer.name] for layer in task.layers}
     nonzero = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
     if masks is not None:
@@ -52,6 +57,37 @@ def run(
     ]
     structure = task.pattern or structure
     return result_of(plan, Masks(kept, structure), rows, task.left_dense)
+
+
+def _coupled(
+    plan: Plan,
+    task: Task,
+    units: Units,
+    place: Memory,
+    given: Mapping[str, Tensor] | None,
+) -> PruneResult:
+    """Makes the result of units across layers: zeros that a layer has of its own may be kept."""
+    kept, rows = {}, []
+    for layer in task.layers:
+        mask = place.masks[layer.name]
+        nonzero = int(mask.count_nonzero())
+        axes = _axes_mask(units, layer)
+        if given is not None or not nonzero:  # zeros are weights
+            earlier = given.get(layer.name) if given else None
+            mask = axes if earlier is None else axes & earlier.to(axes.device)
+        kept[layer.name] = mask
+        rows.append(row_of(layer, mask, nonzero))
+    for name, mask in units.vector_masks().items():
+        earlier = None if given is None else given.get(name)
+        kept[name] = mask if earlier is None else mask & earlier.to(mask.device)
+    result = result_of(plan, Masks(kept, plan.options.structure), rows, task.left_dense)
+    return replace(result, families=units.families(), fixed=units.groups.fixed)
+
+
+def _axes_mask(units: Units, layer: Layer) -> Tensor:
+    """Masks the rows and columns of a layer that are kept."""
+    views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
+    return KeptAxes(views, units.removed).mask(Chunk(layer, layer.weight.detach()))
 
 
 def result_of(

@@ -26,6 +26,7 @@ from lap_ext.options import (
     BYS,
     BatchNorm,
     By,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -135,6 +136,8 @@ def prune(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     scope: Scope = "layer",
     normalize: Normalize = "auto",
     order: Order = "parallel",
@@ -176,6 +179,13 @@ def prune(
             (blocks, rows, columns, groups) count with all of their weights, zero or not; the best
             ones are kept as long as their weights fit, so that the sparsity may be a little higher
             than asked for. Criteria that rank within output channels rank units of the full layer.
+            "channel", "head", "expert" and "unit" remove what goes together through the network:
+            rows of the layers that make it, their biases, norm weights and biases, and columns of
+            the layers that read it. sparsity is then the fraction of such units that is removed
+            (with scope="layer", of those of the same layers), or `lap_ext.allocation.flops` or
+            `params`, what remains of the model; layers= and exclude= choose the layers that make
+            channels; biases and norms are in the masks too. What cannot be removed is in
+            `result.fixed`, with the reason; see `lap_ext.structures.groups`.
         aggregate: what a unit is worth, given the scores s of its weights: "energy" is
             sqrt(sum of s^2); "mean" is the mean of s, for units of different size; "exact" is
             ||W_next (W * unit) W_prev||_F, how much the linear neighborhood changes when the unit
@@ -183,6 +193,12 @@ def prune(
         multiple_of: each layer keeps a multiple of so many units, or all; rounded down.
         strict: whether a layer that a structure does not fit (4 does not divide its inputs) is an
             error. Otherwise it stays dense, with a warning, in `result.left_dense`.
+        cost: what a unit across layers costs where sparsity is a fraction: "weights", how many it
+            has, or "flops", how much less the model computes without it. Units are ranked by
+            worth^2 / cost, and those that are kept cost (1 - sparsity) of all at most. None counts
+            each as 1.
+        uniform: whether all layers of a kind (the same names but for their numbers, and as many
+            units) lose the same number of units across layers, as serving engines need it.
         scope: "layer" ranks the weights of each layer separately; "global" ranks the weights of all
             layers together, in one exact ranking. Of equal scores, the one in the earlier layer, or
             at the lower index in the same layer, ranks higher.
@@ -261,6 +277,8 @@ def prune(
         aggregate=aggregate,
         multiple_of=multiple_of,
         strict=strict,
+        cost=cost,
+        uniform=uniform,
     )
     check_given(sparsity, options.structure)
     traced = topology_of(model, example_inputs, topology, neighbors, on_unsupported)

@@ -25,7 +25,8 @@ from lap_ext.ops import check
 from lap_ext.ops.reference.common import score_dtype
 from lap_ext.places import Place
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning import selection, structured
+from lap_ext.pruning import coupled, selection, structured
+from lap_ext.pruning.coupled import Units
 from lap_ext.pruning.dense import ZERO
 from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan, check_prunable, check_sparsity, pattern_at
@@ -46,6 +47,7 @@ class Task:
         live: how many weights of each layer may be kept; where that was not counted, all.
         left_dense: layers that stay dense by default -> the reason.
         pattern: the pattern of all layers, or None.
+        units: what is pruned in units across layers, or None.
     """
 
     scoring: Scoring
@@ -54,6 +56,7 @@ class Task:
     live: Mapping[str, int]
     left_dense: dict[str, str]
     pattern: NM | None = None
+    units: Units | None = None
 
 
 def begin(
@@ -78,6 +81,12 @@ def begin(
             means all.
     """
     options = plan.options
+    if plan.groups is not None:
+        units = coupled.units_of(plan, sparsity)
+        scoring = scoring_of(plan, place, data, on_progress)
+        check_prunable(plan.layers)
+        nothing = allocation.Budget(dict.fromkeys((x.name for x in plan.layers), 0), 0, {})
+        return Task(scoring, plan.layers, nothing, {}, {}, units=units)
     pattern = pattern_at(options.structure, sparsity)
     if sparsity is None:
         assert pattern is not None  # check_given
@@ -173,6 +182,10 @@ def _live_counts(scoring: Scoring) -> dict[str, int]:
 def select(task: Task) -> dict[str, Selection]:
     """Selects in all rounds and orders, and says how each layer is masked in the last one."""
     options, scoring = task.scoring.plan.options, task.scoring
+    if task.units is not None:
+        found = coupled.select(scoring, task.units, partial(_store, task))
+        step = scoring.step("rank", ())
+        return {x.name: selection.settled(scoring, x, found[x.name], step) for x in task.layers}
     for number in range(1, options.rounds + 1):
         if options.order == "parallel" and number == options.rounds:
             selections = _selected(task, number)
@@ -183,6 +196,13 @@ def select(task: Task) -> dict[str, Selection]:
             }
         scoring.place.round(number, partial(_round, task, number))
     return {layer.name: selection.Stored() for layer in task.layers}
+
+
+def _store(task: Task, selections: Mapping[str, Selection]) -> None:
+    """Gives the place the masks of all layers after a round."""
+    step = task.scoring.step("rank", ())
+    for layer in task.layers:
+        selection.store(task.scoring, layer, selections[layer.name], step)
 
 
 def _round(task: Task, number: int) -> None:

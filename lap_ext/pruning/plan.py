@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lap_ext import criteria, structures
-from lap_ext._text import matches, some
+from lap_ext._text import layer_name, matches, some
 from lap_ext.allocation import Allocation, Sparsity, floors
 from lap_ext.criteria import Criterion, CriterionLike, UnitCriterion, exact
 from lap_ext.errors import LapTypeError, LapValueError
@@ -20,11 +20,13 @@ from lap_ext.ops import check
 from lap_ext.ops.check import keep_count
 from lap_ext.options import (
     BATCH_NORMS,
+    COSTS,
     ON_UNSUPPORTED,
     ORDERS,
     RESIDUALS,
     SCOPES,
     BatchNorm,
+    Cost,
     Inputs,
     MinKeep,
     Normalize,
@@ -41,8 +43,9 @@ from lap_ext.places import readable
 from lap_ext.pruning.dense import dense_by_default
 from lap_ext.pruning.matrices import fitting
 from lap_ext.pruning.patterns import all_matching, checked
-from lap_ext.structures import NM, Aggregate, Structure, StructureLike
+from lap_ext.structures import NM, Aggregate, Coupled, Structure, StructureLike
 from lap_ext.topology import Layer, Topology, trace
+from lap_ext.topology.coupling import CoupledGroups
 
 _CLOSE = 1e-9  # of a number of weights
 _LISTED = 5  # of many layers, errors list the first ones
@@ -56,7 +59,7 @@ class Options:
         criterion: scores the weights; it receives its data later.
         scope, normalize, order, rounds, batch_norm, residual, layers, exclude: as in `prune`;
             normalize is resolved, never "auto".
-        min_keep, structure, aggregate, multiple_of, strict: as in `prune`.
+        min_keep, structure, aggregate, multiple_of, strict, cost, uniform: as in `prune`.
     """
 
     criterion: Criterion
@@ -73,6 +76,8 @@ class Options:
     aggregate: Aggregate = "energy"
     multiple_of: int = 1
     strict: bool = False
+    cost: Cost | None = None
+    uniform: bool = False
 
     @property
     def raw(self) -> bool:
@@ -104,12 +109,14 @@ class Plan:
         layers: the chosen layers, in the network's order.
         options: the options of `prune`.
         left_dense: layers that stay dense by default -> the reason.
+        groups: for structures across layers, the groups that take part.
     """
 
     topology: Topology
     layers: list[Layer]
     options: Options
     left_dense: dict[str, str]
+    groups: CoupledGroups | None = None
 
     @property
     def criterion(self) -> Criterion:
@@ -128,6 +135,7 @@ def _check_structure(options: Options) -> None:
         raise LapTypeError(
             "{argument} to be a bool", type(options.strict).__name__, argument="strict"
         )
+    _check_coupled(options)
     others = {
         "aggregate": options.aggregate != "energy",
         "multiple_of": options.multiple_of > 1,
@@ -140,7 +148,7 @@ def _check_structure(options: Options) -> None:
                 "none",
             )
         return
-    if options.aggregate == "exact":
+    if options.aggregate == "exact" and not isinstance(options.criterion, UnitCriterion):
         exact.counted(options.criterion)
     if not isinstance(structure, NM):
         return
@@ -155,6 +163,38 @@ def _check_structure(options: Options) -> None:
             f"no {{{name}=}} with {{structure={structure.spelled!r}}}, which keeps "
             f"{structure.keep} of every {structure.of} weights in every layer",
             repr(getattr(options, name)),
+        )
+
+
+def _check_coupled(options: Options) -> None:
+    """Checks the options that belong to structures across layers."""
+    structure = options.structure
+    if options.cost is not None:
+        one_of("cost", options.cost, COSTS)
+    if not isinstance(options.uniform, bool):
+        raise LapTypeError(
+            "{argument} to be a bool", type(options.uniform).__name__, argument="uniform"
+        )
+    if not isinstance(structure, Coupled):
+        for name, given in (("cost", options.cost is not None), ("uniform", options.uniform)):
+            if given:
+                raise LapValueError(
+                    f"a structure across layers ('channel', 'head', 'expert' or 'unit') with "
+                    f"{{{name}=}}",
+                    "none" if structure is None else f"structure={structure.spelled!r}",
+                )
+        return
+    if options.order != "parallel":
+        raise LapValueError(
+            f"{{order='parallel'}} with {{structure={structure.spelled!r}}}, whose units are in "
+            "several layers",
+            f"order={options.order!r}",
+            "Use {rounds=} to score anew in between.",
+        )
+    if structure.kind == "expert" and options.cost == "flops":
+        raise LapValueError(
+            "{cost='weights'} for experts: a token uses as many of them as before",
+            "cost='flops'",
         )
 
 
@@ -205,6 +245,8 @@ def options_of(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
 ) -> Options:
     """Checks the options that `prune` documents."""
     return Options(
@@ -222,15 +264,32 @@ def options_of(
         aggregate=aggregate,
         multiple_of=multiple_of,
         strict=strict,
+        cost=cost,
+        uniform=uniform,
     )
 
 
 def plan_of(topology: Topology, options: Options) -> Plan:
     """Chooses the layers to prune according to the options."""
-    layers, left_dense = chosen(topology, options)
-    for layer in layers:
+    plan = planned(topology, options)
+    for layer in plan.layers:
         readable(layer)
-    return Plan(topology, layers, options, left_dense)
+    return plan
+
+
+def planned(topology: Topology, options: Options) -> Plan:
+    """Chooses the layers, or the groups of a structure across layers, without reading weights."""
+    if not isinstance(options.structure, Coupled):
+        layers, left_dense = chosen(topology, options)
+        return Plan(topology, layers, options, left_dense)
+    names = set(topology.layers)
+    if options.layers is not None:
+        names = all_matching(topology, options.layers, "layers")
+    names -= all_matching(topology, options.exclude, "exclude")
+    groups = topology.groups(options.structure).only(names)
+    touched = groups.layers()
+    layers = [layer for name, layer in topology.layers.items() if name in touched]
+    return Plan(topology, layers, options, {}, groups)
 
 
 def topology_of(
@@ -327,6 +386,13 @@ def check_sparsity(
             )
 
 
+def _vectors(topology: Topology) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's parameters that are no layers, by the names of masks."""
+    known = {layer.parameter for layer in topology.layers.values()}
+    parameters = topology.model.named_parameters()
+    return {layer_name(name): tuple(x.shape) for name, x in parameters if name not in known}
+
+
 def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Checks that the masks of an earlier pruning fit the model's layers."""
     if masks is not None and not isinstance(masks, Mapping):
@@ -336,7 +402,12 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
             argument="masks",
         )
     given = dict(masks or {})
+    vectors = _vectors(topology)
     for name, mask in given.items():
+        if name in vectors:  # of units across layers
+            check.mask_like(f"masks[{name!r}]", str(mask.dtype), tuple(mask.shape), "parameter",
+                            vectors[name])  # fmt: skip
+            continue
         if name not in topology.layers:
             raise LapValueError(
                 "masks of the model's layers",

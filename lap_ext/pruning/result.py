@@ -17,9 +17,11 @@ from lap_ext.errors import calling, warn
 from lap_ext.masks import Masks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.pruning.dense import sentence
+from lap_ext.pruning.families import FamilyResult, fixed_notes
 from lap_ext.pruning.structured import units_kept
 from lap_ext.structures import Structure
 from lap_ext.topology import Layer, PrunedBy, Topology
+from lap_ext.topology.coupling import Fixed
 
 Original: TypeAlias = Module | Topology | str | os.PathLike[str]  # what a report is about
 _COUNTS = (3, 4, 5, 6)  # columns of numbers
@@ -69,6 +71,8 @@ class PruneResult:
             embedding", "output head", "all zero" or why the structure does not fit).
         parameters: the number of all parameters of the model.
         unreached: names of weights that the example inputs do not reach: they stay dense.
+        families: for a structure across layers, how many units of each family are kept.
+        fixed: for a structure across layers, the channels that cannot be removed, and why.
 
     Example:
         >>> import torch, lap_ext
@@ -84,6 +88,8 @@ class PruneResult:
     left_dense: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     parameters: int = field(kw_only=True)
     unreached: Sequence[str] = field(default=(), kw_only=True)
+    families: Sequence[FamilyResult] = field(default=(), kw_only=True)
+    fixed: Sequence[Fixed] = field(default=(), kw_only=True)
 
     @property
     def structure(self) -> str | None:
@@ -141,6 +147,7 @@ class PruneResult:
             notes.append(f"Computed weights, multiplied by a mask: {some(masked, _LISTED)}.")
         if self.left_dense:
             notes.append(sentence(self.left_dense))
+        notes += fixed_notes(self.fixed)
         if self.unreached:
             names = some(map(repr, self.unreached), _LISTED)
             notes.append(f"Not reached by the example inputs, so dense: {names}.")
@@ -181,11 +188,24 @@ class PruneResult:
         self.masks.apply(model)
 
     def __str__(self) -> str:
-        return "\n".join([columns(self._rows(), right=_COUNTS), *self.notes()])
+        tables = [columns(self._rows(), right=_COUNTS)]
+        if self.families:
+            tables.append(columns(self._family_rows(), right=(1, 2, 3)))
+        return "\n".join([*tables, *self.notes()])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{in_html(note)}</p>" for note in self.notes())
-        return html_table(self._rows(), right=_COUNTS) + notes
+        tables = html_table(self._rows(), right=_COUNTS)
+        if self.families:
+            tables += html_table(self._family_rows(), right=(1, 2, 3))
+        return tables + notes
+
+    def _family_rows(self) -> list[Sequence[str]]:
+        """Builds the table of families: a header, one row each."""
+        rows: list[Sequence[str]] = [(f"{self.structure}s of", "kept", "of", "removed")]
+        for x in self.families:
+            rows.append((x.name, f"{x.kept:,}", f"{x.total:,}", f"{x.sparsity:.2%}"))
+        return rows
 
     def _rows(self) -> list[Sequence[str]]:
         """Builds the table: a header, one row per layer, the totals."""
@@ -220,7 +240,11 @@ class PruneResult:
             "left_dense": dict(self.left_dense),
             "unreached": list(self.unreached),
         }
-        return json.dumps(names | counts | outside | {"layers": rows}, indent=2)
+        across = {
+            "families": [asdict(x) for x in self.families],
+            "fixed": [x._asdict() for x in self.fixed],
+        }
+        return json.dumps(names | counts | outside | across | {"layers": rows}, indent=2)
 
     @calling("PruneResult.report")
     def report(

@@ -29,6 +29,7 @@ from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import channels, normalization, shares, structured
 from lap_ext.pruning.exact_sum import ExactSum
+from lap_ext.pruning.kept_axes import KeptAxes
 from lap_ext.pruning.scoring import BESIDE, How, Scoring, in_one_of, stores_scores
 from lap_ext.pruning.structured import BestUnits, KeptUnits, Pattern, Structured
 from lap_ext.pruning.thresholds import Threshold, bracket, key_of, threshold
@@ -79,7 +80,7 @@ class Rows:
     counts: Tensor
 
 
-Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows | Structured
+Selection: TypeAlias = Stored | Given | AtOnce | Cut | Rows | Structured | KeptAxes
 
 
 def masked(
@@ -98,6 +99,11 @@ def masked(
             continue
         if isinstance(selection, (Pattern, BestUnits, KeptUnits)):
             yield chunk, structured.mask(scoring, layer, selection, chunk)
+            continue
+        if isinstance(selection, KeptAxes):
+            live = scoring.place.live(chunk)
+            mask = selection.mask(chunk)
+            yield chunk, mask if live is None else mask & live
             continue
         how = selection.how if not isinstance(selection, Rows) else "plain"
         scorer = scorer or scoring.scorer(layer, how)
@@ -136,7 +142,7 @@ def settled(scoring: Scoring, layer: Layer, selection: Selection, step: Step) ->
 
 def is_full(scoring: Scoring, layer: Layer, selection: Selection) -> bool:
     """Says whether a layer must be one chunk to be masked."""
-    if isinstance(selection, Stored):
+    if isinstance(selection, (Stored, KeptAxes)):
         return False
     if isinstance(selection, (Pattern, BestUnits, KeptUnits)):
         return structured.is_full(scoring, layer, selection)

@@ -13,25 +13,39 @@ Where data picks the experts of a position, each position uses as many of them a
 expert by expert the work is as long as that of the average expert that is left.
 
 Both are sums of a * b * each over cells: of the rows and columns of one group of a layer, of the
-two channels of a product. A line (a row, a column) is gone with the last of its channels, so that
-removing a few channels changes only the cells that they touch.
+two channels of a product. A line (a row, a column) is gone with the last of its channels in all
+uses of the weight, so that removing a few channels changes only the cells that they touch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lap_ext._text import some
 from lap_ext.computed import sources
+from lap_ext.errors import LapValueError
 from lap_ext.topology.channels import Step
 from lap_ext.topology.export import first_names
 from lap_ext.topology.roles import Part, Role
 from lap_ext.topology.topology import Topology
 
 Pairs = tuple[Tensor, Tensor]  # lines and the channels that they belong to
+
+
+class _Matrix(NamedTuple):
+    """A weight with its uses, and the (row, id) and (column, id) pairs of all of them."""
+
+    parameter: str
+    roles: list[Role]
+    alike: bool  # whether these are all uses
+    rows: Pairs
+    cols: Pairs
 
 
 def params(topology: Topology, removed: Tensor) -> int:
@@ -58,6 +72,7 @@ class Counter:
     """Parameters and FLOPs while channels are removed one after the other.
 
     Example:
+        >>> import torch, lap_ext
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> topology = lap_ext.trace(net, torch.ones(1, 4))
         >>> counter = Counter(topology)
@@ -69,12 +84,18 @@ class Counter:
     """
 
     def __init__(self, topology: Topology) -> None:
-        self._params, self._flops = _params(topology), _flops(topology)
+        self._topology, self._params = topology, _params(topology)
+        self._flops = None if topology.graph.facts.uncounted else _flops(topology)
 
     def remove(self, ids: Tensor) -> None:
         """Removes channels, int64 [n]; those that are gone already change nothing."""
         self._params.remove(ids)
-        self._flops.remove(ids)
+        if self._flops is not None:
+            self._flops.remove(ids)
+
+    def flops_without(self, ids: Tensor) -> int:
+        """Returns the number of FLOPs that would be left without some more channels."""
+        return self._flops.without(ids)
 
     @property
     def params(self) -> int:
@@ -83,8 +104,9 @@ class Counter:
 
     @property
     def flops(self) -> int:
-        """The number of FLOPs that are left."""
-        return self._flops.total
+        """The number of FLOPs that are left; an error where the values of inputs decide it."""
+        tally = _flops(self._topology) if self._flops is None else self._flops
+        return tally.total
 
 
 class _Cells:
@@ -172,28 +194,57 @@ class _Tally:
 
     def remove(self, ids: Tensor) -> None:
         """Removes channels."""
-        ids = torch.unique(ids[ids < self._gone.numel()])
-        ids = ids[~self._gone[ids]]
+        ids, lines, sides = self._touched(ids)
         self._gone[ids] = True
-        lines = self._lines.to[self._lines.found(ids)[1]]
         self._channels.index_add_(0, lines, torch.full_like(lines, -1))
-        lines = torch.unique(lines)
-        sides = self._side[lines[self._channels[lines] == 0]]
         self._alive.index_add_(0, sides, torch.full_like(sides, -1))
-        cells = torch.unique(sides // 2)
-        areas = self._alive[2 * cells] * self._alive[2 * cells + 1]
+        cells, areas = self._cells_of(sides)
         self._sum += int(((areas - self._areas[cells]) * self._each[cells]).sum())
         self._areas[cells] = areas
 
+    def without(self, ids: Tensor) -> int:
+        """Returns what would be left without channels."""
+        _, _, sides = self._touched(ids)
+        self._alive.index_add_(0, sides, torch.full_like(sides, -1))
+        cells, areas = self._cells_of(sides)
+        self._alive.index_add_(0, sides, torch.ones_like(sides))
+        before, self._areas[cells] = self._areas[cells], areas
+        kept, self._sum = self._sum, self._sum + int(((areas - before) * self._each[cells]).sum())
+        total = self.total
+        self._areas[cells], self._sum = before, kept
+        return total
+
+    def _touched(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Finds (channels that are not gone, their lines, sides of the lines that go with them)."""
+        ids = torch.unique(ids[ids < self._gone.numel()])
+        ids = ids[~self._gone[ids]]
+        lines = self._lines.to[self._lines.found(ids)[1]]
+        own, counts = torch.unique(lines, return_counts=True)
+        return ids, lines, self._side[own[self._channels[own] == counts]]
+
+    def _cells_of(self, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Finds the cells of sides, and their areas."""
+        cells = torch.unique(sides // 2)
+        return cells, self._alive[2 * cells] * self._alive[2 * cells + 1]
+
 
 def _flops(topology: Topology) -> _Tally:
+    """Raises where the data decides how many rows are multiplied."""
+    if topology.graph.facts.uncounted:
+        raise LapValueError(
+            "a model whose FLOPs follow from the shapes of its inputs",
+            f"{some(topology.graph.facts.uncounted, 3)}, of as many rows as the data selects",
+            "Give a budget of parameters: allocation.params.",
+        )
     cells = _Cells()
-    for role in topology.roles:
-        part, (rows, cols) = role.part, _lines(role)
-        height, width, *window = part.block
-        each = 2 * role.positions * math.prod(window)
-        shape = (part.groups, height // part.groups, width)
-        cells.block(shape, each, rows, cols, role.by_data)
+    for matrix in _matrices(topology):
+        positions: dict[tuple[Part, bool], int] = {}
+        for role in matrix.roles:
+            use = role.part, role.by_data
+            positions[use] = positions.get(use, 0) + role.positions
+        for (part, by_data), n in positions.items():
+            if n:
+                _add(cells, matrix, part, 2 * n, by_data)
     for ids, others, macs in topology.graph.facts.products:
         cells.pairs(ids, others, 2 * macs)
     return _Tally(cells)
@@ -208,17 +259,16 @@ def _params(topology: Topology) -> _Tally:
         if first[name] == name
     }
     cells.constant = sum(map(math.prod, sizes.values()))
-    matrices: dict[str, list[Role]] = {}
-    for role in topology.roles:
-        matrices.setdefault(role.parameter, []).append(role)
-    for name, roles in matrices.items():
-        for stored in _stored(topology, name, sizes):
-            if _are_alike(roles):
+    matrices = _matrices(topology)
+    for matrix in matrices:
+        for stored in _stored(topology, matrix.parameter, sizes):
+            if matrix.alike:
                 cells.constant -= math.prod(sizes[stored])
-                _add_matrix(cells, roles)
+                _add(cells, matrix, replace(matrix.roles[0].part, rows=None, cols=None), 1)
+    layers = {matrix.parameter for matrix in matrices}
     vectors: dict[str, list[Pairs]] = {}
     for vector in topology.graph.facts.vectors:
-        if vector.name in sizes and vector.name not in matrices:
+        if vector.name in sizes and vector.name not in layers:
             vectors.setdefault(vector.name, []).append((vector.entries, vector.ids))
     for name, given in vectors.items():
         size = math.prod(sizes[name])
@@ -243,6 +293,22 @@ def _stored(topology: Topology, name: str, known: Iterable[str]) -> list[str]:
     ]
 
 
+def _matrices(topology: Topology) -> list[_Matrix]:
+    """Lists the weights and their uses; uses that see different matrices, one by one."""
+    zeros = torch.tensor([g.first for g in topology.graph.channels.groups if g.kind == "zero"])
+    by_parameter: dict[str, list[Role]] = {}
+    for role in topology.roles:
+        by_parameter.setdefault(role.parameter, []).append(role)
+    result = []
+    for parameter, roles in by_parameter.items():
+        alike = _are_alike(roles)
+        for seen in [roles] if alike else [[role] for role in roles]:
+            lines = [_lines(role, zeros) for role in seen]
+            rows, cols = (_together([x[side] for x in lines]) for side in (0, 1))
+            result.append(_Matrix(parameter, seen, alike, rows, cols))
+    return result
+
+
 def _are_alike(roles: list[Role]) -> bool:
     """Whether all uses see the same matrix; a weight that is seen as several counts in full."""
     parts = [role.part for role in roles]
@@ -250,29 +316,38 @@ def _are_alike(roles: list[Role]) -> bool:
     return whole and len({(part.shape, part.groups) for part in parts}) == 1
 
 
-def _add_matrix(cells: _Cells, roles: list[Role]) -> None:
-    """Adds a parameter: a row or a column is gone with the channels that it has in all uses."""
-    part = roles[0].part
-    height, width, *window = part.shape
-    sides = [_lines(role) for role in roles]
-    rows, cols = [], []
-    for role, (own_rows, own_cols) in zip(roles, sides, strict=True):
-        top, left = _corner(role.part)
-        rows.append((own_rows[0] + top, own_rows[1]))
-        cols.append((own_cols[0] + left, own_cols[1]))
+def _add(cells: _Cells, matrix: _Matrix, part: Part, each: int, by_data: bool = False) -> None:
+    """Adds a block of a matrix; each: what an entry of it counts."""
+    height, width, *window = part.block
+    top, left = _corner(part)
+    rows = _within(matrix.rows, top, height)
+    cols = _within(matrix.cols, left, part.groups * width)
     shape = (part.groups, height // part.groups, width)
-    cells.block(shape, math.prod(window), _together(rows), _together(cols))
+    cells.block(shape, each * math.prod(window), rows, cols, by_data)
 
 
-def _lines(role: Role) -> tuple[Pairs, Pairs]:
-    """Returns the (row, id) and (column, id) pairs of a role, counted within its block."""
+def _lines(role: Role, zeros: Tensor) -> tuple[Pairs, Pairs]:
+    """Returns the (row, id) and (column, id) pairs of a role; column c of group g is g * C + c."""
     outputs = torch.arange(role.out.size), role.out.ids
-    return (role.inputs, outputs) if role.part.transposed else (outputs, role.inputs)
+    index, ids = role.inputs
+    live = ~torch.isin(ids, zeros)  # a channel that is always zero keeps no column
+    inputs = index[live], ids[live]
+    sides = (inputs, outputs) if role.part.transposed else (outputs, inputs)
+    (rows, row_ids), (cols, col_ids) = sides
+    top, left = _corner(role.part)
+    return (rows + top, row_ids), (cols + left, col_ids)
 
 
 def _corner(part: Part) -> tuple[int, int]:
     """Returns the first row and the first column of a block."""
     return (part.rows or (0, 0))[0], (part.cols or (0, 0))[0]
+
+
+def _within(pairs: Pairs, first: int, size: int) -> Pairs:
+    """Returns the pairs of some lines, counted from the first of them."""
+    lines, ids = pairs
+    inside = (lines >= first) & (lines < first + size)
+    return lines[inside] - first, ids[inside]
 
 
 def _together(pairs: list[Pairs]) -> Pairs:

@@ -88,6 +88,7 @@ class Facts:
         statistics: channels of kind "reduce" that scale what they are computed from.
         choices: channels among which a top-k chooses, of each top-k.
         products: multiply-adds of products without a layer's weight (work.py).
+        uncounted: operations that multiply as many rows as the data selects.
     """
 
     vectors: list[Vector] = field(default_factory=list)
@@ -97,3 +98,4 @@ class Facts:
     statistics: list[Tensor] = field(default_factory=list)
     choices: list[Tensor] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    uncounted: list[str] = field(default_factory=list)

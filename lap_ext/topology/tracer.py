@@ -121,10 +121,13 @@ class Tracer:
             rest = args[args.index(body) + 1 :]
             return self.run(body, [x for x in rest if isinstance(x, Value)])
         call = bind(node, args, kwargs)
-        known = len(self.roles), len(self.facts.products)
+        before = len(self.roles), len(self.facts.products)
         result = self._sized(call) if call.sized_by_data else self._result(call)
-        if known == (len(self.roles), len(self.facts.products)):
+        if before == (len(self.roles), len(self.facts.products)):
             self.facts.products += products_of(call)
+        counted = any(role.positions for role in self.roles[before[0] :])
+        if call.sized_by_data and (counted or self.facts.products[before[1] :]):
+            self.facts.uncounted.append(described(call))
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             written = node.kwargs.get("out", node.args[0])

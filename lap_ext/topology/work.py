@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
-from lap_ext.topology.value import Value
+from lap_ext.topology.value import Value, plain
 
 Lettered = tuple[Value, str]  # an operand of an einsum
 
@@ -37,10 +37,10 @@ def products_of(call: Call) -> list[Product]:
     """Lists the products of a call that uses no weight of a layer; none for other operations."""
     if call.name == "linear":
         x, w = call["input"], call["weight"]
-        sizes = (*x.shape[:-1], *w.shape)
-        return [product(x.ids.unsqueeze(-2), w.ids, sizes)]
+        return [matrices(x, w if len(w.shape) == 1 else plain(w.shape[::-1]))]
     if call.name in {"mm", "matmul", "bmm", "mv", "addmm", "baddbmm"}:
-        return [matrices(*operands(call))]
+        first = int(call.name in {"addmm", "baddbmm"})
+        return [matrices(*call.values[first : first + 2])]
     if call.name == "einsum":
         return _einsum(call)
     if "conv" in call.name and "input" in call.arguments and "weight" in call.arguments:
@@ -48,19 +48,12 @@ def products_of(call: Call) -> list[Product]:
     return []
 
 
-def operands(call: Call) -> tuple[Value, Value]:
-    """Returns the two matrices of a matrix product, whatever the operation calls them."""
-    if call.name in {"addmm", "baddbmm"}:
-        return call.values[1], call.values[2]
-    return call.values[0], call.values[1]
-
-
 def product(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Product:
     """Counts the elements of a space of these sizes by the pairs of channels that meet there.
 
     Example:
-        >>> product(torch.tensor([[1, 2]]), torch.tensor([[3], [4]]), (2, 2, 5)[:2])
-        Product(ids=tensor([1, 1, 2, 2]), others=tensor([3, 4, 3, 4]), macs=tensor([1, 1, 1, 1]))
+        >>> product(torch.tensor([[1, 2]]), torch.tensor([[3, 0]]), (7, 2))  # at 7 positions
+        Product(ids=tensor([1, 2]), others=tensor([3, 0]), macs=tensor([7, 7]))
     """
     rank = len(sizes)
     left, right = channel_ids.broadcast(left, rank), channel_ids.broadcast(right, rank)

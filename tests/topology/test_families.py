@@ -24,10 +24,12 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 import lap_ext
 from lap_ext.criteria.context import Network
 from lap_ext.places import Memory
+from lap_ext.topology import counting
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
 from tests import zoo
-from tests.helpers.topologies import pairs, traced
+from tests.helpers.flop_counts import counted as counted_flops
+from tests.helpers.topologies import ENTRIES, pairs, traced
 
 SWIN = "swin.encoder.layers"
 BIAS = "attention.relative_position_bias.relative_position_bias_table"
@@ -92,6 +94,17 @@ def test_half_of_every_layer(name: str) -> None:
         assert row.kept == (row.total + 1) // 2 == int(result.masks[row.name].sum())
         assert row.shape == topology.layers[row.name].shape
     assert [row.name for row in result.layers] == list(topology.layers)
+
+
+@each
+def test_parameters_and_flops(name: str) -> None:
+    """The dense model counts as PyTorch does while it runs."""
+    topology = traced(name)
+    nothing = torch.zeros(topology.graph.channels.size, dtype=torch.bool)
+    total = sum(p.numel() for p in topology.model.parameters())
+    assert counting.params(topology, nothing) == total
+    _, args, kwargs = ENTRIES[name].make()
+    assert counting.flops(topology, nothing) == counted_flops(topology.model, args, kwargs)
 
 
 # ---- edges and norms -----------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, overload
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lap_ext._text import some
+
+_LEFT_OUT = "a layer that makes it is left out"
 
 
 class Member(NamedTuple):
@@ -208,6 +210,40 @@ class CoupledGroups(Sequence[CoupledGroup]):
             counts += torch.bincount(side + 1, minlength=len(self) + 1)
         return counts[1:]
 
+    def only(self, layers: Container[str]) -> CoupledGroups:
+        """Returns these groups without the families that another layer makes channels of."""
+        kept = [x for x in self.families if all(name in layers for name in x.layers)]
+        if len(kept) == len(self.families):
+            return self
+        number = torch.full((len(self) + 1,), -1)  # the last one: index -1
+        count, families = 0, []
+        for x in kept:
+            numbers = torch.arange(count, count + x.groups.numel())
+            number[x.groups] = numbers
+            count += x.groups.numel()
+            families.append(replace(x, groups=numbers))
+        left = [x for x in self.families if x not in kept]
+        names = [name for x in left for name in x.layers]
+        weights = [replace(x, rows=number[x.rows], cols=number[x.cols]) for x in self.weights]
+        fixed = list(self.fixed)
+        for name in dict.fromkeys(names):
+            views = zip(self.weights, weights, strict=True)
+            lost = (_lost(a, b) for a, b in views if a.layer == name)
+            fixed.append(Fixed(name, max(lost, default=0), _LEFT_OUT))
+        vectors = [replace(x, entries=number[x.entries]) for x in self.vectors]
+        ids = None if self.ids is None else number[self.ids]
+        return CoupledGroups(self.structure, families, fixed, weights, vectors, self._shapes, ids)
+
+    def layers(self) -> set[str]:
+        """Names the layers of which groups have rows or columns."""
+        return {
+            x.layer for x in self.weights if bool((x.rows >= 0).any()) or bool((x.cols >= 0).any())
+        }
+
+    def numel(self, parameter: str) -> int:
+        """Counts the weights of a parameter that groups have some of."""
+        return torch.Size(self._shapes[parameter]).numel()
+
     def members(self, number: int) -> Iterator[Member]:
         """Gives what a group has of each parameter."""
         for x in self.weights:
@@ -260,6 +296,12 @@ class CoupledGroups(Sequence[CoupledGroup]):
                 mask = kept.reshape(x.shape)
                 result[x.name] = result[x.name] & mask if x.name in result else mask
         return result
+
+
+def _lost(before: Assigned, after: Assigned) -> int:
+    """Counts the output channels that are in no group any more."""
+    a, b = (x.cols if x.transposed else x.rows for x in (before, after))
+    return int(((a >= 0) & (b < 0)).count_nonzero())
 
 
 def _listed(index: Tensor) -> str:

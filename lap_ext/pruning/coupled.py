@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""Prunes units across layers: measures their worth, chooses which go, and masks their members.
+
+What is masked are rows and columns of weights, and entries of biases and norms, so that a removed
+channel is exactly zero. Nothing here knows where weights live.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lap_ext import allocation
+from lap_ext._text import layer_name, matches, some
+from lap_ext.allocation import Allocation, Sparsity, Target
+from lap_ext.errors import LapTypeError, LapValueError
+from lap_ext.masks import pack, unpack
+from lap_ext.ops.check import keep_count
+from lap_ext.pruning import pools
+from lap_ext.pruning.families import FamilyResult
+from lap_ext.pruning.kept_axes import KeptAxes
+from lap_ext.pruning.patterns import by_name
+from lap_ext.pruning.plan import Plan
+from lap_ext.pruning.pools import Choice, Pool
+from lap_ext.pruning.scoring import Scoring
+from lap_ext.pruning.unit_worth import member_counts, worth_of
+from lap_ext.topology.counting import Counter
+from lap_ext.topology.coupling import CoupledGroups
+
+
+@dataclass
+class Units:
+    """What is pruned in units across layers.
+
+    Attributes:
+        groups: of the model.
+        sparsity: a fraction of units, of each pool by its name, or a target for the model.
+        removed: the groups that go, bool, once they are chosen.
+    """
+
+    groups: CoupledGroups
+    sparsity: float | Mapping[str, float] | Target
+    removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def families(self) -> list[FamilyResult]:
+        """Counts the groups of each family that takes part."""
+        return [
+            FamilyResult(x.name, x.layers, int((~self.removed[x.groups]).count_nonzero()),
+                         x.groups.numel())
+            for x in self.groups.families
+        ]  # fmt: skip
+
+    def vector_masks(self) -> dict[str, Tensor]:
+        """Masks the biases, norms and the like, by layer name."""
+        masks = self.groups.vector_masks(self.removed)
+        return {layer_name(name): mask for name, mask in masks.items()}
+
+
+def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
+    """Checks what is asked for, before anything is measured."""
+    options, groups = plan.options, plan.groups
+    assert groups is not None
+    if not len(groups):
+        reasons = dict.fromkeys(x.reason for x in groups.fixed)
+        raise LapValueError(
+            f"a model with units for {{structure={groups.structure!r}}}",
+            f"none: {some(reasons, 5)}",
+            "See lap_ext.structures.groups(topology, structure).fixed.",
+        )
+    if isinstance(sparsity, Target):
+        if sparsity.counted == "flops" and groups.structure == "expert":
+            raise LapValueError(
+                "params(...) for experts: a token uses as many of them as before",
+                "flops(...)",
+                argument="sparsity",
+            )
+        return Units(groups, sparsity)
+    if isinstance(sparsity, Allocation):
+        raise LapTypeError(
+            "{argument} to be a number, a dict pattern -> number, allocation.flops(...) or "
+            f"allocation.params(...) for {{structure={groups.structure!r}}}",
+            str(sparsity),
+            argument="sparsity",
+        )
+    if isinstance(sparsity, Mapping):
+        if options.scope == "global" or options.uniform:
+            other = "scope='global'" if options.scope == "global" else "uniform=True"
+            raise LapTypeError(
+                f"one number as {{argument}} with {{{other}}}", "a dict", argument="sparsity"
+            )
+        named = by_name(plan.topology, sparsity)
+        allocation.of(named)  # checks it
+        assert isinstance(named, Mapping)
+        return Units(groups, {name: float(x) for name, x in named.items()})
+    keep_count(sparsity, None, 0)  # checks it
+    assert sparsity is not None
+    return Units(groups, float(sparsity))
+
+
+def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
+    """Chooses in all rounds, and says how each layer is masked in the last one.
+
+    store: sets the masks of all layers in the place, after a round that is not the last.
+    """
+    options = scoring.plan.options
+    for number in range(1, options.rounds + 1):
+        name = f"round {number}"
+        text = scoring.place.noted(f"{name} units", partial(_found, scoring, units, number))
+        units.removed = _of_text(text, len(units.groups))
+        selections = _selections(scoring, units)
+        if number < options.rounds:
+            scoring.place.round(number, partial(store, selections))
+            scoring.forget(scoring.plan.layers)
+    return selections
+
+
+def _found(scoring: Scoring, units: Units, number: int) -> str:
+    """Chooses the groups that are gone after a round."""
+    scoring.measure(f"round {number}")
+    step = scoring.step("rank", scoring.plan.layers)
+    measured = worth_of(scoring, units.groups, step)
+    pooled = pools.pools_of(units.groups, units.groups.families, measured, scoring.plan.options)
+    choice = Choice.of(pooled)
+    _choose(scoring, units, choice, number)
+    choice.round()
+    dead = ~measured.alive
+    return _text_of(choice.removed(len(units.groups)) | dead)
+
+
+def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None:
+    """Chooses as many units as the sparsity, or the target, says for a round."""
+    options, sparsity = scoring.plan.options, units.sparsity
+    share = number / options.rounds
+    together = options.scope == "global"
+    if isinstance(sparsity, Target):
+        counter = _Counted(scoring, units.groups, sparsity)
+        counter.remove_groups(choice.removed(len(units.groups)).nonzero().flatten())
+        dense, limit = counter.dense, sparsity.limit(counter.dense)
+        limit = dense - (dense - limit) * number // options.rounds
+        key = _worth if together else pools.by_rank
+        if options.cost is not None and together:
+            cost = cost_of(scoring, units.groups)
+            key = partial(_density, cost)
+        what = "FLOPs" if sparsity.counted == "flops" else "parameters"
+        pools.choose_count(choice, limit, key, counter.left, counter.remove_groups, what)
+        return
+    if isinstance(sparsity, Mapping):
+        own = {pool.name: _of_pool(pool, sparsity) * share for pool in choice.pools}
+        _check_used(choice.pools, sparsity)
+        pools.choose_fraction(choice, own, together=False)
+        return
+    fraction = sparsity * share
+    if options.cost is None:
+        own = dict.fromkeys((pool.name for pool in choice.pools), fraction)
+        pools.choose_fraction(choice, own, together)
+    else:
+        pools.choose_cost(choice, fraction, cost_of(scoring, units.groups), together)
+
+
+def _worth(pool: Pool) -> Tensor:
+    return pool.worth
+
+
+def _density(cost: Tensor, pool: Pool) -> Tensor:
+    """Returns worth^2 per cost."""
+    return pool.worth.square() / cost[pool.units].sum(1).clamp(min=1e-300)
+
+
+def _of_pool(pool: Pool, sparsity: Mapping[str, float]) -> float:
+    """Returns the fraction of the first pattern that names one of a pool's layers."""
+    return next((x for name, x in sparsity.items() if _names(pool, name)), 0.0)
+
+
+def _names(pool: Pool, pattern: str) -> bool:
+    return any(matches(layer, pattern) for layer in pool.layers)
+
+
+def _check_used(every: Sequence[Pool], sparsity: Mapping[str, float]) -> None:
+    """Raises for a pattern that names no layer that makes units."""
+    for pattern in sparsity:
+        if not any(_names(pool, pattern) for pool in every):
+            raise LapValueError(
+                "patterns of layers that make the channels of units",
+                repr(pattern),
+                argument="sparsity",
+            )
+
+
+def cost_of(scoring: Scoring, groups: CoupledGroups) -> Tensor:
+    """Returns what the model saves if one group alone goes, float64 [n]."""
+    if scoring.plan.options.cost == "weights":
+        return member_counts(groups).double()
+    counter = Counter(scoring.plan.topology)
+    assert groups.ids is not None
+    costs = torch.zeros(len(groups), dtype=torch.float64)
+    for number, ids in enumerate(_ids_by_group(groups)):
+        costs[number] = counter.flops - counter.flops_without(ids)
+    return costs
+
+
+def _ids_by_group(groups: CoupledGroups) -> list[Tensor]:
+    """Lists the channel ids of each group."""
+    assert groups.ids is not None
+    order = torch.argsort(groups.ids, stable=True)
+    counts = torch.bincount(groups.ids + 1, minlength=len(groups) + 1).tolist()
+    return list(order.split(counts))[1:]
+
+
+class _Counted:
+    """A count of the model while groups go."""
+
+    def __init__(self, scoring: Scoring, groups: CoupledGroups, target: Target) -> None:
+        self._counted = target.counted
+        self._ids: list[Tensor] | None = None
+        if groups.ids is None:  # experts: their parameters do not overlap
+            self._own = member_counts(groups)
+            model = scoring.plan.topology.model
+            self._left = sum(x.numel() for x in model.parameters())
+        else:
+            self._counter, self._ids = Counter(scoring.plan.topology), _ids_by_group(groups)
+        self.dense = self.left()
+
+    def left(self) -> int:
+        """Returns what is left."""
+        if self._ids is None:
+            return self._left
+        return self._counter.flops if self._counted == "flops" else self._counter.params
+
+    def remove_groups(self, numbers: Tensor) -> None:
+        """Takes groups out of the count."""
+        if self._ids is None:
+            self._left -= int(self._own[numbers].sum())
+        elif numbers.numel():
+            self._counter.remove(torch.cat([self._ids[i] for i in numbers.tolist()]))
+
+
+def _selections(scoring: Scoring, units: Units) -> dict[str, KeptAxes]:
+    """Says how each layer is masked."""
+    result = {}
+    for layer in scoring.plan.layers:
+        views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
+        result[layer.name] = KeptAxes(views, units.removed)
+    return result
+
+
+def _text_of(removed: Tensor) -> str:
+    """Packs which groups go into a text."""
+    return base64.b64encode(zlib.compress(pack(removed).numpy().tobytes())).decode()
+
+
+def _of_text(text: str, count: int) -> Tensor:
+    """Unpacks what `_text_of` has made."""
+    data = bytearray(zlib.decompress(base64.b64decode(text)))
+    return unpack(torch.frombuffer(data, dtype=torch.uint8), (count,))

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""Chooses which units across layers go: pools of units, budgets, floors and multiples.
+
+A pool is what is ranked and counted together: the groups of a family, where one of each class goes
+at a time; with uniform=True, those of all families of a kind, so that these stay equal. A pool's
+units are ordered from the one of least worth: the k-th of the classes go together.
+
+    fraction       each pool, or all together, keeps floor((1 - sparsity) n + 1/2) units
+    cost           the cost of the units that are kept is at most (1 - sparsity) of all cost
+    flops, params  units go one after the other until the model has at most so many
+
+With scope="layer", the order of units in a budget of a model is that of their ranks in their pools
+(the first tenth of each goes first); with scope="global", that of their worth.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lap_ext.errors import LapValueError
+from lap_ext.ops.check import keep_count
+from lap_ext.ops.reference.common import exact_sqrt
+from lap_ext.options import MinKeep
+from lap_ext.pruning import normalization
+from lap_ext.pruning.plan import Options
+from lap_ext.pruning.unit_worth import Worth
+from lap_ext.topology.coupling import CoupledGroups, Family
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Units that are counted together, from the one of least worth.
+
+    Attributes:
+        name: of its first family.
+        layers: that make its channels.
+        units: the groups of each unit, int64 [n, groups of a unit].
+        worth: of each unit, float64 [n], normalized.
+        alive: which are not removed yet, bool [n]; those that are come first.
+        least: how many are kept at least.
+        fits: how many may be kept, bool [n + 1].
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    units: Tensor
+    worth: Tensor
+    alive: Tensor
+    least: int
+    fits: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return self.units.shape[0]
+
+    def rounded(self, keep: int) -> int:
+        """Returns the largest number below keep that fits, or the smallest that the floor allows.
+
+        Removed units do not come back.
+        """
+        most = int(self.alive.count_nonzero())
+        least = min(self.least, most)
+        keep = max(min(keep, most), least)
+        fitting = self.fits.nonzero().flatten()
+        below = fitting[(fitting <= keep) & (fitting >= least)]
+        if below.numel():
+            return int(below[-1])
+        above = fitting[(fitting >= least) & (fitting <= most)]
+        return int(above[0]) if above.numel() else most
+
+
+def pools_of(
+    groups: CoupledGroups, chosen: Sequence[Family], measured: Worth, options: Options
+) -> list[Pool]:
+    """Makes the pools of the families that take part."""
+    kinds: dict[object, list[tuple[Family, Tensor]]] = {}
+    for family in chosen:
+        units = _bundled(family, measured)
+        key: object = family.name
+        if options.uniform:
+            key = (tuple(re.sub(r"\d+", "*", x) for x in family.layers), *units.shape)
+        kinds.setdefault(key, []).append((family, units))
+    pools = []
+    for members in kinds.values():
+        units = torch.cat([own for _, own in members], 1)
+        worth, alive = _joined(measured, units, options)
+        worth = normalization.normalized(worth.unsqueeze(0), options.normalize, alive.unsqueeze(0))
+        fits = torch.ones(units.shape[0] + 1, dtype=torch.bool)
+        for _, own in members:
+            fits &= _fitting(groups, own, options.multiple_of)
+        first = members[0][0]
+        more = f" and {len(members) - 1} like it" if len(members) > 1 else ""
+        layers = tuple(x for family, _ in members for x in family.layers)
+        least = floor_of(options.min_keep, units.shape[0])
+        pools.append(Pool(first.name + more, layers, units, worth[0], alive, least, fits))
+    return pools
+
+
+def floor_of(min_keep: MinKeep, count: int) -> int:
+    """Returns how many of so many units are kept at least; by default, one.
+
+    Example:
+        >>> floor_of(None, 8), floor_of(3, 8), floor_of(0.3, 8), floor_of(0, 8), floor_of(9, 8)
+        (1, 3, 3, 0, 8)
+    """
+    if min_keep is None:
+        return min(1, count)
+    if isinstance(min_keep, float):
+        return math.ceil(Fraction(repr(min_keep)) * count)
+    return min(min_keep, count)
+
+
+def _bundled(family: Family, measured: Worth) -> Tensor:
+    """Orders the groups of each class from the one of least worth, side by side, [n, classes].
+
+    Of equal worth, the one with the higher number goes first; removed ones come before all.
+    """
+    columns = []
+    for kind in torch.unique(family.classes).tolist():
+        own = family.groups[family.classes == kind].flip(0)
+        own = own[torch.argsort(measured.worth[own], stable=True)]
+        columns.append(own[torch.argsort(measured.alive[own].to(torch.uint8), stable=True)])
+    size = min((x.numel() for x in columns), default=0)
+    if not columns:
+        return torch.zeros(0, 1, dtype=torch.int64)
+    return torch.stack([x[:size] for x in columns], 1)
+
+
+def _joined(measured: Worth, units: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns the worth of units of several groups, and which are not removed."""
+    worth, alive = measured.worth[units], measured.alive[units].any(1)
+    if units.shape[1] == 1:
+        return worth[:, 0], alive
+    if options.aggregate == "mean":
+        return worth.mean(1), alive
+    return exact_sqrt(worth.square().sum(1)), alive
+
+
+def _fitting(groups: CoupledGroups, units: Tensor, multiple_of: int) -> Tensor:
+    """Marks the numbers of units that leave a multiple of so many channels, or all."""
+    count = units.shape[0]
+    keeps = torch.arange(count + 1)
+    if multiple_of == 1 or not count:
+        return torch.ones(count + 1, dtype=torch.bool)
+    width, size = (1, count)
+    if groups.structure in ("channel", "unit"):
+        width, size = _narrowest(groups, units[0])
+    fits = (size - (count - keeps) * width) % multiple_of == 0
+    fits[count] = True
+    return fits
+
+
+def _narrowest(groups: CoupledGroups, unit: Tensor) -> tuple[int, int]:
+    """Returns the smallest share that a unit has of a layer's channels, and that layer's size."""
+    found = []
+    for x in groups.weights:
+        for side in (x.rows, x.cols.flatten()):
+            own = int(torch.isin(side, unit).count_nonzero())
+            if own:
+                found.append((own, side.numel()))
+    return min(found)
+
+
+@dataclass(eq=False)
+class Choice:
+    """How many units of each pool are kept, while some go."""
+
+    pools: list[Pool]
+    keeps: list[int]
+
+    @classmethod
+    def of(cls, pools: list[Pool]) -> Choice:
+        """Begins with all units that are not removed."""
+        return cls(pools, [int(pool.alive.count_nonzero()) for pool in pools])
+
+    def removed(self, count: int) -> Tensor:
+        """Marks the groups that go, bool [count]."""
+        result = torch.zeros(count, dtype=torch.bool)
+        for pool, keep in zip(self.pools, self.keeps, strict=True):
+            result[pool.units[: pool.size - keep].flatten()] = True
+        return result
+
+    def round(self) -> None:
+        """Rounds all numbers down to multiples."""
+        pairs = zip(self.pools, self.keeps, strict=True)
+        self.keeps = [pool.rounded(keep) for pool, keep in pairs]
+
+    def going(self, key: Callable[[Pool], Tensor]) -> Iterator[Tensor]:
+        """Removes one unit after the other, lowest key first, and gives its groups."""
+        keys, owners = [], []
+        for index, pool in enumerate(self.pools):
+            dead = pool.size - self.keeps[index]
+            keys.append(torch.cummax(key(pool)[dead:], 0).values)  # in the order of the pool
+            owners.append(torch.full((pool.size - dead,), index))
+        if not keys:
+            return
+        # of equal keys, the one in the later pool goes first
+        every = torch.cat(keys[::-1]), torch.cat(owners[::-1])
+        for owner in every[1][torch.argsort(every[0], stable=True)].tolist():
+            pool = self.pools[owner]
+            if self.keeps[owner] > min(pool.least, pool.size):
+                self.keeps[owner] -= 1
+                yield pool.units[pool.size - self.keeps[owner] - 1]
+
+
+def by_rank(pool: Pool) -> Tensor:
+    """Returns the place of each unit in its pool, in (0, 1)."""
+    return (torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size)
+
+
+def kept_of(sparsity: float, count: int) -> int:
+    """Returns how many of so many units a sparsity keeps."""
+    return keep_count(sparsity, None, count)
+
+
+def choose_fraction(choice: Choice, sparsities: Mapping[str, float], together: bool) -> None:
+    """Keeps a fraction of each pool, or of all together; sparsities: pool -> fraction to remove."""
+    if not together:
+        for index, pool in enumerate(choice.pools):
+            keep = max(kept_of(sparsities[pool.name], pool.size), min(pool.least, pool.size))
+            choice.keeps[index] = min(keep, choice.keeps[index])
+        return
+    total = sum(pool.size for pool in choice.pools)
+    keep = kept_of(next(iter(sparsities.values())), total)
+    floor = sum(min(pool.least, pool.size) for pool in choice.pools)
+    if keep < floor and any(pool.least > 1 for pool in choice.pools):
+        raise LapValueError(
+            f"a {{argument}} that keeps {floor} units at least, as {{min_keep=}} asks for",
+            f"one that keeps {keep} of {total}",
+            argument="sparsity",
+        )
+    going = choice.going(lambda pool: pool.worth)
+    while sum(choice.keeps) > keep and next(going, None) is not None:
+        pass
+
+
+def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -> None:
+    """Removes units of least worth per cost until what is left costs (1 - sparsity) at most.
+
+    cost: of each group, float64 [n].
+    """
+
+    def of(pool: Pool) -> Tensor:
+        return cost[pool.units].sum(1)
+
+    def density(pool: Pool) -> Tensor:
+        return pool.worth.square() / of(pool).clamp(min=1e-300)
+
+    share = 1 - Fraction(repr(float(sparsity)))
+    parts = [choice]
+    if not together:
+        pairs = zip(choice.pools, choice.keeps, strict=True)
+        parts = [Choice([pool], [keep]) for pool, keep in pairs]
+    for part in parts:
+        limit = share * sum(Fraction(float(of(pool).sum())) for pool in part.pools)
+        going, gone = part.going(density), part.removed(cost.numel())
+        left = sum(Fraction(float(of(pool).sum())) for pool in part.pools)
+        left -= Fraction(float(cost[gone].sum()))
+        while left > limit:
+            unit = next(going, None)
+            if unit is None:
+                break
+            left -= Fraction(float(cost[unit].sum()))
+    if not together:
+        choice.keeps = [part.keeps[0] for part in parts]
+
+
+def choose_count(
+    choice: Choice,
+    limit: int,
+    key: Callable[[Pool], Tensor],
+    left: Callable[[], int],
+    remove: Callable[[Tensor], None],
+    what: str,
+) -> None:
+    """Removes units until a count of the whole model is at most a limit.
+
+    Args:
+        choice: of units.
+        limit: the largest count that is allowed.
+        key: the order of units.
+        left: returns the count as it is.
+        remove: takes the groups of a unit out of the count.
+        what: is counted, in errors.
+    """
+    going = choice.going(key)
+    while left() > limit:
+        unit = next(going, None)
+        if unit is None:
+            raise LapValueError(
+                f"a {{argument}} of at least {left():,} {what}, which are left when each layer has "
+                "only the units that it keeps at least",
+                f"{limit:,}",
+                "Raise it, or lower {min_keep=}.",
+                argument="sparsity",
+            )
+        remove(unit)
