@@ -95,7 +95,8 @@ def _made(
             key = ("d", domain[0]) if domain else (*sorted(producers[own], key=order.__getitem__),)
             members.setdefault(key, []).append(own)
     number = torch.full((subject.graph.channels.size,), -1)
-    families, count = [], 0
+    families: list[Family] = []
+    count = 0
     ranked = sorted(members.values(), key=lambda own: (_first(own, producers, order), own))
     for own in ranked:
         labels = torch.tensor(own)
