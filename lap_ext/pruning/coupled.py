@@ -256,9 +256,7 @@ class _Counted:
             self._counter.remove(torch.cat([self._ids[i] for i in numbers.tolist()]))
 
 
-def _selections(
-    scoring: Scoring, units: Units, zero: Sequence[str] = ()
-) -> dict[str, KeptAxes]:
+def _selections(scoring: Scoring, units: Units, zero: Sequence[str] = ()) -> dict[str, KeptAxes]:
     """Says how each layer is masked; zero: layers whose zeros are weights."""
     result = {}
     for layer in scoring.plan.layers:

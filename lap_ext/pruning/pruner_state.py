@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lap_ext._text import lines, some
-from lap_ext.allocation import Allocation, Sparsity, notation
+from lap_ext.allocation import Allocation, Sparsity, Target, notation
 from lap_ext.criteria import Criterion
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import unpack
@@ -83,7 +83,7 @@ def described(sparsity: Sparsity) -> float | str:
         >>> described(0.5), described({"fc*": 0.5}), described(notation.of_texts(["erk:0.9"]))
         (0.5, 'fc*=0.5', 'erk:0.9')
     """
-    if not isinstance(sparsity, Mapping | Allocation):
+    if not isinstance(sparsity, Mapping | Allocation | Target):
         return float(sparsity)
     # the repr of every object tells where it lies in memory
     anonymous = type(sparsity).__repr__ is object.__repr__
