@@ -37,7 +37,13 @@ Pruning: TypeAlias = list[Any]  # [step, sparsity as described]
 
 SCANNED = 10_000_000  # steps that a schedule is asked about at most: seconds
 LISTED = 10  # of many differences, errors list the first ones
-_LATER = {"structure": None, "aggregate": "energy", "multiple_of": 1}  # options of older states
+_LATER = {  # options of older states
+    "structure": None,
+    "aggregate": "energy",
+    "multiple_of": 1,
+    "cost": None,
+    "uniform": False,
+}
 _CLOSE = 1e-9  # of two sparsities: a power may differ in its last bit on another machine
 
 
@@ -50,6 +56,8 @@ def options_of(plan: Plan) -> dict[str, Any]:
         "structure": _described_structure(plan),
         "aggregate": plan.options.aggregate,
         "multiple_of": plan.options.multiple_of,
+        "cost": plan.options.cost,
+        "uniform": plan.options.uniform,
         "layers": [layer.name for layer in plan.layers],
     }
 
