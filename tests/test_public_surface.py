@@ -37,7 +37,6 @@ DECIDING = {  # option -> its type, wherever a public function has it
     "residual": options.Residual,
     "on_unsupported": options.OnUnsupported,
     "aggregate": lap_ext.structures.Aggregate,
-    "cost": options.Cost | None,
 }
 
 
