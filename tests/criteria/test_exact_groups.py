@@ -470,14 +470,16 @@ def test_masks_count() -> None:
 
 
 def test_every_place_gives_the_same() -> None:
-    """One whose chunks do not stay, in another order."""
-    model, x, masks = masked()
-    topology = lap_ext.trace(model, x)
+    """The same bits from one whose chunks do not stay, in another order: a sum of many layers."""
+    torch.manual_seed(7)
+    rule = lambda m, x: m.z(sum(m.get_submodule(name)(x) for name in "abcdef"))  # noqa: E731
+    layers = {name: linear(32) for name in "abcdef"}
+    topology = lap_ext.trace(randomized(Net(rule, **layers, z=linear(3, 32))), EYE[:1])
     groups = topology.groups("channel")
-    for own in ({}, masks):
-        held, cut = Memory(topology, own), Cut(topology, fits=True, masks=own)
+    for masks in ({}, {name: torch.rand(32, 4) < 0.5 for name in "ace"}):
+        held, cut = Memory(topology, masks), Cut(topology, fits=True, masks=masks)
         got = [group_worths(Network(place), LOOKAHEAD, groups) for place in (held, cut)]
-        assert torch.equal(*got)
+        assert len(groups) == 32 and torch.equal(*got)
 
 
 def test_a_large_weight_keeps_its_range() -> None:
