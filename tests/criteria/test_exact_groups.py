@@ -26,8 +26,8 @@ from lap_ext.criteria.exact_groups import group_worths
 from lap_ext.places.memory import Memory
 from lap_ext.topology.coupling import CoupledGroup, CoupledGroups, Family
 from tests import zoo
-from tests.criteria.test_exact import CASES, runs
 from tests.helpers.cut_place import Cut
+from tests.helpers.linear_nets import CASES, runs
 from tests.helpers.networks import Net, conv, linear, randomized
 
 RTOL = 1e-9
