@@ -197,11 +197,12 @@ def mean(found: list[tuple[list[float], list[int]]]) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
+MOE = QWEN3_MOE | {"moe_intermediate_size": 8}  # grouped products want rows of 16 bytes
 PACKED = {
     "Mixtral": ("MixtralForCausalLM", MIXTRAL),
-    "Qwen2Moe": ("Qwen2MoeForCausalLM", QWEN3_MOE | {"shared_expert_intermediate_size": 6}),
-    "Qwen3Moe": ("Qwen3MoeForCausalLM", QWEN3_MOE | {"num_experts": 5}),
-    "Qwen3Moe, normed": ("Qwen3MoeForCausalLM", QWEN3_MOE | {"norm_topk_prob": True}),
+    "Qwen2Moe": ("Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 6}),
+    "Qwen3Moe": ("Qwen3MoeForCausalLM", MOE | {"num_experts": 5}),
+    "Qwen3Moe, normed": ("Qwen3MoeForCausalLM", MOE | {"norm_topk_prob": True}),
 }
 
 
