@@ -51,9 +51,8 @@ def checked(name: str) -> Iterator[str]:
     network = thinned(name)
     random = torch.Generator().manual_seed(0)
     seen = set()
-    for kind, family in (
-        (kind, family) for kind in KINDS for family in groups(name, kind).families
-    ):
+    every = [(kind, family) for kind in KINDS for family in groups(name, kind).families]
+    for kind, family in every:
         members = [groups(name, kind)[i].members for i in family.groups.tolist()]
         about, allowed = f"{name}, {kind}, family {family.name}", (name, family.name) in NOT_ZERO
         key = tuple((x.parameter, *map(_listed, x[-2:])) for x in members[0])

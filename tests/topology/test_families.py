@@ -28,6 +28,7 @@ from lap_ext.topology import counting
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
 from tests import zoo
+from tests.helpers import coupled_zoo
 from tests.helpers.flop_counts import counted as counted_flops
 from tests.helpers.topologies import ENTRIES, pairs, traced
 
