@@ -50,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test cuts the power: os.fsync looks at the file, and waits for nothing."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
+
+
+@pytest.fixture(autouse=True)
 def _start() -> Iterator[None]:
     """Every test starts from the same random state, and on one thread: tensors are tiny."""
     threads = torch.get_num_threads()

@@ -135,7 +135,7 @@ def _check_size(target: int, dense: int, counted: Counted) -> None:
 
 def _cure(given: Any, counted: Counted) -> str:
     """Says what a number outside of (0, 1) may have been meant for."""
-    if given != given or given - given != 0:  # noqa: PLR0124 (a NaN, or an infinity)
+    if not math.isfinite(given):
         return ""
     if given == 1:
         return "1.0 would remove nothing."

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lap_ext.criteria import UnitCriterion
 from lap_ext.criteria.context import in_chunk
+from lap_ext.criteria.exact_groups import group_worths
 from lap_ext.ops.partition import GridUnits, Scored
 from lap_ext.ops.reference.common import exact_sqrt
 from lap_ext.places import Chunk
@@ -52,8 +53,6 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
     if isinstance(criterion, UnitCriterion):
         worth = _by_data(scoring, criterion, groups)
     elif options.aggregate == "exact":
-        from lap_ext.criteria.exact_groups import group_worths
-
         worth = group_worths(scoring.network, criterion, groups)
     elif options.aggregate == "mean":
         worth = sums.scores / member_counts(groups).clamp(min=1)
@@ -198,7 +197,7 @@ def _take_back(
         values = values.cpu().double()
         values = values.square() if aggregate == "energy" else values
         if which is not None:
-            values = values * which[part].cpu()
+            values = values * which[part].cpu().reshape(values.shape)
         values = values.reshape(*both.shape, -1).sum(-1)
         sums.add(rows, -(values * both).sum(1))
 

@@ -93,9 +93,13 @@ class Counter:
         if self._flops is not None:
             self._flops.remove(ids)
 
+    def params_without(self, ids: Tensor) -> int:
+        """Counts the parameters that would be left without these channels too."""
+        return self._params.without(ids)
+
     def flops_without(self, ids: Tensor) -> int:
-        """Returns the number of FLOPs that would be left without some more channels."""
-        return self._flops.without(ids)
+        """Counts the FLOPs that would be left without these channels too."""
+        return self._counted().without(ids)
 
     @property
     def params(self) -> int:
@@ -105,8 +109,10 @@ class Counter:
     @property
     def flops(self) -> int:
         """The number of FLOPs that are left; an error where the values of inputs decide it."""
-        tally = _flops(self._topology) if self._flops is None else self._flops
-        return tally.total
+        return self._counted().total
+
+    def _counted(self) -> _Tally:
+        return _flops(self._topology) if self._flops is None else self._flops
 
 
 class _Cells:
@@ -167,6 +173,19 @@ class _Cells:
         self.lines += sides.numel()
 
 
+class _Change(NamedTuple):
+    """What removing some channels changes in a tally."""
+
+    ids: Tensor  # those that are not gone yet
+    lines: Tensor  # that have such channels
+    channels: Tensor  # that these lines still have
+    sides: Tensor  # of cells that lose lines
+    lost: Tensor  # lines of each such side
+    cells: Tensor
+    areas: Tensor  # of these cells
+    change: int  # of the sum
+
+
 class _Tally:
     """The sum over cells while channels are removed."""
 
@@ -186,46 +205,45 @@ class _Tally:
     @property
     def total(self) -> int:
         """What is left."""
-        total = self._sum
-        for first, end, each in self._pools:
-            areas = self._areas[first:end]
-            total += each * int(areas.sum()) // max(int((areas > 0).sum()), 1)
-        return total
+        return self._total(self._sum, *(torch.zeros(0, dtype=torch.int64),) * 2)
+
+    def without(self, ids: Tensor) -> int:
+        """Counts what would be left without these channels too; nothing is removed."""
+        change = self._change(ids)
+        return self._total(self._sum + change.change, change.cells, change.areas)
 
     def remove(self, ids: Tensor) -> None:
         """Removes channels."""
-        ids, lines, sides = self._touched(ids)
-        self._gone[ids] = True
-        self._channels.index_add_(0, lines, torch.full_like(lines, -1))
-        self._alive.index_add_(0, sides, torch.full_like(sides, -1))
-        cells, areas = self._cells_of(sides)
-        self._sum += int(((areas - self._areas[cells]) * self._each[cells]).sum())
-        self._areas[cells] = areas
+        change = self._change(ids)
+        self._gone[change.ids] = True
+        self._channels[change.lines] = change.channels
+        self._alive.index_add_(0, change.sides, -change.lost)
+        self._areas[change.cells] = change.areas
+        self._sum += change.change
 
-    def without(self, ids: Tensor) -> int:
-        """Returns what would be left without channels."""
-        _, _, sides = self._touched(ids)
-        self._alive.index_add_(0, sides, torch.full_like(sides, -1))
-        cells, areas = self._cells_of(sides)
-        self._alive.index_add_(0, sides, torch.ones_like(sides))
-        before, self._areas[cells] = self._areas[cells], areas
-        kept, self._sum = self._sum, self._sum + int(((areas - before) * self._each[cells]).sum())
-        total = self.total
-        self._areas[cells], self._sum = before, kept
-        return total
-
-    def _touched(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Finds (channels that are not gone, their lines, sides of the lines that go with them)."""
+    def _change(self, ids: Tensor) -> _Change:
         ids = torch.unique(ids[ids < self._gone.numel()])
         ids = ids[~self._gone[ids]]
         lines = self._lines.to[self._lines.found(ids)[1]]
-        own, counts = torch.unique(lines, return_counts=True)
-        return ids, lines, self._side[own[self._channels[own] == counts]]
+        lines, met = torch.unique(lines, return_counts=True)
+        channels = self._channels[lines] - met
+        sides, lost = torch.unique(self._side[lines[channels == 0]], return_counts=True)
+        cells, place = torch.unique(sides // 2, return_inverse=True)
+        less = torch.zeros(2 * cells.numel(), dtype=torch.int64)
+        less[2 * place + sides % 2] = lost
+        high, wide = (self._alive[2 * cells + side] - less[side::2] for side in (0, 1))
+        areas = high * wide
+        change = int(((areas - self._areas[cells]) * self._each[cells]).sum())
+        return _Change(ids, lines, channels, sides, lost, cells, areas, change)
 
-    def _cells_of(self, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Finds the cells of sides, and their areas."""
-        cells = torch.unique(sides // 2)
-        return cells, self._alive[2 * cells] * self._alive[2 * cells + 1]
+    def _total(self, total: int, cells: Tensor, areas: Tensor) -> int:
+        """Adds the pools, in which some cells have other areas."""
+        for first, end, each in self._pools:
+            own = self._areas[first:end].clone()
+            here = (cells >= first) & (cells < end)
+            own[cells[here] - first] = areas[here]
+            total += each * int(own.sum()) // max(int((own > 0).sum()), 1)
+        return total
 
 
 def _flops(topology: Topology) -> _Tally:

@@ -87,13 +87,13 @@ def contracted(first: Lettered, second: Lettered, out: str) -> list[Product]:
 
     What only one of them has, and the result does not, is summed before.
     """
-    (x, a), (y, b) = first, second
+    a, b = first[1], second[1]
     if not any(c in b and c not in out for c in a):
         return []
     size = {c: n for v, letters in (first, second) for c, n in zip(letters, v.shape, strict=True)}
     space = [c for c in dict.fromkeys(a + b) if c in out or (c in a and c in b)]
-    sides = [_along(v.ids, letters, space) for v, letters in (first, second)]
-    return [product(*sides, [size[c] for c in space])]
+    left, right = (_along(v.ids, letters, space) for v, letters in (first, second))
+    return [product(left, right, [size[c] for c in space])]
 
 
 def spelled(equation: str, ranks: list[int]) -> tuple[list[str], str]:

@@ -24,9 +24,10 @@ def counted(model: nn.Module, args: Any = (), kwargs: Any = None) -> int:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(
-            display=False, custom_mapping=grouped
-        ) as counter:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=grouped) as counter,
+        ):
             model(*args, **(kwargs or {}))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

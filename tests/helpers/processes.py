@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -31,8 +32,20 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def two_processes(work: Work, folder: Path) -> None:
-    """Runs work in both; an exception in either is raised here."""
-    torch.multiprocessing.spawn(_process, (work, str(folder)), nprocs=2)
+    """Runs work, a function of a module, in both; an exception in either fails here."""
+    name = f"{work.__module__}, {work.__name__!r}, {str(folder)!r}"
+    run = run_python(f"import {work.__module__}, tests.helpers.processes as helper\n"
+                     f"helper.fork_both({name})")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def fork_both(module: ModuleType, name: str, folder: str) -> None:
+    """Forks two processes that call a function of module: they share what it has imported."""
+    import torch._dynamo  # by tracing and torch.compile, or it is imported twice
+
+    torch.multiprocessing.start_processes(
+        _process, (getattr(module, name), folder), nprocs=2, start_method="fork"
+    )
 
 
 def _process(rank: int, work: Work, folder: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Traces that are made once a process: hundreds of runs on checkpoints prune a few small models.
+"""Traces that are made once a process: hundreds of tests prune a few small models.
 
 Only models whose whole structure can be written down are known again: stacks of torch's own modules
 without hooks, and without buffers but the statistics of batch norms, which a checkpoint's files
@@ -32,6 +32,11 @@ def traced_once(model: nn.Module, example_inputs: Any, **options: Any) -> Topolo
     return _TRACED[key]
 
 
+def bound_once(model: nn.Module, example_inputs: Any, **options: Any) -> Topology:
+    """Traces as traced_once does, and binds what it returns to the model."""
+    return traced_once(model, example_inputs, **options).bind(model)
+
+
 def _structure(model: nn.Module) -> Any:
     """What a model computes, but for its tensors; None: it cannot be told."""
     modules = list(model.modules())
@@ -55,4 +60,4 @@ def _tensors(model: nn.Module) -> list[Any]:
 
 
 def _kind(x: Tensor) -> Any:
-    return type(x), tuple(x.shape), x.dtype, x.stride()
+    return type(x), tuple(x.shape), x.dtype, x.device, x.stride()

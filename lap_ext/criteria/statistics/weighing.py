@@ -131,26 +131,21 @@ def _is_bias(node: fx.Node) -> bool:
 def _weighs(node: fx.Node, f: fx.Node, g: fx.Node, channels: int) -> bool:
     """Tells whether a node multiplies f by g, which has one value for all channels of f."""
     name = operation_name(node)
-    if name not in ("mul", "einsum", "bmm", "matmul") or len(node.all_input_nodes) != 2:
+    if name not in ("mul", "einsum") or len(node.all_input_nodes) != 2:
         return False
     sizes, given = _sizes(f), _sizes(g)
     if math.prod(sizes) != math.prod(given) * channels or not sizes:
         return False
     if name == "mul":
         return _sizes(node) == sizes
-    if name == "einsum":
-        letters = _letters(node, f, g)
-        return letters is not None and set(letters[1]) < set(letters[0])
-    return node.args[1] is f and len(given) == len(sizes) > 1 and given[-2] == 1
+    letters = _letters(node, f, g)
+    return letters is not None and set(letters[1]) < set(letters[0])
 
 
 def _aligned(node: fx.Node, f: fx.Node, dims: int, g: Tensor) -> Tensor:
     """Returns g with the dimensions of f."""
-    name = operation_name(node)
-    if name == "mul":
+    if operation_name(node) == "mul":
         return g.reshape([1] * (dims - g.dim()) + list(g.shape))
-    if name != "einsum":
-        return g.transpose(-1, -2)
     (other,) = (x for x in node.all_input_nodes if x is not f)
     letters = _letters(node, f, other)
     assert letters is not None

@@ -95,7 +95,8 @@ def _made(
             key = ("d", domain[0]) if domain else (*sorted(producers[own], key=order.__getitem__),)
             members.setdefault(key, []).append(own)
     number = torch.full((subject.graph.channels.size,), -1)
-    families, count = [], 0
+    families: list[Family] = []
+    count = 0
     ranked = sorted(members.values(), key=lambda own: (_first(own, producers, order), own))
     for own in ranked:
         labels = torch.tensor(own)
@@ -104,7 +105,10 @@ def _made(
         count += len(own)
         layers = sorted({x for label in own for x in producers[label]}, key=order.__getitem__)
         classes = torch.tensor([coupling.classes.get(label, (0, 0))[1] for label in own])
-        families.append(Family(_named(layers), tuple(layers), numbers, classes))
+        name = _named(layers)
+        same = sum(x.layers == tuple(layers) for x in families)
+        name = f"{name} ({same + 1})" if same else name
+        families.append(Family(name, tuple(layers), numbers, classes))
     ids = number[coupling.label]
     ids[0] = -1
     fixed = _fixed(coupling, why)
