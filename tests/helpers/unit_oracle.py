@@ -66,9 +66,7 @@ def worth(
 
 def covered(masks: Mapping[str, Tensor]) -> set[Weight]:
     """The entries that masks remove, masks by parameter."""
-    return {
-        (name, index) for name, mask in masks.items() for index in _where(~mask.flatten())
-    }
+    return {(name, index) for name, mask in masks.items() for index in _where(~mask.flatten())}
 
 
 def _where(marked: Tensor) -> Iterable[int]:
