@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +46,17 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
     options, sums = scoring.plan.options, _Sums(groups)
     criterion = scoring.plan.criterion
     by_weight = not isinstance(criterion, UnitCriterion) and options.aggregate != "exact"
+    found: dict[str, _Part] = {}
     for layer in scoring.place.ordered(scoring.plan.layers):
         views = [x for x in groups.weights if x.parameter == layer.parameter]
         merged = _merged(views)
         if merged is not None:
-            _measure(scoring, layer, merged, sums, step, by_weight)
+            own = _Sums(groups)
+            _measure(scoring, layer, merged, own, step, by_weight)
+            found[layer.name] = own.part()
+    for layer in scoring.plan.layers:  # in this order, whatever the place's is: the same bits
+        if layer.name in found:
+            sums.include(found[layer.name])
     if isinstance(criterion, UnitCriterion):
         worth = _by_data(scoring, criterion, groups)
     elif options.aggregate == "exact":
@@ -82,6 +89,14 @@ def member_counts(groups: CoupledGroups) -> Tensor:
     return counts[1:]
 
 
+class _Part(NamedTuple):
+    """The sums of some groups: their numbers, each once, and what `_Sums` has of them."""
+
+    numbers: Tensor
+    scores: Tensor
+    alive: Tensor
+
+
 class _Sums:
     """Sums over the weights of each group; the first entry is of none."""
 
@@ -98,6 +113,16 @@ class _Sums:
     def alive(self) -> Tensor:
         """Counts the weights that may be kept; some twice."""
         return self._alive[1:]
+
+    def part(self) -> _Part:
+        """Returns what is not 0: a layer has weights of few of all groups."""
+        index = ((self._scores != 0) | (self._alive != 0)).nonzero().flatten()
+        return _Part(index, self._scores[index], self._alive[index])
+
+    def include(self, part: _Part) -> None:
+        """Adds other sums."""
+        self._scores[part.numbers] += part.scores
+        self._alive[part.numbers] += part.alive
 
     def add(self, index: Tensor, values: Tensor) -> None:
         """Adds scores to groups."""
