@@ -119,14 +119,29 @@ def _join_edges(graph: Graph, components: Components, live: Tensor) -> None:
 
 def _join_weights(axes: Sequence[Axes], components: Components) -> None:
     """Joins what one row or column makes or reads, and what a group of one row or column does."""
+    for views in _by_parameter(axes):
+        for sides in ([x.rows for x in views], [x.cols for x in views]):
+            if not _differ(views):  # a weight that is tied, or used twice
+                components.join_equal(*(torch.cat(pairs) for pairs in zip(*sides, strict=True)))
+        for x in views:
+            height, width = x.shape[0] // max(1, x.groups), x.shape[1]
+            if x.groups > 1 and 1 in (height, width):
+                (row, of_rows), (col, of_cols) = x.rows, x.cols
+                keys = torch.cat([row // max(1, height), col // max(1, width)])
+                components.join_equal(keys, torch.cat([of_rows, of_cols]))
+
+
+def _by_parameter(axes: Sequence[Axes]) -> list[list[Axes]]:
+    """Gathers the uses of each parameter."""
+    views: dict[str, list[Axes]] = {}
     for x in axes:
-        components.join_equal(*x.rows)
-        components.join_equal(*x.cols)
-        height, width = x.shape[0] // max(1, x.groups), x.shape[1]
-        if x.groups > 1 and 1 in (height, width):
-            (row, of_rows), (col, of_cols) = x.rows, x.cols
-            keys = torch.cat([row // max(1, height), col // max(1, width)])
-            components.join_equal(keys, torch.cat([of_rows, of_cols]))
+        views.setdefault(x.parameter, []).append(x)
+    return list(views.values())
+
+
+def _differ(views: Sequence[Axes]) -> bool:
+    """Whether a parameter is seen as different matrices."""
+    return len({(x.shape, x.groups) for x in views}) > 1
 
 
 def _fix(graph: Graph, found: Coupling, live: Tensor, joined: Sequence[Tensor]) -> None:
@@ -156,9 +171,11 @@ def _fix(graph: Graph, found: Coupling, live: Tensor, joined: Sequence[Tensor]) 
             if edges.broadcast and group.kind not in _ALONE:
                 used = live[edges.child + group.first]
                 fix(edges.parent[used], f"one channel beside many ({group.name})")
-    for x in found.axes:
-        if x.partial:
-            fix(torch.cat([x.rows[1], x.cols[1]]), f"{x.layer!r} is used in part")
+    for views in _by_parameter(found.axes):
+        for x in views:
+            if x.partial or _differ(views):
+                how = "in part" if x.partial else "as different matrices"
+                fix(torch.cat([x.rows[1], x.cols[1]]), f"{x.layer!r} is used {how}")
     for fact in graph.facts.together:
         fix(_parted(label, fact.row, fact.ids), f"{fact.reason} reads all channels at once")
     for group in channels.groups:
