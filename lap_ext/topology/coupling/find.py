@@ -29,7 +29,7 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
         return experts_of(subject)
     graph = subject.graph
     heads = graph.facts.heads if structure == "head" else ()
-    coupling = coupling_of(graph, [x.ids for x in heads], balance=structure == "channel")
+    coupling = coupling_of(graph, [x.ids for x in heads], balance=structure != "head")
     kinds = _Kinds.of(graph, coupling, structure)
     order = {name: n for n, name in enumerate(subject.layers)}
     families, number = _families(coupling, kinds, order)
