@@ -27,7 +27,7 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
         return experts_of(subject)
     graph = subject.graph
     heads = graph.facts.heads if structure == "head" else ()
-    coupling = coupling_of(graph, [x.ids for x in heads], balance=structure == "channel")
+    coupling = coupling_of(graph, [x.ids for x in heads], balance=structure != "head")
     why = _reasons(subject, coupling, structure)
     return _made(subject, coupling, structure, why)
 
