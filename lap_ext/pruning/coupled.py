@@ -30,7 +30,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan
 from lap_ext.pruning.pools import Choice, Pool
 from lap_ext.pruning.scoring import Scoring
-from lap_ext.pruning.unit_worth import member_counts, worth_of
+from lap_ext.pruning.unit_worth import member_counts, vector_counts, worth_of
 from lap_ext.topology.counting import Counter
 from lap_ext.topology.coupling import CoupledGroups
 
@@ -126,15 +126,18 @@ def _found(scoring: Scoring, units: Units, number: int) -> str:
     scoring.measure(f"round {number}")
     step = scoring.step("rank", scoring.plan.layers)
     measured = worth_of(scoring, units.groups, step)
-    pooled = pools.pools_of(units.groups, units.groups.families, measured, scoring.plan.options)
-    choice = Choice.of(pooled)
-    _choose(scoring, units, choice, number)
+    options = scoring.plan.options
+    cost = None if options.cost is None else cost_of(scoring, units.groups)
+    choice = Choice.of(pools.pools_of(units.groups, measured, options, cost))
+    _choose(scoring, units, choice, number, cost)
     choice.round()
     dead = ~measured.alive
     return _text_of(choice.removed(len(units.groups)) | dead)
 
 
-def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None:
+def _choose(
+    scoring: Scoring, units: Units, choice: Choice, number: int, cost: Tensor | None
+) -> None:
     """Chooses as many units as the sparsity, or the target, says for a round."""
     options, sparsity = scoring.plan.options, units.sparsity
     share = number / options.rounds
@@ -145,9 +148,8 @@ def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None
         dense, limit = counter.dense, sparsity.limit(counter.dense)
         limit = dense - (dense - limit) * number // options.rounds
         key = _worth if together else pools.by_rank
-        if options.cost is not None and together:
-            cost = cost_of(scoring, units.groups)
-            key = partial(_density, cost)
+        if cost is not None and together:
+            key = partial(pools.density, cost=cost)
         what = "FLOPs" if sparsity.counted == "flops" else "parameters"
         pools.choose_count(choice, limit, key, counter.left, counter.remove_groups, what)
         return
@@ -157,20 +159,15 @@ def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None
         pools.choose_fraction(choice, own, together=False)
         return
     fraction = sparsity * share
-    if options.cost is None:
+    if cost is None:
         own = dict.fromkeys((pool.name for pool in choice.pools), fraction)
         pools.choose_fraction(choice, own, together)
     else:
-        pools.choose_cost(choice, fraction, cost_of(scoring, units.groups), together)
+        pools.choose_cost(choice, fraction, cost, together)
 
 
 def _worth(pool: Pool) -> Tensor:
     return pool.worth
-
-
-def _density(cost: Tensor, pool: Pool) -> Tensor:
-    """Returns worth^2 per cost."""
-    return pool.worth.square() / cost[pool.units].sum(1).clamp(min=1e-300)
 
 
 def _of_pool(pool: Pool, sparsity: Mapping[str, float]) -> float:
@@ -220,7 +217,7 @@ class _Counted:
         self._counted = target.counted
         self._ids: list[Tensor] | None = None
         if groups.ids is None:  # experts: their parameters do not overlap
-            self._own = member_counts(groups)
+            self._own = member_counts(groups) + vector_counts(groups)
             model = scoring.plan.topology.model
             self._left = sum(x.numel() for x in model.parameters())
         else:
