@@ -6,9 +6,8 @@ The worth of each unit is tested in test_coupled_worth.py, and is taken from the
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +21,7 @@ from lap_ext.errors import LapTypeError, LapValueError
 from tests.helpers import choice_oracle as oracle
 from tests.helpers import topologies, unit_oracle
 from tests.helpers.networks import Net
-from tests.helpers.unit_nets import KINDS, NETS, bound, mlp, traced
+from tests.helpers.unit_nets import KINDS, NETS, bound, mlp
 
 CASES = [(name, kind) for name in NETS for kind in KINDS.get(name, ("channel",))]
 
@@ -283,18 +282,21 @@ def flops_of(topology: lap_ext.Topology, kind: str) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("scope", "normalize"), [("layer", "none"), ("global", "none"), ("global", "lamp")]
+)
 @pytest.mark.parametrize("cost", ["weights", "flops"])
 @pytest.mark.parametrize("net", ["split", "mlp"])
-def test_costs(net: str, cost: Any, scope: Any) -> None:
+def test_costs(net: str, cost: Any, scope: Any, normalize: str) -> None:
     topology = split() if net == "split" else bound("mlp")
     each = flops_of(topology, "channel")
     each = [x / 4 for x in each] if cost == "weights" else each
-    own = pools(topology, "channel", cost=each)
-    how = {"scope": scope, "normalize": "none", "cost": cost}
+    own = [oracle.normalized(x, normalize) for x in pools(topology, "channel", cost=each)]
+    how = {"scope": scope, "normalize": normalize, "cost": cost}
+    power = 1 if normalize == "lamp" else 2  # its values are squares
 
     def density(unit: oracle.Unit) -> float:
-        return unit.worth**2 / unit.cost
+        return unit.worth**power / unit.cost
 
     for sparsity in (0.2, 0.55, 0.9):
         wanted = set()
