@@ -92,6 +92,15 @@ def member_counts(groups: CoupledGroups) -> Tensor:
     return counts[1:]
 
 
+def vector_counts(groups: CoupledGroups) -> Tensor:
+    """Counts the entries of biases, norms and the like of each group; int64 [n]."""
+    counts = torch.zeros(len(groups) + 1, dtype=torch.int64)  # the first one: of none
+    for x in groups.vectors:
+        if not x.buffer:
+            counts += torch.bincount(x.entries + 1, minlength=len(groups) + 1)
+    return counts[1:]
+
+
 class _Sums:
     """Sums over the weights of each group; the first entry is of none.
 

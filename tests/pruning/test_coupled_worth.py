@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,10 +58,8 @@ def expected(
     masks: Mapping[str, Tensor] | None = None,
 ) -> list[float]:
     """The same by the definition."""
-    scores = lap_ext.scores(
-        *(topology.model, None, criterion),
-        **{"topology": topology, "layers": "*", "by": "parameter", "masks": masks},
-    )
+    how: Any = {"topology": topology, "layers": "*", "by": "parameter", "masks": masks}
+    scores = lap_ext.scores(topology.model, None, criterion, **how)
     names = {x.parameter: x.name for x in topology.layers.values()}
     live = {}
     for parameter, name in names.items():
@@ -169,6 +167,7 @@ def test_a_function_of_a_layer_scores_units() -> None:
     agree(measured(topology, "channel", own).worth, expected(topology, "channel", own))
 
 
+@settings(max_examples=12)  # each traces a model
 @given(
     widths=st.lists(st.integers(1, 12), min_size=3, max_size=5),
     zeros=st.sampled_from([0.0, 0.5]),
