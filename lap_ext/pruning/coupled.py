@@ -34,6 +34,8 @@ from lap_ext.pruning.unit_worth import member_counts, worth_of
 from lap_ext.topology.counting import Counter
 from lap_ext.topology.coupling import CoupledGroups
 
+_ZERO = "zero layers"  # under which the place notes them
+
 
 @dataclass
 class Units:
@@ -43,11 +45,13 @@ class Units:
         groups: of the model.
         sparsity: a fraction of units, of each pool by its name, or a target for the model.
         removed: the groups that go, bool, once they are chosen.
+        zero: layers all of whose weights are zero: these zeros are weights.
     """
 
     groups: CoupledGroups
     sparsity: float | Mapping[str, float] | Target
     removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    zero: Sequence[str] = ()
 
     def families(self) -> list[FamilyResult]:
         """Counts the groups of each family that takes part."""
@@ -58,12 +62,15 @@ class Units:
         ]  # fmt: skip
 
     def vector_masks(self) -> dict[str, Tensor]:
-        """Masks the biases, norms and the like, by layer name."""
+        """Masks the biases, norms and the like that groups have entries of, by layer name."""
         masks = self.groups.vector_masks(self.removed)
-        return {layer_name(name): mask for name, mask in masks.items()}
+        return {
+            layer_name(name): masks.get(name, torch.ones(shape, dtype=torch.bool))
+            for name, shape in self.groups.vector_shapes().items()
+        }
 
 
-def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
+def units_of(plan: Plan, sparsity: Sparsity | None) -> Units:
     """Checks what is asked for, before anything is measured."""
     options, groups = plan.options, plan.groups
     assert groups is not None
@@ -109,23 +116,31 @@ def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
 
     store: sets the masks of all layers in the place, after a round that is not the last.
     """
-    options = scoring.plan.options
-    for number in range(1, options.rounds + 1):
-        name = f"round {number}"
-        text = scoring.place.noted(f"{name} units", partial(_found, scoring, units, number))
-        units.removed = _of_text(text, len(units.groups))
-        selections = _selections(scoring, units)
-        if number < options.rounds:
-            scoring.place.round(number, partial(store, selections))
-            scoring.forget(scoring.plan.layers)
-    return selections
+    rounds, place = scoring.plan.options.rounds, scoring.place
+    for number in range(1, rounds):
+        place.round(number, partial(_round, scoring, units, number, store))
+    scoring.measure(f"round {rounds}")
+    text = place.noted(f"round {rounds} units", partial(_found, scoring, units, rounds))
+    units.removed = _of_text(text, len(units.groups))
+    units.zero = place.noted(_ZERO, lambda: units.zero)
+    return _selections(scoring, units, units.zero)
+
+
+def _round(scoring: Scoring, units: Units, number: int, store: Any) -> None:
+    """Chooses in one round and gives the place the masks."""
+    scoring.measure(f"round {number}")
+    text = scoring.place.noted(f"round {number} units", partial(_found, scoring, units, number))
+    units.removed = _of_text(text, len(units.groups))
+    store(_selections(scoring, units))
+    scoring.forget(scoring.plan.layers)
 
 
 def _found(scoring: Scoring, units: Units, number: int) -> str:
     """Chooses the groups that are gone after a round."""
-    scoring.measure(f"round {number}")
     step = scoring.step("rank", scoring.plan.layers)
     measured = worth_of(scoring, units.groups, step)
+    if number == 1:
+        units.zero = scoring.place.noted(_ZERO, lambda: measured.zero)
     pooled = pools.pools_of(units.groups, units.groups.families, measured, scoring.plan.options)
     choice = Choice.of(pooled)
     _choose(scoring, units, choice, number)
@@ -241,12 +256,14 @@ class _Counted:
             self._counter.remove(torch.cat([self._ids[i] for i in numbers.tolist()]))
 
 
-def _selections(scoring: Scoring, units: Units) -> dict[str, KeptAxes]:
-    """Says how each layer is masked."""
+def _selections(
+    scoring: Scoring, units: Units, zero: Sequence[str] = ()
+) -> dict[str, KeptAxes]:
+    """Says how each layer is masked; zero: layers whose zeros are weights."""
     result = {}
     for layer in scoring.plan.layers:
         views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
-        result[layer.name] = KeptAxes(views, units.removed)
+        result[layer.name] = KeptAxes(views, units.removed, layer.name in zero)
     return result
 
 
