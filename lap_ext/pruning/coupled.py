@@ -30,7 +30,7 @@ from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan
 from lap_ext.pruning.pools import Choice, Pool
 from lap_ext.pruning.scoring import Scoring
-from lap_ext.pruning.unit_worth import member_counts, worth_of
+from lap_ext.pruning.unit_worth import member_counts, vector_counts, worth_of
 from lap_ext.topology.counting import Counter
 from lap_ext.topology.coupling import CoupledGroups
 
@@ -137,30 +137,32 @@ def _found(scoring: Scoring, units: Units, number: int) -> str:
     measured = worth_of(scoring, units.groups, step)
     if number == 1:
         units.zero = scoring.place.noted(_ZERO, lambda: measured.zero)
-    pooled = pools.pools_of(units.groups, units.groups.families, measured, scoring.plan.options)
-    choice = Choice.of(pooled)
-    _choose(scoring, units, choice, number)
+    options = scoring.plan.options
+    cost = None if options.cost is None else cost_of(scoring, units.groups)
+    choice = Choice.of(pools.pools_of(units.groups, measured, options, cost))
+    _choose(scoring, units, choice, number, cost)
     choice.round()
     dead = ~measured.alive
     return _text_of(choice.removed(len(units.groups)) | dead)
 
 
-def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None:
+def _choose(
+    scoring: Scoring, units: Units, choice: Choice, number: int, cost: Tensor | None
+) -> None:
     """Chooses as many units as the sparsity, or the target, says for a round."""
     options, sparsity = scoring.plan.options, units.sparsity
     share = number / options.rounds
     together = options.scope == "global"
     if isinstance(sparsity, Target):
         counter = _Counted(scoring, units.groups, sparsity)
-        counter.remove_groups(choice.removed(len(units.groups)).nonzero().flatten())
+        gone = choice.removed(len(units.groups)).nonzero().flatten()
         dense, limit = counter.dense, sparsity.limit(counter.dense)
         limit = dense - (dense - limit) * number // options.rounds
         key = _worth if together else pools.by_rank
-        if options.cost is not None and together:
-            cost = cost_of(scoring, units.groups)
-            key = partial(_density, cost)
+        if cost is not None and together:
+            key = partial(pools.density, cost=cost)
         what = "FLOPs" if sparsity.counted == "flops" else "parameters"
-        pools.choose_count(choice, limit, key, counter.left, counter.remove_groups, what)
+        pools.choose_count(choice, limit, key, partial(counter.without, gone), what)
         return
     if isinstance(sparsity, Mapping):
         own = {pool.name: _of_pool(pool, sparsity) * share for pool in choice.pools}
@@ -168,20 +170,15 @@ def _choose(scoring: Scoring, units: Units, choice: Choice, number: int) -> None
         pools.choose_fraction(choice, own, together=False)
         return
     fraction = sparsity * share
-    if options.cost is None:
+    if cost is None:
         own = dict.fromkeys((pool.name for pool in choice.pools), fraction)
         pools.choose_fraction(choice, own, together)
     else:
-        pools.choose_cost(choice, fraction, cost_of(scoring, units.groups), together)
+        pools.choose_cost(choice, fraction, cost, together)
 
 
 def _worth(pool: Pool) -> Tensor:
     return pool.worth
-
-
-def _density(cost: Tensor, pool: Pool) -> Tensor:
-    """Returns worth^2 per cost."""
-    return pool.worth.square() / cost[pool.units].sum(1).clamp(min=1e-300)
 
 
 def _of_pool(pool: Pool, sparsity: Mapping[str, float]) -> float:
@@ -225,31 +222,32 @@ def _ids_by_group(groups: CoupledGroups) -> list[Tensor]:
 
 
 class _Counted:
-    """A count of the model while groups go."""
+    """A count of the model without some groups.
+
+    Attributes:
+        dense: of the model with all of them.
+    """
 
     def __init__(self, scoring: Scoring, groups: CoupledGroups, target: Target) -> None:
-        self._counted = target.counted
+        self._of_flops = target.counted == "flops"
         self._ids: list[Tensor] | None = None
         if groups.ids is None:  # experts: their parameters do not overlap
-            self._own = member_counts(groups)
-            model = scoring.plan.topology.model
-            self._left = sum(x.numel() for x in model.parameters())
+            self._own = member_counts(groups) + vector_counts(groups)
+            self.dense = sum(x.numel() for x in scoring.plan.topology.model.parameters())
         else:
             self._counter, self._ids = Counter(scoring.plan.topology), _ids_by_group(groups)
-        self.dense = self.left()
+            self.dense = self._counter.flops if self._of_flops else self._counter.params
 
-    def left(self) -> int:
-        """Returns what is left."""
+    def without(self, gone: Tensor, numbers: Tensor) -> int:
+        """Counts what is left when groups go beside those that are gone."""
+        numbers = torch.cat([gone, numbers])
         if self._ids is None:
-            return self._left
-        return self._counter.flops if self._counted == "flops" else self._counter.params
-
-    def remove_groups(self, numbers: Tensor) -> None:
-        """Takes groups out of the count."""
-        if self._ids is None:
-            self._left -= int(self._own[numbers].sum())
-        elif numbers.numel():
-            self._counter.remove(torch.cat([self._ids[i] for i in numbers.tolist()]))
+            return self.dense - int(self._own[numbers].sum())
+        if not numbers.numel():
+            return self.dense
+        ids = torch.cat([self._ids[i] for i in numbers.tolist()])
+        counter = self._counter
+        return counter.flops_without(ids) if self._of_flops else counter.params_without(ids)
 
 
 def _selections(scoring: Scoring, units: Units, zero: Sequence[str] = ()) -> dict[str, KeptAxes]:

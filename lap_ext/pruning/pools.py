@@ -9,17 +9,20 @@ units are ordered from the one of least worth: the k-th of the classes go togeth
     cost           the cost of the units that are kept is at most (1 - sparsity) of all cost
     flops, params  units go one after the other until the model has at most so many
 
-With scope="layer", the order of units in a budget of a model is that of their ranks in their pools
-(the first tenth of each goes first); with scope="global", that of their worth.
+Units that cost something are ordered by worth^2 / cost; the values of normalize="lamp" are squares
+already. With scope="layer", the order of units in a budget of a model is that of their ranks in
+their pools (the first tenth of each goes first); with scope="global", that of their worth.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,8 +46,10 @@ class Pool:
         layers: that make its channels.
         units: the groups of each unit, int64 [n, groups of a unit].
         worth: of each unit, float64 [n], normalized.
+        squared: whether these are squares.
         alive: which are not removed yet, bool [n]; those that are come first.
-        least: how many are kept at least.
+        floor: how many `min_keep` asks for.
+        least: how many are kept at least: the first number from the floor on that fits.
         fits: how many may be kept, bool [n + 1].
     """
 
@@ -52,7 +57,9 @@ class Pool:
     layers: tuple[str, ...]
     units: Tensor
     worth: Tensor
+    squared: bool
     alive: Tensor
+    floor: int
     least: int
     fits: Tensor
 
@@ -78,30 +85,46 @@ class Pool:
 
 
 def pools_of(
-    groups: CoupledGroups, chosen: Sequence[Family], measured: Worth, options: Options
+    groups: CoupledGroups, measured: Worth, options: Options, cost: Tensor | None = None
 ) -> list[Pool]:
-    """Makes the pools of the families that take part."""
+    """Makes the pools of all families; cost: of each group, float64 [n]; None: each counts as 1."""
     kinds: dict[object, list[tuple[Family, Tensor]]] = {}
-    for family in chosen:
-        units = _bundled(family, measured)
+    for family in groups.families:
+        units = _bundled(family, measured, cost)
         key: object = family.name
         if options.uniform:
             key = (tuple(re.sub(r"\d+", "*", x) for x in family.layers), *units.shape)
         kinds.setdefault(key, []).append((family, units))
-    pools = []
-    for members in kinds.values():
-        units = torch.cat([own for _, own in members], 1)
-        worth, alive = _joined(measured, units, options)
-        worth = normalization.normalized(worth.unsqueeze(0), options.normalize, alive.unsqueeze(0))
-        fits = torch.ones(units.shape[0] + 1, dtype=torch.bool)
-        for _, own in members:
-            fits &= _fitting(groups, own, options.multiple_of)
-        first = members[0][0]
-        more = f" and {len(members) - 1} like it" if len(members) > 1 else ""
-        layers = tuple(x for family, _ in members for x in family.layers)
-        least = floor_of(options.min_keep, units.shape[0])
-        pools.append(Pool(first.name + more, layers, units, worth[0], alive, least, fits))
-    return pools
+    return [_pool(groups, members, measured, options) for members in kinds.values()]
+
+
+def _pool(
+    groups: CoupledGroups,
+    members: Sequence[tuple[Family, Tensor]],
+    measured: Worth,
+    options: Options,
+) -> Pool:
+    """Makes a pool of families with their units."""
+    units = torch.cat([own for _, own in members], 1)
+    worth, alive = _joined(measured, units, options)
+    worth = normalization.normalized(worth.unsqueeze(0), options.normalize, alive.unsqueeze(0))
+    fits = torch.ones(units.shape[0] + 1, dtype=torch.bool)
+    for _, own in members:
+        fits &= _fitting(groups, own, options.multiple_of)
+    more = f" and {len(members) - 1} like it" if len(members) > 1 else ""
+    layers = tuple(x for family, _ in members for x in family.layers)
+    floor = floor_of(options.min_keep, units.shape[0])
+    return Pool(
+        members[0][0].name + more,
+        layers,
+        units,
+        worth[0],
+        options.normalize == "lamp",
+        alive,
+        floor,
+        floor + int(fits[floor:].nonzero()[0]),
+        fits,
+    )
 
 
 def floor_of(min_keep: MinKeep, count: int) -> int:
@@ -118,20 +141,31 @@ def floor_of(min_keep: MinKeep, count: int) -> int:
     return min(min_keep, count)
 
 
-def _bundled(family: Family, measured: Worth) -> Tensor:
+def _bundled(family: Family, measured: Worth, cost: Tensor | None) -> Tensor:
     """Orders the groups of each class from the one of least worth, side by side, [n, classes].
 
     Of equal worth, the one with the higher number goes first; removed ones come before all.
     """
+    worth = measured.worth if cost is None else _per(measured.worth.square(), cost)
     columns = []
     for kind in torch.unique(family.classes).tolist():
         own = family.groups[family.classes == kind].flip(0)
-        own = own[torch.argsort(measured.worth[own], stable=True)]
+        own = own[torch.argsort(worth[own], stable=True)]
         columns.append(own[torch.argsort(measured.alive[own].to(torch.uint8), stable=True)])
     size = min((x.numel() for x in columns), default=0)
     if not columns:
         return torch.zeros(0, 1, dtype=torch.int64)
     return torch.stack([x[:size] for x in columns], 1)
+
+
+def _per(squares: Tensor, cost: Tensor) -> Tensor:
+    return squares / cost.clamp(min=1e-300)
+
+
+def density(pool: Pool, cost: Tensor) -> Tensor:
+    """Returns worth^2 / cost of each unit; cost: of each group."""
+    squares = pool.worth if pool.squared else pool.worth.square()
+    return _per(squares, cost[pool.units].sum(1))
 
 
 def _joined(measured: Worth, units: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -159,13 +193,17 @@ def _fitting(groups: CoupledGroups, units: Tensor, multiple_of: int) -> Tensor:
 
 
 def _narrowest(groups: CoupledGroups, unit: Tensor) -> tuple[int, int]:
-    """Returns the smallest share that a unit has of a layer's channels, and that layer's size."""
+    """Returns the smallest share that a unit has of a layer's channels, and that layer's size.
+
+    Of packed experts, those of one expert count.
+    """
     found = []
     for x in groups.weights:
+        experts = x.groups if groups.packed(x) else 1
         for side in (x.rows, x.cols.flatten()):
             own = int(torch.isin(side, unit).count_nonzero())
             if own:
-                found.append((own, side.numel()))
+                found.append((own // experts, side.numel() // experts))
     return min(found)
 
 
@@ -193,22 +231,26 @@ class Choice:
         pairs = zip(self.pools, self.keeps, strict=True)
         self.keeps = [pool.rounded(keep) for pool, keep in pairs]
 
-    def going(self, key: Callable[[Pool], Tensor]) -> Iterator[Tensor]:
-        """Removes one unit after the other, lowest key first, and gives its groups."""
-        keys, owners = [], []
-        for index, pool in enumerate(self.pools):
-            dead = pool.size - self.keeps[index]
-            keys.append(torch.cummax(key(pool)[dead:], 0).values)  # in the order of the pool
-            owners.append(torch.full((pool.size - dead,), index))
-        if not keys:
-            return
-        # of equal keys, the one in the later pool goes first
-        every = torch.cat(keys[::-1]), torch.cat(owners[::-1])
-        for owner in every[1][torch.argsort(every[0], stable=True)].tolist():
-            pool = self.pools[owner]
-            if self.keeps[owner] > min(pool.least, pool.size):
-                self.keeps[owner] -= 1
-                yield pool.units[pool.size - self.keeps[owner] - 1]
+    def order(self, key: Callable[[Pool], Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Lists what can go, lowest key first, as (indices of pools, groups of the units)."""
+        keys, owners = [torch.zeros(0).double()], [torch.zeros(0, dtype=torch.int64)]
+        for index, pool in reversed(list(enumerate(self.pools))):  # of equal keys, the later pool
+            gone, keep = pool.size - self.keeps[index], self.keeps[index]
+            last = pool.size - min(pool.least, keep)
+            keys.append(torch.cummax(key(pool)[gone:last], 0).values)  # in the order of the pool
+            owners.append(torch.full((last - gone,), index))
+        ordered = torch.cat(owners)[torch.argsort(torch.cat(keys), stable=True)].tolist()
+        at = [pool.size - keep for pool, keep in zip(self.pools, self.keeps, strict=True)]
+        units = []
+        for owner in ordered:
+            units.append(self.pools[owner].units[at[owner]])
+            at[owner] += 1
+        return ordered, units
+
+    def remove(self, owners: Iterable[int]) -> None:
+        """Removes the next unit of each of some pools."""
+        for owner in owners:
+            self.keeps[owner] -= 1
 
 
 def by_rank(pool: Pool) -> Tensor:
@@ -225,21 +267,20 @@ def choose_fraction(choice: Choice, sparsities: Mapping[str, float], together: b
     """Keeps a fraction of each pool, or of all together; sparsities: pool -> fraction to remove."""
     if not together:
         for index, pool in enumerate(choice.pools):
-            keep = max(kept_of(sparsities[pool.name], pool.size), min(pool.least, pool.size))
+            keep = max(kept_of(sparsities[pool.name], pool.size), pool.least)
             choice.keeps[index] = min(keep, choice.keeps[index])
         return
     total = sum(pool.size for pool in choice.pools)
     keep = kept_of(next(iter(sparsities.values())), total)
-    floor = sum(min(pool.least, pool.size) for pool in choice.pools)
-    if keep < floor and any(pool.least > 1 for pool in choice.pools):
+    floor = sum(pool.floor for pool in choice.pools)
+    if keep < floor and any(pool.floor > 1 for pool in choice.pools):
         raise LapValueError(
             f"a {{argument}} that keeps {floor} units at least, as {{min_keep=}} asks for",
             f"one that keeps {keep} of {total}",
             argument="sparsity",
         )
-    going = choice.going(lambda pool: pool.worth)
-    while sum(choice.keeps) > keep and next(going, None) is not None:
-        pass
+    owners, _ = choice.order(lambda pool: pool.worth)
+    choice.remove(owners[: max(0, sum(choice.keeps) - keep)])
 
 
 def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -> None:
@@ -248,11 +289,8 @@ def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -
     cost: of each group, float64 [n].
     """
 
-    def of(pool: Pool) -> Tensor:
-        return cost[pool.units].sum(1)
-
-    def density(pool: Pool) -> Tensor:
-        return pool.worth.square() / of(pool).clamp(min=1e-300)
+    def of(pool: Pool) -> Fraction:
+        return Fraction(float(cost[pool.units].sum()))
 
     share = 1 - Fraction(repr(float(sparsity)))
     parts = [choice]
@@ -260,14 +298,13 @@ def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -
         pairs = zip(choice.pools, choice.keeps, strict=True)
         parts = [Choice([pool], [keep]) for pool, keep in pairs]
     for part in parts:
-        limit = share * sum(Fraction(float(of(pool).sum())) for pool in part.pools)
-        going, gone = part.going(density), part.removed(cost.numel())
-        left = sum(Fraction(float(of(pool).sum())) for pool in part.pools)
-        left -= Fraction(float(cost[gone].sum()))
-        while left > limit:
-            unit = next(going, None)
-            if unit is None:
+        every = sum(of(pool) for pool in part.pools)
+        left = every - Fraction(float(cost[part.removed(cost.numel())].sum()))
+        owners, units = part.order(partial(density, cost=cost))
+        for owner, unit in zip(owners, units, strict=True):
+            if left <= share * every:
                 break
+            part.remove([owner])
             left -= Fraction(float(cost[unit].sum()))
     if not together:
         choice.keeps = [part.keeps[0] for part in parts]
@@ -277,29 +314,30 @@ def choose_count(
     choice: Choice,
     limit: int,
     key: Callable[[Pool], Tensor],
-    left: Callable[[], int],
-    remove: Callable[[Tensor], None],
+    left_without: Callable[[Tensor], int],
     what: str,
 ) -> None:
-    """Removes units until a count of the whole model is at most a limit.
+    """Removes as few units as possible until a count of the whole model is at most a limit.
 
     Args:
         choice: of units.
         limit: the largest count that is allowed.
         key: the order of units.
-        left: returns the count as it is.
-        remove: takes the groups of a unit out of the count.
+        left_without: counts what is left without some more groups.
         what: is counted, in errors.
     """
-    going = choice.going(key)
-    while left() > limit:
-        unit = next(going, None)
-        if unit is None:
-            raise LapValueError(
-                f"a {{argument}} of at least {left():,} {what}, which are left when each layer has "
-                "only the units that it keeps at least",
-                f"{limit:,}",
-                "Raise it, or lower {min_keep=}.",
-                argument="sparsity",
-            )
-        remove(unit)
+    owners, units = choice.order(key)
+    none = torch.zeros(0, dtype=torch.int64)
+
+    def left(count: int) -> int:
+        return left_without(torch.cat([none, *units[:count]]))
+
+    if left(len(units)) > limit:
+        raise LapValueError(
+            f"a {{argument}} of at least {left(len(units)):,} {what}, which are left when each "
+            "layer has only the units that it keeps at least",
+            f"{limit:,}",
+            "Raise it, or lower {min_keep=}.",
+            argument="sparsity",
+        )
+    choice.remove(owners[: bisect_left(range(len(units)), True, key=lambda n: left(n) <= limit)])

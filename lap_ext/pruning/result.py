@@ -159,8 +159,11 @@ class PruneResult:
         return notes
 
     def warn_if_empty(self, known: Sequence[str] = ()) -> None:
-        """Warns of layers that keep no weight, unless all of them are known already."""
-        if set(self.empty_layers) <= set(known):
+        """Warns of layers that keep no weight, unless all of them are known already.
+
+        Those of an expert that goes are meant to.
+        """
+        if self.structure == "expert" or set(self.empty_layers) <= set(known):
             return
         names, count = some(map(repr, self.empty_layers), _LISTED), len(self.empty_layers)
         warn(

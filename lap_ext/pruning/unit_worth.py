@@ -11,6 +11,7 @@ Biases and norm parameters go with a unit, but have no score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -85,9 +86,18 @@ def member_counts(groups: CoupledGroups) -> Tensor:
         height = x.shape[0] // x.groups
         add(x.rows, torch.full_like(x.rows, x.shape[1] * window))
         add(x.cols, torch.full_like(x.cols, height * window))
-        for block, rows in enumerate(x.rows.reshape(x.groups, height)):
-            both = _in_both(rows, x.cols[block])
-            add(rows, -both.sum(1) * window)
+        for rows, cols in zip(x.rows.reshape(x.groups, height), x.cols, strict=True):
+            own = (torch.bincount(side + 1, minlength=counts.numel()) for side in (rows, cols))
+            counts -= math.prod(own) * window  # where rows and columns of a group meet
+    return counts[1:]
+
+
+def vector_counts(groups: CoupledGroups) -> Tensor:
+    """Counts the entries of biases, norms and the like of each group; int64 [n]."""
+    counts = torch.zeros(len(groups) + 1, dtype=torch.int64)  # the first one: of none
+    for x in groups.vectors:
+        if not x.buffer:
+            counts += torch.bincount(x.entries + 1, minlength=len(groups) + 1)
     return counts[1:]
 
 

@@ -244,6 +244,13 @@ class CoupledGroups(Sequence[CoupledGroup]):
         """Counts the weights of a parameter that groups have some of."""
         return torch.Size(self._shapes[parameter]).numel()
 
+    def packed(self, x: Assigned) -> bool:
+        """Whether a weight has the matrices of several experts, [experts, rows, columns]."""
+        shape = self._shapes[x.parameter]
+        if len(shape) < 3 or shape[1] == 1:  # a depthwise convolution has groups of one row
+            return False
+        return (x.groups, *x.shape) == (shape[0], shape[0] * shape[1], shape[2])
+
     def members(self, number: int) -> Iterator[Member]:
         """Gives what a group has of each parameter."""
         for x in self.weights:
