@@ -47,7 +47,7 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
             if entries.shape[dim] > 1 and entries.stride(dim) == 0:
                 entries = entries.narrow(dim, 0, 1)
         shape = torch.broadcast_shapes(entries.shape, ids.shape)
-        if math.prod(shape) > _MOST:
+        if not 0 < math.prod(shape) <= _MOST:
             continue
         pairs = channel_ids.unique_pairs(entries, ids)[:2]
         live = pairs[1] != 0

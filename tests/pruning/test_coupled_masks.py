@@ -177,7 +177,7 @@ def test_files_keep_the_structure_and_the_vectors(name: str, kind: str, tmp_path
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_masks_are_kept_through_training(optimizer: str) -> None:
-    model, x, producers = convolutions()
+    model, x, _ = convolutions()
     result = lap_ext.prune(model, x, 0.5, structure="channel")
     model.train()
     steps = {
