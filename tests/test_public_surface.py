@@ -146,7 +146,7 @@ def shared_signatures() -> dict[str, Any]:
     from lap_ext.adapters._callback import TrainingCallback
 
     layered = {"scope", "order", "rounds", "min_keep"}  # how scores are ranked
-    layered |= {"structure", "aggregate", "multiple_of", "strict"}
+    layered |= {"structure", "aggregate", "multiple_of", "strict", "cost", "uniform"}
     files = {"topology", "residual", "data", "neighbors"}  # see checkpoint.prune
     return {
         "scores": (lap_ext.scores, layered),

@@ -30,6 +30,7 @@ from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 from lap_ext._text import matches, meant_layers
+from lap_ext.allocation.targets import Target
 from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.ops import check
 from lap_ext.ops.check import Number
@@ -58,7 +59,7 @@ class Allocation(Protocol):
         ...
 
 
-Sparsity = Number | Mapping[Any, Number] | Allocation  # what prune takes
+Sparsity = Number | Mapping[Any, Number] | Allocation | Target  # what prune takes
 
 
 def of(sparsity: Sparsity) -> Allocation:
@@ -76,6 +77,13 @@ def of(sparsity: Sparsity) -> Allocation:
         return per_layer(sparsity)
     if isinstance(sparsity, Allocation) and not isinstance(sparsity, type):
         return sparsity
+    if isinstance(sparsity, Target):
+        raise LapTypeError(
+            "a structure across layers ('channel', 'head', 'expert' or 'unit') with a {argument} "
+            "that is a target for the model",
+            f"{sparsity.counted}({sparsity.target})",
+            argument="sparsity",
+        )
     if isinstance(sparsity, (bool, type)) or not hasattr(sparsity, "as_integer_ratio"):
         given = sparsity if isinstance(sparsity, type) else type(sparsity)
         raise LapTypeError(

@@ -72,10 +72,11 @@ def _intact(writer: Writer, shards: list[Shard], masks: MaskFile, expected: dict
 
 
 def _checksum_of_masks(writer: Writer, shard: Shard, masks: MaskFile) -> int:
-    """Computes the checksum of the masks of a shard's layers, a byte per weight, in its order."""
-    layers, checksum = writer.layers, 0
+    """Computes the checksum of the masks of a shard's tensors, a byte per weight, in its order."""
+    every, checksum = dict(writer.vectors), 0
+    every |= {name: (layer.name, stored) for name, (layer, stored) in writer.layers.items()}
     for entry in shard.entries:
-        if entry.name in layers:
-            layer, stored = layers[entry.name]
-            checksum = masks.checksum(layer.name, stored.begin, entry.numel, checksum)
+        if entry.name in every:
+            name, stored = every[entry.name]
+            checksum = masks.checksum(name, stored.begin, entry.numel, checksum)
     return checksum

@@ -29,6 +29,8 @@ from lap_ext.checkpoint.inside import Stamp
 from lap_ext.checkpoint.reading import bytes_of
 from lap_ext.checkpoint.structure import Structure
 from lap_ext.criteria import Criterion
+from lap_ext.pruning.coupled import Units
+from lap_ext.pruning.plan import Options
 from lap_ext.structures import Groups
 from lap_ext.topology import Layer
 from lap_ext.topology.graph import Graph
@@ -171,6 +173,20 @@ def structure_of(
         for layer in layers:
             digest.add(layer.name, structure.numbers(layer.name, layer.shape))
     return [structure.spelled, digest.hexdigest()]
+
+
+def units_of(units: Units, options: Options) -> list[Any]:
+    """Describes what units across layers are, how many go, and what ranks them; hashes them."""
+    digest, groups, sparsity = _Digest(), units.groups, units.sparsity
+    for x in groups.weights:
+        digest.add("weight", x.parameter, x.shape, x.groups, x.transposed, x.rows, x.cols)
+    for vector in groups.vectors:
+        digest.add("vector", vector.name, vector.shape, vector.zeroed, vector.entries)
+    for family in groups.families:
+        digest.add("family", family.name, family.layers, family.groups, family.classes)
+    given = dict(sparsity) if isinstance(sparsity, Mapping) else str(sparsity)
+    ranked = [options.cost, options.uniform, repr(options.min_keep)]
+    return [digest.hexdigest(), given, *ranked]
 
 
 def _add_graph(digest: _Digest, graph: Graph, tensors: Mapping[str, Tensor]) -> None:

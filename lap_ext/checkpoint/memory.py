@@ -29,12 +29,14 @@ from lap_ext.ops.reference.norms import SEGMENT_ROWS
 from lap_ext.options import BatchNorm, Normalize
 from lap_ext.places.place import row_length
 from lap_ext.topology import Layer, Topology
+from lap_ext.topology.coupling import CoupledGroups
 
 _CHUNK = 1 << 18  # weights of a chunk, if they fit: its scores stay in the cache
 _SCRATCH = 48  # bytes per weight of a chunk beside itself: float64 sums over roles, keys, a mask
 _KEY, _SAMPLED = 24, 64  # bytes per candidate of a ranking, per weight of a sample
 _SUMS = 24  # bytes per column of a layer whose squared norms are taken in chunks
 _CHANNEL = 40  # bytes per channel in the two passes over the channel graph
+_LINE, _UNIT = 16, 64  # bytes per row or column that units have, and per unit
 # bytes per score that normalizing needs beside it, all of a layer at once
 _NORMALIZING: dict[Normalize, int] = {"none": 0, "norm": 16, "lamp": 64}
 _SHARE = 8  # candidates and samples get 1/8 of the budget each
@@ -84,16 +86,25 @@ def limits(
     batch_norm: BatchNorm,
     held: int = 0,
     together: Mapping[str, int] | None = None,
+    sums: int = 0,
 ) -> Limits:
     """Computes the limits of a budget, of which scores that the caller holds take some bytes.
 
-    together: layer name -> how many rows, from a multiple of that on, a chunk must not part.
+    Args:
+        memory: the budget.
+        topology: of the model.
+        copies: layer name -> where it is stored.
+        criterion: scores the weights.
+        batch_norm: as in `lap_ext.prune`.
+        held: bytes of scores that the caller holds.
+        together: layer name -> how many rows, from a multiple of that on, a chunk must not part.
+        sums: bytes that units across layers need.
 
     Raises:
         LapValueError: it is too small for such rows of the layer with the longest ones.
     """
     channels = sum(sum(role.part.channels) for role in topology.roles)
-    left = memory - held - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
+    left = memory - held - sums - _CHANNEL * topology.graph.channels.size - 4 * 8 * channels
     layers = topology.layers.values()
     if criterion.reads_norms:
         left -= max((_segments(x, copies[x.name], batch_norm) for x in layers), default=0)
@@ -103,6 +114,7 @@ def limits(
         name = max(needed, key=lambda x: needed[x])
         least = memory - left + 2 * needed[name]
         scores = f"{held:,} bytes of scores of two layers, " if held else ""
+        scores += f"{sums:,} bytes of sums over units, " if sums else ""
         raise LapValueError(
             f"{{argument}} of {least:,} bytes or more ({scores}a row of layer {name!r} and the "
             "norms of all channels must fit)",
@@ -137,6 +149,12 @@ def held_by_scores(
         most = max(most, before + math.prod(layer.shape) * (score + _NORMALIZING[normalize]))
         before = math.prod(layer.shape) * (score if normalize == "none" else torch.float64.itemsize)
     return most
+
+
+def held_by_units(groups: CoupledGroups) -> int:
+    """Counts the bytes that ranking units across layers needs: sums of rows, columns and units."""
+    lines = sum(x.rows.numel() + x.cols.numel() for x in groups.weights)
+    return _LINE * lines + _UNIT * len(groups)
 
 
 def _itemsize(copies: list[Copy]) -> int:

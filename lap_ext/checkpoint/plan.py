@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lap_ext._text import layer_name
 from lap_ext.checkpoint.files import Checkpoint, Copy
-from lap_ext.checkpoint.memory import held_by_scores, limits
+from lap_ext.checkpoint.memory import held_by_scores, held_by_units, limits
 from lap_ext.checkpoint.reading import Source, same
 from lap_ext.checkpoint.state import occupied
 from lap_ext.checkpoint.structure import Structure
@@ -16,7 +17,7 @@ from lap_ext.checkpoint.weights import Files
 from lap_ext.errors import LapValueError
 from lap_ext.options import Normalize
 from lap_ext.pruning.matrices import rows_together
-from lap_ext.pruning.plan import Options, Plan, chosen
+from lap_ext.pruning.plan import Options, Plan, planned
 
 
 def check_out(source: Path, target: Path) -> None:
@@ -51,14 +52,18 @@ def plan_of(
         LapValueError: options, files or the memory do not allow it.
     """
     topology, copies = structure.topology, structure.copies
-    layers, left_dense = chosen(topology, options)
-    held = 0 if scored is None else held_by_scores(layers, copies, scored)
-    rows = rows_together(layers, options.structure)
-    limit = limits(memory, topology, copies, options.criterion, options.batch_norm, held, rows)
+    plan = planned(topology, options)
+    held = 0 if scored is None else held_by_scores(plan.layers, copies, scored)
+    rows = rows_together(plan.layers, options.structure)
+    sums = 0 if plan.groups is None else held_by_units(plan.groups)
+    limit = limits(
+        memory, topology, copies, options.criterion, options.batch_norm, held, rows, sums
+    )
     source = Source(files)
-    _check_copies(source, copies.values())
-    plan = Plan(topology, layers, options, left_dense)
-    return plan, Files(structure, source, limit)
+    names = () if plan.groups is None else plan.groups.vector_shapes()
+    vectors = {layer_name(name): structure.find(name) for name in names}
+    _check_copies(source, [*copies.values(), *vectors.values()])
+    return plan, Files(structure, source, limit, vectors)
 
 
 def _check_copies(source: Source, every: Iterable[list[Copy]]) -> None:

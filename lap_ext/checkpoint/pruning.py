@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 import lap_ext
+from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity, check_given
 from lap_ext.checkpoint import identity, inside
 from lap_ext.checkpoint.files import MASKS, Checkpoint, open_directory
@@ -36,6 +37,7 @@ from lap_ext.criteria import CriterionLike
 from lap_ext.errors import LapTypeError, calling, warn
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Inputs,
     MinKeep,
     Normalize,
@@ -63,6 +65,8 @@ def prune(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     scope: Scope = "layer",
     criterion: CriterionLike = "lookahead",
     normalize: Normalize = "auto",
@@ -94,12 +98,15 @@ def prune(
             model.safetensors.index.json.
         out: the directory to write; it must be empty or not exist yet.
         sparsity: as in `lap_ext.prune`.
-        structure: as in `lap_ext.prune`. The worth of all units that are ranked together must fit
-            into memory. The numbers of `Groups`, 8 bytes per weight of a layer, do not count in it.
+        structure: as in `lap_ext.prune`, across layers too: then biases and norms are masked in the
+            files. The worth of all units that are ranked together must fit into memory. The numbers
+            of `Groups`, 8 bytes per weight of a layer, do not count in it.
         aggregate: as in `lap_ext.prune`; "exact" reads the neighbors of each layer, which must fit
             into memory with it.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`. "global" reads all weights once more for each pass of its
             ranking: one or two for raw scores, two or three for normalized ones.
         criterion: as in `lap_ext.prune`, one of your own too. A function of a layer sees one full
@@ -128,8 +135,9 @@ def prune(
         count_scores: whether to count the kept and the pruned scores of each layer in histogram
             bins, for a report. They are the scores that `lap_ext.scores` returns of the unpruned
             weights, or magnitudes where all of these are 0; normalize="norm" is applied to them,
-            "lamp" is not. No file is read again for this in one parallel round; otherwise norms are
-            measured, and functions of a layer called, once more.
+            "lamp" is not, nor is any of them for units across layers. No file is read again for
+            this in one parallel round; otherwise norms are measured, and functions of a layer
+            called, once more.
         resume: whether to resume an interrupted run with the same options, model and files, and to
             keep the finished part if this run is interrupted too. What an earlier run has left is
             read again and compared with checksums; what does not match is done anew, with a
@@ -176,6 +184,8 @@ def prune(
         aggregate=aggregate,
         multiple_of=multiple_of,
         strict=strict,
+        cost=cost,
+        uniform=uniform,
     )
     check_given(sparsity, options.structure)
     source, target = Path(directory), Path(out)
@@ -200,7 +210,8 @@ def prune(
         if work.notice:
             warn(work.notice)
         shapes = {x.name: x.shape for x in task.layers}
-        masks = MaskFile(work.files, shapes, structure=options.structure) if save_masks else None
+        every = shapes | _vectors(task)
+        masks = MaskFile(work.files, every, structure=options.structure) if save_masks else None
         place.use(work, shapes)
         try:
             shown = pipeline.before_rounds(task, data) if count_scores else None
@@ -239,8 +250,9 @@ def _statistics(data: object) -> list[Any] | None:
 def _described(task: Task, network: Structure, files: Checkpoint) -> dict[str, Any]:
     """Describes what decides the result: only a run that is described alike is resumed."""
     options, budget, floors = task.scoring.plan.options, task.budget, task.budget.floors
-    if options.structure is not None:
+    if options.structure is not None and task.units is None:
         floors = {layer.name: pipeline.least(task, layer) for layer in task.layers}
+    units = None if task.units is None else identity.units_of(task.units, options)
     return {
         "lap_ext": lap_ext.__version__,
         "path": str(files.path.resolve()),
@@ -256,9 +268,16 @@ def _described(task: Task, network: Structure, files: Checkpoint) -> dict[str, A
         "structure": identity.structure_of(options.structure, task.layers),
         "aggregate": options.aggregate,
         "multiple_of": options.multiple_of,
+        "units across layers": units,
         "criterion": identity.criterion_of(options.criterion),
         "layers": [[x.name, x.shape, budget.keeps[x.name]] for x in task.layers],
     }
+
+
+def _vectors(task: Task) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the biases, norms and the like that are masked, by layer name."""
+    shapes = {} if task.units is None else task.units.groups.vector_shapes()
+    return {layer_name(name): shape for name, shape in shapes.items()}
 
 
 def _run(writer: Writer, work: Work) -> None:
@@ -295,8 +314,9 @@ def _rows(task: Task, work: Work) -> list[LayerResult]:
     rows, units = [], work.facts.get("units", {})
     for layer in task.layers:
         kept = sum(counts.get(layer.name, 0) for counts in work.facts.get("kept", {}).values())
-        # a zero weight is never kept
-        counts = kept, math.prod(layer.shape), kept
+        # a zero weight is never kept, but where zeros are weights
+        zero = task.units is not None and layer.name in task.units.zero
+        counts = kept, math.prod(layer.shape), 0 if zero else kept
         own = units.get(layer.name)
         row = LayerResult(
             layer.name, layer.kind, layer.shape, *counts, units=own and (own[0], own[1])

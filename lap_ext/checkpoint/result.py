@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import Module
 
+from lap_ext._text import layer_name
 from lap_ext.checkpoint.files import MASKS
 from lap_ext.errors import LapTypeError, calling
 from lap_ext.masks import BitMasks, Masks
@@ -108,7 +109,11 @@ def result_of(
 ) -> CheckpointResult:
     """Makes the result of a pruning whose masks are in a file or were not saved."""
     masks_file = directory / MASKS if masks_saved else None
+    units = task.units
     shapes = {row.name: row.shape for row in rows}
+    if units is not None:
+        vectors = units.groups.vector_shapes()
+        shapes |= {layer_name(name): shape for name, shape in vectors.items()}
     stored = {} if masks_file is None else StoredMasks(masks_file, shapes)
     structure = task.scoring.plan.options.structure
     masks = Masks.reading(stored, structure)
@@ -123,4 +128,6 @@ def result_of(
         left_dense=task.left_dense,
         parameters=sum(x.numel() for x in topology.model.parameters()),
         unreached=topology.unreached,
+        families=() if units is None else units.families(),
+        fixed=() if units is None else units.groups.fixed,
     )

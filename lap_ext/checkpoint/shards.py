@@ -2,8 +2,9 @@
 """The last pass: every shard is read once more, masked and written.
 
 How each layer is masked is selected before (lap_ext/pruning/selection.py): one that fits at once by
-the fused operator, others in chunks of rows. Tensors that are not layers are copied. A layer or
-chunk is zeroed and written in the background while the next one is masked.
+the fused operator, others in chunks of rows. With units across layers, biases and norms are masked
+too. All other tensors are copied. A layer or chunk is zeroed and written in the background while
+the next one is masked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from lap_ext.checkpoint import inside
-from lap_ext.checkpoint.files import Checkpoint, Entry, Shard
+from lap_ext.checkpoint.files import DTYPES, Checkpoint, Entry, Shard
 from lap_ext.checkpoint.reading import Buffer, bytes_of
 from lap_ext.checkpoint.state import Work, check_free, on_disk
 from lap_ext.checkpoint.weights import Files
@@ -95,7 +96,14 @@ class Writer:
             for copy in place.copies[layer.name]
             for stored in copy
         }
+        self.vectors = {
+            stored.entry.name: (name, stored)
+            for name, copies in place.vectors.items()
+            for copy in copies
+            for stored in copy
+        }
         self._selections: dict[str, Selection] = {}
+        self._vector_masks: dict[str, Tensor] = {}
         self._buffer = Buffer()
         self._counts: dict[str, Histogram] = {}  # of the layers in the shard that is written
         self._checksum = 0  # of their masks
@@ -104,6 +112,8 @@ class Writer:
     def run(self, selections: Mapping[str, Selection], work: Work) -> None:
         """Writes the shards that are not done, and the other files; selections: of all layers."""
         self._selections = dict(selections)
+        units = self.task.units
+        self._vector_masks = {} if units is None else units.vector_masks()
         left = [shard for shard in self.checkpoint.shards if shard.name not in work.facts["done"]]
         size = sum(entry.size for shard in left for entry in shard.entries)
         self._step = Step(self.task.scoring.on_progress, "write", size)
@@ -159,7 +169,8 @@ class Writer:
             for entry in shard.entries:
                 if entry.name not in self.layers:
                     background.wait()
-                    self._copied(entry, file)
+                    copy = self._vector if entry.name in self.vectors else self._copied
+                    copy(entry, file)
                     continue
                 layer, stored = self.layers[entry.name]
                 if self._is_full(layer):
@@ -179,6 +190,24 @@ class Writer:
             self.place.source.fill(entry, offset, view)
             file.write(view)
             self._step.read(entry.name, len(view))
+
+    def _vector(self, entry: Entry, file: ShardFile) -> None:
+        """Masks a stored bias, norm or the like: all of it at once."""
+        name, stored = self.vectors[entry.name]
+        mask = self._vector_masks[name].flatten()[stored.begin : stored.begin + entry.numel]
+        mask = mask.contiguous()
+        self.place.source.fill(entry, 0, self._buffer.view(entry.size))
+        values = self._buffer.tensor(entry.numel, DTYPES[entry.dtype])
+        schema.call(schema.masked_zero_, values, mask)
+        self._write_mask(name, stored.begin, mask)
+        file.write(bytes_of(values))
+        self._step.read(entry.name, entry.size)
+
+    def _write_mask(self, name: str, first: int, mask: Tensor) -> None:
+        """Writes a flat mask of some weights, if masks are written."""
+        if self.masks is not None:
+            self._checksum = zlib.crc32(bytes_of(mask), self._checksum)
+            self.masks.write(name, first, mask)
 
     def _masked(
         self, entry: Entry, chunks: Iterator[Chunk], file: ShardFile, background: Background
@@ -222,9 +251,7 @@ class Writer:
         if stored in self.place.copies[layer.name][0]:  # a second copy has the same mask
             count = self._kept.get(layer.name, 0) + int(mask.count_nonzero())
             self._kept[layer.name] = count
-        if self.masks is not None:
-            self._checksum = zlib.crc32(bytes_of(mask), self._checksum)
-            self.masks.write(layer.name, chunk.first, mask)
+        self._write_mask(layer.name, chunk.first, mask)
         file.write(bytes_of(weight))
 
     def _others(self, files: Path) -> None:

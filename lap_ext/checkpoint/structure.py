@@ -9,6 +9,7 @@ tensors that scale an edge are read at this point.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class Structure:
 
     topology: Topology
     copies: dict[str, list[Copy]]  # layer name -> where it is stored
+    find: Callable[[str], list[Copy]]  # finds where a parameter is stored
 
 
 def structure_of(
@@ -61,7 +63,7 @@ def structure_of(
     copies = {name: names.copies(layer.parameter) for name, layer in topology.layers.items()}
     scales = {name: _value(own, names, name) for name in sorted(_scaling(topology))}
     names.warn_of_unknown()
-    return Structure(topology.with_tensors(scales), copies)
+    return Structure(topology.with_tensors(scales), copies, names.copies)
 
 
 def _check_stored(topology: Topology) -> None:

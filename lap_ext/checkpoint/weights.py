@@ -42,14 +42,21 @@ class Files:
         structure: the layers, and where each is stored.
         source: reads the files.
         limits: what may be in memory at a time.
+        vectors: name of a mask -> where the bias, norm or the like that it masks is stored.
     """
 
     held = False
     pieces = 1 << 30  # a chunk is small already
 
-    def __init__(self, structure: Structure, source: Source, limits: Limits) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        source: Source,
+        limits: Limits,
+        vectors: Mapping[str, list[Copy]] | None = None,
+    ) -> None:
         self.topology, self.copies = structure.topology, structure.copies
-        self.source, self.limits = source, limits
+        self.source, self.limits, self.vectors = source, limits, dict(vectors or {})
         self.sampled = limits.sample
         self._free: list[Buffer] = []
         self._work: Work | None = None

@@ -34,6 +34,8 @@ from lap_ext.pruning.unit_worth import member_counts, vector_counts, worth_of
 from lap_ext.topology.counting import Counter
 from lap_ext.topology.coupling import CoupledGroups
 
+_ZERO = "zero layers"  # under which the place notes them
+
 
 @dataclass
 class Units:
@@ -43,11 +45,13 @@ class Units:
         groups: of the model.
         sparsity: a fraction of units, of each pool by its name, or a target for the model.
         removed: the groups that go, bool, once they are chosen.
+        zero: layers all of whose weights are zero: these zeros are weights.
     """
 
     groups: CoupledGroups
     sparsity: float | Mapping[str, float] | Target
     removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    zero: Sequence[str] = ()
 
     def families(self) -> list[FamilyResult]:
         """Counts the groups of each family that takes part."""
@@ -58,12 +62,15 @@ class Units:
         ]  # fmt: skip
 
     def vector_masks(self) -> dict[str, Tensor]:
-        """Masks the biases, norms and the like, by layer name."""
+        """Masks the biases, norms and the like that groups have entries of, by layer name."""
         masks = self.groups.vector_masks(self.removed)
-        return {layer_name(name): mask for name, mask in masks.items()}
+        return {
+            layer_name(name): masks.get(name, torch.ones(shape, dtype=torch.bool))
+            for name, shape in self.groups.vector_shapes().items()
+        }
 
 
-def units_of(plan: Plan, sparsity: Sparsity | Target | None) -> Units:
+def units_of(plan: Plan, sparsity: Sparsity | None) -> Units:
     """Checks what is asked for, before anything is measured."""
     options, groups = plan.options, plan.groups
     assert groups is not None
@@ -109,23 +116,31 @@ def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
 
     store: sets the masks of all layers in the place, after a round that is not the last.
     """
-    options = scoring.plan.options
-    for number in range(1, options.rounds + 1):
-        name = f"round {number}"
-        text = scoring.place.noted(f"{name} units", partial(_found, scoring, units, number))
-        units.removed = _of_text(text, len(units.groups))
-        selections = _selections(scoring, units)
-        if number < options.rounds:
-            scoring.place.round(number, partial(store, selections))
-            scoring.forget(scoring.plan.layers)
-    return selections
+    rounds, place = scoring.plan.options.rounds, scoring.place
+    for number in range(1, rounds):
+        place.round(number, partial(_round, scoring, units, number, store))
+    scoring.measure(f"round {rounds}")
+    text = place.noted(f"round {rounds} units", partial(_found, scoring, units, rounds))
+    units.removed = _of_text(text, len(units.groups))
+    units.zero = place.noted(_ZERO, lambda: units.zero)
+    return _selections(scoring, units, units.zero)
+
+
+def _round(scoring: Scoring, units: Units, number: int, store: Any) -> None:
+    """Chooses in one round and gives the place the masks."""
+    scoring.measure(f"round {number}")
+    text = scoring.place.noted(f"round {number} units", partial(_found, scoring, units, number))
+    units.removed = _of_text(text, len(units.groups))
+    store(_selections(scoring, units))
+    scoring.forget(scoring.plan.layers)
 
 
 def _found(scoring: Scoring, units: Units, number: int) -> str:
     """Chooses the groups that are gone after a round."""
-    scoring.measure(f"round {number}")
     step = scoring.step("rank", scoring.plan.layers)
     measured = worth_of(scoring, units.groups, step)
+    if number == 1:
+        units.zero = scoring.place.noted(_ZERO, lambda: measured.zero)
     options = scoring.plan.options
     cost = None if options.cost is None else cost_of(scoring, units.groups)
     choice = Choice.of(pools.pools_of(units.groups, measured, options, cost))
@@ -144,14 +159,14 @@ def _choose(
     together = options.scope == "global"
     if isinstance(sparsity, Target):
         counter = _Counted(scoring, units.groups, sparsity)
-        counter.remove_groups(choice.removed(len(units.groups)).nonzero().flatten())
+        gone = choice.removed(len(units.groups)).nonzero().flatten()
         dense, limit = counter.dense, sparsity.limit(counter.dense)
         limit = dense - (dense - limit) * number // options.rounds
         key = _worth if together else pools.by_rank
         if cost is not None and together:
             key = partial(pools.density, cost=cost)
         what = "FLOPs" if sparsity.counted == "flops" else "parameters"
-        pools.choose_count(choice, limit, key, counter.left, counter.remove_groups, what)
+        pools.choose_count(choice, limit, key, partial(counter.without, gone), what)
         return
     if isinstance(sparsity, Mapping):
         own = {pool.name: _of_pool(pool, sparsity) * share for pool in choice.pools}
@@ -211,39 +226,40 @@ def _ids_by_group(groups: CoupledGroups) -> list[Tensor]:
 
 
 class _Counted:
-    """A count of the model while groups go."""
+    """A count of the model without some groups.
+
+    Attributes:
+        dense: of the model with all of them.
+    """
 
     def __init__(self, scoring: Scoring, groups: CoupledGroups, target: Target) -> None:
-        self._counted = target.counted
+        self._of_flops = target.counted == "flops"
         self._ids: list[Tensor] | None = None
         if groups.ids is None:  # experts: their parameters do not overlap
             self._own = member_counts(groups) + vector_counts(groups)
-            model = scoring.plan.topology.model
-            self._left = sum(x.numel() for x in model.parameters())
+            self.dense = sum(x.numel() for x in scoring.plan.topology.model.parameters())
         else:
             self._counter, self._ids = Counter(scoring.plan.topology), _ids_by_group(groups)
-        self.dense = self.left()
+            self.dense = self._counter.flops if self._of_flops else self._counter.params
 
-    def left(self) -> int:
-        """Returns what is left."""
+    def without(self, gone: Tensor, numbers: Tensor) -> int:
+        """Counts what is left when groups go beside those that are gone."""
+        numbers = torch.cat([gone, numbers])
         if self._ids is None:
-            return self._left
-        return self._counter.flops if self._counted == "flops" else self._counter.params
-
-    def remove_groups(self, numbers: Tensor) -> None:
-        """Takes groups out of the count."""
-        if self._ids is None:
-            self._left -= int(self._own[numbers].sum())
-        elif numbers.numel():
-            self._counter.remove(torch.cat([self._ids[i] for i in numbers.tolist()]))
+            return self.dense - int(self._own[numbers].sum())
+        if not numbers.numel():
+            return self.dense
+        ids = torch.cat([self._ids[i] for i in numbers.tolist()])
+        counter = self._counter
+        return counter.flops_without(ids) if self._of_flops else counter.params_without(ids)
 
 
-def _selections(scoring: Scoring, units: Units) -> dict[str, KeptAxes]:
-    """Says how each layer is masked."""
+def _selections(scoring: Scoring, units: Units, zero: Sequence[str] = ()) -> dict[str, KeptAxes]:
+    """Says how each layer is masked; zero: layers whose zeros are weights."""
     result = {}
     for layer in scoring.plan.layers:
         views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
-        result[layer.name] = KeptAxes(views, units.removed)
+        result[layer.name] = KeptAxes(views, units.removed, layer.name in zero)
     return result
 
 

@@ -66,15 +66,14 @@ def _coupled(
     place: Memory,
     given: Mapping[str, Tensor] | None,
 ) -> PruneResult:
-    """Makes the result of units across layers: zeros that a layer has of its own may be kept."""
+    """Makes the result of units across layers; where masks are given, zeros are weights."""
     kept, rows = {}, []
     for layer in task.layers:
         mask = place.masks[layer.name]
-        nonzero = int(mask.count_nonzero())
-        axes = _axes_mask(units, layer)
-        if given is not None or not nonzero:  # zeros are weights
-            earlier = given.get(layer.name) if given else None
-            mask = axes if earlier is None else axes & earlier.to(axes.device)
+        nonzero = 0 if layer.name in units.zero else int(mask.count_nonzero())
+        if given is not None:
+            mask, earlier = _axes_mask(units, layer), given.get(layer.name)
+            mask = mask if earlier is None else mask & earlier.to(mask.device)
         kept[layer.name] = mask
         rows.append(row_of(layer, mask, nonzero))
     for name, mask in units.vector_masks().items():

@@ -19,10 +19,12 @@ class KeptAxes:
     Attributes:
         views: of the weight as a matrix, with the groups of its rows and columns.
         removed: the groups that go, bool.
+        zeros: whether weights that are zero are kept like others.
     """
 
     views: tuple[Assigned, ...]
     removed: Tensor
+    zeros: bool = False
 
     def mask(self, chunk: Chunk) -> Tensor:
         """Masks a chunk: True where its row and its column are kept."""

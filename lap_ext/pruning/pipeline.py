@@ -149,7 +149,7 @@ def before_rounds(task: Task, data: Any) -> Scoring:
     first.measure(_name(1))
     for layer in task.layers:
         first.criterion(layer)
-    if options.scope == "global":
+    if options.scope == "global" and task.units is None:  # units have sizes of their own
         selection.find_sizes(first, task.layers, _name(1))
     return first
 

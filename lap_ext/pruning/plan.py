@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lap_ext import criteria, structures
 from lap_ext._text import layer_name, matches, some
-from lap_ext.allocation import Allocation, Sparsity, floors
+from lap_ext.allocation import Allocation, Sparsity, Target, floors
 from lap_ext.criteria import Criterion, CriterionLike, UnitCriterion, exact
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.ops import check
@@ -211,7 +211,7 @@ def pattern_at(structure: Structure | None, sparsity: Sparsity | None) -> NM | N
         return None
     if sparsity is None:
         return structure
-    if isinstance(sparsity, (Mapping, Allocation)):
+    if isinstance(sparsity, (Mapping, Allocation, Target)):
         dropped = -1
     else:
         keep_count(sparsity, None, 1)  # checks it

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -229,22 +231,26 @@ class Choice:
         pairs = zip(self.pools, self.keeps, strict=True)
         self.keeps = [pool.rounded(keep) for pool, keep in pairs]
 
-    def going(self, key: Callable[[Pool], Tensor]) -> Iterator[Tensor]:
-        """Removes one unit after the other, lowest key first, and gives its groups."""
-        keys, owners = [], []
-        for index, pool in enumerate(self.pools):
-            dead = pool.size - self.keeps[index]
-            keys.append(torch.cummax(key(pool)[dead:], 0).values)  # in the order of the pool
-            owners.append(torch.full((pool.size - dead,), index))
-        if not keys:
-            return
-        # of equal keys, the one in the later pool goes first
-        every = torch.cat(keys[::-1]), torch.cat(owners[::-1])
-        for owner in every[1][torch.argsort(every[0], stable=True)].tolist():
-            pool = self.pools[owner]
-            if self.keeps[owner] > pool.least:
-                self.keeps[owner] -= 1
-                yield pool.units[pool.size - self.keeps[owner] - 1]
+    def order(self, key: Callable[[Pool], Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Lists what can go, lowest key first, as (indices of pools, groups of the units)."""
+        keys, owners = [torch.zeros(0).double()], [torch.zeros(0, dtype=torch.int64)]
+        for index, pool in reversed(list(enumerate(self.pools))):  # of equal keys, the later pool
+            gone, keep = pool.size - self.keeps[index], self.keeps[index]
+            last = pool.size - min(pool.least, keep)
+            keys.append(torch.cummax(key(pool)[gone:last], 0).values)  # in the order of the pool
+            owners.append(torch.full((last - gone,), index))
+        ordered = torch.cat(owners)[torch.argsort(torch.cat(keys), stable=True)].tolist()
+        at = [pool.size - keep for pool, keep in zip(self.pools, self.keeps, strict=True)]
+        units = []
+        for owner in ordered:
+            units.append(self.pools[owner].units[at[owner]])
+            at[owner] += 1
+        return ordered, units
+
+    def remove(self, owners: Iterable[int]) -> None:
+        """Removes the next unit of each of some pools."""
+        for owner in owners:
+            self.keeps[owner] -= 1
 
 
 def by_rank(pool: Pool) -> Tensor:
@@ -273,9 +279,8 @@ def choose_fraction(choice: Choice, sparsities: Mapping[str, float], together: b
             f"one that keeps {keep} of {total}",
             argument="sparsity",
         )
-    going = choice.going(lambda pool: pool.worth)
-    while sum(choice.keeps) > keep and next(going, None) is not None:
-        pass
+    owners, _ = choice.order(lambda pool: pool.worth)
+    choice.remove(owners[: max(0, sum(choice.keeps) - keep)])
 
 
 def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -> None:
@@ -294,12 +299,12 @@ def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -
         parts = [Choice([pool], [keep]) for pool, keep in pairs]
     for part in parts:
         every = sum(of(pool) for pool in part.pools)
-        going = part.going(lambda pool: density(pool, cost))
         left = every - Fraction(float(cost[part.removed(cost.numel())].sum()))
-        while left > share * every:
-            unit = next(going, None)
-            if unit is None:
+        owners, units = part.order(partial(density, cost=cost))
+        for owner, unit in zip(owners, units, strict=True):
+            if left <= share * every:
                 break
+            part.remove([owner])
             left -= Fraction(float(cost[unit].sum()))
     if not together:
         choice.keeps = [part.keeps[0] for part in parts]
@@ -309,29 +314,30 @@ def choose_count(
     choice: Choice,
     limit: int,
     key: Callable[[Pool], Tensor],
-    left: Callable[[], int],
-    remove: Callable[[Tensor], None],
+    left_without: Callable[[Tensor], int],
     what: str,
 ) -> None:
-    """Removes units until a count of the whole model is at most a limit.
+    """Removes as few units as possible until a count of the whole model is at most a limit.
 
     Args:
         choice: of units.
         limit: the largest count that is allowed.
         key: the order of units.
-        left: returns the count as it is.
-        remove: takes the groups of a unit out of the count.
+        left_without: counts what is left without some more groups.
         what: is counted, in errors.
     """
-    going = choice.going(key)
-    while left() > limit:
-        unit = next(going, None)
-        if unit is None:
-            raise LapValueError(
-                f"a {{argument}} of at least {left():,} {what}, which are left when each layer has "
-                "only the units that it keeps at least",
-                f"{limit:,}",
-                "Raise it, or lower {min_keep=}.",
-                argument="sparsity",
-            )
-        remove(unit)
+    owners, units = choice.order(key)
+    none = torch.zeros(0, dtype=torch.int64)
+
+    def left(count: int) -> int:
+        return left_without(torch.cat([none, *units[:count]]))
+
+    if left(len(units)) > limit:
+        raise LapValueError(
+            f"a {{argument}} of at least {left(len(units)):,} {what}, which are left when each "
+            "layer has only the units that it keeps at least",
+            f"{limit:,}",
+            "Raise it, or lower {min_keep=}.",
+            argument="sparsity",
+        )
+    choice.remove(owners[: bisect_left(range(len(units)), True, key=lambda n: left(n) <= limit)])

@@ -101,8 +101,8 @@ def masked(
             yield chunk, structured.mask(scoring, layer, selection, chunk)
             continue
         if isinstance(selection, KeptAxes):
-            live = scoring.place.live(chunk)
             mask = selection.mask(chunk)
+            live = None if selection.zeros else scoring.place.live(chunk)
             yield chunk, mask if live is None else mask & live
             continue
         how = selection.how if not isinstance(selection, Rows) else "plain"

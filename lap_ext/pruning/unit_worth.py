@@ -11,9 +11,9 @@ Biases and norm parameters go with a unit, but have no score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +35,17 @@ _ROWS = 1 << 20  # scores that are looked at one by one
 
 @dataclass(frozen=True)
 class Worth:
-    """What each group is worth, float64 [n], and which have a weight that may be kept, bool [n]."""
+    """What the groups are worth.
+
+    Attributes:
+        worth: of each group, float64 [n].
+        alive: which have a weight that may be kept, bool [n].
+        zero: names of the layers that have none.
+    """
 
     worth: Tensor
     alive: Tensor
+    zero: list[str]
 
 
 def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
@@ -46,17 +53,13 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
     options, sums = scoring.plan.options, _Sums(groups)
     criterion = scoring.plan.criterion
     by_weight = not isinstance(criterion, UnitCriterion) and options.aggregate != "exact"
-    found: dict[str, _Part] = {}
     for layer in scoring.place.ordered(scoring.plan.layers):
         views = [x for x in groups.weights if x.parameter == layer.parameter]
         merged = _merged(views)
         if merged is not None:
-            own = _Sums(groups)
-            _measure(scoring, layer, merged, own, step, by_weight)
-            found[layer.name] = own.part()
-    for layer in scoring.plan.layers:  # in this order, whatever the place's is: the same bits
-        if layer.name in found:
-            sums.include(found[layer.name])
+            sums.begin(layer.name)
+            _measure(scoring, layer, merged, sums, step, by_weight)
+    zero = sums.end([layer.name for layer in scoring.plan.layers])
     if isinstance(criterion, UnitCriterion):
         worth = _by_data(scoring, criterion, groups)
     elif options.aggregate == "exact":
@@ -65,7 +68,7 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
         worth = sums.scores / member_counts(groups).clamp(min=1)
     else:
         worth = exact_sqrt(sums.scores)
-    return Worth(worth, sums.alive > 0)
+    return Worth(worth, sums.alive > 0, zero)
 
 
 def member_counts(groups: CoupledGroups) -> Tensor:
@@ -83,9 +86,9 @@ def member_counts(groups: CoupledGroups) -> Tensor:
         height = x.shape[0] // x.groups
         add(x.rows, torch.full_like(x.rows, x.shape[1] * window))
         add(x.cols, torch.full_like(x.cols, height * window))
-        for block, rows in enumerate(x.rows.reshape(x.groups, height)):
-            both = _in_both(rows, x.cols[block])
-            add(rows, -both.sum(1) * window)
+        for rows, cols in zip(x.rows.reshape(x.groups, height), x.cols, strict=True):
+            own = (torch.bincount(side + 1, minlength=counts.numel()) for side in (rows, cols))
+            counts -= math.prod(own) * window  # where rows and columns of a group meet
     return counts[1:]
 
 
@@ -98,20 +101,33 @@ def vector_counts(groups: CoupledGroups) -> Tensor:
     return counts[1:]
 
 
-class _Part(NamedTuple):
-    """The sums of some groups: their numbers, each once, and what `_Sums` has of them."""
-
-    numbers: Tensor
-    scores: Tensor
-    alive: Tensor
-
-
 class _Sums:
-    """Sums over the weights of each group; the first entry is of none."""
+    """Sums over the weights of each group; the first entry is of none.
+
+    Layers are added in the network's order, whatever the order in which they are measured: `begin`
+    each one, and `end` them all.
+    """
 
     def __init__(self, groups: CoupledGroups) -> None:
         self._scores = torch.zeros(len(groups) + 1, dtype=torch.float64)
         self._alive = torch.zeros(len(groups) + 1, dtype=torch.float64)
+        self._of_layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._own: list[tuple[Tensor, Tensor]] | None = None
+        self._live: dict[str, float] = {}
+        self._name = ""
+
+    def begin(self, name: str) -> None:
+        """Begins a layer."""
+        self._own = self._of_layers.setdefault(name, [])
+        self._name, self._live[name] = name, 0.0
+
+    def end(self, names: Iterable[str]) -> list[str]:
+        """Adds the layers in an order of names, and lists those without weights that are kept."""
+        self._own = None
+        for name in names:
+            for index, values in self._of_layers.pop(name, ()):
+                self.add(index, values)
+        return [name for name in names if name in self._live and not self._live[name]]
 
     @property
     def scores(self) -> Tensor:
@@ -123,23 +139,19 @@ class _Sums:
         """Counts the weights that may be kept; some twice."""
         return self._alive[1:]
 
-    def part(self) -> _Part:
-        """Returns what is not 0: a layer has weights of few of all groups."""
-        index = ((self._scores != 0) | (self._alive != 0)).nonzero().flatten()
-        return _Part(index, self._scores[index], self._alive[index])
-
-    def include(self, part: _Part) -> None:
-        """Adds other sums."""
-        self._scores[part.numbers] += part.scores
-        self._alive[part.numbers] += part.alive
-
     def add(self, index: Tensor, values: Tensor) -> None:
         """Adds scores to groups."""
-        self._scores.index_add_(0, index.flatten() + 1, values.flatten().cpu().double())
+        values = values.flatten().cpu().double()
+        if self._own is not None:
+            self._own.append((index, values))
+            return
+        self._scores.index_add_(0, index.flatten() + 1, values)
 
     def count(self, index: Tensor, values: Tensor) -> None:
         """Adds numbers of weights to groups."""
-        self._alive.index_add_(0, index.flatten() + 1, values.flatten().cpu().double())
+        values = values.flatten().cpu().double()
+        self._live[self._name] += float(values.sum())
+        self._alive.index_add_(0, index.flatten() + 1, values)
 
 
 def _merged(views: list[Assigned]) -> Assigned | None:

@@ -297,7 +297,7 @@ class Topology:
         kind = structure.kind if isinstance(structure, Coupled) else structure
         one_of("structure", kind, KINDS)
         layers = {x.name: (x.parameter, x.kind) for x in self.layers.values()}
-        shapes = {name: tuple(x.shape) for name, x in self.tensors().items()}
+        shapes = {name: tuple(x.shape) for name, x in named_tensors(self.model).items()}
         return groups_of(Subject(self.graph, layers, shapes, self.model), kind)
 
     @calling("Topology.explain")

@@ -55,7 +55,7 @@ def files_of(
         name: [tuple(Slice(entries[x], begin) for x, begin in parts)]
         for name, parts in copies.items()
     }
-    network = Structure(topology, stored)
+    network = Structure(topology, stored, stored.__getitem__)
     options = options_of(criterion, layers="*", structure=structure)
     _, place = plan_of(network, opened, options, parsed(memory))
     shapes = {name: layer.shape for name, layer in topology.layers.items()}

@@ -211,6 +211,39 @@ def test_groups_change_the_product_as_defined(
     assert got[2] == 0 and len(got) == 6
 
 
+@pytest.mark.parametrize("batch", [exact._BATCH, 7])
+@pytest.mark.parametrize("name", CASES)
+def test_channels_change_the_product_as_defined(
+    name: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random groups of whole output channels, some in none, with a mask or without."""
+    torch.manual_seed(len(name))
+    monkeypatch.setattr(exact, "_BATCH", batch)
+    shape, groups, transposed, prev, following = CASES[name]()
+    w, mask = random(*shape), torch.rand(shape) < 0.7
+    sides = factors.neighbor_matrices(prev, w, following, groups, transposed)
+    matrix = Matrix.of(shape, groups, transposed)
+    output = torch.tensor(places(w, groups, transposed))[:, 1]
+    for _ in range(3):
+        numbers = torch.randint(-1, 4, (int(output.max()) + 1,))
+        numbers[numbers == 1] = 2
+        numbers[0] = 3
+        for given in (None, mask):
+            got = exact.channel_distortions(w, numbers, matrix, *sides, given)
+            counted = w if given is None else w * given
+            definition = Definition(counted, prev, following, groups, transposed)
+            expected = [definition.of(numbers[output] == number) for number in range(4)]
+            assert got.tolist() == pytest.approx(expected, rel=RTOL) and got[1] == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_channels_of_an_empty_weight(shape: tuple[int, int]) -> None:
+    numbers = torch.arange(shape[0])
+    matrix = Matrix.of(shape)
+    got = exact.channel_distortions(torch.ones(shape), numbers, matrix, None, None)
+    assert torch.equal(got, torch.zeros(shape[0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_grid_is_groups(name: str) -> None:
     shape, groups, transposed, prev, following = CASES[name]()

@@ -297,6 +297,38 @@ def test_tied_embedding() -> None:
     check(model, TOKENS, groups, f"embed 7 {OUT}")
 
 
+def test_tied_without_a_stream() -> None:
+    """Column i is made by the embedding and read by the head, with what is between: one group."""
+    model = Net(
+        lambda m, x: m.head(m.b(m.a(m.embed(x)).tanh())),
+        embed=nn.Embedding(7, 4),
+        a=linear(3, 4),
+        b=linear(4, 3),
+        head=nn.Linear(4, 7, bias=False),
+    )
+    model.head.weight = model.embed.weight
+    groups = [f"embed : {i}; a : {i}; b {i} :; b.bias {i}" for i in range(4)]
+    groups += [f"a {i} :; a.bias {i}; b : {i}" for i in range(3)]
+    check(model, TOKENS, groups, f"embed 7 {OUT}")
+
+
+def test_a_weight_and_its_transpose() -> None:
+    """A tied autoencoder: column i reads a's channel i and makes the one that b reads."""
+    weight = nn.Parameter(torch.zeros(3, 4))
+    model = Net(
+        lambda m, x: m.b(F.linear(F.linear(m.a(x), m.w).tanh(), m.w.t()).sin()),
+        a=linear(4, 3),
+        w=weight,
+        b=linear(2),
+    )
+    randomized(model)
+    found = structures.groups(lap_ext.trace(model, ROWS), "channel")
+    expected = [f"a {i} :; a.bias {i}; w : {i}; b : {i}" for i in range(4)]
+    expected += [f"w {i} :" for i in range(3)]
+    got = {entries(found, i) for i in range(len(found))}
+    assert got == {written(model, text) for text in expected}
+
+
 def test_long_short_term_memory() -> None:
     """Row j of all four gates, of both weights and biases, and the columns that read unit j."""
     model = Net(

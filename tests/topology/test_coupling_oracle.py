@@ -52,7 +52,6 @@ def test_independent() -> None:
 
 @pytest.mark.parametrize("members", [RIGHT, INNER], ids=["residual", "inner"])
 def test_right_groups(thinned: Thinned, members: list[Part]) -> None:
-    assert thinned.matters(members)
     assert thinned.faults(members) == []
     assert thinned.differences(members) == []
 
@@ -73,6 +72,14 @@ def test_a_member_is_too_much(thinned: Thinned, extra: Part) -> None:
 def test_a_member_is_another_one(thinned: Thinned) -> None:
     wrong = [Part("c.weight", None, [2]) if x.parameter == "c.weight" else x for x in RIGHT]
     assert thinned.faults(wrong) and thinned.differences(wrong)
+
+
+def test_what_the_network_does_not_use() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    nn.init.zeros_(model[1].weight)
+    unit = [Part("0.weight", [1]), Part("0.bias", [1]), Part("1.weight", None, [1])]
+    (fault,) = Thinned(model, (torch.randn(1, 2),)).faults(unit)
+    assert "nothing changes" in fault
 
 
 def test_sets_of_channels() -> None:

@@ -28,6 +28,7 @@ from lap_ext.topology import counting
 from lap_ext.topology.edges import Edge, consumers, producers
 from lap_ext.topology.roles import Role
 from tests import zoo
+from tests.helpers import coupled_zoo
 from tests.helpers.flop_counts import counted as counted_flops
 from tests.helpers.topologies import ENTRIES, pairs, traced
 
@@ -214,6 +215,27 @@ def collect(totals: dict[Any, float], edge: Edge, key: Callable[[int, int], Any]
             edge.here.tolist(), edge.there.tolist(), squares, strict=True
         ):
             totals[key(here, there)] = totals.get(key(here, there), 0.0) + square
+
+
+# ---- what goes together --------------------------------------------------------------------------
+@each
+def test_groups_by_running_without_them(name: str) -> None:
+    """Producers and consumers of what is gone may have any values; see coupling_oracle.py."""
+    if name not in coupled_zoo.ONE_FOR_TWO:
+        assert [*coupled_zoo.checked(name), *coupled_zoo.masks_differ(name)] == []
+    assert bool(len(coupled_zoo.groups(name, "channel"))) != (name in coupled_zoo.NOTHING)
+
+
+@each
+def test_no_channel_is_left_out(name: str) -> None:
+    """Every output channel of a layer is in a group, or cannot go for a reason in words."""
+    for kind in coupled_zoo.KINDS:
+        found = coupled_zoo.groups(name, kind)
+        for fixed in found.fixed:
+            assert fixed.channels > 0 and fixed.layer in traced(name).layers
+            assert len(fixed.reason.split()) >= 3 and fixed.reason == fixed.reason.strip()
+        gone = sum(group.channels for group in found)
+        assert gone + sum(fixed.channels for fixed in found.fixed) == coupled_zoo.rows_of(name)
 
 
 # ---- what is hard ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ used in several ways at once (as a convolution, and as a matrix) has several suc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,19 @@ def axes_of(roles: Iterable[Role]) -> list[Axes]:
         key = (role.parameter, part.shape[:2], part.groups, block, part.transposed)
         views.setdefault(key, []).append(role)
     return [_axes(view) for view in views.values()]
+
+
+def by_parameter(axes: Sequence[Axes]) -> list[list[Axes]]:
+    """Gathers the uses of each parameter."""
+    views: dict[str, list[Axes]] = {}
+    for x in axes:
+        views.setdefault(x.parameter, []).append(x)
+    return list(views.values())
+
+
+def differ(views: Sequence[Axes]) -> bool:
+    """Whether a parameter is seen as different matrices."""
+    return len({(x.shape, x.groups) for x in views}) > 1
 
 
 def _axes(roles: list[Role]) -> Axes:

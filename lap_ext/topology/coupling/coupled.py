@@ -20,13 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lap_ext.topology.coupling.axes import Axes, axes_of
+from lap_ext.topology.coupling.axes import Axes, axes_of, by_parameter, differ
 from lap_ext.topology.coupling.components import Components
+from lap_ext.topology.coupling.obstacles import ALONE, obstacles
 from lap_ext.topology.graph import Graph
-
-_ALONE = {"reduce", "zero"}  # kinds of groups whose channels are not their parents' channels
-_SOURCES = {"input": "an input of the model", "boundary": "an operation that is not followed"}
-_ENDS = {"output": "an output of the model", "attention": "it becomes attention weights"}
 
 
 @dataclass(eq=False)
@@ -108,7 +105,7 @@ def _join_edges(graph: Graph, components: Components, live: Tensor) -> None:
     """Joins channels with those that are computed from them."""
     channels = graph.channels
     for group in channels.groups:
-        if group.kind in _ALONE:
+        if group.kind in ALONE:
             continue
         for edges in group.edges:
             child = edges.child + group.first
@@ -119,55 +116,29 @@ def _join_edges(graph: Graph, components: Components, live: Tensor) -> None:
 
 def _join_weights(axes: Sequence[Axes], components: Components) -> None:
     """Joins what one row or column makes or reads, and what a group of one row or column does."""
-    for x in axes:
-        components.join_equal(*x.rows)
-        components.join_equal(*x.cols)
-        height, width = x.shape[0] // max(1, x.groups), x.shape[1]
-        if x.groups > 1 and 1 in (height, width):
-            (row, of_rows), (col, of_cols) = x.rows, x.cols
-            keys = torch.cat([row // max(1, height), col // max(1, width)])
-            components.join_equal(keys, torch.cat([of_rows, of_cols]))
+    for views in by_parameter(axes):
+        for sides in ([x.rows for x in views], [x.cols for x in views]):
+            if not differ(views):  # a weight that is tied, or used twice
+                components.join_equal(*(torch.cat(pairs) for pairs in zip(*sides, strict=True)))
+        for x in views:
+            height, width = x.shape[0] // max(1, x.groups), x.shape[1]
+            if x.groups > 1 and 1 in (height, width):
+                (row, of_rows), (col, of_cols) = x.rows, x.cols
+                keys = torch.cat([row // max(1, height), col // max(1, width)])
+                components.join_equal(keys, torch.cat([of_rows, of_cols]))
 
 
 def _fix(graph: Graph, found: Coupling, live: Tensor, joined: Sequence[Tensor]) -> None:
-    """Notes the reasons why components cannot go."""
-    channels, label = graph.channels, found.label
-
-    def fix(ids: Tensor, reason: str) -> None:
+    """Notes the reasons why components cannot go; the first one counts."""
+    label = found.label
+    for ids, reason in obstacles(graph, found.axes, label, live, joined):
         if not ids.numel():
-            return
+            continue
         if reason not in found.reasons:
             found.reasons.append(reason)
         labels = torch.unique(label[ids])
         new = labels[(found.reason[labels] == 0) & (labels != 0)]
         found.reason[new] = found.reasons.index(reason)
-
-    for group in channels.groups:
-        if group.kind in _SOURCES:
-            fix(group.ids[live[group.ids]], _SOURCES[group.kind])
-    in_heads = torch.unique(torch.cat([label[:1], *(label[x.flatten()] for x in joined)]))
-    for ends, name in graph.ends:
-        ids = ends
-        if name == "attention":  # the biases of heads go with them
-            ids = ids[~torch.isin(label[ids], in_heads)]
-        fix(ids, _ENDS.get(name, f"{name} reads it"))
-    for group in channels.groups:
-        for edges in group.edges:
-            if edges.broadcast and group.kind not in _ALONE:
-                used = live[edges.child + group.first]
-                fix(edges.parent[used], f"one channel beside many ({group.name})")
-    for x in found.axes:
-        if x.partial:
-            fix(torch.cat([x.rows[1], x.cols[1]]), f"{x.layer!r} is used in part")
-    for fact in graph.facts.together:
-        fix(_parted(label, fact.row, fact.ids), f"{fact.reason} reads all channels at once")
-    for group in channels.groups:
-        if group.kind == "reduce" and group.edges:
-            child = torch.cat([edges.child for edges in group.edges])
-            parent = torch.cat([edges.parent for edges in group.edges])
-            used = live[child + group.first]
-            ids = _parted(label, child[used], parent[used])
-            fix(ids, f"a {group.name} over channels reads it with others")
 
 
 def _fix_whole(found: Coupling) -> None:
@@ -179,23 +150,12 @@ def _fix_whole(found: Coupling) -> None:
             found.reason[labels] = len(found.reasons) - 1
 
 
-def _parted(label: Tensor, row: Tensor, ids: Tensor) -> Tensor:
-    """Returns the channels of sets in which not all go together."""
-    if not ids.numel():
-        return ids
-    own = label[ids]
-    size = int(row.max()) + 1
-    low = torch.full((size,), int(own.max()) + 1).scatter_reduce(0, row, own, "amin")
-    high = torch.zeros(size, dtype=torch.int64).scatter_reduce(0, row, own, "amax")
-    return ids[low[row] != high[row]]
-
-
 def _spread(graph: Graph, found: Coupling, live: Tensor) -> Tensor:
     """Gives channels that nothing reads, and reduced ones, the label of what they come from."""
     label = found.label.clone()
     for group in graph.channels.groups:
         own = group.ids
-        if not group.edges or (group.kind not in _ALONE and bool(live[own].all())):
+        if not group.edges or (group.kind not in ALONE and bool(live[own].all())):
             continue
         child = torch.cat([edges.child for edges in group.edges if not edges.broadcast])
         parent = torch.cat([edges.parent for edges in group.edges if not edges.broadcast])
@@ -204,7 +164,7 @@ def _spread(graph: Graph, found: Coupling, live: Tensor) -> Tensor:
         low = torch.full((group.size,), graph.channels.size).scatter_reduce(0, child, of, "amin")
         high = torch.zeros(group.size, dtype=torch.int64).scatter_reduce(0, child, of, "amax")
         alone = label[own] == own
-        if group.kind not in _ALONE:
+        if group.kind not in ALONE:
             alone &= ~live[own]
         label[own] = torch.where((low == high) & alone, low, label[own])
     return label

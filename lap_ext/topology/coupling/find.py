@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from lap_ext.topology.coupling.coupled import Coupling, coupling_of
 from lap_ext.topology.coupling.experts import experts_of
 from lap_ext.topology.coupling.groups import CoupledGroups, Family, Fixed
 from lap_ext.topology.coupling.subject import Subject
+from lap_ext.topology.graph import Graph
 
 _NOT_READ = "nothing reads it"
 _NOT_HEAD = "it is in no head of an attention"
@@ -28,40 +30,94 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
     graph = subject.graph
     heads = graph.facts.heads if structure == "head" else ()
     coupling = coupling_of(graph, [x.ids for x in heads], balance=structure != "head")
-    why = _reasons(subject, coupling, structure)
-    return _made(subject, coupling, structure, why)
+    kinds = _Kinds.of(graph, coupling, structure)
+    order = {name: n for n, name in enumerate(subject.layers)}
+    families, number = _families(coupling, kinds, order)
+    ids = number[coupling.label]
+    ids[0] = -1
+    shapes = {x.parameter: subject.shapes[x.parameter] for x in coupling.axes}
+    weights = [assigned(x, ids) for x in coupling.axes]
+    fixed = _fixed(coupling, kinds)
+    vectors = vectors_of(subject, ids)
+    return CoupledGroups(structure, families, fixed, weights, vectors, shapes, ids)
 
 
-def _reasons(subject: Subject, coupling: Coupling, structure: str) -> Mapping[int, str]:
-    """Says of each component that a layer makes why it is no group; empty where it is one."""
-    graph, label = subject.graph, coupling.label
-    made, read = _sides(coupling)
-    coupled = torch.cat(
-        [torch.zeros(0, dtype=torch.int64), *(x for p in graph.couplings for x in p)]
-    )
-    in_attention = torch.cat(
-        [torch.zeros(0, dtype=torch.int64)] + [x.ids.flatten() for x in graph.facts.heads]
-    )
-    attended = set(torch.unique(label[in_attention[in_attention != 0]]).tolist())
-    contracted = set(torch.unique(label[coupled]).tolist())
-    shared = {
-        int(label[x.values[0].amax()])
-        for x in graph.facts.heads
-        if x.ids.shape[0] > 1 and _same_rows(x.values) and not _same_rows(x.ids)
-    }
-    result = {}
-    for own, layers in made.items():
-        why = coupling.why(own)
-        if not why and own not in read and own not in contracted:
-            why = _NOT_READ
-        if not why and structure == "head":
-            why = "" if own in attended else _NOT_HEAD
-            why = _SHARED_KV if own in shared else why
-        if not why and structure == "unit":
-            linear = {kind for x in (*layers, *read.get(own, ())) for kind in x.kinds} == {"linear"}
-            few = len({x.parameter for x in layers}) <= 2 and len(read.get(own, ())) == 1
-            why = "" if linear and few and own not in attended else _NOT_INNER
-        result[own] = why
+class _Kinds:
+    """Sorts components into kinds: those of a kind are made and read by the same weights.
+
+    Attributes:
+        kind: of each component that a weight makes, by its label, int64 [channels]; 0: of others.
+        why: of each kind, why it is no group; empty where it is one.
+        layers: of each kind, the layers that make it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.kind = torch.zeros(size, dtype=torch.int64)
+        self.why: list[str] = [""]
+        self.layers: list[set[str]] = [set()]
+
+    @classmethod
+    def of(cls, graph: Graph, coupling: Coupling, structure: str) -> _Kinds:
+        """Sorts the components of a coupling."""
+        label, kinds = coupling.label, cls(coupling.label.numel())
+        made = [torch.unique(label[x.made[1]]) for x in coupling.axes]
+        read = [torch.unique(label[x.read[1]]) for x in coupling.axes]
+        in_heads = [x.ids.flatten() for x in graph.facts.heads]
+        sets = [
+            torch.unique(label[torch.cat([label[:1], *ids])])
+            for ids in (in_heads, [x for pair in graph.couplings for x in pair])
+        ]
+        shared = [
+            label[x.values[:1].amax()].reshape(1)
+            for x in graph.facts.heads
+            if x.ids.shape[0] > 1 and _same_rows(x.values) and not _same_rows(x.ids)
+        ]
+        sets.append(torch.cat([label[:1], *shared]))
+        kinds._refine([torch.unique(label[coupling.reason[label] > 0]), *made, *read, *sets])
+        own = torch.unique(torch.cat([label[:1], *made]))
+        reasons = coupling.reason[own]
+        keys, of_key = torch.unique(kinds.kind[own] * (len(coupling.reasons)) + reasons,
+                                    return_inverse=True)  # fmt: skip
+        first = torch.full((keys.numel(),), label.numel()).scatter_reduce(0, of_key, own, "amin")
+        kinds.kind = torch.zeros_like(label)
+        kinds.kind[own] = of_key + 1
+        kinds.kind[0] = 0
+        facts = [torch.isin(first, x).tolist() for x in sets]
+        makers, readers = _weights(coupling.axes, made, first), _weights(coupling.axes, read, first)
+        for n, own_label in enumerate(first.tolist()):
+            attended, contracted, alone = (x[n] for x in facts)
+            why = coupling.why(own_label)
+            if not why and not readers[n] and not contracted:
+                why = _NOT_READ
+            if not why and structure == "head":
+                why = _SHARED_KV if alone else "" if attended else _NOT_HEAD
+            if not why and structure == "unit":
+                why = "" if _is_inner(makers[n], readers[n]) and not attended else _NOT_INNER
+            kinds.why.append(why)
+            kinds.layers.append({x.layer for x in makers[n]})
+        return kinds
+
+    def _refine(self, sets: Sequence[Tensor]) -> None:
+        """Gives components that are in the same of some sets, and only these, the same kind."""
+        count = 1
+        for labels in sets:
+            values, inverse = torch.unique(self.kind[labels], return_inverse=True)
+            self.kind[labels] = inverse + count
+            count += values.numel()
+
+
+def _is_inner(makers: Sequence[Axes], readers: Sequence[Axes]) -> bool:
+    """Whether channels lie between linear layers: one or two that make them, one that reads."""
+    linear = {kind for x in (*makers, *readers) for kind in x.kinds} == {"linear"}
+    return linear and len({x.parameter for x in makers}) <= 2 and len(readers) == 1
+
+
+def _weights(axes: Sequence[Axes], sides: Sequence[Tensor], labels: Tensor) -> list[list[Axes]]:
+    """Lists the weights that have each of some components on a side."""
+    result: list[list[Axes]] = [[] for _ in range(labels.numel())]
+    for x, side in zip(axes, sides, strict=True):
+        for index in torch.isin(labels, side).nonzero().flatten().tolist():
+            result[index].append(x)
     return result
 
 
@@ -69,76 +125,61 @@ def _same_rows(rows: Tensor) -> bool:
     return bool((rows == rows[:1]).all())
 
 
-def _sides(coupling: Coupling) -> tuple[dict[int, list[Axes]], dict[int, list[Axes]]]:
-    """Lists the weights that make, and those that read, the channels of each component."""
-    made: dict[int, list[Axes]] = {}
-    read: dict[int, list[Axes]] = {}
-    for x in coupling.axes:
-        for side, known in ((x.made, made), (x.read, read)):
-            for own in torch.unique(coupling.label[side[1]]).tolist():
-                known.setdefault(own, []).append(x)
-    return made, read
+def _families(
+    coupling: Coupling, kinds: _Kinds, order: Mapping[str, int]
+) -> tuple[list[Family], Tensor]:
+    """Makes the families, and the number of the group of each component; -1: of none."""
+    family_of: dict[object, int] = {}  # what is ranked together -> its number
+    layers: list[set[str]] = []
+
+    def numbered(key: object, own: set[str]) -> int:
+        if key not in family_of:
+            family_of[key] = len(layers)
+            layers.append(set())
+        layers[family_of[key]] |= own
+        return family_of[key]
+
+    by_kind = [-1 if why or not own else numbered(frozenset(own), own)
+               for why, own in zip(kinds.why, kinds.layers, strict=True)]  # fmt: skip
+    family = torch.tensor(by_kind)[kinds.kind]
+    classes = torch.zeros_like(kinds.kind)
+    for label, (domain, own_class) in coupling.classes.items():
+        if int(family[label]) >= 0:
+            family[label] = numbered(domain, kinds.layers[int(kinds.kind[label])])
+            classes[label] = own_class
+    number = torch.full_like(kinds.kind, -1)
+    found: list[Family] = []
+    every = (family >= 0).nonzero().flatten()
+    every = every[torch.argsort(family[every], stable=True)]
+    members = every.split(torch.bincount(family[every], minlength=len(layers)).tolist())
+    ranked = sorted(
+        (n for n, labels in enumerate(members) if labels.numel()),
+        key=lambda n: (min(order[x] for x in layers[n]), int(members[n][0])),
+    )
+    count, names = 0, Counter[str]()
+    for n in ranked:
+        numbers = torch.arange(count, count + members[n].numel())
+        number[members[n]] = numbers
+        count += numbers.numel()
+        own = tuple(sorted(layers[n], key=order.__getitem__))
+        name = own[0] + (f" and {len(own) - 1} more" if len(own) > 1 else "")
+        names[name] += 1
+        name = f"{name} ({names[name]})" if names[name] > 1 else name
+        found.append(Family(name, own, numbers, classes[members[n]]))
+    return found, number
 
 
-def _made(
-    subject: Subject, coupling: Coupling, structure: str, why: Mapping[int, str]
-) -> CoupledGroups:
-    order = {name: n for n, name in enumerate(subject.layers)}
-    producers: dict[int, set[str]] = {}
-    for x in coupling.axes:
-        for own in torch.unique(coupling.label[x.made[1]]).tolist():
-            producers.setdefault(own, set()).add(x.layer)
-    members: dict[tuple[object, ...], list[int]] = {}
-    for own in sorted(why):
-        if not why[own]:
-            domain = coupling.classes.get(own)
-            key = ("d", domain[0]) if domain else (*sorted(producers[own], key=order.__getitem__),)
-            members.setdefault(key, []).append(own)
-    number = torch.full((subject.graph.channels.size,), -1)
-    families: list[Family] = []
-    count = 0
-    ranked = sorted(members.values(), key=lambda own: (_first(own, producers, order), own))
-    for own in ranked:
-        labels = torch.tensor(own)
-        numbers = torch.arange(count, count + len(own))
-        number[labels] = numbers
-        count += len(own)
-        layers = sorted({x for label in own for x in producers[label]}, key=order.__getitem__)
-        classes = torch.tensor([coupling.classes.get(label, (0, 0))[1] for label in own])
-        name = _named(layers)
-        same = sum(x.layers == tuple(layers) for x in families)
-        name = f"{name} ({same + 1})" if same else name
-        families.append(Family(name, tuple(layers), numbers, classes))
-    ids = number[coupling.label]
-    ids[0] = -1
-    fixed = _fixed(coupling, why)
-    shapes = {x.parameter: subject.shapes[x.parameter] for x in coupling.axes}
-    weights = [assigned(x, ids) for x in coupling.axes]
-    vectors = vectors_of(subject, ids)
-    return CoupledGroups(structure, families, fixed, weights, vectors, shapes, ids)
-
-
-def _first(own: Sequence[int], producers: Mapping[int, set[str]], order: Mapping[str, int]) -> int:
-    return min(order[name] for label in own for name in producers[label])
-
-
-def _named(layers: Sequence[str]) -> str:
-    """Names a family by its layers."""
-    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-    return layers[0] + more
-
-
-def _fixed(coupling: Coupling, why: Mapping[int, str]) -> list[Fixed]:
+def _fixed(coupling: Coupling, kinds: _Kinds) -> list[Fixed]:
     """Counts the output channels of each layer that are in no group, by reason."""
     result = []
     for x in coupling.axes:
-        counts: dict[str, int] = {}
         index, ids = x.made
-        own = torch.full((x.sizes[1] if x.transposed else x.sizes[0],), 0)
-        own[index] = coupling.label[ids]
-        for label, count in zip(*(y.tolist() for y in own.unique(return_counts=True)), strict=True):
-            reason = why.get(label, _NOT_READ) if label else ""
-            if reason:
+        own = torch.zeros(x.sizes[1] if x.transposed else x.sizes[0], dtype=torch.int64)
+        own[index] = kinds.kind[coupling.label[ids]]
+        counts: dict[str, int] = {}
+        for kind, count in enumerate(torch.bincount(own, minlength=len(kinds.why)).tolist()):
+            reason = kinds.why[kind]
+            if count and reason:
                 counts[reason] = counts.get(reason, 0) + count
         result += [Fixed(x.layer, count, reason) for reason, count in counts.items()]
     return result

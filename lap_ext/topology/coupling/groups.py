@@ -293,6 +293,14 @@ class CoupledGroups(Sequence[CoupledGroup]):
             result[name] = mask
         return result
 
+    def vector_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the biases, norms and the like that masks may set to 0 in part."""
+        return {
+            x.name: x.shape
+            for x in self.vectors
+            if x.zeroed and not x.buffer and bool((x.entries >= 0).any())
+        }
+
     def vector_masks(self, removed: Tensor) -> dict[str, Tensor]:
         """Masks the entries of biases, norms and the like, where some is removed."""
         gone = torch.cat([removed, removed.new_zeros(1)])
