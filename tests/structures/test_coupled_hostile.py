@@ -174,7 +174,7 @@ def test_layers_of_size_zero() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = mlp(4, 6, 0, 3)
-    result = lap_ext.prune(model, ROW, 0.5, structure="channel")
+    result = lap_ext.prune(model, ROW, 0.5, structure="channel", criterion="magnitude")
     assert [(x.kept, x.total) for x in result.families] == [(3, 6)]
 
 
@@ -255,9 +255,7 @@ def test_options_of_structures_across_layers_alone(structure: Any, how: dict[str
 def test_experts_and_flops() -> None:
     for how in ({"cost": "flops"}, {}):
         with pytest.raises(LapValueError):
-            lap_ext.prune(
-                mlp(4, 6, 3), ROW, allocation.flops(0.5), structure="expert", **how
-            )
+            lap_ext.prune(mlp(4, 6, 3), ROW, allocation.flops(0.5), structure="expert", **how)
 
 
 def test_exact_worth_is_what_the_neighborhood_loses() -> None:
