@@ -17,13 +17,24 @@ from tests.helpers.topologies import ENTRIES, traced
 KINDS = ("channel", "unit", "head")
 
 # Entries of which nothing can go, and why.
-NOTHING: dict[str, str] = {}
+NOTHING = {
+    "hf_convnextv2": "the stream is read by LayerNorm, inner channels by a mean over all of them"
+}
 
 # Consumers may not have any values, as what is before them is not 0 where a channel is 0.
 NOT_ZERO = {("mlp_bn", "4"): "a sigmoid follows"}
 
 # One matrix is used both ways by functions: its uses cannot be told apart, nor changed alone.
 ONE_FOR_TWO = {"tied_autoencoder"}
+
+
+# Weights that are idle without a head and stay: they are looked up by position and added to its
+# logits, and no layer's output channels. They change nothing; a mask leaves them as they are.
+STAYING = {"swin": "bias_table", "hf_swin": "relative_position_bias_table"}
+
+# Random weights of the classes' own are so small that what reaches the output is rounding.
+VANISHING = {"hf_mobilenet_v2", "hf_efficientnet"}
+STEPS = {"hf_mobilenet_v2": 6}  # every sixth family of the widest network
 
 
 @cache
@@ -37,6 +48,11 @@ def thinned(name: str) -> Thinned:
     model, args, kwargs = ENTRIES[name].make()
     if hasattr(getattr(model, "config", None), "_experts_implementation"):
         model.config._experts_implementation = "batched_mm"  # grouped_mm has no float64
+    for parameter in model.parameters() if name in VANISHING else ():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     layers = {layer.parameter for layer in traced(name).layers.values()}
     others = {n for n, _ in model.named_parameters()} - layers
     return Thinned(model, args, kwargs, vectors=others)
@@ -52,7 +68,7 @@ def checked(name: str) -> Iterator[str]:
     random = torch.Generator().manual_seed(0)
     seen = set()
     every = [(kind, family) for kind in KINDS for family in groups(name, kind).families]
-    for kind, family in every:
+    for kind, family in every[:: STEPS.get(name, 1)]:
         members = [groups(name, kind)[i].members for i in family.groups.tolist()]
         about, allowed = f"{name}, {kind}, family {family.name}", (name, family.name) in NOT_ZERO
         key = tuple((x.parameter, *map(_listed, x[-2:])) for x in members[0])
@@ -63,9 +79,13 @@ def checked(name: str) -> Iterator[str]:
         for text, units in picks.items():
             faults = network.faults(*units) if units else []
             yield from (f"{about}, {text}: {fault}" for fault in _but(faults, allowed and units))
-        if not allowed:
+        if not allowed and len(members) > 1:  # a single one takes all that leads to it
             place = int(torch.randint(len(members), (1,), generator=random))
-            yield from (f"{about}, {place}: {x}" for x in network.differences(members[place]))
+            wrong = network.differences(members[place])
+            staying = [x for x in wrong if kind == "head" and STAYING.get(name, ":") in x]
+            yield from (f"{about}, {place}: {x}" for x in wrong if x not in staying)
+            if kind == "head" and name in STAYING and not staying:
+                yield f"{about}: no need to be listed in STAYING"
 
 
 def _listed(index: Any) -> Any:
