@@ -184,7 +184,9 @@ def units_of(units: Units, options: Options) -> list[Any]:
         digest.add("vector", vector.name, vector.shape, vector.zeroed, vector.entries)
     for family in groups.families:
         digest.add("family", family.name, family.layers, family.groups, family.classes)
-    given = dict(sparsity) if isinstance(sparsity, Mapping) else str(sparsity)
+    given: Any = str(sparsity)
+    if isinstance(sparsity, Mapping):
+        given = {name: str(x) for name, x in sparsity.items()}
     ranked = [options.cost, options.uniform, repr(options.min_keep)]
     return [digest.hexdigest(), given, *ranked]
 

@@ -11,6 +11,7 @@ import base64
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from lap_ext._text import layer_name, matches, some
 from lap_ext.allocation import Allocation, Sparsity, Target
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import pack, unpack
-from lap_ext.ops.check import keep_count
+from lap_ext.ops.check import Number, keep_count
 from lap_ext.pruning import pools
 from lap_ext.pruning.families import FamilyResult, families_of
 from lap_ext.pruning.kept_axes import KeptAxes
@@ -49,7 +50,7 @@ class Units:
     """
 
     groups: CoupledGroups
-    sparsity: float | Mapping[str, float] | Target
+    sparsity: Number | Mapping[str, Number] | Target
     removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     zero: Sequence[str] = ()
 
@@ -101,10 +102,10 @@ def units_of(plan: Plan, sparsity: Sparsity | None) -> Units:
         named = by_name(plan.topology, sparsity)
         allocation.of(named)  # checks it
         assert isinstance(named, Mapping)
-        return Units(groups, {name: float(x) for name, x in named.items()})
+        return Units(groups, named)
     keep_count(sparsity, None, 0)  # checks it
     assert sparsity is not None
-    return Units(groups, float(sparsity))
+    return Units(groups, sparsity)
 
 
 def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
@@ -151,7 +152,6 @@ def _choose(
 ) -> None:
     """Chooses as many units as the sparsity, or the target, says for a round."""
     options, sparsity = scoring.plan.options, units.sparsity
-    share = number / options.rounds
     together = options.scope == "global"
     if isinstance(sparsity, Target):
         counter = _Counted(scoring, units.groups, sparsity)
@@ -164,24 +164,36 @@ def _choose(
         what = "FLOPs" if sparsity.counted == "flops" else "parameters"
         pools.choose_count(choice, limit, key, partial(counter.without, gone), what)
         return
+    share = Fraction(number, options.rounds)
     if isinstance(sparsity, Mapping):
-        own = {pool.name: _of_pool(pool, sparsity) * share for pool in choice.pools}
         _check_used(choice.pools, sparsity)
-        pools.choose_fraction(choice, own, together=False)
-        return
-    fraction = sparsity * share
+        given = {pool.name: _of_pool(pool, sparsity) for pool in choice.pools}
+    else:
+        given = dict.fromkeys((pool.name for pool in choice.pools), sparsity)
+    own = {name: share * exactly(x, digits=cost is not None) for name, x in given.items()}
     if cost is None:
-        own = dict.fromkeys((pool.name for pool in choice.pools), fraction)
         pools.choose_fraction(choice, own, together)
     else:
-        pools.choose_cost(choice, fraction, cost, together)
+        pools.choose_cost(choice, own, cost, together)
+
+
+def exactly(sparsity: Number, *, digits: bool) -> Fraction:
+    """Returns a sparsity as a fraction: a float for the double that it is, or what its digits say.
+
+    Example:
+        >>> exactly(0.3, digits=True), exactly(0.25, digits=False)
+        (Fraction(3, 10), Fraction(1, 4))
+    """
+    if digits and isinstance(sparsity, float):
+        return Fraction(repr(float(sparsity)))
+    return Fraction(*sparsity.as_integer_ratio())
 
 
 def _worth(pool: Pool) -> Tensor:
     return pool.worth
 
 
-def _of_pool(pool: Pool, sparsity: Mapping[str, float]) -> float:
+def _of_pool(pool: Pool, sparsity: Mapping[str, Number]) -> Number:
     """Returns the fraction of the first pattern that names one of a pool's layers."""
     return next((x for name, x in sparsity.items() if _names(pool, name)), 0.0)
 
@@ -190,7 +202,7 @@ def _names(pool: Pool, pattern: str) -> bool:
     return any(matches(layer, pattern) for layer in pool.layers)
 
 
-def _check_used(every: Sequence[Pool], sparsity: Mapping[str, float]) -> None:
+def _check_used(every: Sequence[Pool], sparsity: Mapping[str, Number]) -> None:
     """Raises for a pattern that names no layer that makes units."""
     for pattern in sparsity:
         if not any(_names(pool, pattern) for pool in every):

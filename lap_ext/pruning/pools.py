@@ -258,12 +258,12 @@ def by_rank(pool: Pool) -> Tensor:
     return (torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size)
 
 
-def kept_of(sparsity: float, count: int) -> int:
+def kept_of(sparsity: Fraction, count: int) -> int:
     """Returns how many of so many units a sparsity keeps."""
     return keep_count(sparsity, None, count)
 
 
-def choose_fraction(choice: Choice, sparsities: Mapping[str, float], together: bool) -> None:
+def choose_fraction(choice: Choice, sparsities: Mapping[str, Fraction], together: bool) -> None:
     """Keeps a fraction of each pool, or of all together; sparsities: pool -> fraction to remove."""
     if not together:
         for index, pool in enumerate(choice.pools):
@@ -283,21 +283,27 @@ def choose_fraction(choice: Choice, sparsities: Mapping[str, float], together: b
     choice.remove(owners[: max(0, sum(choice.keeps) - keep)])
 
 
-def choose_cost(choice: Choice, sparsity: float, cost: Tensor, together: bool) -> None:
+def choose_cost(
+    choice: Choice, sparsities: Mapping[str, Fraction], cost: Tensor, together: bool
+) -> None:
     """Removes units of least worth per cost until what is left costs (1 - sparsity) at most.
 
-    cost: of each group, float64 [n].
+    Args:
+        choice: of units.
+        sparsities: pool -> the fraction of its cost to remove.
+        cost: of each group, float64 [n].
+        together: whether all pools are one ranking; their fractions are equal.
     """
 
     def of(pool: Pool) -> Fraction:
         return Fraction(float(cost[pool.units].sum()))
 
-    share = 1 - Fraction(repr(float(sparsity)))
     parts = [choice]
     if not together:
         pairs = zip(choice.pools, choice.keeps, strict=True)
         parts = [Choice([pool], [keep]) for pool, keep in pairs]
     for part in parts:
+        share = 1 - sparsities[part.pools[0].name]
         every = sum(of(pool) for pool in part.pools)
         left = every - Fraction(float(cost[part.removed(cost.numel())].sum()))
         owners, units = part.order(partial(density, cost=cost))

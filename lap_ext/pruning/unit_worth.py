@@ -56,7 +56,7 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
     for layer in scoring.place.ordered(scoring.plan.layers):
         views = [x for x in groups.weights if x.parameter == layer.parameter]
         merged = _merged(views)
-        if merged is not None:
+        if merged is not None and 0 not in layer.shape:
             sums.begin(layer.name)
             _measure(scoring, layer, merged, sums, step, by_weight)
     zero = sums.end([layer.name for layer in scoring.plan.layers])

@@ -47,7 +47,7 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
             if entries.shape[dim] > 1 and entries.stride(dim) == 0:
                 entries = entries.narrow(dim, 0, 1)
         shape = torch.broadcast_shapes(entries.shape, ids.shape)
-        if math.prod(shape) > _MOST:
+        if not 0 < math.prod(shape) <= _MOST:
             continue
         pairs = channel_ids.unique_pairs(entries, ids)[:2]
         live = pairs[1] != 0
@@ -101,6 +101,12 @@ def together(t: Tracer, call: Call, ids: Tensor, dims: list[int]) -> None:
     row = torch.arange(rows.shape[0]).repeat_interleave(size)
     live = rows.flatten() != 0
     t.facts.together.append(Together(row[live], rows.flatten()[live], named(call)))
+
+
+def choice_among(t: Tracer, ids: Tensor, dim: int | None) -> None:
+    """Notes the channels among which data chooses along a dimension."""
+    if dim is not None and ids.dim() and ids.shape[dim] > 1:
+        t.facts.choices.append(torch.unique(ids[ids != 0]))
 
 
 def balanced(t: Tracer, call: Call, rows: Tensor, strict: bool) -> None:

@@ -7,9 +7,10 @@ It reads `groups[i].members` and the scores of single weights, and nothing else 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Weight = tuple[str, int]  # parameter and flat index
@@ -62,6 +63,35 @@ def worth(
     if aggregate == "mean":
         return math.fsum(values) / len(every)
     return math.sqrt(math.fsum(x * x for x in values))
+
+
+def sides(
+    members: Iterable[Any], model: nn.Module, flipped: Container[str]
+) -> tuple[set[Weight], set[Weight]]:
+    """What makes a unit, and what reads it; flipped: parameters [inputs, outputs]."""
+    made, read = set[Weight](), set[Weight]()
+    parameters = dict(model.named_parameters())
+    for member in members:
+        reads = len(member.shape) > 1 and (member.cols is None) == (member.parameter in flipped)
+        own = entries(member, parameters[member.parameter].shape)
+        (read if reads else made).update((member.parameter, i) for i in own)
+    return made, read
+
+
+def flipped(topology: Any) -> set[str]:
+    """The parameters of layers that are [inputs, outputs]."""
+    return {x.parameter for x in topology.layers.values() if x.roles[0].part.transposed}
+
+
+def put_random(model: nn.Module, weights: Iterable[Weight]) -> None:
+    """Gives weights any values."""
+    by_name: dict[str, list[int]] = {}
+    for name, index in weights:
+        by_name.setdefault(name, []).append(index)
+    with torch.no_grad():
+        for name, index in by_name.items():
+            x = model.get_parameter(name)
+            x.view(-1)[index] = torch.randn(len(index), dtype=x.dtype)
 
 
 def covered(masks: Mapping[str, Tensor]) -> set[Weight]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_a_dict_of_patterns() -> None:
     for wrong in ({"4": 0.5}, {"nothing": 0.5}):
         with pytest.raises(LapValueError):
             prune(topology, "channel", wrong)
+
+
+@pytest.mark.parametrize("given", [Fraction(1, 10), Decimal("0.1"), 0.1, {"0": Decimal("0.1")}])
+def test_numbers_are_taken_for_what_they_are(given: Any) -> None:
+    """Of 5 units, a tenth is one half: it is rounded up, but 0.1 is a little more than a tenth."""
+    topology = traced_mlp(3, 5, 2)
+    result = prune(topology, "channel", given)
+    assert [x.kept for x in result.families] == [4 if given == 0.1 else 5]
+    result = prune(traced_mlp(3, 10, 2), "channel", given, cost="weights")
+    assert [x.kept for x in result.families] == [9]
+
+
+def test_a_dict_of_patterns_with_costs() -> None:
+    topology = bound("mlp")
+    result = prune(topology, "channel", {"0": 0.5, "2": 0.3}, cost="weights")
+    assert [(x.kept, x.total) for x in result.families] == [(4, 9), (4, 7)]
 
 
 def equal_worth(name: str) -> lap_ext.Topology:
@@ -400,12 +417,8 @@ def test_rounds_are_prunings_one_after_the_other(name: str, scope: Any, rounds: 
     steps = bound(name)
     steps.model.load_state_dict(topology.model.state_dict())
     for number in range(1, rounds + 1):
-        last = lap_ext.prune(
-            *(steps.model, None, 0.6 * (number / rounds)),
-            topology=steps,
-            structure="channel",
-            **how,
-        )
+        share = Fraction(0.6) * Fraction(number, rounds)
+        last = lap_ext.prune(steps.model, None, share, topology=steps, structure="channel", **how)
     assert gone(topology, "channel", result) == gone(topology, "channel", last)
     assert [x.kept for x in result.families] == [x.kept for x in last.families]
 

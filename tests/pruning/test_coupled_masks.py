@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def test_files_keep_the_structure_and_the_vectors(name: str, kind: str, tmp_path
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_masks_are_kept_through_training(optimizer: str) -> None:
-    model, x, _producers = convolutions()
+    model, x, _ = convolutions()
     result = lap_ext.prune(model, x, 0.5, structure="channel")
     model.train()
     steps = {
@@ -300,31 +299,15 @@ def test_nobody_reads_what_producers_of_removed_units_hold(name: str, kind: str)
     prune(topology, 0.5, kind)
     inputs = [x.double() if x.is_floating_point() else x for x in INPUTS[name]()]
     expected = model(*inputs)
-    with torch.no_grad():
-        for parameter, rows in _producers(topology, kind):
-            value = model.get_parameter(parameter)
-            value.flatten()[rows] = torch.randn(len(rows), dtype=torch.float64)
-    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-9)
-
-
-def _producers(topology: lap_ext.Topology, kind: str) -> Iterator[tuple[str, list[int]]]:
-    """The entries of rows of removed units, without those that are in their columns too."""
-    parameters = dict(topology.model.named_parameters())
-    read, made_ = set[unit_oracle.Weight](), set[unit_oracle.Weight]()
-    layers = {x.parameter: x for x in topology.layers.values()}
+    made_, read = set[unit_oracle.Weight](), set[unit_oracle.Weight]()
     for group in topology.groups(kind):
-        own = unit_oracle.weights_of(group, topology.model)
-        if any(bool(parameters[n].flatten()[i]) for n, i in own):
-            continue
-        for member in group.members:
-            entries = unit_oracle.entries(member, parameters[member.parameter].shape)
-            reads = member.parameter in layers and (
-                (member.cols is not None) != layers[member.parameter].roles[0].part.transposed
-            )
-            if kind == "expert":  # the first of its layers alone
-                reads = ".0." not in member.parameter.removeprefix("experts.0")
-            (read if reads else made_).update((member.parameter, i) for i in entries)
-    by_name: dict[str, list[int]] = {}
-    for name, index in made_ - read:
-        by_name.setdefault(name, []).append(index)
-    yield from by_name.items()
+        members = group.members
+        if kind == "expert":  # its first layer alone
+            members = tuple(x for x in members if ".0." in x.parameter.removeprefix("experts.0"))
+        own = unit_oracle.sides(members, model, unit_oracle.flipped(topology))
+        if not any(bool(model.get_parameter(n).flatten()[i]) for n, i in own[0] | own[1]):
+            made_ |= own[0]
+            read |= own[1]
+    assert made_
+    unit_oracle.put_random(model, made_ - read)
+    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-9)
