@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on(name: str, source: Path, tmp_pat
     assert got.masks == want.masks and list(got.layers) == list(want.layers)
     assert list(got.families) == list(want.families) and list(got.fixed) == list(want.fixed)
     full = contents(tmp_path / "full")
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for path in (tmp_path / "full").glob("model*.safetensors"):
         stored |= load_file(path)
     assert all(torch.equal(stored[x], y) for x, y in twin.state_dict().items())
@@ -152,7 +152,7 @@ def test_every_copy_of_a_tied_bias_is_masked(tmp_path: Path) -> None:
     result = prune(source, tmp_path / "out", 0.5, model=Tied())
     want = in_memory(model, 0.5)
     assert result.masks == want.masks and set(result.masks) == {"one", "two", "head", "one.bias"}
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for path in (tmp_path / "out").glob("model*.safetensors"):
         stored |= load_file(path)
     for name in ("one.bias", "two.bias"):
