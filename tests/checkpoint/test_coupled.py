@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import lap_ext
 from lap_ext import checkpoint
@@ -27,8 +28,9 @@ WAYS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("memory", ["least", "4GB"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "memory"), [*((way, "least") for way in WAYS), ("llama channels in rounds", "4GB")]
+)
 def test_a_directory_is_pruned_as_its_model(way: str, memory: str, tmp_path: Path) -> None:
     """With the smallest budget, layers pass by in chunks of a row or two."""
     name, structure, sparsity, options = WAYS[way]
@@ -46,6 +48,18 @@ def test_a_directory_is_pruned_as_its_model(way: str, memory: str, tmp_path: Pat
     assert 0 < want.sparsity < 1
     verdict = checkpoint.verify(tmp_path / "out", tmp_path / "dense")
     assert verdict.ok, verdict
+
+
+def test_experts_by_reap(tmp_path: Path) -> None:
+    """Experts are scored by what they put out; the statistics are in a file."""
+    model, inputs = saved("hf_mixtral_batched_mm", tmp_path / "dense")
+    statistics = lap_ext.criteria.measure(model, inputs, "reap", [inputs])
+    save_file(statistics, tmp_path / "statistics")
+    given: dict[str, Any] = {"structure": "expert", "criterion": "reap"}
+    got = _prune(tmp_path, 0.5, "4GB", data=tmp_path / "statistics", **given)
+    want = lap_ext.prune(model, inputs, 0.5, data=[inputs], **given)
+    check_same(tmp_path / "out", got, model, want)
+    assert {(x.kept, x.total) for x in got.families} == {(2, 3)}
 
 
 def _prune(path: Path, sparsity: Any, memory: int | str, **options: Any) -> Any:

@@ -181,6 +181,12 @@ def test_zeros_are_pruned_but_in_layers_that_have_nothing_else(tmp_path: Path) -
         row = want.layers[-1]
         assert row.kept == 9 * want.families[1].kept and row.nonzero == 0
         assert not want.empty_layers
+        with pytest.raises(KeyboardInterrupt):
+            stop = stopping("write", 1, KeyboardInterrupt())
+            prune(source, tmp_path / "out", 0.5, on_progress=stop, **how)
+        again = prune(source, tmp_path / "out", 0.5, **how)
+        assert again.masks == want.masks and list(again.layers) == list(want.layers)
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("options", [{"rounds": 2}, {"scope": "global"}], ids=str)
@@ -217,6 +223,9 @@ def test_units_must_fit_into_memory(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"memory of [\d,]+ bytes or more \([\d,]+ bytes of sums"):
         prune(source, tmp_path / "out", memory=100)
     few = least_memory(lambda few: prune(source, tmp_path / "no", memory=few))
+    single = least_memory(lambda few: prune(source, tmp_path / "no", memory=few, structure=None))
+    lines = (30 + 6) + (21 + 30) + (9 + 21)
+    assert few - single == 16 * lines + 64 * (30 + 21)
     with pytest.raises(ValueError, match="room for a full layer, which aggregate='exact' needs"):
         prune(source, tmp_path / "out", memory=few, aggregate="exact")
     assert not (tmp_path / "out").exists()
