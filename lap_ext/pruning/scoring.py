@@ -336,8 +336,12 @@ class Scoring:
         return all(any(x is not None and not bool(x.any()) for x in pair) for pair in norms)
 
     def is_zero(self, layer: Layer) -> bool:
-        """Tells whether all weights of a layer are zero; stops at the first chunk with another."""
-        return not any(bool(chunk.parameter.any()) for chunk in self.place.chunks(layer))
+        """Tells whether no weight of a layer may be kept; stops at the first chunk with one."""
+        for chunk in self.place.chunks(layer):
+            live = self.place.live(chunk)
+            if chunk.weight.numel() if live is None else bool(live.any()):
+                return False
+        return True
 
     def live_count(self, layer: Layer) -> int:
         """Counts the weights of a layer that may be kept; where that takes reading, all of them."""

@@ -21,6 +21,7 @@ from lap_ext import allocation
 from lap_ext.errors import LapTypeError, LapValueError
 from tests.helpers import choice_oracle as oracle
 from tests.helpers import topologies, unit_oracle
+from tests.helpers.cut_place import Cut, every_row, masks_of, ragged
 from tests.helpers.networks import Net
 from tests.helpers.unit_nets import KINDS, NETS, bound, mlp
 
@@ -497,3 +498,36 @@ def test_sparsities_of_the_wrong_kind() -> None:
                 *(topology.model, None, allocation.params(0.5)), topology=topology,
                 structure=structure,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts", [every_row, ragged])
+@pytest.mark.parametrize(("name", "kind"), [*CASES, ("hf_mixtral_batched_mm", "channel")])
+def test_the_same_masks_in_chunks(name: str, kind: str, cuts: Any) -> None:
+    topology = topologies.traced(name) if name.startswith("hf") else bound(name, zeros=0.1)
+    for how in ({}, {"scope": "global", "rounds": 2}):
+        options = {"structure": kind, **how}
+        given = {"layer": 0.5, "global": allocation.params(0.8)}[how.get("scope", "layer")]
+        whole = masks_of(Cut(topology, lambda _: [0], fits=True), given, **options)
+        cut = masks_of(Cut(topology, cuts), given, **options)
+        result = prune(topology, kind, given, masks=None, **how)
+        assert whole.keys() == cut.keys() <= result.masks.keys()
+        for layer, mask in whole.items():
+            assert torch.equal(mask, cut[layer])
+            assert torch.equal(mask, result.masks[layer])
+
+
+def test_units_that_are_zero_count_and_go_first() -> None:
+    topology = bound("mlp")
+    model: Any = topology.model
+    with torch.no_grad():
+        for unit in (0, 4, 8):
+            model[0].weight[unit] = 0
+            model[2].weight[:, unit] = 0
+    for sparsity, kept in ((0.0, 6), (0.2, 6), (1 / 3, 6), (0.5, 5)):
+        for how in ({}, {"masks": {}}, {"cost": "weights"}, {"uniform": True}):
+            result = prune(topology, "channel", {"0": sparsity} if not how else sparsity, **how)
+            if how and "masks" not in how and sparsity == 0.5:
+                continue
+            removed = gone(topology, "channel", result)
+            assert {0, 4, 8} <= removed
+            assert result.families[0].kept == kept
