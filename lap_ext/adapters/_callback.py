@@ -25,6 +25,7 @@ from lap_ext.errors import LapTypeError, LapValueError, calling, warn
 from lap_ext.masks import parameter_in, revived_text
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -58,6 +59,8 @@ class TrainingCallback(ABC):
         aggregate: Aggregate = "energy",
         multiple_of: int = 1,
         strict: bool = False,
+        cost: Cost | None = None,
+        uniform: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -81,6 +84,8 @@ class TrainingCallback(ABC):
             "aggregate": aggregate,
             "multiple_of": multiple_of,
             "strict": strict,
+            "cost": cost,
+            "uniform": uniform,
             "scope": scope,
             "normalize": normalize,
             "order": order,

@@ -108,6 +108,8 @@ class PruningCallback(TrainingCallback, Callback):
         aggregate: as in `lap_ext.prune`.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.

@@ -49,6 +49,7 @@ from lap_ext.errors import LapImportError, LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name, parameter_in
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -156,6 +157,8 @@ def prune_(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     scope: Scope = "layer",
     normalize: Normalize = "auto",
     order: Order = "parallel",
@@ -186,6 +189,8 @@ def prune_(
         aggregate: as in `lap_ext.prune`.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -237,6 +242,8 @@ def prune_(
             aggregate=aggregate,
             multiple_of=multiple_of,
             strict=strict,
+            cost=cost,
+            uniform=uniform,
             scope=scope,
             normalize=normalize,
             order=order,

@@ -46,6 +46,7 @@ from lap_ext.errors import LapTypeError, LapValueError, calling
 from lap_ext.masks import layer_name
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -281,6 +282,8 @@ def global_masks(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
@@ -309,6 +312,8 @@ def global_masks(
         aggregate: as in `lap_ext.prune`.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
@@ -345,6 +350,8 @@ def global_masks(
             aggregate=aggregate,
             multiple_of=multiple_of,
             strict=strict,
+            cost=cost,
+            uniform=uniform,
             scope="layer" if isinstance(structure, structures.NM) else "global",
             normalize=normalize,
             rounds=rounds,
@@ -372,6 +379,8 @@ def apply_global_(
     aggregate: Aggregate = "energy",
     multiple_of: int = 1,
     strict: bool = False,
+    cost: Cost | None = None,
+    uniform: bool = False,
     normalize: Normalize = "auto",
     rounds: int = 1,
     layers: Patterns | None = None,
@@ -399,6 +408,8 @@ def apply_global_(
         aggregate: as in `lap_ext.prune`.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         rounds: as in `lap_ext.prune`.
         layers: as in `lap_ext.prune`.
@@ -439,6 +450,8 @@ def apply_global_(
         aggregate=aggregate,
         multiple_of=multiple_of,
         strict=strict,
+        cost=cost,
+        uniform=uniform,
         normalize=normalize,
         rounds=rounds,
         layers=layers,
@@ -458,7 +471,8 @@ def apply_global_(
     lap_ext.Masks(fresh).to_torch_prune(model)
     for name, (module, hook) in zip(pruned, hooks, strict=True):
         if name in masks:
-            getattr(module, f"{hook._tensor_name}_mask").copy_(masks[name])
+            buffer = getattr(module, f"{hook._tensor_name}_mask")
+            buffer.copy_((buffer != 0) & masks[name])  # of a bias, torch's own is not ours
             setattr(module, hook._tensor_name, hook.apply_mask(module))
     return masks
 

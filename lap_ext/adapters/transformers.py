@@ -70,6 +70,7 @@ from lap_ext.errors import (
 from lap_ext.masks import pack
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -129,6 +130,8 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         aggregate: as in `lap_ext.prune`.
         multiple_of: as in `lap_ext.prune`.
         strict: as in `lap_ext.prune`.
+        cost: as in `lap_ext.prune`.
+        uniform: as in `lap_ext.prune`.
         scope: as in `lap_ext.prune`.
         normalize: as in `lap_ext.prune`.
         order: as in `lap_ext.prune`.
@@ -175,6 +178,8 @@ class PruningCallback(TrainingCallback, TrainerCallback):
         aggregate: Aggregate = "energy",
         multiple_of: int = 1,
         strict: bool = False,
+        cost: Cost | None = None,
+        uniform: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -199,6 +204,8 @@ class PruningCallback(TrainingCallback, TrainerCallback):
             aggregate=aggregate,
             multiple_of=multiple_of,
             strict=strict,
+            cost=cost,
+            uniform=uniform,
             scope=scope,
             normalize=normalize,
             order=order,

@@ -7,12 +7,15 @@ The command line writes it, with the options as typed; `verify` reads it.
      "asked": {"sparsity": [texts], "scope": "layer", ...},
      "layers": [{"name": ..., "kept": ..., "total": ..., "units": [kept, total] or null, ...},
                 ...]}
+
+With units across layers, it has "families" and "fixed" as in the JSON of a result, and "vectors":
+{name of a mask of a bias, a norm or the like: [kept, total]}.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from lap_ext._files import parsed_json, replacing, small_file
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.errors import LapError, LapValueError
 from lap_ext.options import SCOPES, MinKeep, Scope
-from lap_ext.structures import NM
+from lap_ext.structures import NM, Coupled
 
 if TYPE_CHECKING:
     from lap_ext.pruning.result import PruneResult
@@ -42,15 +45,21 @@ class Record:
         options: option -> value, as written.
         model: the original, as it was given to the command line; None if that is not known.
         units: layer name -> (units kept, all units), where a structure has units.
+        vectors: name -> (entries kept, all entries) of masks of biases, norms and the like.
+        families: (name, layers, units kept, all units) of each family of units across layers.
+        fixed: (layer, channels, reason) of channels that cannot be removed.
     """
 
     counts: Mapping[str, tuple[int, int]]
     options: Any
     model: str | None = None
     units: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    vectors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    families: Sequence[tuple[str, tuple[str, ...], int, int]] = ()
+    fixed: Sequence[tuple[str, int, str]] = ()
 
-    def wanted(self) -> tuple[Sparsity, Scope, MinKeep]:
-        """Reads the sparsity, its scope and the floors.
+    def wanted(self) -> tuple[Sparsity, Scope, MinKeep] | None:
+        """Reads the sparsity of weights, its scope and the floors; None where units are counted.
 
         Raises:
             LapValueError: they are damaged.
@@ -61,6 +70,8 @@ class Record:
                 raise ValueError("no such scope")
             structure = self.options.get("structure")
             pattern = None if structure is None else structures.of(structure)
+            if isinstance(pattern, Coupled):
+                return None
             if isinstance(pattern, NM) and texts is None:
                 return pattern.sparsity, scope, None
             if not isinstance(texts, list) or not texts:
@@ -93,9 +104,14 @@ def write(
         result: of the pruning.
         model: the original.
     """
-    layers = json.loads(result.to_json())["layers"]
+    shown = json.loads(result.to_json())
     facts = {"lap_ext": lap_ext.__version__, "model": model, "asked": dict(options)}
-    facts["layers"] = layers
+    facts["layers"] = shown["layers"]
+    if result.families:
+        layers = {row.name for row in result.layers}
+        masks = ((name, result.masks[name]) for name in result.masks if name not in layers)
+        facts["vectors"] = {name: [int(x.count_nonzero()), x.numel()] for name, x in masks}
+        facts |= {name: shown[name] for name in ("families", "fixed")}
     with replacing(directory / RECORD) as file:
         file.write(f"{json.dumps(facts, indent=2)}\n".encode())
 
@@ -122,7 +138,10 @@ def read(directory: Path) -> Record | None:
                     units[name] = _pair(*row["units"])
             model = facts.get("model")
             model = model if isinstance(model, str) else None
-            return Record(counts, facts.get("asked"), model, units)
+            vectors = {name: _pair(*pair) for name, pair in facts.get("vectors", {}).items()}
+            families = [_family(x) for x in facts.get("families", [])]
+            fixed = [_fixed(x) for x in facts.get("fixed", [])]
+            return Record(counts, facts.get("asked"), model, units, vectors, families, fixed)
     except FileNotFoundError:
         return None
 
@@ -132,6 +151,22 @@ def _pair(kept: object, total: object) -> tuple[int, int]:
     if type(kept) is int and type(total) is int and 0 <= kept <= total:
         return kept, total
     raise ValueError("no counts of layers")
+
+
+def _family(x: Mapping[str, object]) -> tuple[str, tuple[str, ...], int, int]:
+    """Checks what is recorded of a family of units."""
+    name, layers = x["name"], x["layers"]
+    if type(name) is str and isinstance(layers, list) and all(type(y) is str for y in layers):
+        return name, tuple(layers), *_pair(x["kept"], x["total"])
+    raise ValueError("no family of units")
+
+
+def _fixed(x: Mapping[str, object]) -> tuple[str, int, str]:
+    """Checks what is recorded of channels that cannot be removed."""
+    layer, channels, reason = x["layer"], x["channels"], x["reason"]
+    if type(layer) is str and type(channels) is int and type(reason) is str:
+        return layer, channels, reason
+    raise ValueError("no channels")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
-from lap_ext.pruning.reporting import Pruned, facts_of, layer_weights
+from lap_ext.pruning.reporting import Pruned, facts_of, layer_weights, layers_of
 from lap_ext.report import Facts, Histogram
 from lap_ext.report.gather import Chunk, LayerWeights, gather
 from lap_ext.topology import Layer
@@ -104,9 +104,9 @@ def checkpoint_facts(
             return layer_weights(layer, item, len(copies), chunks, scores, units)
 
         name, how = os.fspath(directory), masks.structure
-        facts = facts_of(name, result.criterion, options, structure.topology, how)
+        facts = facts_of(name, result, options, structure.topology, how)
         facts.bytes_before, facts.bytes_after = before.size, after.size
         facts.load = loading(result.directory, structure.topology.model)
-        layers = [structure.topology.layers[name] for name in masks.shapes]
+        layers = layers_of(structure.topology, masks.shapes)
         total = sum(size_of(structure.copies[layer.name][0]) for layer in layers)
         return gather(facts, map(weights, layers), Step(on_progress, _STEP, total).read)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from lap_ext.checkpoint import record
 from lap_ext.checkpoint.files import MASKS
 from lap_ext.errors import LapFileNotFoundError, LapValueError
 from lap_ext.masks import Masks
+from lap_ext.pruning.families import FamilyResult
 from lap_ext.report import Histogram
+from lap_ext.topology.coupling import Fixed
 
 _LONGEST = 100_000_000  # bytes of a result as JSON
 
@@ -28,6 +30,8 @@ class StoredPruning:
         options: option -> value, as typed; empty if they were not recorded.
         model: the original, as typed, or None if it was not recorded.
         units: layer name -> (units kept, all units), as far as recorded.
+        families: of units across layers, as far as recorded.
+        fixed: channels that cannot be removed, as far as recorded.
         scores: no scores are stored.
     """
 
@@ -37,6 +41,8 @@ class StoredPruning:
     model: str | None
     units: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, Histogram] = field(default_factory=dict)
+    families: Sequence[FamilyResult] = ()
+    fixed: Sequence[Fixed] = ()
 
     @property
     def criterion(self) -> str:
@@ -79,8 +85,11 @@ def stored_pruning(result: Path) -> StoredPruning:
     if not masks.is_file():
         expected, got = f"{{argument}} with its masks, {MASKS}", f"{str(directory)!r} without"
         raise LapFileNotFoundError(expected, got, argument="result")
-    units = {} if recorded is None else recorded.units
-    return StoredPruning(directory, masks, options, model, units)
+    if recorded is None:
+        return StoredPruning(directory, masks, options, model)
+    families = [FamilyResult(*x) for x in recorded.families]
+    fixed = [Fixed(*x) for x in recorded.fixed]
+    return StoredPruning(directory, masks, options, model, recorded.units, {}, families, fixed)
 
 
 def _of_json(result: Path) -> tuple[Path, str]:

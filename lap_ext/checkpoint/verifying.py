@@ -5,7 +5,8 @@
     pruned    +0.0, all bits zero
     others    tensors without a mask: the bits of the original
     counts    kept weights of each mask: as in the pruning's record (record.py); with a structure,
-              at most as many as the sparsity keeps, since units are kept as a whole
+              at most as many as the sparsity keeps, since units are kept as a whole; not with
+              units across layers, of which it counts the units
     files     all other files of the original: the same bytes
 
 Without a mask file, every weight must have the original's bits or be +0.0, and some must be zero
@@ -42,10 +43,11 @@ from lap_ext.checkpoint.differences import Differences
 from lap_ext.checkpoint.files import Checkpoint, Entry, open_path
 from lap_ext.checkpoint.names import untied
 from lap_ext.checkpoint.reading import CHUNK, Buffer, Source, bits
-from lap_ext.errors import calling
+from lap_ext.errors import LapValueError, calling
 from lap_ext.masks import BitMasks
 from lap_ext.options import SCOPES, MinKeep, Scope, one_of
 from lap_ext.progress import Progress, Step
+from lap_ext.structures import KINDS
 
 _NUMBERS = (1, 2, 3)  # columns of numbers
 _OTHER_BYTES = "its bytes are not those of the original"
@@ -208,8 +210,9 @@ def verify(
         pruned: a checkpoint directory or a safetensors file, with the masks beside it in
             lap_ext_masks.safetensors. Without masks, weights that are zero count as pruned.
         original: a checkpoint directory or a safetensors file.
-        sparsity: the sparsity that the counts must meet, as in `lap_ext.prune`. With None, it is
-            the one that the pruning recorded in lap_ext.json, if any.
+        sparsity: the sparsity that the counts must meet, as in `lap_ext.prune`; not with units
+            across layers. With None, it is the one that the pruning recorded in lap_ext.json, if
+            any.
         scope: "layer" or "global": the scope in which the counts must meet the sparsity.
         on_progress: called with a `Progress` after each chunk.
 
@@ -242,6 +245,13 @@ def verify(
         if after.masks is not None:
             masks = stack.enter_context(BitMasks(after.masks))
         comparison = _Comparison(after, before, masks)
+        if wanted is not None and comparison.is_coupled:
+            raise LapValueError(
+                f"no {{argument}} for masks of structure {comparison.structure!r} (it would be a "
+                "fraction of units, of which nobody knows here what they are)",
+                notation.text_of(wanted[0]),
+                argument="sparsity",
+            )
         if Path(pruned).is_dir() and Path(original).is_dir():
             comparison.demand_others()
         return comparison.run(wanted, on_progress)
@@ -256,6 +266,7 @@ class _Comparison:
         self.layers: list[LayerCount] = []
         self.structure = None if masks is None else masks.structure
         self.units: Mapping[str, tuple[int, int]] = {}  # as recorded
+        self.vectors: dict[str, tuple[int, int]] = {}  # counts of biases, norms and the like
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the layers
         self.zeros: dict[tuple[str, int], int] = {}  # layer, first element -> zeros before
         self.others: list[Path] = []  # files of the original that the pruned one must have
@@ -418,13 +429,26 @@ class _Comparison:
         """Counts the zeros of the original, of either sign: no pruning keeps them."""
         self.zeros[layer, first] = theirs.numel() - int((theirs << 1).count_nonzero())
 
+    @property
+    def is_coupled(self) -> bool:
+        """Whether units across layers were removed."""
+        return self.structure in KINDS
+
     def _count(self, masks: BitMasks) -> None:
         """Counts how many weights each mask keeps."""
+        vectors: Mapping[str, object] = {}
+        with suppress(ValueError):  # a damaged record is found later
+            recorded = record.read(self.after.path) if self.is_coupled else None
+            vectors = {} if recorded is None else recorded.vectors
         for name, shape in masks.shapes.items():
             total = math.prod(shape)
             firsts = range(0, total, CHUNK)
             chunks = (masks.chunk(name, first, min(CHUNK, total - first)) for first in firsts)
-            self._keeps(name, shape, sum(int(chunk.count_nonzero()) for chunk in chunks))
+            kept = sum(int(chunk.count_nonzero()) for chunk in chunks)
+            if name in vectors or (self.is_coupled and len(shape) < 2):
+                self.vectors[name] = kept, total
+            else:
+                self._keeps(name, shape, kept)
 
     def _check_pair(self) -> None:
         """Finds two that are in the wrong order, and a checkpoint of which nothing is pruned."""
@@ -455,7 +479,8 @@ class _Comparison:
             return
         if recorded is not None:
             actual = {row.name: (row.kept, row.total) for row in self.layers}
-            counts, self.units = recorded.counts, recorded.units
+            actual |= self.vectors
+            self.units, counts = recorded.units, {**recorded.counts, **recorded.vectors}
             for name in sorted(counts.keys() | actual.keys()):
                 if counts.get(name) != actual.get(name):
                     pair = f"{actual.get(name)} in the masks, {counts.get(name)} recorded"

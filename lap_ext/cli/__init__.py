@@ -102,6 +102,9 @@ def _text(error: Exception, options: Any) -> str:
     """Puts an error into one line, with arguments spelled as options."""
     if isinstance(error, LapError):
         names, option = parser.spellings(options.subcommand), parser.options(options.subcommand)
+        for given in parser.TARGETS:  # in place of a sparsity
+            if getattr(options, given, None) is not None:
+                names |= dict.fromkeys(("sparsity", "target"), names[given])
         text = error.text(lambda x: names.get(x, x), option, named=error.final)
     elif isinstance(error, MemoryError):
         text = "out of memory. Give a smaller --memory, or run it on a larger machine."

@@ -23,9 +23,10 @@ from lap_ext._files import new_directory, set_aside
 from lap_ext._text import visible
 from lap_ext.allocation import Sparsity, notation
 from lap_ext.checkpoint import record
-from lap_ext.cli import models
+from lap_ext.cli import models, parser
 from lap_ext.cli.output import Progress, result, terminal_width, writing
 from lap_ext.errors import LapFileExistsError, LapValueError
+from lap_ext.structures import Coupled, Structure
 
 if TYPE_CHECKING:
     from lap_ext import checkpoint
@@ -34,14 +35,16 @@ if TYPE_CHECKING:
 
 _SINGLE = "model.safetensors"
 _OF_STRUCTURES = ("aggregate", "multiple_of")  # options that decide the result of a structure
+_ACROSS = ("cost", "uniform")  # of one across layers
 
 
 def prune(options: Any) -> int:
     """Prunes a checkpoint directory, or a module, and writes it to a new directory."""
     start = time.monotonic()
     structure = options.structure  # mistakes cost nothing yet
-    sparsity = _sparsity(options) if options.sparsity else None
-    allocation.check_given(sparsity, None if structure is None else structures.of(structure))
+    structure = None if structure is None else structures.of(structure)
+    sparsity = _sparsity(options, structure)
+    allocation.check_given(sparsity, structure)
     is_directory = models.is_directory(options)
     models.check_statistics(options)
     replaces = _replaces(options)
@@ -68,7 +71,27 @@ def prune(options: Any) -> int:
     return 0
 
 
-def _sparsity(options: Any) -> Sparsity:
+def _sparsity(options: Any, structure: Structure | None) -> Sparsity | None:
+    """Reads and checks what is to be removed: --sparsity, --params or --flops."""
+    given = [name for name in ("sparsity", *parser.TARGETS) if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise LapValueError(
+            "{argument} alone (it says what remains)", "another one too", argument=given[1]
+        )
+    if not given or given == ["sparsity"]:
+        return _fraction(options) if given else None
+    (name,) = given
+    if not isinstance(structure, Coupled):
+        raise LapValueError(
+            "{structure='channel'}, head, expert or unit with {argument}",
+            "none" if structure is None else structure.spelled,
+            argument=name,
+        )
+    target = getattr(options, name)
+    return allocation.params(target) if name == "params" else allocation.flops(target)
+
+
+def _fraction(options: Any) -> Sparsity:
     """Reads and checks the texts of --sparsity."""
     sparsity = notation.of_texts(options.sparsity)
     allocation.of(sparsity)  # raises where it is no fraction
@@ -181,7 +204,8 @@ def _prune_directory(
 
 def _ranking_options(options: Any) -> dict[str, Any]:
     """Gathers the options that lap_ext.prune and checkpoint.prune take, but no scoring does."""
-    names = ("structure", *_OF_STRUCTURES, "strict", "scope", "order", "rounds", "min_keep")
+    names = ("structure", *_OF_STRUCTURES, *_ACROSS, "strict", "scope", "order", "rounds",
+             "min_keep")  # fmt: skip
     return {name: getattr(options, name) for name in names}
 
 
@@ -271,6 +295,12 @@ def _chosen(options: Any) -> dict[str, Any]:
     structure = options.structure
     chosen["structure"] = None if structure is None else structures.spelled(structure)
     others = () if options.structure is None else _OF_STRUCTURES
+    if structure is not None and isinstance(structures.of(structure), Coupled):
+        others = (
+            *others,
+            *_ACROSS,
+            *(x for x in parser.TARGETS if getattr(options, x) is not None),
+        )
     return chosen | {name: getattr(options, name) for name in others}
 
 
@@ -358,7 +388,7 @@ def inspect(options: Any) -> int:
 
 def verify(options: Any) -> int:
     """Compares a pruned checkpoint with its original; returns 1 if it has findings."""
-    sparsity = _sparsity(options) if options.sparsity else None
+    sparsity = _fraction(options) if options.sparsity else None
     from lap_ext.checkpoint import verify
 
     with Progress(not options.quiet) as progress:

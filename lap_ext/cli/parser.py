@@ -88,6 +88,7 @@ WITH_DATA = ("lookahead_act", "minitron", "obd", "obd_lookahead", "reap", "wanda
 _ELSEWHERE = {"model": "a factory (package.module:factory)", "example_inputs": "--input"}
 _QUOTES = "'\""
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
+TARGETS = ("params", "flops")  # options in place of --sparsity
 
 
 class _Parser(argparse.ArgumentParser):
@@ -272,11 +273,16 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     add("-s", "--sparsity", action="append", metavar="S",
         help="fraction to remove: 0.9; 'PATTERN=0.9' for some layers, may be repeated; "
         "erk:0.9, er:0.9 or uniform_plus:0.9 to allocate it to the layers; none with "
-        "--structure N:M")
+        "--structure N:M; with units across layers, the fraction of units")
+    add("--params", type=number, metavar="P",
+        help="in place of --sparsity, with units across layers: what remains of the model's "
+        "parameters, a fraction such as 0.5 or a number such as 25000000")
+    add("--flops", type=number, metavar="F", help="the same for the model's FLOPs")
     add("--structure", metavar="STRUCTURE",
         help="what is removed together: 2:4 keeps 2 of every 4 consecutive inputs (also 2:4/out, "
         "2:4/flat, 2:4/transposable); 16x16, blocks of 16 outputs by 16 inputs; row, outputs; "
-        "column, inputs (default: single weights)")
+        "column, inputs; units across layers: channel; head, of attention; expert, of a mixture; "
+        "unit, inner channels of feed-forward blocks (default: single weights)")
     _add_choice(command, "--aggregate", ("energy", "mean", "exact"),
                 "what a block, row or column is worth: the root of the sum of squared scores, "
                 "their mean, or the norm of what the linear neighborhood loses with it (lookahead, "
@@ -285,6 +291,11 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
         help="keep a multiple of so many blocks, rows or columns in every layer (default: 1)")
     add("--strict", action="store_true",
         help="make it an error if --structure does not fit a layer, which stays dense otherwise")
+    add("--cost", choices=("weights", "flops"), metavar="COST",
+        help="what a unit across layers costs, by which its worth is divided: weights, flops "
+        "(default: each the same)")
+    add("--uniform", action="store_true",
+        help="remove the same number of units across layers from every layer of a kind")
     add("-o", "--out", type=Path, required=True, metavar="DIR",
         help="new directory for the pruned model")
     _add_choice(command, "--scope", ("layer", "global"),
@@ -293,7 +304,7 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
                 "score all layers before any is pruned, or one after the other")
     add("--rounds", type=_count, default=1, metavar="N",
         help="prune in so many rounds, and score anew in between (default: 1)")
-    add("--min-keep", type=min_keep, metavar="N",
+    add("--min-keep", type=number, metavar="N",
         help="weights that every layer keeps at least: a number, or a fraction such as 0.01")
     _add_scoring(command)
     add("--report", type=Path, metavar="FILE.html", help="write an HTML report")
@@ -404,11 +415,11 @@ def memory(text: str) -> int:
     return size
 
 
-def min_keep(text: str) -> int | float:
+def number(text: str) -> int | float:
     """Reads a number of weights, or a fraction.
 
     Example:
-        >>> min_keep("10"), min_keep("0.01")
+        >>> number("10"), number("0.01")
         (10, 0.01)
     """
     for kind in (int, float):

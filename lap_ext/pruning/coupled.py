@@ -25,7 +25,7 @@ from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import pack, unpack
 from lap_ext.ops.check import Number, keep_count
 from lap_ext.pruning import pools
-from lap_ext.pruning.families import FamilyResult
+from lap_ext.pruning.families import FamilyResult, families_of
 from lap_ext.pruning.kept_axes import KeptAxes
 from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan
@@ -56,11 +56,7 @@ class Units:
 
     def families(self) -> list[FamilyResult]:
         """Counts the groups of each family that takes part."""
-        return [
-            FamilyResult(x.name, x.layers, int((~self.removed[x.groups]).count_nonzero()),
-                         x.groups.numel())
-            for x in self.groups.families
-        ]  # fmt: skip
+        return families_of(self.groups, self.removed)
 
     def vector_masks(self) -> dict[str, Tensor]:
         """Masks the biases, norms and the like that groups have entries of, by layer name."""

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lap_ext._text import some
-from lap_ext.topology.coupling import Fixed
+import torch
+from torch import Tensor
+
+from lap_ext._text import layer_name, some
+from lap_ext.topology.coupling import CoupledGroups, Fixed
 
 _LISTED = 5  # of many layers, a line lists the first ones
 
@@ -32,6 +35,40 @@ class FamilyResult:
     def sparsity(self) -> float:
         """The fraction of the groups that was removed."""
         return 1.0 - self.kept / self.total if self.total else 0.0
+
+
+def families_of(groups: CoupledGroups, removed: Tensor) -> list[FamilyResult]:
+    """Counts the groups of each family; removed: those that go, bool [n]."""
+    return [
+        FamilyResult(x.name, x.layers, int((~removed[x.groups]).count_nonzero()), x.groups.numel())
+        for x in groups.families
+    ]
+
+
+def removed_by(groups: CoupledGroups, masks: Mapping[str, Tensor]) -> Tensor:
+    """Finds the groups of whose rows and columns masks keep no weight, bool [n].
+
+    masks: layer name -> mask; layers without one keep all.
+
+    Example:
+        >>> import torch, lap_ext
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
+        >>> groups = lap_ext.trace(net, torch.ones(1, 1)).groups("channel")
+        >>> removed_by(groups, {"0": torch.tensor([[True], [False]]),
+        ...                     "1": torch.tensor([[True, False]])})
+        tensor([False,  True])
+    """
+    alive = torch.zeros(len(groups) + 1, dtype=torch.bool)  # the last one: index -1
+    for x in groups.weights:
+        mask = masks.get(layer_name(x.parameter))
+        if mask is None:
+            alive[x.rows] = alive[x.cols.flatten()] = True
+            continue
+        kept = mask.reshape(x.shape[0], x.shape[1], -1).any(2).cpu()
+        alive[x.rows[kept.any(1)]] = True
+        kept = kept.reshape(x.groups, -1, x.shape[1]).any(1)
+        alive[x.cols[kept]] = True
+    return ~alive[:-1]
 
 
 def fixed_notes(fixed: Sequence[Fixed]) -> list[str]:

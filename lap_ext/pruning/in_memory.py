@@ -16,6 +16,7 @@ from lap_ext.places import Chunk, Memory
 from lap_ext.progress import Progress
 from lap_ext.pruning import pipeline, structured
 from lap_ext.pruning.coupled import Units
+from lap_ext.pruning.families import families_of, removed_by
 from lap_ext.pruning.kept_axes import KeptAxes
 from lap_ext.pruning.pipeline import Task
 from lap_ext.pruning.plan import Plan, checked_masks
@@ -80,7 +81,7 @@ def _coupled(
         earlier = None if given is None else given.get(name)
         kept[name] = mask if earlier is None else mask & earlier.to(mask.device)
     result = result_of(plan, Masks(kept, plan.options.structure), rows, task.left_dense)
-    return replace(result, families=units.families(), fixed=units.groups.fixed)
+    return replace(result, families=units.families())
 
 
 def _axes_mask(units: Units, layer: Layer) -> Tensor:
@@ -92,8 +93,8 @@ def _axes_mask(units: Units, layer: Layer) -> Tensor:
 def result_of(
     plan: Plan, masks: Masks, rows: Sequence[LayerResult], left_dense: Mapping[str, str]
 ) -> PruneResult:
-    """Makes the result of a plan."""
-    topology = plan.topology
+    """Makes the result of a plan; which units across layers are kept, the masks say."""
+    topology, groups = plan.topology, plan.groups
     return PruneResult(
         masks,
         rows,
@@ -101,6 +102,8 @@ def result_of(
         left_dense=left_dense,
         parameters=sum(x.numel() for x in topology.model.parameters()),
         unreached=topology.unreached,
+        families=() if groups is None else families_of(groups, removed_by(groups, masks)),
+        fixed=() if groups is None else groups.fixed,
     )
 
 

@@ -386,7 +386,7 @@ def check_sparsity(
             )
 
 
-def _vectors(topology: Topology) -> dict[str, tuple[int, ...]]:
+def vector_shapes(topology: Topology) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the model's parameters that are no layers, by the names of masks."""
     known = {layer.parameter for layer in topology.layers.values()}
     parameters = topology.model.named_parameters()
@@ -402,7 +402,7 @@ def checked_masks(topology: Topology, masks: Mapping[str, Tensor] | None) -> dic
             argument="masks",
         )
     given = dict(masks or {})
-    vectors = _vectors(topology)
+    vectors = vector_shapes(topology)
     for name, mask in given.items():
         if name in vectors:  # of units across layers
             check.mask_like(f"masks[{name!r}]", str(mask.dtype), tuple(mask.shape), "parameter",

@@ -23,7 +23,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lap_ext._text import some
+from lap_ext._text import layer_name, some
 from lap_ext.allocation import Sparsity
 from lap_ext.computed import reserve_masks
 from lap_ext.criteria import CriterionLike
@@ -34,6 +34,7 @@ from lap_ext.masks.keep import KeepHandle, check_hooks
 from lap_ext.masks.targets import zero_
 from lap_ext.options import (
     BatchNorm,
+    Cost,
     Data,
     Inputs,
     MinKeep,
@@ -91,6 +92,8 @@ class Pruner:
         aggregate: as in `prune`.
         multiple_of: as in `prune`.
         strict: as in `prune`.
+        cost: as in `prune`.
+        uniform: as in `prune`.
         scope: as in `prune`.
         normalize: as in `prune`.
         order: as in `prune`.
@@ -157,6 +160,8 @@ class Pruner:
         aggregate: Aggregate = "energy",
         multiple_of: int = 1,
         strict: bool = False,
+        cost: Cost | None = None,
+        uniform: bool = False,
         scope: Scope = "layer",
         normalize: Normalize = "auto",
         order: Order = "parallel",
@@ -193,6 +198,8 @@ class Pruner:
             aggregate=aggregate,
             multiple_of=multiple_of,
             strict=strict,
+            cost=cost,
+            uniform=uniform,
         )
         self.topology = topology_of(
             self._model, example_inputs, topology, neighbors, on_unsupported
@@ -246,7 +253,10 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the pruned layers' weights that has been removed so far; 0.0 at first."""
+        """The fraction of the pruned layers' weights that has been removed so far; 0.0 at first.
+
+        With units across layers, biases and norms count too.
+        """
         return self.masks.sparsity
 
     @calling("Pruner.step")
@@ -283,7 +293,8 @@ class Pruner:
         Returns:
             A dict. "step" is the number of calls of `step`; "masks" maps layer names to one bit per
             weight, as uint8; "structure" is that of the masks, or None; "layers" maps the name of
-            every layer of the model to its shape; "options" are those that decide a pruning;
+            every layer of the model to its shape, and with units across layers those of biases and
+            norms to theirs; "options" are those that decide a pruning;
             "prunings" lists [step, sparsity] of every pruning so far. torch.load reads the saved
             dict with weights_only=True.
 
@@ -364,9 +375,10 @@ class Pruner:
         if self._handle is not None:
             self._handle.zero_changed()
         else:
-            for name, layer in self.topology.layers.items():
-                if name in self.masks and layer.pruned_by == "zeros":
-                    zero_(layer.weight, self.masks[name].to(layer.weight.device))
+            masked = {x.name for x in self.topology.layers.values() if x.pruned_by != "zeros"}
+            for name, weight in self._weights(self.masks):
+                if name not in masked:
+                    zero_(weight, self.masks[name].to(weight.device))
 
     def _prune(self, sparsity: Sparsity) -> None:
         """Computes all masks before it changes the model, so that errors leave it unchanged."""
@@ -401,7 +413,7 @@ class Pruner:
             new.apply(self._model)
         self.masks = new
         empty = self.result.empty_layers if self.result else ()
-        every = ((self.topology.layers[name], mask) for name, mask in new.items())
+        every = [(x, new[name]) for name, x in self.topology.layers.items() if name in new]
         structure = self._plan.options.structure
         rows = [row_of(x, mask, int(x.effective.count_nonzero()), structure) for x, mask in every]
         self.result = result_of(self._plan, new, rows, left_dense) if rows else None
@@ -409,14 +421,28 @@ class Pruner:
             self.result.warn_if_empty(known=empty)
 
     def _weights(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the masked layers in the network's order, each with its current parameter."""
+        """Yields the masked layers in the network's order, each with its current parameter.
+
+        After them, the biases, norms and the like that are masked with units across layers.
+        """
         for name, layer in self.topology.layers.items():
             if name in masks:
                 yield name, layer.weight
+        groups = self._plan.groups
+        for parameter in () if groups is None else groups.vector_shapes():
+            if layer_name(parameter) in masks:
+                yield layer_name(parameter), self._model.get_parameter(parameter)
 
     def _shapes(self) -> dict[str, list[int]]:
         """Returns layer name -> shape, which a state must match."""
-        return {name: list(layer.shape) for name, layer in self.topology.layers.items()}
+        shapes = {name: layer.shape for name, layer in self.topology.layers.items()}
+        return {name: list(shape) for name, shape in (shapes | self._vectors()).items()}
+
+    def _vectors(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of biases, norms and the like that are masked, by layer name."""
+        groups = self._plan.groups
+        shapes = {} if groups is None else groups.vector_shapes()
+        return {layer_name(name): shape for name, shape in shapes.items()}
 
     def _check_data(self) -> None:
         """Raises the criterion's errors about data, without reading the data yet."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lap_ext._text import lines, some
-from lap_ext.allocation import Allocation, Sparsity, notation
+from lap_ext.allocation import Allocation, Sparsity, Target, notation
 from lap_ext.criteria import Criterion
 from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import unpack
@@ -37,7 +37,13 @@ Pruning: TypeAlias = list[Any]  # [step, sparsity as described]
 
 SCANNED = 10_000_000  # steps that a schedule is asked about at most: seconds
 LISTED = 10  # of many differences, errors list the first ones
-_LATER = {"structure": None, "aggregate": "energy", "multiple_of": 1}  # options of older states
+_LATER = {  # options of older states
+    "structure": None,
+    "aggregate": "energy",
+    "multiple_of": 1,
+    "cost": None,
+    "uniform": False,
+}
 _CLOSE = 1e-9  # of two sparsities: a power may differ in its last bit on another machine
 
 
@@ -50,6 +56,8 @@ def options_of(plan: Plan) -> dict[str, Any]:
         "structure": _described_structure(plan),
         "aggregate": plan.options.aggregate,
         "multiple_of": plan.options.multiple_of,
+        "cost": plan.options.cost,
+        "uniform": plan.options.uniform,
         "layers": [layer.name for layer in plan.layers],
     }
 
@@ -83,7 +91,7 @@ def described(sparsity: Sparsity) -> float | str:
         >>> described(0.5), described({"fc*": 0.5}), described(notation.of_texts(["erk:0.9"]))
         (0.5, 'fc*=0.5', 'erk:0.9')
     """
-    if not isinstance(sparsity, Mapping | Allocation):
+    if not isinstance(sparsity, Mapping | Allocation | Target):
         return float(sparsity)
     # the repr of every object tells where it lies in memory
     anonymous = type(sparsity).__repr__ is object.__repr__

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
@@ -17,9 +17,12 @@ from lap_ext.errors import LapTypeError, LapValueError
 from lap_ext.masks import Masks
 from lap_ext.options import Inputs, OnUnsupported
 from lap_ext.progress import Progress, Step
+from lap_ext.pruning.families import FamilyResult, fixed_notes
+from lap_ext.pruning.plan import vector_shapes
 from lap_ext.report import Facts, Histogram, LayerFacts, write
 from lap_ext.report.gather import Chunk, LayerWeights, gather
 from lap_ext.topology import Edge, Layer, Topology, trace
+from lap_ext.topology.coupling import Fixed
 
 _STEP = "measure"
 MOST_NEIGHBORS = 4  # named in a cell
@@ -39,6 +42,14 @@ class Pruned(Protocol):
     @property
     def units(self) -> Mapping[str, tuple[int, int]]:
         """Layer name -> how many units of the structure are kept, and how many there are."""
+
+    @property
+    def families(self) -> Sequence[FamilyResult]:
+        """How many units across layers are kept."""
+
+    @property
+    def fixed(self) -> Sequence[Fixed]:
+        """Which channels cannot be removed."""
 
 
 def write_report(
@@ -65,8 +76,11 @@ def write_report(
 def _check_original(topology: Topology, masks: Masks) -> None:
     """Raises unless the model has the layers of the masks, and weights that they prune."""
     pruned = alive = 0
+    vectors = vector_shapes(topology)
     for name, mask in masks.items():
         layer = topology.layers.get(name)
+        if vectors.get(name) == tuple(mask.shape):  # a bias, a norm or the like
+            continue
         if layer is None or layer.shape != tuple(mask.shape):
             raise LapValueError(
                 f"{{argument}} with a layer {name!r} of shape {list(mask.shape)}",
@@ -122,11 +136,17 @@ def model_facts(
         size = layer.weight.element_size()
         return layer_weights(layer, size, 1, chunks, units=units.get(layer.name))
 
-    facts = facts_of(title, result.criterion, options, topology, masks.structure)
+    facts = facts_of(title, result, options, topology, masks.structure)
     facts.bytes_before = facts.bytes_after = model_bytes(topology.model)
-    layers = [topology.layers[name] for name in masks]
+    layers = layers_of(topology, masks)
     step = Step(on_progress, _STEP, sum(layer.weight.nbytes for layer in layers))
     return gather(facts, map(weights, layers), step.read)
+
+
+def layers_of(topology: Topology, masks: Iterable[str]) -> list[Layer]:
+    """Lists the layers that have masks, without the biases, norms and the like that have some."""
+    vectors = vector_shapes(topology)
+    return [topology.layers[name] for name in masks if name not in vectors]
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -143,7 +163,7 @@ def neighbors(edges: Iterable[Edge]) -> tuple[str, ...]:
 
 def facts_of(
     title: str,
-    criterion: str,
+    result: Pruned,
     options: Mapping[str, str] | None,
     topology: Topology,
     structure: str | None = None,
@@ -151,7 +171,7 @@ def facts_of(
     """Gathers what is known before a weight is measured."""
     return Facts(
         title,
-        criterion,
+        result.criterion,
         [],
         options or {},
         topology.others,
@@ -160,6 +180,8 @@ def facts_of(
         torch=torch.__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         structure=structure,
+        families=[(x.name, x.kept, x.total) for x in result.families],
+        fixed=fixed_notes(result.fixed),
     )
 
 

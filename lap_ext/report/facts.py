@@ -205,6 +205,8 @@ class Facts:
     seconds: float | None = None  # that the pruning took
     load: Sequence[str] = ()  # lines of Python that load the result
     structure: str | None = None  # what was removed together; None: single weights
+    families: Sequence[tuple[str, int, int]] = ()  # of units: name, kept, all
+    fixed: Sequence[str] = ()  # which channels cannot be removed and why, in sentences
 
     @property
     def empty_layers(self) -> list[str]:
@@ -244,7 +246,12 @@ class Facts:
         counts = "rows dead_rows columns dead_columns"
         names = f"name kind shape kept total units sparsity mass overlap {counts}".split()
         rows = [{name: getattr(layer, name) for name in names} for layer in self.layers]
-        facts = {"structure": self.structure, "mass": self.mass}
+        facts: dict[str, Any] = {"structure": self.structure, "mass": self.mass}
+        if self.families:
+            facts["families"] = [
+                {"name": name, "kept": kept, "total": total} for name, kept, total in self.families
+            ]
+            facts["fixed"] = list(self.fixed)
         return {**facts, "empty_layers": self.empty_layers, "layers": rows}
 
 

@@ -48,8 +48,9 @@ def write(path: str | os.PathLike[str], facts: Facts) -> None:
 
 def html(facts: Facts) -> str:
     """Returns the page as a string."""
-    sizes = tables.sizes(facts)
-    places = {"layers": "Layers", "distributions": "Distributions", "dead": "Dead channels"}
+    sizes, units = tables.sizes(facts), tables.units(facts)
+    places = {"layers": "Layers"} | ({"units": "Units"} if units else {})
+    places |= {"distributions": "Distributions", "dead": "Dead channels"}
     places |= {"topology": "Topology"} | ({"sizes": "Size on disk"} if sizes else {})
     links = "".join(f'<li><a href="#{x}">{text}</a></li>' for x, text in places.items())
     body = [
@@ -57,6 +58,7 @@ def html(facts: Facts) -> str:
         f'<nav aria-label="Contents"><ul>{links}<li><a href="#origin">Origin</a></li></ul></nav>',
         "<main>",
         tables.layers(facts),
+        units,
         _distributions(facts),
         tables.dead(facts),
         _topology(facts),

@@ -45,6 +45,28 @@ def layers(facts: Facts) -> str:
     )
 
 
+def units(facts: Facts) -> str:
+    """Writes the table of units across layers, and what cannot be removed; or nothing."""
+    if not facts.families:
+        return ""
+    rows = [
+        f"<tr>{name(family)}{_share(total - kept, total)}{_count(kept)}{_count(total)}</tr>"
+        for family, kept, total in facts.families
+    ]
+    kept, total = (sum(counts) for counts in list(zip(*facts.families, strict=True))[1:])
+    foot = (
+        f'<tfoot><tr><th scope="row">all</th>{_share(total - kept, total)}{_count(kept)}'
+        f"{_count(total)}</tr></tfoot>"
+    )
+    what = in_html(f"{facts.structure}s of")
+    fixed = "".join(f"<p>{in_html(shortened(note))}</p>" for note in facts.fixed)
+    return (
+        '<h2 id="units">Units</h2><p class="quiet">What goes as a whole, by the layers that make '
+        "it: with rows of these, their biases and norms, and columns of the layers that read it."
+        "</p>" + table("Units", (what, "removed", "#kept", "#all"), rows, foot, "pair") + fixed
+    )
+
+
 def _layer(layer: LayerFacts, even: bool, with_units: bool) -> str:
     mark = ' <strong class="badge">empty</strong>' if layer.empty else ""
     overlap = layer.overlap

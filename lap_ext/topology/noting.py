@@ -103,6 +103,12 @@ def together(t: Tracer, call: Call, ids: Tensor, dims: list[int]) -> None:
     t.facts.together.append(Together(row[live], rows.flatten()[live], named(call)))
 
 
+def choice_among(t: Tracer, ids: Tensor, dim: int | None) -> None:
+    """Notes the channels among which data chooses along a dimension."""
+    if dim is not None and ids.dim() and ids.shape[dim] > 1:
+        t.facts.choices.append(torch.unique(ids[ids != 0]))
+
+
 def balanced(t: Tracer, call: Call, rows: Tensor, strict: bool) -> None:
     """Notes that rows of channels must stay equal in number."""
     if min(rows.shape) > 1 and bool((rows != 0).any()):

@@ -114,6 +114,22 @@ def test_torch_prune(structure: str) -> None:
     assert torch.equal(model[2].weight != 0, want["2"])
 
 
+def test_torch_prune_of_channels() -> None:
+    """Biases get torch's masks too; what torch has pruned of a bias stays pruned."""
+    model = net()
+    torch_prune.l1_unstructured(model[2], "bias", 2)
+    before = model[2].bias_mask.clone()
+    for sparsity, kept in ((0.25, 9), (0.5, 6)):
+        masks = adapter.apply_global_(model, EXAMPLE, sparsity, structure="channel")
+        assert set(masks) == {"0", "2", "0.bias"} and masks.structure == "channel"
+        assert int(masks["0.bias"].sum()) == kept
+        assert torch.equal(model[0].bias_mask != 0, masks["0.bias"])
+        assert torch.equal(model[0].weight_mask.any(1), masks["0.bias"])
+    assert torch.equal(model[2].bias_mask, before)
+    masks.remove(model)
+    assert torch.equal(model[0].bias != 0, masks["0.bias"])
+
+
 # --- the others -----------------------------------------------------------------------------------
 
 
@@ -136,13 +152,20 @@ def test_nncf() -> None:
     assert result.masks == want == adapter.masks(made) and result.structure == "2:4"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": "row", "aggregate": "mean", "multiple_of": 3, "strict": True},
+        {"structure": "channel", "cost": "weights", "uniform": True},
+    ],
+    ids=["row", "channel"],
+)
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
-def test_callbacks_pass_the_structure_on(framework: str) -> None:
+def test_callbacks_pass_the_structure_on(framework: str, options: dict[str, Any]) -> None:
     pytest.importorskip(framework, reason="the adapter's framework")
     made = importlib.import_module(f"lap_ext.adapters.{framework}").PruningCallback
     schedule, model = lap_ext.linear(0.5, start=0, end=2), net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    options = {"structure": "row", "aggregate": "mean", "multiple_of": 3, "strict": True}
     callback = made(schedule=schedule, example_inputs=EXAMPLE, **options)
     callback._begin(model, [optimizer])
     pruner = lap_ext.Pruner(net(), EXAMPLE, schedule, **options)
@@ -150,10 +173,14 @@ def test_callbacks_pass_the_structure_on(framework: str) -> None:
         callback._pruner.step()
         pruner.step()
     callback._take()
-    assert callback.masks == pruner.masks and callback.masks.structure == "row"
+    assert callback.masks == pruner.masks
+    assert callback.masks.structure == options["structure"]
     callback._end()
     kept = made(pruner.masks)
-    assert kept.masks.structure == "row"
+    assert kept.masks.structure == options["structure"]
+    kept._begin(model, [optimizer])
+    assert pruner.masks.check(model) == {}
+    kept._end()
     with pytest.raises(TypeError, match="got structure too"):
         made(pruner.masks, structure="row")
 

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lap_ext
 from lap_ext import checkpoint

@@ -8,12 +8,13 @@ used in several ways at once (as a convolution, and as a matrix) has several suc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lap_ext.topology.graph import Graph
 from lap_ext.topology.roles import Role
 
 
@@ -58,15 +59,17 @@ class Axes:
         return self.rows if self.transposed else self.cols
 
 
-def axes_of(roles: Iterable[Role]) -> list[Axes]:
-    """Gathers the channels of all uses of each weight."""
+def axes_of(graph: Graph) -> list[Axes]:
+    """Gathers the channels of all uses of each weight; one that is always zero is none."""
     views: dict[tuple[object, ...], list[Role]] = {}
-    for role in roles:
+    for role in graph.roles:
         part = role.part
         block = part.rows if part.groups > 1 else None
         key = (role.parameter, part.shape[:2], part.groups, block, part.transposed)
         views.setdefault(key, []).append(role)
-    return [_axes(view) for view in views.values()]
+    zero = [group.ids for group in graph.channels.groups if group.kind == "zero"]
+    none = torch.cat([torch.zeros(1, dtype=torch.int64), *zero])
+    return [_axes(view, none) for view in views.values()]
 
 
 def by_parameter(axes: Sequence[Axes]) -> list[list[Axes]]:
@@ -82,7 +85,7 @@ def differ(views: Sequence[Axes]) -> bool:
     return len({(x.shape, x.groups) for x in views}) > 1
 
 
-def _axes(roles: list[Role]) -> Axes:
+def _axes(roles: list[Role], none: Tensor) -> Axes:
     sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
     for role in roles:
         first = role.part.first
@@ -92,7 +95,7 @@ def _axes(roles: list[Role]) -> Axes:
         rows, cols = (read, made) if role.part.transposed else (made, read)
         sides[0].append(rows)
         sides[1].append(cols)
-    rows, cols = (_distinct(side) for side in sides)
+    rows, cols = (_distinct(side, none) for side in sides)
     one = roles[0]
     part, kinds = one.part, frozenset(role.kind for role in roles)
     partial = part.groups > 1 and not part.full
@@ -100,10 +103,10 @@ def _axes(roles: list[Role]) -> Axes:
     return Axes(*names, shape, part.groups, rows, cols, part.transposed, kinds, partial)
 
 
-def _distinct(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns each pair once, sorted, without id 0."""
+def _distinct(pairs: list[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns each pair once, sorted, without the ids that are none."""
     index, ids = (torch.cat(side) for side in zip(*pairs, strict=True))
-    live = ids != 0
+    live = ~torch.isin(ids, none)
     index, ids = index[live], ids[live]
     if not ids.numel():
         return index, ids

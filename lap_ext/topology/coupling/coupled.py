@@ -57,13 +57,16 @@ def coupling_of(graph: Graph, joined: Sequence[Tensor] = (), *, balance: bool = 
         joined: further sets of channels that go together, one a row, with 0 for none: heads.
         balance: whether parts that an operation needs equal must stay equal.
     """
-    axes = axes_of(graph.roles)
+    axes = axes_of(graph)
     live = _live(graph)
     components = Components(graph.channels.size)
     _join_edges(graph, components, live)
     _join_weights(axes, components)
+    in_heads = torch.cat([torch.zeros(1, dtype=torch.int64), *(x.flatten() for x in joined)])
     for left, right in graph.couplings:
-        components.join(left, right)
+        # what all heads share is in none of them
+        both = torch.isin(left, in_heads) == torch.isin(right, in_heads)
+        components.join(left[both], right[both])
     for rows in joined:
         for row in rows:
             ids = row[row != 0]

@@ -81,7 +81,7 @@ def _made(
 ) -> CoupledGroups:
     weights, fixed = [], []
     shapes = {parameter: subject.shapes[parameter] for parameter, _ in subject.layers.values()}
-    for x in axes_of(subject.graph.roles):
+    for x in axes_of(subject.graph):
         if x.parameter in found:
             rows = _spread(found[x.parameter], x.shape[0])
             cols = torch.full((x.groups, x.shape[1]), -1)

@@ -15,6 +15,7 @@ from lap_ext.topology.coupling.coupled import Coupling, coupling_of
 from lap_ext.topology.coupling.experts import experts_of
 from lap_ext.topology.coupling.groups import CoupledGroups, Family, Fixed
 from lap_ext.topology.coupling.subject import Subject
+from lap_ext.topology.facts import Heads
 from lap_ext.topology.graph import Graph
 
 _NOT_READ = "nothing reads it"
@@ -28,8 +29,8 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
     if structure == "expert":
         return experts_of(subject)
     graph = subject.graph
-    heads = graph.facts.heads if structure == "head" else ()
-    coupling = coupling_of(graph, [x.ids for x in heads], balance=structure != "head")
+    heads = [_own_rows(x) for x in graph.facts.heads] if structure == "head" else []
+    coupling = coupling_of(graph, heads, balance=structure != "head")
     kinds = _Kinds.of(graph, coupling, structure)
     order = {name: n for n, name in enumerate(subject.layers)}
     families, number = _families(coupling, kinds, order)
@@ -40,6 +41,18 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
     fixed = _fixed(coupling, kinds)
     vectors = vectors_of(subject, ids)
     return CoupledGroups(structure, families, fixed, weights, vectors, shapes, ids)
+
+
+def _own_rows(heads: Heads) -> Tensor:
+    """Returns the channels of each head without those that all heads share, but for values.
+
+    A part of the keys may be one for all heads: it stays, as other heads read it.
+    """
+    first, count = heads.ids[0], heads.ids.shape[0]
+    if count == 1 or _same_rows(heads.values):
+        return heads.ids
+    everywhere = first[torch.stack([torch.isin(first, row) for row in heads.ids]).all(0)]
+    return heads.ids.masked_fill(torch.isin(heads.ids, everywhere), 0)
 
 
 class _Kinds:
@@ -62,7 +75,7 @@ class _Kinds:
         label, kinds = coupling.label, cls(coupling.label.numel())
         made = [torch.unique(label[x.made[1]]) for x in coupling.axes]
         read = [torch.unique(label[x.read[1]]) for x in coupling.axes]
-        in_heads = [x.ids.flatten() for x in graph.facts.heads]
+        in_heads = [_own_rows(x).flatten() for x in graph.facts.heads]
         sets = [
             torch.unique(label[torch.cat([label[:1], *ids])])
             for ids in (in_heads, [x for pair in graph.couplings for x in pair])

@@ -21,7 +21,7 @@ from torch import Tensor
 from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channels import ChannelEdges
-from lap_ext.topology.noting import belong, together
+from lap_ext.topology.noting import belong, choice_among, together
 from lap_ext.topology.rules.pairs import paired, turned
 from lap_ext.topology.static import Scale
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -92,6 +92,7 @@ def _choice(t: Tracer, call: Call) -> Result:
     """Handles decisions, in which channels end as in an output."""
     for x in call.values:
         t.end(x, call.name)
+        choice_among(t, x.ids, call.get("dim"))
     return plain(call.shape)
 
 

@@ -18,7 +18,7 @@ from lap_ext.topology import channel_ids
 from lap_ext.topology.call import Call
 from lap_ext.topology.channel_ids import unique_pairs
 from lap_ext.topology.channels import ChannelEdges
-from lap_ext.topology.noting import together
+from lap_ext.topology.noting import choice_among, together
 from lap_ext.topology.rules.joins import joined
 from lap_ext.topology.rules.mixing import mixed, sets_along
 from lap_ext.topology.tracer import Result, Tracer, rule
@@ -138,7 +138,10 @@ def _extreme(t: Tracer, call: Call) -> Result:
     if call.get("other") is not None:
         return joined(t, call, call.values)
     result = _reduce(t, call)
-    return [result[0], plain(call.shapes[1])] if isinstance(result, list) else result
+    if not isinstance(result, list):
+        return result
+    choice_among(t, call.values[0].ids, call["dim"])
+    return [result[0], plain(call.shapes[1])]
 
 
 @rule("topk", "sort", "kthvalue", "cummax", "cummin")
@@ -152,7 +155,7 @@ def _ranked(t: Tracer, call: Call) -> Result:
         ids = mixed(t.channels, call.name, ids, [dim % ids.dim()])
         choice = len(t.channels.groups) - 1
         t.choices[choice] = x.ids, dim % ids.dim()
-        t.facts.choices.append(torch.unique(x.ids[x.ids != 0]))
+        choice_among(t, x.ids, dim)
         chosen = replace(chosen, choice=choice)
     if len(call.shape) < ids.dim():
         ids = ids.squeeze(dim)
