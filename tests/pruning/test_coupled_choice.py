@@ -306,7 +306,7 @@ def flops_of(topology: lap_ext.Topology, kind: str) -> list[float]:
 @pytest.mark.parametrize("cost", ["weights", "flops"])
 @pytest.mark.parametrize("net", ["split", "mlp"])
 def test_costs(net: str, cost: Any, scope: Any, normalize: str) -> None:
-    topology = split() if net == "split" else bound("mlp")
+    topology = split() if net == "split" else traced_mlp(2, 12, 10, 60)
     each = flops_of(topology, "channel")
     each = [x / 4 for x in each] if cost == "weights" else each
     own = [oracle.normalized(x, normalize) for x in pools(topology, "channel", cost=each)]
