@@ -33,7 +33,7 @@ from lap_ext.checkpoint.shards import Writer, check_disk
 from lap_ext.checkpoint.state import Work, working
 from lap_ext.checkpoint.structure import Structure, structure_of
 from lap_ext.checkpoint.writing import MaskFile
-from lap_ext.criteria import CriterionLike
+from lap_ext.criteria import CriterionLike, UnitCriterion
 from lap_ext.errors import LapTypeError, calling, warn
 from lap_ext.options import (
     BatchNorm,
@@ -137,7 +137,7 @@ def prune(
             weights, or magnitudes where all of these are 0; normalize="norm" is applied to them,
             "lamp" is not, nor is any of them for units across layers. No file is read again for
             this in one parallel round; otherwise norms are measured, and functions of a layer
-            called, once more.
+            called, once more. A criterion of units has no scores of weights: none are counted.
         resume: whether to resume an interrupted run with the same options, model and files, and to
             keep the finished part if this run is interrupted too. What an earlier run has left is
             read again and compared with checksums; what does not match is done anew, with a
@@ -214,7 +214,8 @@ def prune(
         masks = MaskFile(work.files, every, structure=options.structure) if save_masks else None
         place.use(work, shapes)
         try:
-            shown = pipeline.before_rounds(task, data) if count_scores else None
+            by_weight = not isinstance(options.criterion, UnitCriterion)
+            shown = pipeline.before_rounds(task, data) if count_scores and by_weight else None
             _run(Writer(task, place, files, masks, shown), work)
         finally:
             place.close()

@@ -233,7 +233,8 @@ def _prune_module(
         from lap_ext.pruning.reporting import model_facts
 
         progress.step("score")
-        scores = lap_ext.scores(made.module, **given)
+        by_unit = options.criterion in parser.BY_UNIT
+        scores = {} if by_unit else lap_ext.scores(made.module, **given)
         facts = model_facts(
             topology,
             pruned,

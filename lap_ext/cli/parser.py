@@ -85,6 +85,7 @@ examples:
 _CRITERIA = ("lookahead", "lookforward", "lookback", "magnitude", "magnitude_bn", "random")
 WITH_DATA = ("lookahead_act", "minitron", "obd", "obd_lookahead", "reap", "wanda",
              "weight_gradient")  # fmt: skip
+BY_UNIT = ("minitron", "reap")  # no scores of weights
 _ELSEWHERE = {"model": "a factory (package.module:factory)", "example_inputs": "--input"}
 _QUOTES = "'\""
 _SHELLS = ("bash", "zsh", "fish", "tcsh")

@@ -336,10 +336,10 @@ class Scoring:
         return all(any(x is not None and not bool(x.any()) for x in pair) for pair in norms)
 
     def is_zero(self, layer: Layer) -> bool:
-        """Tells whether no weight of a layer may be kept; stops at the first chunk with one."""
+        """Tells whether all weights of a layer that may be kept are zero; stops at another one."""
         for chunk in self.place.chunks(layer):
-            live = self.place.live(chunk)
-            if chunk.weight.numel() if live is None else bool(live.any()):
+            mask, weight = self.place.mask(chunk), chunk.parameter
+            if bool(weight.any() if mask is None else weight[mask].any()):
                 return False
         return True
 

@@ -182,14 +182,15 @@ def _measure(
     totals = [side.zeros() for side, _ in sides]
     counts = [side.zeros() for side, _ in sides]
     whole = _all_of(x)
-    scorer = scoring.scorer(layer)
-    for chunk in scoring.chunks(layer, step):
+    scorer = scoring.scorer(layer) if by_weight else None
+    chunks = scoring.chunks(layer, step) if by_weight else _unscored(scoring, layer, step)
+    for chunk in chunks:
         live = scoring.place.live(chunk)
         rows = None if live is None else live.reshape(-1, *matrix.shape[1:])
         first = chunk.first // max(1, x.shape[1] * window)
         for (side, _), count in zip(sides, counts, strict=True):
             _count(side, count, chunk, rows, matrix, first)
-        if not by_weight:
+        if scorer is None:
             continue
         with in_chunk(chunk):
             for scored in scorer.rows(chunk, matrix.shape[1:]):
@@ -202,6 +203,13 @@ def _measure(
     for (_, index), total, count in zip(sides, totals, counts, strict=True):
         sums.add(index, total)
         sums.count(index, count)
+
+
+def _unscored(scoring: Scoring, layer: Layer, step: Step) -> Iterator[Chunk]:
+    """Reads a layer whose weights have no scores of their own."""
+    for chunk in scoring.place.chunks(layer):
+        yield chunk
+        step.read(layer.name, chunk.weight.nbytes)
 
 
 def _count(
