@@ -42,7 +42,8 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
     rank = max(ids.dim(), len(value.shape))
     ids = channel_ids.broadcast(ids, rank)
     sizes = [1] * (rank - len(value.shape)) + list(value.shape)
-    if all(n == 1 for n, changing in zip(sizes, ids.shape, strict=True) if changing > 1):
+    along = [n for n, changing in zip(sizes, ids.shape, strict=True) if changing > 1]
+    if along and max(along) == 1:
         return  # the same for all channels
     for name, shown, zeroed in _entries(t, value):
         entries = channel_ids.broadcast(shown, rank)
