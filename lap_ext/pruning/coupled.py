@@ -217,12 +217,27 @@ def cost_of(scoring: Scoring, groups: CoupledGroups) -> Tensor:
     """Returns what the model saves if one group alone goes, float64 [n]."""
     if scoring.plan.options.cost == "weights":
         return member_counts(groups).double()
-    counter = Counter(scoring.plan.topology)
-    assert groups.ids is not None
-    costs = torch.zeros(len(groups), dtype=torch.float64)
-    for number, ids in enumerate(_ids_by_group(groups)):
-        costs[number] = counter.flops - counter.flops_without(ids)
-    return costs
+    counter, ids = Counter(scoring.plan.topology), _ids_by_group(groups)
+    kinds, kind = torch.unique(_alike(groups), return_inverse=True)
+    first = torch.full(kinds.shape, len(groups)).scatter_reduce(
+        0, kind, torch.arange(len(groups)), "amin"
+    )
+    costs = [counter.flops - counter.flops_without(ids[number]) for number in first.tolist()]
+    return torch.tensor(costs, dtype=torch.float64)[kind]
+
+
+def _alike(groups: CoupledGroups) -> Tensor:
+    """Gives groups of a family with as much of every weight the same number, int64 [n]."""
+    kind, count = groups.family_of.clone(), len(groups.families)
+    for x in groups.weights:
+        for side in (x.rows, x.cols.flatten()):
+            own = torch.bincount(side + 1, minlength=len(groups) + 1)[1:]
+            some = own.nonzero().flatten()
+            keys = kind[some] * (side.numel() + 1) + own[some]
+            values, inverse = torch.unique(keys, return_inverse=True)
+            kind[some] = count + inverse
+            count += values.numel()
+    return kind
 
 
 def _ids_by_group(groups: CoupledGroups) -> list[Tensor]:

@@ -64,9 +64,10 @@ def removed_by(groups: CoupledGroups, masks: Mapping[str, Tensor]) -> Tensor:
         if mask is None:
             alive[x.rows] = alive[x.cols.flatten()] = True
             continue
-        kept = mask.reshape(x.shape[0], x.shape[1], -1).any(2).cpu()
+        window = mask.numel() // max(1, x.shape[0] * x.shape[1])
+        kept = mask.reshape(*x.shape, window).any(2).cpu()
         alive[x.rows[kept.any(1)]] = True
-        kept = kept.reshape(x.groups, -1, x.shape[1]).any(1)
+        kept = kept.reshape(x.groups, x.shape[0] // x.groups, x.shape[1]).any(1)
         alive[x.cols[kept]] = True
     return ~alive[:-1]
 

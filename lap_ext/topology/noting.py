@@ -41,6 +41,10 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
         return
     rank = max(ids.dim(), len(value.shape))
     ids = channel_ids.broadcast(ids, rank)
+    sizes = [1] * (rank - len(value.shape)) + list(value.shape)
+    along = [n for n, changing in zip(sizes, ids.shape, strict=True) if changing > 1]
+    if along and max(along) == 1:
+        return  # the same for all channels
     for name, shown, zeroed in _entries(t, value):
         entries = channel_ids.broadcast(shown, rank)
         for dim in range(rank):  # what does not change along a dimension is looked at once

@@ -31,13 +31,12 @@ QWEN2_MOE = hf.LLAMA | {
 OWN = [hf.hf("hf_qwen2_moe", "Qwen2MoeForCausalLM", hf.text, QWEN2_MOE, **hf.BATCHED)]
 MAKERS = {x.name: x for x in [*ENTRIES, *OWN]}
 DENSE = (
-    *("hf_llama_sdpa", "hf_qwen3", "hf_mistral", "hf_gemma", "hf_gpt2_eager", "hf_gpt2_sdpa"),
-    *("hf_bert_sdpa", "hf_t5_eager", "hf_t5_gated", "hf_phi3", "hf_gpt_neox", "hf_falcon"),
+    *("hf_llama_sdpa", "hf_qwen3", "hf_mistral", "hf_gemma", "hf_gpt2_sdpa"),
+    *("hf_bert_sdpa", "hf_t5_gated"),
 )
 EXPERTS = ("hf_mixtral_batched_mm", "hf_qwen3_moe", "hf_qwen2_moe")
 CASES = [(name, kind) for name in DENSE for kind in ("head", "unit")]
 CASES += [(name, kind) for name in EXPERTS for kind in ("head", "unit", "expert")]
-CASES.remove(("hf_falcon", "head"))  # all heads share one of keys and values
 
 
 @cache

@@ -75,7 +75,7 @@ def test_sparsity_of_a_pattern() -> None:
 
 SPELLED = (
     "'N:M' (such as '2:4', '2:4/out', '2:4/flat' or '2:4/transposable'), 'ROWSxCOLUMNS' (such as "
-    "'16x16'), 'row' or 'column'"
+    "'16x16'), 'row', 'column', 'channel', 'head', 'expert' or 'unit'"
 )
 RATIO = "N:M with 1 <= N <= M and M >= 2 (N are kept of every M)"
 AXIS = "axis to be 'in', 'out' or 'flat'"

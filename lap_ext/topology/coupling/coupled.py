@@ -14,8 +14,9 @@ with channels that would stay (a norm over channels, a softmax).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from lap_ext.topology.coupling.axes import Axes, axes_of, by_parameter, differ
 from lap_ext.topology.coupling.components import Components
 from lap_ext.topology.coupling.obstacles import ALONE, obstacles
+from lap_ext.topology.facts import Vector
 from lap_ext.topology.graph import Graph
 
 
@@ -35,47 +37,60 @@ class Coupling:
         label: the lowest id of the channels that each channel goes with, int64 [channels].
         reason: index in `reasons` of why each cannot go; 0 where it can.
         reasons: in words; the first is empty.
-        classes: label -> (domain, class): one of each class of a domain goes at a time.
+        domain: the lowest label of those that each must stay balanced with; -1: none, int64.
+        classes: the class of each in its domain: one of each class goes at a time, int64.
     """
 
     axes: list[Axes]
     label: Tensor
     reason: Tensor
     reasons: list[str]
-    classes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    domain: Tensor
+    classes: Tensor
 
     def why(self, label: int) -> str:
         """Says why a component cannot go; empty where it can."""
         return self.reasons[int(self.reason[label])]
 
 
-def coupling_of(graph: Graph, joined: Sequence[Tensor] = (), *, balance: bool = True) -> Coupling:
+def coupling_of(
+    graph: Graph,
+    joined: Sequence[Tensor] = (),
+    apart: Tensor | None = None,
+    *,
+    balance: bool = True,
+) -> Coupling:
     """Finds what goes together.
 
     Args:
         graph: of the network.
         joined: further sets of channels that go together, one a row, with 0 for none: heads.
+        apart: channels that are multiplied with others but stay without them: keys of all heads.
         balance: whether parts that an operation needs equal must stay equal.
     """
     axes = axes_of(graph)
+    apart = torch.zeros(0, dtype=torch.int64) if apart is None else apart
     live = _live(graph)
     components = Components(graph.channels.size)
     _join_edges(graph, components, live)
     _join_weights(axes, components)
-    in_heads = torch.cat([torch.zeros(1, dtype=torch.int64), *(x.flatten() for x in joined)])
     for left, right in graph.couplings:
-        # what all heads share is in none of them
-        both = torch.isin(left, in_heads) == torch.isin(right, in_heads)
+        both = ~(torch.isin(left, apart) | torch.isin(right, apart))
         components.join(left[both], right[both])
     for rows in joined:
         for row in rows:
             ids = row[row != 0]
             components.join(ids[1:], ids[:-1])
     if balance:  # entries that several channels share: of a norm over the channels of each head
+        vectors: dict[str, list[Vector]] = {}
         for vector in graph.facts.vectors:
-            components.join_equal(vector.entries, vector.ids)
+            vectors.setdefault(vector.name, []).append(vector)
+        for given in vectors.values():
+            sides = [x.entries for x in given], [x.ids for x in given]
+            components.join_equal(*map(torch.cat, sides))
     label = components.labels()
-    found = Coupling(axes, label, torch.zeros_like(label), [""])
+    nothing = torch.zeros_like(label)
+    found = Coupling(axes, label, nothing, [""], nothing - 1, nothing.clone())
     _fix(graph, found, live, joined)
     if balance:
         _fix_whole(found)
@@ -183,84 +198,99 @@ def _balance(graph: Graph, found: Coupling) -> None:
             for (index, ids), size in sides:
                 if ids.numel() == index.unique().numel() == axes.groups * size:
                     constraints.append((ids.reshape(axes.groups, size), axes.layer, True))
-    profiles: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # label -> (constraint, counts)
-    for number, (ids, _, strict) in enumerate(constraints):
-        for label, counts in _uneven(found, ids, strict).items():
-            profiles.setdefault(label, []).append((number, counts))
+    uneven = [_uneven(found, ids, strict) for ids, _, strict in constraints]
+    kind, count = torch.zeros_like(found.label), 1  # of components alike in all constraints
+    for labels, of, rows in uneven:
+        keys = kind[labels] * rows.shape[0] + of
+        values, inverse = torch.unique(keys, return_inverse=True)
+        kind[labels] = count + inverse
+        count += values.numel()
+    profiles: dict[int, _Profile] = {}
+    for number, (labels, of, rows) in enumerate(uneven):
+        kinds, inverse = torch.unique(kind[labels], return_inverse=True)
+        row = torch.zeros_like(kinds).scatter_(0, inverse, of)  # one for all of a kind
+        for own, counts in zip(kinds.tolist(), rows[row].tolist(), strict=True):
+            profiles.setdefault(own, []).append((number, counts))
     for domain in _domains(profiles):
-        _classify(found, domain, profiles, constraints)
+        _classify(found, kind, domain, profiles, [reason for _, reason, _ in constraints])
 
 
-def _uneven(found: Coupling, ids: Tensor, strict: bool) -> dict[int, tuple[int, ...]]:
-    """Counts the channels of components in each part, where they alone would make it uneven."""
+_Profile: TypeAlias = list[tuple[int, list[int]]]  # (constraint, channels in each part)
+
+
+def _uneven(found: Coupling, ids: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the components that would make parts uneven if they went alone.
+
+    Returns:
+        (their labels, the index of the counts of each, different counts of channels by part).
+    """
     parts = ids.shape[0]
     row = torch.arange(parts).repeat_interleave(ids.shape[1])
     flat = ids.flatten()
     live = (flat != 0) & (found.reason[found.label[flat]] == 0)
     base = found.label.numel()
     pairs = torch.unique(row[live] * base + flat[live])
-    row, own = pairs // base, found.label[pairs % base]
-    sizes = torch.zeros(parts, dtype=torch.int64)
-    every = torch.unique(torch.arange(parts).repeat_interleave(ids.shape[1]) * base + flat)
-    sizes += torch.bincount(every // base, minlength=parts)
+    of_part, own = pairs // base, found.label[pairs % base]
+    every = torch.unique(row * base + flat)
+    sizes = torch.bincount(every // base, minlength=parts)
     labels, at = torch.unique(own, return_inverse=True)
-    counts = torch.zeros(labels.numel(), parts, dtype=torch.int64)
-    counts.index_put_((at, row), torch.ones_like(at), accumulate=True)
+    counts = torch.zeros(labels.numel(), parts, dtype=torch.int32)
+    counts.index_put_((at, of_part), torch.ones_like(at, dtype=torch.int32), accumulate=True)
     even = (counts == counts[:, :1]).all(1)
     if not strict:
         even |= ((counts == 0) | (counts == sizes)).all(1)
-    return {
-        label: tuple(own)
-        for label, own in zip(labels[~even].tolist(), counts[~even].tolist(), strict=True)
-    }
+    rows, of = torch.unique(counts[~even], dim=0, return_inverse=True)
+    return labels[~even], of, rows
 
 
-def _domains(profiles: dict[int, list[tuple[int, tuple[int, ...]]]]) -> list[list[int]]:
-    """Groups components that parts which must stay equal connect."""
+def _domains(profiles: Mapping[int, _Profile]) -> list[list[int]]:
+    """Groups kinds of components that parts which must stay equal connect."""
     of: dict[int, list[int]] = {}
-    for label, entries in profiles.items():
+    for kind, entries in profiles.items():
         for number, _ in entries:
-            of.setdefault(number, []).append(label)
-    domains, seen = [], set[int]()
+            of.setdefault(number, []).append(kind)
+    domains, seen, visited = [], set[int](), set[int]()
     for start in sorted(profiles):
         if start in seen:
             continue
-        domain, queue, visited = [], [start], set[int]()
+        domain, queue = [], [start]
         seen.add(start)
         while queue:
-            label = queue.pop()
-            domain.append(label)
-            for number, _ in profiles[label]:
-                if number in visited:
-                    continue
-                visited.add(number)
-                new = [x for x in of[number] if x not in seen]
-                seen.update(new)
-                queue += new
+            kind = queue.pop()
+            domain.append(kind)
+            for number, _ in profiles[kind]:
+                if number not in visited:
+                    visited.add(number)
+                    new = [x for x in of[number] if x not in seen]
+                    seen.update(new)
+                    queue += new
         domains.append(sorted(domain))
     return domains
 
 
 def _classify(
     found: Coupling,
+    kind: Tensor,
     domain: list[int],
-    profiles: dict[int, list[tuple[int, tuple[int, ...]]]],
-    constraints: Sequence[tuple[Tensor, str, bool]],
+    profiles: Mapping[int, _Profile],
+    reasons: Sequence[str],
 ) -> None:
-    """Gives each component of a domain its class, or fixes all if no choice keeps parts equal."""
-    signatures = {label: tuple(profiles[label]) for label in domain}
-    order = {signature: n for n, signature in enumerate(dict.fromkeys(signatures.values()))}
+    """Makes each kind of a domain a class, or fixes all if no choice keeps parts equal."""
+    members = torch.isin(kind, torch.tensor(domain)).nonzero().flatten()
     totals: dict[int, list[int]] = {}
-    for signature in order:
-        for number, counts in signature:
+    for own in domain:
+        for number, counts in profiles[own]:
             known = totals.setdefault(number, [0] * len(counts))
             totals[number] = [a + b for a, b in zip(known, counts, strict=True)]
     for number, total in totals.items():
         if len(set(total)) > 1:
-            reason = f"{constraints[number][1]} needs equal parts, which no choice keeps"
+            reason = f"{reasons[number]} needs equal parts, which no choice keeps"
             if reason not in found.reasons:
                 found.reasons.append(reason)
-            found.reason[torch.tensor(domain)] = found.reasons.index(reason)
+            found.reason[members] = found.reasons.index(reason)
             return
-    for label, signature in signatures.items():
-        found.classes[label] = domain[0], order[signature]
+    first: dict[int, None] = dict.fromkeys(kind[members].tolist())  # in the order of channels
+    place = torch.zeros(max(first) + 1, dtype=torch.int64)
+    place[torch.tensor(list(first))] = torch.arange(len(first))
+    found.domain[members] = members[0]
+    found.classes[members] = place[kind[members]]

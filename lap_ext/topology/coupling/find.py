@@ -30,7 +30,9 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
         return experts_of(subject)
     graph = subject.graph
     heads = [_own_rows(x) for x in graph.facts.heads] if structure == "head" else []
-    coupling = coupling_of(graph, heads, balance=structure != "head")
+    shared = torch.cat([torch.zeros(0, dtype=torch.int64), *map(_shared, graph.facts.heads)])
+    apart = torch.cat([shared, graph.channels.root(shared)]) if structure == "head" else None
+    coupling = coupling_of(graph, heads, apart, balance=structure != "head")
     kinds = _Kinds.of(graph, coupling, structure)
     order = {name: n for n, name in enumerate(subject.layers)}
     families, number = _families(coupling, kinds, order)
@@ -43,16 +45,21 @@ def groups_of(subject: Subject, structure: str) -> CoupledGroups:
     return CoupledGroups(structure, families, fixed, weights, vectors, shapes, ids)
 
 
-def _own_rows(heads: Heads) -> Tensor:
-    """Returns the channels of each head without those that all heads share, but for values.
+def _shared(heads: Heads) -> Tensor:
+    """Returns the channels that all heads share, which stay: other heads read them; not values.
 
-    A part of the keys may be one for all heads: it stays, as other heads read it.
+    A part of the keys may be one for all heads.
     """
-    first, count = heads.ids[0], heads.ids.shape[0]
-    if count == 1 or _same_rows(heads.values):
-        return heads.ids
+    first = heads.ids[0]
+    if heads.ids.shape[0] == 1 or _same_rows(heads.values):
+        return first[:0]
     everywhere = first[torch.stack([torch.isin(first, row) for row in heads.ids]).all(0)]
-    return heads.ids.masked_fill(torch.isin(heads.ids, everywhere), 0)
+    return everywhere[everywhere != 0]
+
+
+def _own_rows(heads: Heads) -> Tensor:
+    """Returns the channels of each head without those that all share, and 0 for these."""
+    return heads.ids.masked_fill(torch.isin(heads.ids, _shared(heads)), 0)
 
 
 class _Kinds:
@@ -155,11 +162,13 @@ def _families(
     by_kind = [-1 if why or not own else numbered(frozenset(own), own)
                for why, own in zip(kinds.why, kinds.layers, strict=True)]  # fmt: skip
     family = torch.tensor(by_kind)[kinds.kind]
-    classes = torch.zeros_like(kinds.kind)
-    for label, (domain, own_class) in coupling.classes.items():
-        if int(family[label]) >= 0:
-            family[label] = numbered(domain, kinds.layers[int(kinds.kind[label])])
-            classes[label] = own_class
+    balanced = ((coupling.domain >= 0) & (family >= 0)).nonzero().flatten()
+    domains, of_domain = torch.unique(coupling.domain[balanced], return_inverse=True)
+    for n, domain in enumerate(domains.tolist()):
+        labels = balanced[of_domain == n]
+        makers = (kinds.layers[x] for x in torch.unique(kinds.kind[labels]).tolist())
+        family[labels] = numbered(domain, set[str]().union(*makers))
+    classes = torch.where(family >= 0, coupling.classes, 0)
     number = torch.full_like(kinds.kind, -1)
     found: list[Family] = []
     every = (family >= 0).nonzero().flatten()
