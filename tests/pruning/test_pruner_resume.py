@@ -380,6 +380,7 @@ def test_the_state_is_small_plain_and_its_own() -> None:
     options = {"criterion": "lookahead", "scope": "layer", "normalize": "none",
                "order": "parallel", "rounds": 1, "batch_norm": "edge", "residual": "sum",
                "min_keep": None, "structure": None, "aggregate": "energy", "multiple_of": 1,
+               "cost": None, "uniform": False,
                "layers": ["conv", "fc1", "fc2"]}  # fmt: skip
     assert run.pruner.state_dict() == {
         "step": 0, "masks": {}, "structure": None,
