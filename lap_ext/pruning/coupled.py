@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Prunes units across layers: measures their worth, chooses which go, and masks their members.
 
-What is masked are rows and columns of weights, and entries of biases and norms, so that a removed
-channel is exactly zero. Nothing here knows where weights live.
+What is masked are rows and columns of weights, and entries of biases and norms. A removed channel is
+then exactly zero, up to what turns 0 into something else (a sigmoid, a constant that is added): the
+columns that read it are zero too. Nothing here knows where weights live.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class Units:
         sparsity: a fraction of units, of each pool by its name, or a target for the model.
         removed: the groups that go, bool, once they are chosen.
         zero: layers all of whose weights are zero: these zeros are weights.
+        zeros: whether all zeros that the masks of the place keep are weights.
     """
 
     groups: CoupledGroups
     sparsity: Number | Mapping[str, Number] | Target
     removed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     zero: Sequence[str] = ()
+    zeros: bool = False
 
     def families(self) -> list[FamilyResult]:
         """Counts the groups of each family that takes part."""
@@ -135,16 +138,16 @@ def _round(scoring: Scoring, units: Units, number: int, store: Any) -> None:
 def _found(scoring: Scoring, units: Units, number: int) -> str:
     """Chooses the groups that are gone after a round."""
     step = scoring.step("rank", scoring.plan.layers)
-    measured = worth_of(scoring, units.groups, step)
+    measured = worth_of(scoring, units.groups, step, units.zeros)
     if number == 1:
         units.zero = scoring.place.noted(_ZERO, lambda: measured.zero)
     options = scoring.plan.options
     cost = None if options.cost is None else cost_of(scoring, units.groups)
     choice = Choice.of(pools.pools_of(units.groups, measured, options, cost))
     _choose(scoring, units, choice, number, cost)
-    choice.round()
-    dead = ~measured.alive
-    return _text_of(choice.removed(len(units.groups)) | dead)
+    if number == options.rounds:
+        choice.round()
+    return _text_of(choice.removed(len(units.groups)))
 
 
 def _choose(
@@ -282,7 +285,7 @@ def _selections(scoring: Scoring, units: Units, zero: Sequence[str] = ()) -> dic
     result = {}
     for layer in scoring.plan.layers:
         views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
-        result[layer.name] = KeptAxes(views, units.removed, layer.name in zero)
+        result[layer.name] = KeptAxes(views, units.removed, units.zeros or layer.name in zero)
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lap_ext._text import layer_name
 from lap_ext.allocation import Sparsity
 from lap_ext.masks import Masks
 from lap_ext.places import Chunk, Memory
@@ -77,8 +78,9 @@ def _coupled(
             mask = mask if earlier is None else mask & earlier.to(mask.device)
         kept[layer.name] = mask
         rows.append(row_of(layer, mask, nonzero))
-    for name, mask in units.vector_masks().items():
-        earlier = None if given is None else given.get(name)
+    devices = {layer_name(name): x.device for name, x in plan.topology.tensors().items()}
+    for name, own in units.vector_masks().items():
+        mask, earlier = own.to(devices[name]), None if given is None else given.get(name)
         kept[name] = mask if earlier is None else mask & earlier.to(mask.device)
     result = result_of(plan, Masks(kept, plan.options.structure), rows, task.left_dense)
     return replace(result, families=units.families())

@@ -83,6 +83,7 @@ def begin(
     options = plan.options
     if plan.groups is not None:
         units = coupled.units_of(plan, sparsity)
+        units.zeros = zero_layers is None or bool(zero_layers)  # masks are given
         scoring = scoring_of(plan, place, data, on_progress)
         check_prunable(plan.layers)
         nothing = allocation.Budget(dict.fromkeys((x.name for x in plan.layers), 0), 0, {})

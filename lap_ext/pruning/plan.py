@@ -184,6 +184,18 @@ def _check_coupled(options: Options) -> None:
                     "none" if structure is None else f"structure={structure.spelled!r}",
                 )
         return
+    if isinstance(options.criterion, UnitCriterion) and options.aggregate != "energy":
+        raise LapValueError(
+            f"no {{aggregate=}} with criterion {options.criterion.name!r}, which itself says what a "
+            "unit is worth",
+            repr(options.aggregate),
+        )
+    if options.strict:
+        raise LapValueError(
+            f"no {{strict=}} with {{structure={structure.spelled!r}}}: what cannot be removed is "
+            "in result.fixed",
+            "True",
+        )
     if options.order != "parallel":
         raise LapValueError(
             f"{{order='parallel'}} with {{structure={structure.spelled!r}}}, whose units are in "

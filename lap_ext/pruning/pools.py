@@ -107,6 +107,8 @@ def _pool(
     """Makes a pool of families with their units."""
     units = torch.cat([own for _, own in members], 1)
     worth, alive = _joined(measured, units, options)
+    if not bool(alive.any()):  # layers that are all zero
+        alive = torch.ones_like(alive)
     worth = normalization.normalized(worth.unsqueeze(0), options.normalize, alive.unsqueeze(0))
     fits = torch.ones(units.shape[0] + 1, dtype=torch.bool)
     for _, own in members:
@@ -217,7 +219,7 @@ class Choice:
     @classmethod
     def of(cls, pools: list[Pool]) -> Choice:
         """Begins with all units that are not removed."""
-        return cls(pools, [int(pool.alive.count_nonzero()) for pool in pools])
+        return cls(pools, [max(int(pool.alive.count_nonzero()), pool.least) for pool in pools])
 
     def removed(self, count: int) -> Tensor:
         """Marks the groups that go, bool [count]."""

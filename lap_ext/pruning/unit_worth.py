@@ -11,7 +11,6 @@ Biases and norm parameters go with a unit, but have no score.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -48,8 +47,11 @@ class Worth:
     zero: list[str]
 
 
-def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
-    """Measures all groups, in one pass over the layers that have some of them."""
+def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step, zeros: bool = False) -> Worth:
+    """Measures all groups, in one pass over the layers that have some of them.
+
+    zeros: whether weights that are zero may be kept where the place's masks keep them.
+    """
     options, sums = scoring.plan.options, _Sums(groups)
     criterion = scoring.plan.criterion
     by_weight = not isinstance(criterion, UnitCriterion) and options.aggregate != "exact"
@@ -58,7 +60,7 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step) -> Worth:
         merged = _merged(views)
         if merged is not None and 0 not in layer.shape:
             sums.begin(layer.name)
-            _measure(scoring, layer, merged, sums, step, by_weight)
+            _measure(scoring, layer, merged, sums, step, (by_weight, zeros))
     zero = sums.end([layer.name for layer in scoring.plan.layers])
     if isinstance(criterion, UnitCriterion):
         worth = _by_data(scoring, criterion, groups)
@@ -86,10 +88,21 @@ def member_counts(groups: CoupledGroups) -> Tensor:
         height = x.shape[0] // x.groups
         add(x.rows, torch.full_like(x.rows, x.shape[1] * window))
         add(x.cols, torch.full_like(x.cols, height * window))
-        for rows, cols in zip(x.rows.reshape(x.groups, height), x.cols, strict=True):
-            own = (torch.bincount(side + 1, minlength=counts.numel()) for side in (rows, cols))
-            counts -= math.prod(own) * window  # where rows and columns of a group meet
+        rows, cols = _by_block(x.rows.reshape(x.groups, -1)), _by_block(x.cols)
+        keys, index = torch.cat([rows[0], cols[0]]).unique(return_inverse=True)
+        times = torch.zeros(2, keys.numel(), dtype=torch.int64)
+        times[0, index[: rows[0].numel()]] = rows[1]
+        times[1, index[rows[0].numel() :]] = cols[1]
+        met = times.prod(0) * window  # where rows and columns of a group meet
+        counts.index_add_(0, keys // x.groups, -met)
     return counts[1:]
+
+
+def _by_block(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts groups in each block of [blocks, n]: (group + 1) * blocks + block, and how many."""
+    blocks = index.shape[0]
+    keys = (index + 1) * blocks + torch.arange(blocks).unsqueeze(1)
+    return keys.unique(return_counts=True)
 
 
 def vector_counts(groups: CoupledGroups) -> Tensor:
@@ -168,9 +181,13 @@ def _merged(views: list[Assigned]) -> Assigned | None:
 
 
 def _measure(
-    scoring: Scoring, layer: Layer, x: Assigned, sums: _Sums, step: Step, by_weight: bool
+    scoring: Scoring, layer: Layer, x: Assigned, sums: _Sums, step: Step, how: tuple[bool, bool]
 ) -> None:
-    """Adds the scores of a layer to its groups, by rows and by columns."""
+    """Adds the scores of a layer to its groups, by rows and by columns.
+
+    how: whether scores are needed, and whether zeros may be kept.
+    """
+    by_weight, zeros = how
     options = scoring.plan.options
     window = torch.Size(layer.shape).numel() // max(1, x.shape[0] * x.shape[1])
     matrix = Matrix((*x.shape, window), x.groups)
@@ -185,7 +202,7 @@ def _measure(
     scorer = scoring.scorer(layer) if by_weight else None
     chunks = scoring.chunks(layer, step) if by_weight else _unscored(scoring, layer, step)
     for chunk in chunks:
-        live = scoring.place.live(chunk)
+        live = scoring.place.mask(chunk) if zeros else scoring.place.live(chunk)
         rows = None if live is None else live.reshape(-1, *matrix.shape[1:])
         first = chunk.first // max(1, x.shape[1] * window)
         for (side, _), count in zip(sides, counts, strict=True):

@@ -19,8 +19,8 @@ def explained(groups: CoupledGroups, layer: str) -> str:
         side = x.cols.flatten() if x.transposed else x.rows
         outputs = max(outputs, side.numel())
         kinds: Counter[tuple[str, ...]] = Counter()
-        for number in side[side >= 0].unique().tolist():
-            own = int((side == number).count_nonzero())
+        numbers, counts = side[side >= 0].unique(return_counts=True)
+        for number, own in zip(numbers.tolist(), counts.tolist(), strict=True):
             kinds[tuple(map(_spelled, groups.members(number)))] += own
         for members, count in kinds.items():
             lines.append(f"  {count} can be removed, each with")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lap_ext._text import some
+from lap_ext.errors import LapTypeError, LapValueError
 
 _LEFT_OUT = "a layer that makes it is left out"
 
@@ -251,23 +252,43 @@ class CoupledGroups(Sequence[CoupledGroup]):
             return False
         return (x.groups, *x.shape) == (shape[0], shape[0] * shape[1], shape[2])
 
+    @cached_property
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists what groups have, sorted by group: (first entry of each, slot, index).
+
+        Slots 2 n and 2 n + 1 are the rows and columns of weight n; vectors follow.
+        """
+        sides = [side for x in self.weights for side in (x.rows, x.cols.flatten())]
+        sides += [x.entries for x in self.vectors]
+        none = torch.zeros(0, dtype=torch.int64)
+        group = torch.cat([none, *sides])
+        slot = torch.cat([none, *(torch.full_like(x, n) for n, x in enumerate(sides))])
+        index = torch.cat([none, *(torch.arange(x.numel()) for x in sides)])
+        order = torch.argsort(group, stable=True)
+        starts = torch.searchsorted(group[order], torch.arange(len(self) + 1))
+        return starts, slot[order], index[order]
+
     def members(self, number: int) -> Iterator[Member]:
         """Gives what a group has of each parameter."""
-        for x in self.weights:
-            shape = (x.shape[0], x.shape[1])
-            rows = (x.rows == number).nonzero().flatten()
-            if rows.numel():
-                every = rows.numel() == shape[0]
-                yield Member(x.parameter, shape, None if every else rows, None)
-            height = shape[0] // max(x.groups, 1)
-            for block in (x.cols == number).any(1).nonzero().flatten().tolist():
-                cols = (x.cols[block] == number).nonzero().flatten()
-                own = torch.arange(block * height, (block + 1) * height)
-                yield Member(x.parameter, shape, None if x.groups == 1 else own, cols)
-        for vector in self.vectors:
-            rows = (vector.entries == number).nonzero().flatten()
-            if rows.numel() and not vector.buffer:
-                yield Member(vector.name, (vector.entries.numel(),), rows, None)
+        starts, slot, index = self._entries
+        own = slice(int(starts[number]), int(starts[number + 1]))
+        slots, counts = slot[own].unique_consecutive(return_counts=True)
+        for at, mine in zip(slots.tolist(), index[own].split(counts.tolist()), strict=True):
+            if at >= 2 * len(self.weights):
+                vector = self.vectors[at - 2 * len(self.weights)]
+                if not vector.buffer:
+                    yield Member(vector.name, (vector.entries.numel(),), mine, None)
+                continue
+            x = self.weights[at // 2]
+            if at % 2 == 0:
+                every = mine.numel() == x.shape[0]
+                yield Member(x.parameter, x.shape, None if every else mine, None)
+                continue
+            height, blocks = x.shape[0] // max(x.groups, 1), mine // x.shape[1]
+            for block in blocks.unique().tolist():
+                rows = torch.arange(block * height, (block + 1) * height)
+                cols = mine[blocks == block] % x.shape[1]
+                yield Member(x.parameter, x.shape, None if x.groups == 1 else rows, cols)
 
     def masks(self, removed: Tensor) -> dict[str, Tensor]:
         """Masks everything that groups have: True marks what is kept.
@@ -277,7 +298,24 @@ class CoupledGroups(Sequence[CoupledGroup]):
 
         Returns:
             Parameter name -> bool tensor of its shape, for each parameter of which some is removed.
+
+        Raises:
+            TypeError: removed is not a bool tensor.
+            ValueError: it has another length.
         """
+        if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
+            got = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
+            raise LapTypeError(
+                "{argument} to be a bool tensor, True for each group that goes",
+                str(got),
+                argument="removed",
+            )
+        if removed.shape != (len(self),):
+            raise LapValueError(
+                f"{{argument}} with one entry for each of {len(self)} groups",
+                f"shape {tuple(removed.shape)}",
+                argument="removed",
+            )
         result: dict[str, Tensor] = {}
         for x in self.weights:
             rows, cols = x.kept(removed)
