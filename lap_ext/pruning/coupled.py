@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Prunes units across layers: measures their worth, chooses which go, and masks their members.
 
-What is masked are rows and columns of weights, and entries of biases and norms. A removed channel is
-then exactly zero, up to what turns 0 into something else (a sigmoid, a constant that is added): the
-columns that read it are zero too. Nothing here knows where weights live.
+What is masked are rows and columns of weights, and entries of biases and norms. A removed channel
+is then exactly zero, up to what turns 0 into something else (a sigmoid, a constant that is added):
+the columns that read it are zero too. Nothing here knows where weights live.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def _check_coupled(options: Options) -> None:
         return
     if isinstance(options.criterion, UnitCriterion) and options.aggregate != "energy":
         raise LapValueError(
-            f"no {{aggregate=}} with criterion {options.criterion.name!r}, which itself says what a "
-            "unit is worth",
+            f"no {{aggregate=}} with criterion {options.criterion.name!r}, which itself says what "
+            "a unit is worth",
             repr(options.aggregate),
         )
     if options.strict:

@@ -513,18 +513,54 @@ def test_the_same_masks_in_chunks(name: str, kind: str) -> None:
             assert torch.equal(mask, result.masks[layer])
 
 
-def test_units_that_are_zero_count_and_go_first() -> None:
+def some_zero() -> lap_ext.Topology:
+    """A model three of whose 9 first units are zero."""
     topology = bound("mlp")
     model: Any = topology.model
     with torch.no_grad():
         for unit in (0, 4, 8):
             model[0].weight[unit] = 0
             model[2].weight[:, unit] = 0
+    return topology
+
+
+def test_units_that_are_zero_count_and_go_first() -> None:
+    topology = some_zero()
     for sparsity, kept in ((0.0, 6), (0.2, 6), (1 / 3, 6), (0.5, 5)):
-        for how in ({}, {"masks": {}}, {"cost": "weights"}, {"uniform": True}):
+        for how in ({}, {"cost": "weights"}, {"uniform": True}):
             result = prune(topology, "channel", {"0": sparsity} if not how else sparsity, **how)
-            if how and "masks" not in how and sparsity == 0.5:
+            if how and sparsity == 0.5:
                 continue
-            removed = gone(topology, "channel", result)
-            assert {0, 4, 8} <= removed
+            assert {0, 4, 8} <= gone(topology, "channel", result)
             assert result.families[0].kept == kept
+
+
+def test_zeros_are_weights_with_given_masks() -> None:
+    """Units of zeros go first, but only as many as the sparsity says."""
+    topology = some_zero()
+    for sparsity, kept in ((0.0, 9), (0.2, 7), (1 / 3, 6), (0.5, 5)):
+        result = prune(topology, "channel", sparsity, masks={})
+        removed = gone(topology, "channel", result) & set(range(9))
+        assert removed <= {0, 4, 8} or {0, 4, 8} <= removed
+        assert result.families[0].kept == kept
+
+
+def test_floors_hold_units_of_zeros_too() -> None:
+    topology = some_zero()
+    assert prune(topology, "channel", 0.0, min_keep=8).families[0].kept == 8
+
+
+def test_one_dead_channel_keeps_groups_of_a_convolution_equal() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 12, 3, groups=2),
+        torch.nn.Conv2d(12, 8, 1, groups=2), torch.nn.Flatten(), torch.nn.Linear(8 * 4, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[1].weight[2] = 0
+        net[2].weight[:4, 2] = 0
+    for sparsity in (0.0, 0.5):
+        result = lap_ext.prune(
+            net, torch.ones(1, 3, 4, 4), sparsity, structure="channel", apply=False
+        )
+        rows = result.masks["1.bias"].reshape(2, 6).sum(1)
+        assert rows[0] == rows[1]
