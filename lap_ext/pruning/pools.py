@@ -69,19 +69,9 @@ class Pool:
         return self.units.shape[0]
 
     def rounded(self, keep: int) -> int:
-        """Returns the largest number below keep that fits, or the smallest that the floor allows.
-
-        Removed units do not come back.
-        """
-        most = int(self.alive.count_nonzero())
-        least = min(self.least, most)
-        keep = max(min(keep, most), least)
-        fitting = self.fits.nonzero().flatten()
-        below = fitting[(fitting <= keep) & (fitting >= least)]
-        if below.numel():
-            return int(below[-1])
-        above = fitting[(fitting >= least) & (fitting <= most)]
-        return int(above[0]) if above.numel() else most
+        """Returns the largest number up to keep that fits and is not below the floor."""
+        fitting = self.fits[: keep + 1].nonzero().flatten()
+        return int(fitting[-1]) if fitting.numel() and int(fitting[-1]) >= self.least else keep
 
 
 def pools_of(
