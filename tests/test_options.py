@@ -18,6 +18,7 @@ PAIRS = {
     "RESIDUALS": options.Residual,
     "ON_UNSUPPORTED": options.OnUnsupported,
     "BYS": options.By,
+    "COSTS": options.Cost,
 }
 
 

@@ -98,9 +98,9 @@ def units_of(plan: Plan, sparsity: Sparsity | None) -> Units:
         )
     if isinstance(sparsity, Mapping):
         if options.scope == "global" or options.uniform:
-            other = "scope='global'" if options.scope == "global" else "uniform=True"
+            other = '{scope="global"}' if options.scope == "global" else "{uniform=True}"
             raise LapTypeError(
-                f"one number as {{argument}} with {{{other}}}", "a dict", argument="sparsity"
+                f"one number as {{argument}} with {other}", "a dict", argument="sparsity"
             )
         named = by_name(plan.topology, sparsity)
         allocation.of(named)  # checks it
