@@ -8,8 +8,6 @@ the columns that read it are zero too. Nothing here knows where weights live.
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,11 +21,11 @@ from lap_ext import allocation
 from lap_ext._text import layer_name, matches, some
 from lap_ext.allocation import Allocation, Sparsity, Target
 from lap_ext.errors import LapTypeError, LapValueError
-from lap_ext.masks import pack, unpack
 from lap_ext.ops.check import Number, keep_count
 from lap_ext.pruning import pools
 from lap_ext.pruning.families import FamilyResult, families_of
 from lap_ext.pruning.kept_axes import KeptAxes
+from lap_ext.pruning.noted import of_text, text_of
 from lap_ext.pruning.patterns import by_name
 from lap_ext.pruning.plan import Plan
 from lap_ext.pruning.pools import Choice, Pool
@@ -121,7 +119,7 @@ def select(scoring: Scoring, units: Units, store: Any) -> dict[str, KeptAxes]:
         place.round(number, partial(_round, scoring, units, number, store))
     scoring.measure(f"round {rounds}")
     text = place.noted(f"round {rounds} units", partial(_found, scoring, units, rounds))
-    units.removed = _of_text(text, len(units.groups))
+    units.removed = of_text(text, len(units.groups))
     units.zero = place.noted(_ZERO, lambda: units.zero)
     return _selections(scoring, units, units.zero)
 
@@ -130,7 +128,7 @@ def _round(scoring: Scoring, units: Units, number: int, store: Any) -> None:
     """Chooses in one round and gives the place the masks."""
     scoring.measure(f"round {number}")
     text = scoring.place.noted(f"round {number} units", partial(_found, scoring, units, number))
-    units.removed = _of_text(text, len(units.groups))
+    units.removed = of_text(text, len(units.groups))
     store(_selections(scoring, units))
     scoring.forget(scoring.plan.layers)
 
@@ -147,7 +145,7 @@ def _found(scoring: Scoring, units: Units, number: int) -> str:
     _choose(scoring, units, choice, number, cost)
     if number == options.rounds:
         choice.round()
-    return _text_of(choice.removed(len(units.groups)))
+    return text_of(choice.removed(len(units.groups)))
 
 
 def _choose(
@@ -284,17 +282,6 @@ def _selections(scoring: Scoring, units: Units, zero: Sequence[str] = ()) -> dic
     """Says how each layer is masked; zero: layers whose zeros are weights."""
     result = {}
     for layer in scoring.plan.layers:
-        views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
-        result[layer.name] = KeptAxes(views, units.removed, units.zeros or layer.name in zero)
+        zeros = units.zeros or layer.name in zero
+        result[layer.name] = KeptAxes(units.groups.views(layer.parameter), units.removed, zeros)
     return result
-
-
-def _text_of(removed: Tensor) -> str:
-    """Packs which groups go into a text."""
-    return base64.b64encode(zlib.compress(pack(removed).numpy().tobytes())).decode()
-
-
-def _of_text(text: str, count: int) -> Tensor:
-    """Unpacks what `_text_of` has made."""
-    data = bytearray(zlib.decompress(base64.b64decode(text)))
-    return unpack(torch.frombuffer(data, dtype=torch.uint8), (count,))

@@ -88,8 +88,9 @@ def _coupled(
 
 def _axes_mask(units: Units, layer: Layer) -> Tensor:
     """Masks the rows and columns of a layer that are kept."""
-    views = tuple(x for x in units.groups.weights if x.parameter == layer.parameter)
-    return KeptAxes(views, units.removed).mask(Chunk(layer, layer.weight.detach()))
+    return KeptAxes(units.groups.views(layer.parameter), units.removed).mask(
+        Chunk(layer, layer.weight.detach())
+    )
 
 
 def result_of(

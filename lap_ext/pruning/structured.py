@@ -9,8 +9,6 @@ kept; a unit without others is removed already.
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,7 +19,6 @@ from torch import Tensor
 from lap_ext.criteria import exact
 from lap_ext.criteria.context import in_chunk
 from lap_ext.errors import LapValueError, in_layer
-from lap_ext.masks import pack, unpack
 from lap_ext.ops import partition, units
 from lap_ext.ops.partition import GridUnits, Scored, Units
 from lap_ext.ops.structured import pattern_mask
@@ -30,6 +27,7 @@ from lap_ext.places import Chunk
 from lap_ext.progress import Step
 from lap_ext.pruning import normalization
 from lap_ext.pruning.matrices import matrix_of
+from lap_ext.pruning.noted import of_text, text_of
 from lap_ext.pruning.scoring import BESIDE, Scorer, Scoring, stores_scores
 from lap_ext.structures import NM, Groups, Partition, Structure
 from lap_ext.topology import Layer
@@ -126,13 +124,13 @@ def of_all(
         options = scoring.plan.options
         floors = options.min_keep is not None
         every = units.best_of_all(ranked, keep, options.multiple_of, floors=floors)
-        return {x.name: _text_of(kept) for x, kept in zip(layers, every, strict=True)}
+        return {x.name: text_of(kept) for x, kept in zip(layers, every, strict=True)}
 
     empty, layers = [x for x in layers if 0 in x.shape], [x for x in layers if 0 not in x.shape]
     noted = scoring.place.noted(f"{name} units", find)
     result = {x.name: KeptUnits(_noted(scoring, x, _none(scoring, x))) for x in empty}
     for layer in layers:
-        kept = _of_text(noted[layer.name], units_of(scoring, layer).count)
+        kept = of_text(noted[layer.name], units_of(scoring, layer).count)
         result[layer.name] = KeptUnits(_noted(scoring, layer, kept))
     return result
 
@@ -460,14 +458,3 @@ def _noted(scoring: Scoring, layer: Layer, kept: Tensor) -> Tensor:
 def _none(scoring: Scoring, layer: Layer) -> Tensor:
     """Keeps none of the units of a layer without weights."""
     return torch.zeros(units_of(scoring, layer).count, dtype=torch.bool)
-
-
-def _text_of(kept: Tensor) -> str:
-    """Packs the units that are kept into a text."""
-    return base64.b64encode(zlib.compress(pack(kept.cpu()).numpy().tobytes())).decode()
-
-
-def _of_text(text: str, count: int) -> Tensor:
-    """Unpacks what `_text_of` has made."""
-    data = bytearray(zlib.decompress(base64.b64decode(text)))
-    return unpack(torch.frombuffer(data, dtype=torch.uint8), (count,))

@@ -11,7 +11,7 @@ Biases and norm parameters go with a unit, but have no score.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,7 @@ def worth_of(scoring: Scoring, groups: CoupledGroups, step: Step, zeros: bool = 
     criterion = scoring.plan.criterion
     by_weight = not isinstance(criterion, UnitCriterion) and options.aggregate != "exact"
     for layer in scoring.place.ordered(scoring.plan.layers):
-        views = [x for x in groups.weights if x.parameter == layer.parameter]
-        merged = _merged(views)
+        merged = _merged(groups.views(layer.parameter))
         if merged is not None and 0 not in layer.shape:
             sums.begin(layer.name)
             _measure(scoring, layer, merged, sums, step, (by_weight, zeros))
@@ -81,7 +80,7 @@ def member_counts(groups: CoupledGroups) -> Tensor:
         counts.index_add_(0, index.flatten() + 1, numbers.flatten())
 
     for parameter in dict.fromkeys(x.parameter for x in groups.weights):
-        x = _merged([view for view in groups.weights if view.parameter == parameter])
+        x = _merged(groups.views(parameter))
         if x is None:
             continue
         window = groups.numel(parameter) // max(1, x.shape[0] * x.shape[1])
@@ -167,7 +166,7 @@ class _Sums:
         self._alive.index_add_(0, index.flatten() + 1, values)
 
 
-def _merged(views: list[Assigned]) -> Assigned | None:
+def _merged(views: Sequence[Assigned]) -> Assigned | None:
     """Joins the uses of a weight that see the same matrix; None where no group has a part of it."""
     if not views:
         return None
@@ -198,7 +197,7 @@ def _measure(
              if bool((index >= 0).any())]  # fmt: skip
     totals = [side.zeros() for side, _ in sides]
     counts = [side.zeros() for side, _ in sides]
-    whole = _all_of(x)
+    meet = len(sides) == 2 and _meet(x)
     scorer = scoring.scorer(layer) if by_weight else None
     chunks = scoring.chunks(layer, step) if by_weight else _unscored(scoring, layer, step)
     for chunk in chunks:
@@ -215,7 +214,7 @@ def _measure(
                 which = None if rows is None else rows[top : top + scored.x.shape[0]]
                 for (side, _), total in zip(sides, totals, strict=True):
                     side.add(total, scored, which, options.aggregate)
-                if len(sides) == 2 and whole:
+                if meet:
                     _take_back(scored, which, x, sums, options.aggregate)
     for (_, index), total, count in zip(sides, totals, counts, strict=True):
         sums.add(index, total)
@@ -245,14 +244,10 @@ def _count(
     side.add(counts, Scored.of_scores(live.float().contiguous(), first), None, "mean")
 
 
-def _all_of(x: Assigned) -> bool:
+def _meet(x: Assigned) -> bool:
     """Whether a group has both rows and columns of a weight that meet."""
-    height = x.shape[0] // x.groups
-    for block, rows in enumerate(x.rows.reshape(x.groups, height)):
-        own = rows[rows >= 0]
-        if bool(torch.isin(own, x.cols[block]).any()):
-            return True
-    return False
+    rows, cols = _by_block(x.rows.reshape(x.groups, -1))[0], _by_block(x.cols)[0]
+    return bool(torch.isin(rows[rows >= x.groups], cols).any())
 
 
 def _take_back(
@@ -306,7 +301,10 @@ def _in_both(rows: Tensor, cols: Tensor) -> Tensor:
 def _by_data(scoring: Scoring, criterion: UnitCriterion, groups: CoupledGroups) -> Tensor:
     """Asks a criterion of data for what it says of columns and experts."""
     sums = _Sums(groups)
-    for layer, views in _views(scoring.plan.topology.layers.values(), groups):
+    for layer in scoring.plan.topology.layers.values():
+        views = groups.views(layer.parameter)
+        if not views:
+            continue
         experts = criterion.expert_scores(scoring.network, layer)
         if experts is not None:
             numbers = views[0].rows.reshape(experts.numel(), -1)[:, 0]
@@ -321,12 +319,3 @@ def _by_data(scoring: Scoring, criterion: UnitCriterion, groups: CoupledGroups) 
             first = role.part.first[0]
             sums.add(side[first : first + scores.numel()], scores.square())
     return exact_sqrt(sums.scores)
-
-
-def _views(
-    layers: Iterable[Layer], groups: CoupledGroups
-) -> Iterator[tuple[Layer, list[Assigned]]]:
-    for layer in layers:
-        views = [x for x in groups.weights if x.parameter == layer.parameter]
-        if views and layer.weight is not None:
-            yield layer, views

@@ -87,6 +87,7 @@ class Facts:
         heads: the heads of attentions.
         statistics: channels of kind "reduce" that scale what they are computed from.
         choices: channels among which a top-k chooses, of each top-k.
+        large: (channels, name) of parameters with too many entries to be looked at one by one.
         products: multiply-adds of products without a layer's weight (work.py).
         uncounted: operations that multiply as many rows as the data selects.
     """
@@ -97,5 +98,6 @@ class Facts:
     heads: list[Heads] = field(default_factory=list)
     statistics: list[Tensor] = field(default_factory=list)
     choices: list[Tensor] = field(default_factory=list)
+    large: list[tuple[Tensor, str]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     uncounted: list[str] = field(default_factory=list)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from lap_ext.topology import channel_ids
-from lap_ext.topology.call import Call, module_path
+from lap_ext.topology.call import Call, module_path, operation_name
 from lap_ext.topology.facts import Balanced, Heads, Together, Vector
 from lap_ext.topology.static import Static, names_of
-from lap_ext.topology.tracer import Tracer
+from lap_ext.topology.tracer import WEIGHTED, Tracer
 from lap_ext.topology.value import Value, WeightView
 
 _MOST = 1 << 24  # elements that are looked at one by one
@@ -51,7 +51,10 @@ def belong(t: Tracer, value: object, ids: Tensor, *, adds: bool) -> None:
             if entries.shape[dim] > 1 and entries.stride(dim) == 0:
                 entries = entries.narrow(dim, 0, 1)
         shape = torch.broadcast_shapes(entries.shape, ids.shape)
-        if not 0 < math.prod(shape) <= _MOST:
+        if math.prod(shape) > _MOST:
+            t.facts.large.append((torch.unique(ids[ids != 0]), name))
+            continue
+        if not math.prod(shape):
             continue
         pairs = channel_ids.unique_pairs(entries, ids)[:2]
         live = pairs[1] != 0
@@ -187,12 +190,17 @@ def logits_before(
     Args:
         node: computes the attention weights.
         known: products of queries and keys -> their ids.
+
+    Returns:
+        Their ids; None where layers or other products lie before the weights.
     """
     seen, queue = {node}, [node]
     while queue:
         at = queue.pop(0)
         if at in known:
             return known[at]
+        if operation_name(at) in WEIGHTED:
+            continue
         for before in at.all_input_nodes:
             if before not in seen and before.op == "call_function":
                 seen.add(before)

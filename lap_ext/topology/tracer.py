@@ -43,7 +43,7 @@ _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", 
           "numpy_T", "mT", "unsqueeze", "squeeze", "select", "slice", "narrow", "split", "chunk",
           "split_with_sizes", "unbind", "swapaxes", "movedim", "expand"}  # fmt: skip
 # Operations that may have a weight among their arguments.
-_WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "embedding_bag",
+WEIGHTED = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "embedding", "embedding_bag",
              "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
              "conv_transpose2d", "conv_transpose3d", "einsum", "lstm", "gru", "rnn_tanh",
              "rnn_relu", "_grouped_mm", "grouped_mm", "grouped_mm_fallback", "bilinear",
@@ -140,7 +140,7 @@ class Tracer:
         outcome = call.node.meta.get("val")
         if not isinstance(outcome, (Tensor, list, tuple)):
             return outcome  # an assertion, a size
-        weighted = call.name in _WEIGHTED and any(x.view is not None for x in tensors)
+        weighted = call.name in WEIGHTED and any(x.view is not None for x in tensors)
         weighted = weighted and not computes_weight(call)
         if not weighted and all(x.static is not None for x in tensors):
             return self._static(call)
@@ -313,7 +313,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def _reason(call: Call) -> Refusal:
     """Chooses the error for an operation by its operands."""
-    if call.name not in _WEIGHTED:
+    if call.name not in WEIGHTED:
         return _unsupported
     if any(_is_picked(x) for x in call.values):
         return _picked_weight

@@ -241,6 +241,17 @@ class CoupledGroups(Sequence[CoupledGroup]):
             x.layer for x in self.weights if bool((x.rows >= 0).any()) or bool((x.cols >= 0).any())
         }
 
+    @cached_property
+    def _views(self) -> dict[str, tuple[Assigned, ...]]:
+        views: dict[str, tuple[Assigned, ...]] = {}
+        for x in self.weights:
+            views[x.parameter] = (*views.get(x.parameter, ()), x)
+        return views
+
+    def views(self, parameter: str) -> tuple[Assigned, ...]:
+        """Returns the groups of a weight as its uses see it; none for what no layer uses."""
+        return self._views.get(parameter, ())
+
     def numel(self, parameter: str) -> int:
         """Counts the weights of a parameter that groups have some of."""
         return torch.Size(self._shapes[parameter]).numel()

@@ -48,6 +48,8 @@ def obstacles(
             if x.partial or differ(views):
                 how = "in part" if x.partial else "as different matrices"
                 yield torch.cat([x.rows[1], x.cols[1]]), f"{x.layer!r} is used {how}"
+    for ids, name in graph.facts.large:
+        yield ids, f"{name!r} has too many entries to be followed"
     yield from _together(graph, label, live)
 
 
